@@ -1,0 +1,74 @@
+"""The environment protocol of the suite: many copies of one task, torch in, torch out.
+
+Everything that collects data speaks to a ``BatchedEnv``. It is duck-typed: a class with these members *is* one, no
+inheritance needed. Adapters for Gymnasium, SB3 and others are in ``ccrl.adapters``; native ones are in ``envs``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from gymnasium import Space
+from gymnasium.vector import AutoresetMode
+from torch import Tensor
+
+__all__ = ["AutoresetMode", "BatchedEnv", "StepResult", "Tree"]
+
+Tree = Tensor | dict[str, Tensor]
+"""An observation: one tensor ``[N, ...]`` or a flat dict of them."""
+
+
+class StepResult(NamedTuple):
+    """What one step of ``num_envs`` environments returns. The tensors may be the environment's own persistent
+    buffers (Isaac Lab does that): whoever keeps them copies them before the next ``step``."""
+
+    obs: Tree
+    """``[N, ...]``. SAME_STEP: after a finished episode already the first observation of the next one.
+    NEXT_STEP and DISABLED: the true successor, also where the episode ended."""
+    reward: Tensor
+    """``[N]`` float32."""
+    terminated: Tensor
+    """``[N]`` bool: the task ended (no value after this state). Wins where both flags are set."""
+    truncated: Tensor
+    """``[N]`` bool: the time limit cut the episode (the state after it still has a value)."""
+    final_obs: Tree | None = None
+    """SAME_STEP only: ``[N, ...]``, the true successor; read only the rows where an episode ended."""
+    log: dict[str, Any] = {}  # noqa: RUF012  (read-only default of a tuple field)
+    """Scalars for the logger, under their own names; 0-d tensors stay on the device."""
+
+
+@runtime_checkable
+class BatchedEnv(Protocol):
+    """``N = num_envs`` copies of one task.
+
+    Autoreset modes (the enum of Gymnasium):
+
+    * ``SAME_STEP``: ``step`` resets finished copies at once; ``final_obs`` holds the true successor.
+    * ``NEXT_STEP``: the step after an episode's end ignores the action and returns the reset observation with
+      reward 0 and both flags False. The collector marks that row invalid.
+    * ``DISABLED``: finished copies stay finished until ``reset(mask=...)``; the collector does that.
+    """
+
+    num_envs: int
+    device: torch.device
+    single_observation_space: Space[Any]
+    single_action_space: Space[Any]
+    autoreset_mode: AutoresetMode
+    provides_final_obs: bool
+
+    def reset(self, seed: int | None = None, mask: Tensor | None = None) -> Tree:
+        """Start new episodes in every copy, or only where ``mask`` ``[N]`` bool is set (the other rows of the
+        returned ``[N, ...]`` observation are their current ones). ``seed=None`` continues the random stream."""
+        ...
+
+    def step(self, action: Tensor) -> StepResult:
+        """Advance every copy by one step. ``action`` ``[N, *action_shape]`` on ``device`` (Discrete: int64 ``[N]``)."""
+        ...
+
+    def close(self) -> None:
+        """Release simulators, threads and processes."""
+        ...
+
+    # Optional: ``state_dict() -> dict`` and ``load_state_dict(dict)`` (tensors, numbers, strings, nested dicts and
+    # lists of them). With both, a resumed run continues bit for bit; without, it starts fresh episodes.
