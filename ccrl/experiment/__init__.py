@@ -1,0 +1,1 @@
+"""What surrounds an agent: configuration, run folder, checkpoints, logging, evaluation, statistics and plots."""

@@ -1,0 +1,81 @@
+"""A CSV file that grows by rows and, now and then, by columns, and that a killed process leaves readable."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ccrl.experiment.checkpoint import write_atomic
+
+__all__ = ["CsvTable", "read_columns", "read_rows"]
+
+Cell = float | int | str
+
+
+class CsvTable:
+    """Rows keyed by ``step``, appended and flushed one at a time.
+
+    A row with a new column rewrites the file (atomically) with the wider header; earlier rows are empty there. An
+    existing file is continued: rows past ``resume_step`` are dropped, so that a curve does not run back on itself.
+    ``resume_step=None`` keeps all rows.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None) -> None:
+        self.path = Path(path)
+        self.columns: list[str] = ["step"]
+        if self.path.exists():
+            rows = read_rows(self.path)
+            kept = [row for row in rows if resume_step is None or int(row["step"]) <= resume_step]
+            self.columns = list(rows[0]) if rows else self.columns
+            # Also without dropped rows: the last line may be half a line, and appending to it would spoil both.
+            self._rewrite(kept)
+        self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115  (open for the run's life)
+
+    def write(self, step: int, row: Mapping[str, Cell]) -> None:
+        """Append one row. Floats are written so that they read back exactly."""
+        new = [name for name in row if name not in self.columns]
+        if new or self._file.tell() == 0:
+            self.columns += new
+            self._file.close()
+            self._rewrite(read_rows(self.path))
+            self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+        self._file.write(_line([step, *(row.get(name, "") for name in self.columns[1:])]))
+        self._file.flush()  # hands the row to the operating system: a later kill -9 cannot take it back
+
+    def close(self) -> None:
+        """Close the file; further writes fail."""
+        self._file.close()
+
+    def _rewrite(self, rows: list[dict[str, str]]) -> None:
+        lines = [_line(self.columns), *(_line([row.get(name, "") for name in self.columns]) for row in rows)]
+        write_atomic(self.path, lambda file: file.write("".join(lines).encode()))
+
+
+def _line(cells: list[Cell] | list[str]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerow(cells)
+    return text.getvalue()
+
+
+def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+    """All complete rows as text; the half line that a killed writer may leave is ignored."""
+    text = Path(path).read_text(encoding="utf-8")
+    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+
+
+def read_columns(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float64]]:
+    """Numeric columns ``[rows]``, NaN where a cell is empty; columns of text are left out."""
+    rows = read_rows(path)
+    columns: dict[str, NDArray[np.float64]] = {}
+    for name in rows[0] if rows else ():
+        try:
+            columns[name] = np.array([float(row[name] or "nan") for row in rows])
+        except ValueError:
+            continue
+    return columns

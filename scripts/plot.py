@@ -1,0 +1,64 @@
+"""Figures and tables of finished or running runs.
+
+    python scripts/plot.py runs/benchmark --out docs/figures/mujoco
+    python scripts/plot.py runs/a runs/b --out docs/figures/eval --metric eval/mean_reward --title "Evaluation"
+
+Writes ``OUT_curves``, ``OUT_profile`` and ``OUT_improvement`` as PNG and SVG, and ``OUT_table`` as Markdown and CSV.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ccrl.experiment import plots
+from ccrl.experiment.curves import load_study
+
+
+@dataclass(frozen=True)
+class Options:
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Run folders, or folders with runs anywhere below them."""
+    out: Path
+    """Path and first part of the names of the files to write."""
+    metric: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "rollout/ep_rew_mean"
+    """Tag in progress.csv or eval.csv."""
+    title: str | None = None
+    """Title of the figures."""
+    by: str | None = None
+    """Key of config.yaml whose values are drawn as separate agents, for sweeps."""
+    fractions: tuple[float, ...] = (0.5, 0.75, 0.9)
+    """Thresholds of the sample-efficiency table, on the way from the lowest start to the best final score."""
+    thresholds: dict[str, float] | None = None
+    """Thresholds in raw units for some envs: --thresholds Hopper-v5 2000 Walker2d-v5 3000."""
+    points: int = 200
+    """Grid points of a curve."""
+
+
+def main(options: Options, command: str = "") -> list[Path]:
+    study = load_study(options.runs, options.metric, options.by, options.points)
+    written = plots.save(plots.learning_curves(study, options.title, command), f"{options.out}_curves")
+    if study.shared_envs:
+        written += plots.save(plots.profile(study, options.title, command), f"{options.out}_profile")
+        if len(study.agents) > 1:
+            written += plots.save(plots.improvement(study, options.title, command), f"{options.out}_improvement")
+    for suffix, text in zip((".md", ".csv"), study.table(options.fractions, options.thresholds), strict=True):
+        path = Path(f"{options.out}_table{suffix}")
+        path.write_text(text, encoding="utf-8")
+        written.append(path)
+    for note in dict.fromkeys([*study.notes_of(study.groups), *study.notes_of(study.compared)]):
+        print(f"note: {note}")
+    return written
+
+
+if __name__ == "__main__":
+    try:
+        files = main(tyro.cli(Options, description=__doc__), "python " + shlex.join(sys.argv))
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(map(str, files)))
