@@ -1,0 +1,111 @@
+"""The CPU engine: ``N`` simulations of one model on MuJoCo's own thread pool, shown to the tasks as live tensors."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import mujoco
+import torch
+from mujoco.batch import DATA_FIELDS, Batch
+from torch import Tensor
+
+from envs.mujoco.task import State
+
+__all__ = ["BatchEngine", "available_cores"]
+
+STATE_FIELDS = ("qpos", "qvel", "act", "time", "ctrl")
+BAD_STATE = slice(int(mujoco.mjtWarning.mjWARN_BADQPOS), int(mujoco.mjtWarning.mjWARN_BADCTRL) + 1)
+
+
+def available_cores() -> int:
+    """The cores this process may use; a container or ``taskset`` can leave it fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class BatchEngine:
+    """``num_envs`` float64 simulations on ``mujoco.batch.Batch``. The results do not depend on ``nthread``.
+
+    ``state`` shows them: ``qpos, qvel, act, time, ctrl`` are views of the simulator's memory; the derived ``fields``
+    are refreshed by ``step`` and ``reset`` for the rows these are called on.
+
+    Raises ``ValueError`` for a field MjData does not have.
+    """
+
+    device = torch.device("cpu")
+    dtype = torch.float64
+
+    def __init__(self, model: mujoco.MjModel, num_envs: int, nthread: int, fields: tuple[str, ...]) -> None:
+        unknown = sorted(set(fields) - DATA_FIELDS)
+        if unknown:
+            raise ValueError(f"fields: expected names of MjData arrays ({sorted(DATA_FIELDS)}), received {unknown}")
+        self.model = model
+        contact_forces = "cfrc_ext" in fields
+        # mj_rnePostConstraint reads the contacts, and only a persistent batch still has those after a step.
+        self._batch = Batch(model, num_envs, min(nthread, num_envs), persistent=contact_forces)
+        self._scratch = mujoco.MjData(model)
+        self._scratch_cfrc_ext = torch.from_numpy(self._scratch.cfrc_ext)
+        tensors = {name: self._view(name) for name in dict.fromkeys((*STATE_FIELDS, *fields)) if name != "cfrc_ext"}
+        if contact_forces:
+            tensors["cfrc_ext"] = torch.zeros(num_envs, model.nbody, 6, dtype=self.dtype)
+        self._cfrc_ext = tensors.get("cfrc_ext")
+        self.state = State(**tensors)
+        self._rows = torch.from_numpy(self._batch.state)
+        self._bad_state = torch.from_numpy(self._batch.warning)[:, BAD_STATE, 1]
+
+    def _view(self, name: str) -> Tensor:
+        array = self._batch.bind(name).view()
+        array.flags.writeable = True  # torch knows no read-only tensors and would warn; tasks do not write
+        return torch.from_numpy(array)
+
+    def step(self, nstep: int, rows: Tensor | None = None) -> None:
+        """Advance all simulations, or those in ``rows`` ``[n]`` int64, by ``nstep`` calls of ``mj_step``."""
+        ids = None if rows is None else rows.numpy()
+        self._batch.step(ids, nstep)
+        if self._cfrc_ext is not None:
+            self._compute_cfrc_ext(range(self._batch.nsim) if ids is None else ids.tolist())
+
+    def _compute_cfrc_ext(self, rows: range | list[int]) -> None:
+        # After the step and not through a force sensor: with RK4 the sensor's value is of another integrator stage.
+        # Serial: get_data holds the GIL, two Python threads took as long as one.
+        get_data, model, scratch = self._batch.get_data, self.model, self._scratch
+        out, cfrc_ext = self._cfrc_ext.numpy(), scratch.cfrc_ext
+        for i in rows:
+            get_data(i, scratch)
+            mujoco.mj_rnePostConstraint(model, scratch)
+            out[i] = cfrc_ext
+
+    def reset(self, rows: Tensor, qpos: Tensor, qvel: Tensor) -> None:
+        """Reset the simulations in ``rows`` ``[n]`` int64 to the model's defaults, put them at ``qpos [n, nq]`` and
+        ``qvel [n, nv]`` and compute the derived fields there (``mj_resetData``, then ``mj_forward``)."""
+        ids = rows.numpy()
+        self._batch.reset(ids, stage=int(mujoco.mjtStage.mjSTAGE_NONE))
+        self.state.qpos[rows] = qpos
+        self.state.qvel[rows] = qvel
+        self._batch.forward(ids)
+        if self._cfrc_ext is not None:
+            self._cfrc_ext[rows] = 0.0
+
+    def unstable(self) -> Tensor | None:
+        """Where MuJoCo has met NaN, infinite or huge numbers in qpos, qvel, qacc or ctrl since the last call, ``[N]``
+        bool, or None where nowhere. MuJoCo then resets that simulation by itself and goes on, so neither observation
+        nor reward would show it."""
+        if not self._bad_state.any():
+            return None
+        bad = self._bad_state.ne(0).any(1)
+        self._bad_state.zero_()
+        return bad
+
+    def data(self, index: int) -> mujoco.MjData:
+        """A copy of one simulation with its derived fields computed, to render or to inspect."""
+        data = self._batch.get_data(index)
+        mujoco.mj_forward(self.model, data)
+        return data
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the next step depends on: MuJoCo's full integration state ``[N, nstate]`` float64."""
+        return {"integration_state": self._rows.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict``'s result. Derived fields stay as they are until the next step."""
+        self._rows.copy_(state["integration_state"])

@@ -1,0 +1,303 @@
+"""``MujocoEnv``: many copies of a :class:`MujocoTask` as a ``BatchedEnv``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import mujoco
+import numpy as np
+import torch
+from gymnasium.spaces import Box
+from torch import Tensor
+
+from ccrl.batched_env import AutoresetMode, StepResult
+from envs.mujoco.engine import BatchEngine, available_cores
+from envs.mujoco.render import Renderer, RenderOptions
+from envs.mujoco.task import MujocoTask, model_path
+
+__all__ = ["MujocoEnv"]
+
+
+class MujocoEnv:
+    """``num_envs`` copies of ``task`` on CPU threads, physics in float64.
+
+    Observations, rewards and final observations are cast once into buffers of ``dtype``, which the next ``step`` or
+    ``reset`` overwrites. Each ``step`` writes the rows of ``final_obs`` where an episode ended and no others.
+
+    Args:
+        task: the environment; its options are the fields of its class.
+        num_envs: ``N``, at least 1.
+        seed: of the stream that resets draw from; None takes one from the operating system.
+        nthread: simulator threads; None takes every core the process may use. Results do not depend on it.
+        autoreset_mode: what happens after an episode's end, see ``ccrl.batched_env.BatchedEnv``. With DISABLED,
+            finished copies stand still: reward 0, the last observation and flags.
+        max_episode_steps: the time limit; None takes the task's.
+        dtype: of observations and rewards, float32 or float64.
+        unstable: MuJoCo resets a simulation that meets NaN or huge numbers by itself and goes on, and Gymnasium does
+            not tell. ``"nan"`` makes that step's reward NaN, which the collector reports; ``"continue"`` does as
+            Gymnasium does.
+        render: size and camera of ``render``.
+
+    Raises ``ValueError`` or ``TypeError`` for options out of range and for a task whose methods return other shapes
+    than they should, ``FileNotFoundError`` for a missing MJCF file.
+    """
+
+    provides_final_obs: bool
+    device = BatchEngine.device
+
+    def __init__(
+        self,
+        task: MujocoTask,
+        num_envs: int,
+        *,
+        seed: int | None = None,
+        nthread: int | None = None,
+        autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+        max_episode_steps: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        unstable: Literal["nan", "continue"] = "nan",
+        render: RenderOptions | None = None,
+    ) -> None:
+        self.task, self.num_envs, self.unstable = task, num_envs, unstable
+        self.autoreset_mode = autoreset_mode
+        self.max_episode_steps = task.max_episode_steps if max_episode_steps is None else max_episode_steps
+        self._render_options = render or RenderOptions()
+        nthread = available_cores() if nthread is None else nthread
+        positive = {
+            "num_envs": num_envs,
+            "nthread": nthread,
+            "max_episode_steps": self.max_episode_steps,
+            "frame_skip": task.frame_skip,
+        }
+        for name, value in positive.items():
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, received {value!r}")
+        if not isinstance(autoreset_mode, AutoresetMode):
+            raise TypeError(f"autoreset_mode: expected one of {list(AutoresetMode)}, received {autoreset_mode!r}")
+        if dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"dtype: expected torch.float32 or torch.float64, received {dtype}")
+        if unstable not in ("nan", "continue"):
+            raise ValueError(f"unstable: expected 'nan' or 'continue', received {unstable!r}")
+        self.provides_final_obs = autoreset_mode is AutoresetMode.SAME_STEP
+
+        model = mujoco.MjModel.from_xml_path(str(model_path(task.xml_file)))
+        self.engine = BatchEngine(model, num_envs, nthread, task.fields)
+        task.setup(model, lambda x: torch.as_tensor(np.array(x), dtype=self.engine.dtype, device=self.device))
+        self._generator = torch.Generator(self.device)
+        self._seed(seed)
+        self._renderer: Renderer | None = None
+
+        obs_size = self._check_task()
+        self._obs = torch.zeros(num_envs, obs_size, dtype=dtype)
+        self._final_obs = torch.zeros_like(self._obs) if self.provides_final_obs else None
+        self._reward = torch.zeros(num_envs, dtype=dtype)
+        self._terminated = torch.zeros(num_envs, dtype=torch.bool)
+        self._truncated = torch.zeros(num_envs, dtype=torch.bool)
+        self._elapsed = torch.zeros(num_envs, dtype=torch.int64)
+        self._stopped = False  # some copies finished and have not been reset: False always under SAME_STEP
+        self._started = False
+        bounds = model.actuator_ctrlrange.astype(np.float32)
+        self.single_action_space = Box(bounds[:, 0], bounds[:, 1], dtype=np.float32)
+        numpy_dtype = np.float32 if dtype == torch.float32 else np.float64
+        self.single_observation_space = Box(-np.inf, np.inf, (obs_size,), dtype=numpy_dtype)
+        self._action_shape = torch.Size((num_envs, model.nu))
+
+    # The protocol
+
+    def reset(self, seed: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """Start new episodes, everywhere or where ``mask`` ``[N]`` bool is set: ``[N, k]``."""
+        if seed is not None:
+            self._seed(seed)
+        if mask is None:
+            self._begin(torch.arange(self.num_envs))
+        elif mask.dtype != torch.bool or mask.shape != (self.num_envs,):
+            raise ValueError(
+                f"mask: expected bool of shape ({self.num_envs},), received {mask.dtype} of shape {tuple(mask.shape)}"
+            )
+        elif not self._started:
+            raise RuntimeError("reset(mask=...) before the first reset(): call reset() once to start every copy")
+        else:
+            self._begin(mask.nonzero().squeeze(1))
+        return self._obs
+
+    def step(self, action: Tensor) -> StepResult:
+        """Advance every copy by ``frame_skip`` simulation steps. ``action`` ``[N, nu]`` of any float dtype; the
+        simulator clamps it to the actuators' ranges, the reward sees it as given."""
+        if action.shape != self._action_shape:
+            raise ValueError(f"action: expected shape {tuple(self._action_shape)}, received {tuple(action.shape)}")
+        if not self._started:
+            raise RuntimeError("step() before the first reset(): call reset() once to start every copy")
+        task, state = self.task, self.engine.state
+        if self._stopped:
+            return self._step_partly(action)
+        state.ctrl.copy_(action)
+        self.engine.step(task.frame_skip)
+        self._elapsed += 1
+        self._observe_step()
+        terminated, truncated = task.terminated(state), self._elapsed >= self.max_episode_steps
+        done = terminated | truncated
+        self._terminated, self._truncated = terminated, truncated
+        if done.any():
+            if self._final_obs is None:
+                self._stopped = True
+            else:
+                rows = done.nonzero().squeeze(1)
+                self._final_obs[rows] = self._obs[rows]
+                self._begin(rows)
+        self._remember()
+        return StepResult(self._obs, self._reward, terminated, truncated, self._final_obs)
+
+    def close(self) -> None:
+        """Release the renderer. The simulator's threads end with the object."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    # Beyond the protocol
+
+    def set_state(self, qpos: Tensor, qvel: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Start new episodes at ``qpos [n, nq]`` and ``qvel [n, nv]`` in ``rows`` ``[n]`` int64 (None: all copies), as
+        Gymnasium's reset does with its own noise. Returns the observation ``[N, k]``.
+
+        Raises ``ValueError`` for other shapes.
+        """
+        rows = torch.arange(self.num_envs) if rows is None else rows
+        model = self.engine.model
+        expected = (len(rows), model.nq), (len(rows), model.nv)
+        if (tuple(qpos.shape), tuple(qvel.shape)) != expected:
+            raise ValueError(
+                f"expected qpos, qvel of shapes {expected}, received {(tuple(qpos.shape), tuple(qvel.shape))}"
+            )
+        self._begin_at(rows, qpos, qvel)
+        return self._obs
+
+    def render(self, index: int = 0) -> np.ndarray:
+        """A picture of copy ``index``, ``[height, width, 3]`` uint8, without a display.
+
+        Raises ``RuntimeError`` where no OpenGL backend works, and says what to install.
+        """
+        if self._renderer is None:
+            self._renderer = Renderer(self.engine.model, self._render_options, self.task.camera)
+        return self._renderer.render(self.engine.data(index))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything the future depends on. After ``load_state_dict`` the same actions give the same results, bit for
+        bit."""
+        tensors = {name: tensor.clone() for name, tensor in self._tensors().items()}
+        return {
+            **tensors,
+            "simulator": self.engine.state_dict(),
+            "generator": self._generator.get_state(),
+            "stopped": self._stopped,
+            "started": self._started,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken, in an environment built with the same arguments.
+
+        Raises ``ValueError`` where the state is of another task or number of copies; nothing is loaded then.
+        """
+        mine = self.state_dict()
+        if _shapes(mine) != _shapes(state):
+            raise ValueError(f"state: expected {_shapes(mine)}, received {_shapes(state)}")
+        self.engine.load_state_dict(state["simulator"])
+        for name, tensor in self._tensors().items():
+            tensor.copy_(state[name])
+        self._generator.set_state(state["generator"])
+        self._stopped, self._started = state["stopped"], state["started"]
+
+    # Inside
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {
+            "obs": self._obs,
+            "elapsed": self._elapsed,
+            "terminated": self._terminated,
+            "truncated": self._truncated,
+        }
+        return tensors | ({"before": self._before} if self._before is not None else {})
+
+    def _seed(self, seed: int | None) -> None:
+        if seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(seed)
+
+    def _step_partly(self, action: Tensor) -> StepResult:
+        """A step in which the finished copies do not take part (NEXT_STEP: they start again; DISABLED: they wait)."""
+        state, stopped = self.engine.state, self._terminated | self._truncated
+        kept = self._obs[stopped]
+        state.ctrl.copy_(action)
+        self.engine.step(self.task.frame_skip, (~stopped).nonzero().squeeze(1))
+        self._elapsed += ~stopped
+        self._observe_step()
+        self._obs[stopped] = kept
+        self._reward[stopped] = 0.0
+        terminated = torch.where(stopped, self._terminated, self.task.terminated(state))
+        truncated = self._elapsed >= self.max_episode_steps
+        self._terminated, self._truncated = terminated, truncated
+        if self.autoreset_mode is AutoresetMode.NEXT_STEP:
+            self._begin(stopped.nonzero().squeeze(1))
+        self._stopped = bool((self._terminated | self._truncated).any())
+        self._remember()
+        return StepResult(self._obs, self._reward, self._terminated, self._truncated)
+
+    def _observe_step(self) -> None:
+        state = self.engine.state
+        self._obs.copy_(self.task.observe(state))
+        self._reward.copy_(self.task.reward(state))
+        bad = self.engine.unstable()
+        if bad is not None and self.unstable == "nan":
+            self._reward[bad] = torch.nan
+
+    def _remember(self) -> None:
+        if self._before is not None:
+            self._before.copy_(self.task.remember(self.engine.state))
+
+    def _begin(self, rows: Tensor) -> None:
+        self._begin_at(rows, *self.task.reset(len(rows), self._generator))
+
+    def _begin_at(self, rows: Tensor, qpos: Tensor, qvel: Tensor) -> None:
+        self.engine.reset(rows, qpos, qvel)
+        state = self.engine.state.rows(rows)
+        if self._before is not None:
+            self._before[rows] = self.task.remember(state)
+        self._obs[rows] = self.task.observe(state).to(self._obs.dtype)
+        self._elapsed[rows] = 0
+        if self.autoreset_mode is not AutoresetMode.SAME_STEP:
+            # Out of place: the last StepResult holds these tensors.
+            self._terminated = self._terminated.index_fill(0, rows, False)
+            self._truncated = self._truncated.index_fill(0, rows, False)
+            self._stopped = bool((self._terminated | self._truncated).any())
+        self._started = True
+
+    def _check_task(self) -> int:
+        """Call each of the task's methods once, with a stream of its own, and return the observation's size."""
+        task, state, n = self.task, self.engine.state, self.num_envs
+        qpos, qvel = task.reset(n, torch.Generator(self.device).manual_seed(0))
+        self._expect("reset(n, generator)[0]", qpos, (n, state.qpos.shape[1]), qpos.dtype)
+        self._expect("reset(n, generator)[1]", qvel, (n, state.qvel.shape[1]), qvel.dtype)
+        self.engine.reset(torch.arange(n), qpos, qvel)
+        before = task.remember(state)
+        self._before = None if before is None else before.clone()
+        if self._before is not None:
+            state.before = self._before
+        obs = task.observe(state)
+        self._expect("observe(state)", obs, (n, obs.shape[-1]), obs.dtype)
+        self._expect("reward(state)", task.reward(state), (n,), self.engine.dtype)
+        self._expect("terminated(state)", task.terminated(state), (n,), torch.bool)
+        return obs.shape[1]
+
+    def _expect(self, call: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        if tuple(value.shape) != shape or value.dtype != dtype:
+            raise ValueError(
+                f"{type(self.task).__name__}.{call}: expected shape {shape} and {dtype}, "
+                f"received {tuple(value.shape)} and {value.dtype}"
+            )
+
+
+def _shapes(state: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: _shapes(value) if isinstance(value, dict) else tuple(getattr(value, "shape", ()))
+        for name, value in sorted(state.items())
+    }

@@ -1,0 +1,156 @@
+"""What a MuJoCo environment is made of: one :class:`MujocoTask` per environment, written against the tensors of a
+:class:`State`. A task knows nothing of the engine that steps it, so the same class runs wherever an engine can show
+MjData's arrays as ``[N, ...]`` tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium
+import mujoco
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["MujocoTask", "State", "model_path", "within"]
+
+ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
+
+
+class State:
+    """The ``N`` simulations a task looks at: MjData's arrays with a leading batch axis, as attributes.
+
+    Always there: ``qpos [N, nq]``, ``qvel [N, nv]``, ``act [N, na]``, ``time [N]``, ``ctrl [N, nu]`` (the action as
+    given, not clamped). Derived arrays (``xpos [N, nbody, 3]``, ``cfrc_ext [N, nbody, 6]``, ...) are there when the
+    task's ``fields`` name them; as after ``mj_step`` they describe the state before the last substep, which is also
+    what Gymnasium's environments see. ``before`` is what ``MujocoTask.remember`` returned before this step.
+
+    The tensors are live: a task reads them and never writes or keeps them.
+    """
+
+    qpos: Tensor
+    qvel: Tensor
+    act: Tensor
+    time: Tensor
+    ctrl: Tensor
+    before: Tensor
+
+    def __init__(self, **tensors: Tensor) -> None:
+        self.__dict__.update(tensors)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__"):  # copy and pickle probe for these
+            raise AttributeError(name)
+        raise AttributeError(
+            f"the state has {sorted(self.__dict__)}, not {name!r}: name derived MjData arrays in the task's `fields`"
+        )
+
+    def rows(self, rows: Tensor) -> State:
+        """Copies of the given rows ``[n]`` int64, each field copied when it is first read."""
+        return _Rows(self, rows)
+
+
+class _Rows(State):
+    def __init__(self, state: State, rows: Tensor) -> None:
+        self.__dict__.update(_state=state, _rows=rows)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(self.__dict__["_state"], name)[self.__dict__["_rows"]]
+        self.__dict__[name] = value
+        return value
+
+
+class MujocoTask:
+    """One environment: its MJCF file, observation, reward, termination and reset.
+
+    A subclass is a dataclass whose fields are the constructor options; it sets ``xml_file`` and ``frame_skip`` and
+    writes ``observe`` and ``reward``, and where needed ``terminated``, ``reset`` and ``remember``. All methods work on
+    ``[N, ...]`` tensors in the dtype and on the device the engine chose (float64 on the CPU engine).
+    """
+
+    xml_file: str | Path
+    """A ``Path``, or a string that starts with ``.``, ``/`` or ``~``, is a file; any other string names one of the
+    MJCF files that ship with Gymnasium."""
+    frame_skip: int
+    """Simulation steps per environment step."""
+    reset_noise_scale: float
+    """Half width of the uniform noise the inherited ``reset`` adds to the initial positions and velocities."""
+
+    fields: tuple[str, ...] = ()
+    """Derived MjData arrays the methods read. Only these are copied out of the simulator. Naming ``cfrc_ext`` makes
+    the engine run ``mj_rnePostConstraint`` after each step; it is zero after a reset, as in Gymnasium."""
+    max_episode_steps: ClassVar[int] = 1000
+    """The time limit that applies when the environment is built without one."""
+    camera: ClassVar[dict[str, Any]] = {}
+    """Attributes of the ``MjvCamera`` that films the task (distance, lookat, elevation, trackbodyid, ...)."""
+
+    def setup(self, model: mujoco.MjModel, tensor: Callable[[Any], Tensor]) -> None:
+        """Read constants of the model once, before anything else is called. ``tensor`` turns an array into a float
+        tensor of the engine's dtype and device. An override calls ``super().setup(model, tensor)`` first."""
+        self.dt = model.opt.timestep * self.frame_skip
+        self.init_qpos = tensor(model.qpos0)
+        self.init_qvel = tensor(np.zeros(model.nv))
+
+    def observe(self, state: State) -> Tensor:
+        """The observation ``[N, k]``; after a step and, on the reset rows alone, after a reset."""
+        raise NotImplementedError(f"{type(self).__name__} needs observe(state) -> Tensor [N, k]")
+
+    def reward(self, state: State) -> Tensor:
+        """The reward ``[N]`` of the step that led to ``state``."""
+        raise NotImplementedError(f"{type(self).__name__} needs reward(state) -> Tensor [N]")
+
+    def terminated(self, state: State) -> Tensor:
+        """Where the task has ended, ``[N]`` bool; by default nowhere."""
+        return torch.zeros(state.qpos.shape[0], dtype=torch.bool, device=state.qpos.device)
+
+    def remember(self, state: State) -> Tensor | None:
+        """What ``reward`` compares with its value before the step, ``[N, ...]``: it finds it in ``state.before``."""
+        return None
+
+    def reset(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Initial ``qpos [n, nq]`` and ``qvel [n, nv]`` of ``n`` new episodes; by default the model's reference
+        configuration at rest, with uniform noise of ``reset_noise_scale`` on both."""
+        s = self.reset_noise_scale
+        return (
+            self.init_qpos + self.uniform(n, self.init_qpos, -s, s, generator),
+            self.init_qvel + self.uniform(n, self.init_qvel, -s, s, generator),
+        )
+
+    @staticmethod
+    def uniform(n: int, like: Tensor, low: float, high: float, generator: torch.Generator) -> Tensor:
+        """Uniform noise ``[n, *like.shape]`` with the dtype and device of ``like``."""
+        return like.new_empty((n, *like.shape)).uniform_(low, high, generator=generator)
+
+    @staticmethod
+    def normal(n: int, like: Tensor, scale: float, generator: torch.Generator) -> Tensor:
+        """Normal noise ``[n, *like.shape]`` of standard deviation ``scale``."""
+        return like.new_empty((n, *like.shape)).normal_(generator=generator).mul_(scale)
+
+
+def within(x: Tensor, bounds: tuple[float, float]) -> Tensor:
+    """Elementwise ``low < x < high``; False where ``x`` is NaN."""
+    low, high = bounds
+    return (x > low) & (x < high)
+
+
+def model_path(xml_file: str | Path) -> Path:
+    """The MJCF file an ``xml_file`` option names (the rule of ``MujocoTask.xml_file``).
+
+    Raises ``FileNotFoundError`` where there is none.
+    """
+    own = isinstance(xml_file, Path) or xml_file.startswith((".", "/", "~"))
+    path = Path(xml_file).expanduser() if own else ASSETS / xml_file
+    if path.is_file():
+        return path
+    if own:
+        raise FileNotFoundError(f"xml_file={str(xml_file)!r}: no such file; expected an MJCF file at {path.absolute()}")
+    known = ", ".join(sorted(p.name for p in ASSETS.glob("*.xml")))
+    raise FileNotFoundError(
+        f"xml_file={xml_file!r} is not one of Gymnasium's MJCF files ({known}); "
+        f"write a file of your own as './{xml_file}' or as a pathlib.Path"
+    )

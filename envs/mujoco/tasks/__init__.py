@@ -1,0 +1,1 @@
+"""Gymnasium's eleven v5 tasks."""

@@ -1,0 +1,121 @@
+"""Swimmer-v5, HalfCheetah-v5, Hopper-v5 and Walker2d-v5: planar bodies that are paid for forward speed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from envs.mujoco.task import MujocoTask, State, within
+
+__all__ = ["HalfCheetah", "Hopper", "Swimmer", "Walker2d"]
+
+
+class Runner(MujocoTask):
+    """``forward_reward_weight * forward speed - ctrl_cost_weight * |action|^2``."""
+
+    forward_reward_weight: float
+    ctrl_cost_weight: float
+    exclude_current_positions_from_observation: bool
+    free_coordinates: ClassVar[int] = 1
+    """Leading entries of qpos that say where the body is; the observation may leave them out."""
+
+    def observe(self, state: State) -> Tensor:
+        skip = self.free_coordinates if self.exclude_current_positions_from_observation else 0
+        return torch.cat((state.qpos[:, skip:], state.qvel), 1)
+
+    def remember(self, state: State) -> Tensor:
+        return state.qpos[:, 0]
+
+    def reward(self, state: State) -> Tensor:
+        velocity = (state.qpos[:, 0] - state.before) / self.dt
+        return self.forward_reward_weight * velocity - self.ctrl_cost_weight * state.ctrl.square().sum(1)
+
+
+@dataclass
+class Swimmer(Runner):
+    """Three links in a viscous fluid. Observation ``[N, 8]``: qpos without x and y, qvel."""
+
+    xml_file: str = "swimmer.xml"
+    frame_skip: int = 4
+    forward_reward_weight: float = 1.0
+    ctrl_cost_weight: float = 1e-4
+    reset_noise_scale: float = 0.1
+    exclude_current_positions_from_observation: bool = True
+
+    free_coordinates: ClassVar = 2
+    camera: ClassVar = {"trackbodyid": 1}
+
+
+@dataclass
+class HalfCheetah(Runner):
+    """Observation ``[N, 17]``: qpos without x, qvel. Never terminates."""
+
+    xml_file: str = "half_cheetah.xml"
+    frame_skip: int = 5
+    forward_reward_weight: float = 1.0
+    ctrl_cost_weight: float = 0.1
+    reset_noise_scale: float = 0.1
+    exclude_current_positions_from_observation: bool = True
+
+    camera: ClassVar = {"distance": 4.0, "trackbodyid": 1}
+
+    def reset(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        s = self.reset_noise_scale
+        return (
+            self.init_qpos + self.uniform(n, self.init_qpos, -s, s, generator),
+            self.init_qvel + self.normal(n, self.init_qvel, s, generator),
+        )
+
+
+@dataclass
+class Walker2d(Runner):
+    """A two-legged runner that has to stay upright. Observation ``[N, 17]``: qpos without x, qvel clipped to ±10."""
+
+    xml_file: str = "walker2d_v5.xml"
+    frame_skip: int = 4
+    forward_reward_weight: float = 1.0
+    ctrl_cost_weight: float = 1e-3
+    healthy_reward: float = 1.0
+    terminate_when_unhealthy: bool = True
+    healthy_z_range: tuple[float, float] = (0.8, 2.0)
+    healthy_angle_range: tuple[float, float] = (-1.0, 1.0)
+    reset_noise_scale: float = 5e-3
+    exclude_current_positions_from_observation: bool = True
+
+    camera: ClassVar = {"trackbodyid": 2, "distance": 4.0, "lookat": (0.0, 0.0, 1.15), "elevation": -20.0}
+
+    def healthy(self, state: State) -> Tensor:
+        """Height and pitch of the torso are within their ranges: ``[N]`` bool."""
+        qpos = state.qpos
+        return within(qpos[:, 1], self.healthy_z_range) & within(qpos[:, 2], self.healthy_angle_range)
+
+    def observe(self, state: State) -> Tensor:
+        skip = self.free_coordinates if self.exclude_current_positions_from_observation else 0
+        return torch.cat((state.qpos[:, skip:], state.qvel.clamp(-10, 10)), 1)
+
+    def reward(self, state: State) -> Tensor:
+        return super().reward(state) + self.healthy_reward * self.healthy(state)
+
+    def terminated(self, state: State) -> Tensor:
+        return ~self.healthy(state) if self.terminate_when_unhealthy else super().terminated(state)
+
+
+@dataclass
+class Hopper(Walker2d):
+    """A one-legged runner. Observation ``[N, 11]``: qpos without x, qvel clipped to ±10."""
+
+    xml_file: str = "hopper.xml"
+    healthy_state_range: tuple[float, float] = (-100.0, 100.0)
+    healthy_z_range: tuple[float, float] = (0.7, float("inf"))
+    healthy_angle_range: tuple[float, float] = (-0.2, 0.2)
+
+    camera: ClassVar = {"trackbodyid": 2, "distance": 3.0, "lookat": (0.0, 0.0, 1.15), "elevation": -20.0}
+
+    def healthy(self, state: State) -> Tensor:
+        """As Walker2d, and all of qpos[2:] and qvel within ``healthy_state_range``."""
+        low, high = torch.cat((state.qpos[:, 2:], state.qvel), 1).aminmax(dim=1)
+        smallest, largest = self.healthy_state_range
+        return super().healthy(state) & (low > smallest) & (high < largest)
