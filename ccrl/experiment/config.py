@@ -234,6 +234,7 @@ def _yaml_text(config: Any, indent: int) -> str:
         if dataclasses.is_dataclass(value):
             parts.append(f"{pad}{field.name}:\n{_yaml_text(value, indent + 2)}")
         else:
-            text = yaml.safe_dump({field.name: _plain(value)}, default_flow_style=None, sort_keys=False, width=10_000)
-            parts.append(textwrap.indent(text, pad))
+            # Inside a list, so that lists and mappings stay on the line and strings are quoted where needed.
+            text = yaml.safe_dump([_plain(value)], default_flow_style=True, sort_keys=False, width=1_000_000).strip()
+            parts.append(f"{pad}{field.name}: {text[1:-1]}\n")
     return "".join(parts) or f"{pad}{{}}\n"

@@ -1,0 +1,205 @@
+import csv
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ccrl.experiment import plots
+from ccrl.experiment.csv_table import CsvTable
+from ccrl.experiment.curves import load_study, short
+from ccrl.experiment.statistics import iqm
+
+ROOT = Path(__file__).parents[2]
+
+
+def make_run(root, env, agent, seed, points, name="", metric="rollout/ep_rew_mean", file="progress.csv", config=""):
+    folder = root / f"{env.replace('/', '-')}__{agent}__{seed}{name}"
+    folder.mkdir(parents=True)
+    (folder / "run.json").write_text(json.dumps({"env": env, "agent": agent, "seed": seed}))
+    (folder / "config.yaml").write_text(config)
+    table = CsvTable(folder / file)
+    for step, value in points:
+        table.write(step, {metric: value, "time/fps": 1.0})
+    table.close()
+    return folder
+
+
+def line(slope, end=100, start=0):
+    return [(step, slope * step) for step in range(start, end + 1, 10)]
+
+
+def test_alignment_interpolates_on_the_common_support(tmp_path):
+    make_run(tmp_path, "A", "ppo", 0, [(0, 0.0), (50, 5.0), (100, 10.0)])
+    make_run(tmp_path, "A", "ppo", 1, [(10, 1.0), (80, 8.0)])
+    study = load_study([tmp_path], points=8)
+    group = study.groups["A", "ppo"]
+    assert group.seeds == (0, 1)
+    assert group.steps.tolist() == [10, 20, 30, 40, 50, 60, 70, 80]
+    np.testing.assert_allclose(group.values, [[1, 2, 3, 4, 5, 6, 7, 8]] * 2)
+    assert study.notes_of(study.groups) == [
+        "ppo on A: cut to 80 steps, the length of the shortest run (ppo, seed 1); the longest has 100"
+    ]
+
+
+def test_agents_are_compared_at_equal_steps(tmp_path):
+    make_run(tmp_path, "A", "ppo", 0, line(1.0, end=100))
+    make_run(tmp_path, "A", "mdpo", 0, line(2.0, end=50))
+    study = load_study([tmp_path], points=101)
+    assert study.groups["A", "ppo"].steps[-1] == 100
+    assert study.groups["A", "ppo"].note == ""
+    assert study.compared["A", "ppo"].steps[-1] == 50
+    # The last tenth of 101 points: 10 points, from 45.5 to 50 in steps of 0.5, on average 47.75.
+    assert study.final("A", "ppo") == pytest.approx([47.75])
+    assert study.final("A", "mdpo") == pytest.approx([95.5])
+    assert study.span("A") == pytest.approx((0.0, 95.5))
+    assert study.normalised("ppo")[0] == pytest.approx([0.5])
+
+
+def test_repeated_and_empty_rows(tmp_path):
+    folder = make_run(tmp_path, "A", "ppo", 0, [(0, 1.0), (10, 2.0), (10, 3.0)])
+    table = CsvTable(folder / "progress.csv")
+    table.write(10, {"time/fps": 5.0})  # a row without the metric
+    (curve,) = load_study([tmp_path]).curves
+    assert curve.steps.tolist() == [0, 10]
+    assert curve.values.tolist() == [1.0, 3.0]
+
+
+def test_one_seed_counts_once(tmp_path):
+    make_run(tmp_path, "A", "ppo", 0, line(1.0, end=50))
+    make_run(tmp_path, "A", "ppo", 0, line(1.0, end=100), name="b")
+    make_run(tmp_path, "A", "ppo", 1, [], name="c")
+    study = load_study([tmp_path])
+    assert [curve.steps[-1] for curve in study.curves] == [100]
+    assert study.notes == (
+        "left out A__ppo__0: same env, agent and seed as the longer A__ppo__0b",
+        "left out A__ppo__1c: no values of rollout/ep_rew_mean",
+    )
+
+
+def test_metric_of_eval_csv_and_unknown_metric(tmp_path):
+    make_run(tmp_path, "A", "ppo", 0, line(1.0), metric="eval/mean_reward", file="eval.csv")
+    assert load_study([tmp_path], "eval/mean_reward").curves[0].values[-1] == 100
+    with pytest.raises(ValueError, match=r"expected runs with eval/x; received 1 runs.* eval/mean_reward, time/fps"):
+        load_study([tmp_path], "eval/x")
+    with pytest.raises(ValueError, match="received 0 runs"):
+        load_study([tmp_path / "nothing"])
+
+
+def test_runs_without_steps_in_common(tmp_path):
+    make_run(tmp_path, "A", "ppo", 0, line(1.0, end=20))
+    make_run(tmp_path, "A", "ppo", 1, line(1.0, start=50))
+    with pytest.raises(ValueError, match=r"expected runs with steps in common.*Leave out the short run"):
+        load_study([tmp_path]).groups  # noqa: B018
+
+
+def test_sweep_by_a_config_key(tmp_path):
+    for m in (1, 10):
+        make_run(tmp_path, "A", "mdpo", 0, line(m), name=m, config=f"inner:\n  steps: {m}\n")
+    study = load_study([tmp_path], by="inner.steps")
+    assert study.agents == ["mdpo steps=1", "mdpo steps=10"]
+    assert study.notes == ()
+    with pytest.raises(ValueError, match=r"expected the key m; received inner.steps"):
+        load_study([tmp_path], by="m")
+
+
+def test_table_by_hand(tmp_path):
+    for seed, slope in enumerate((1.0, 1.0, 2.0)):
+        make_run(tmp_path, "A", "ppo", seed, line(slope))
+    markdown, text = load_study([tmp_path], points=101).table(thresholds={"A": 110.0})
+    (row,) = csv.DictReader(text.splitlines())
+    assert (row["env"], row["agent"], row["runs"], row["final_step"]) == ("A", "ppo", "3", "100.0")
+    # Finals 95.5, 95.5 and 191 (the last ten of 101 points); three runs are too few to cut any.
+    assert float(row["final_iqm"]) == pytest.approx(382 / 3)
+    assert float(row["final_low"]) == pytest.approx(95.5)
+    assert float(row["final_high"]) == pytest.approx(191.0)
+    assert (row["reached"], row["median_steps"]) == ("1", "inf")  # only the steep run gets to 110
+    assert "| ppo | 3 | 127.3 [95.5, 191] | not reached (1/3) |" in markdown
+    markdown, text = load_study([tmp_path], points=101).table(fractions=(0.5,))
+    # Half of 127.33 is 63.7: runs 0 and 1 get there at step 64, run 2 at 32.
+    assert next(csv.DictReader(text.splitlines()))["median_steps"] == "64.0"
+    assert "| 64 (3/3) |" in markdown
+
+
+@pytest.fixture
+def many(tmp_path):
+    for env, scale in (("A", 1.0), ("ns/B-v0", -5.0)):
+        for a, agent in enumerate(("ppo", "mdpo", "bpo")):
+            for seed in range(4):
+                points = [(step, scale * (1 + a + 0.1 * seed) * step) for step in range(0, 1001, 50)]
+                make_run(tmp_path / "runs", env, agent, seed, points)
+    make_run(tmp_path / "runs", "C", "ppo", 0, line(1.0))
+    return tmp_path / "runs"
+
+
+def test_learning_curves_draw_iqm_and_band(many):
+    study = load_study([many])
+    figure = plots.learning_curves(study, "Title", "python x")
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["A", "C", "ns/B-v0"]
+    drawn = {line.get_label(): line for line in figure.axes[0].lines}
+    assert set(drawn) == {"bpo", "mdpo", "ppo"}
+    group = study.groups["A", "ppo"]
+    np.testing.assert_array_equal(drawn["ppo"].get_ydata(), iqm(group.values, axis=0))
+    assert len(figure.axes[0].collections) == 3
+    words = " ".join(text.get_text() for text in figure.texts)
+    assert "Title" in words
+    assert "python x" in words
+    assert "1 to 4 seeds per agent and env" in words
+    assert len({line.get_color() for line in drawn.values()}) == 3
+
+
+def test_comparisons_use_the_shared_envs(many):
+    study = load_study([many])
+    assert study.shared_envs == ["A", "ns/B-v0"]
+    profile = plots.profile(study)
+    for drawn in profile.axes[0].lines:
+        y = drawn.get_ydata()
+        assert y[0] == 1.0
+        assert (np.diff(y) <= 0).all()
+        assert y[-1] == 0.0
+    improvement = plots.improvement(study)
+    labels = [label.get_text() for label in improvement.axes[0].get_yticklabels()]
+    assert labels == ["bpo > mdpo", "bpo > ppo", "mdpo > ppo"]
+    # Steeper wins all of A and loses all of B, where steeper is down: one half for every pair.
+    points = [drawn.get_xdata()[0] for drawn in improvement.axes[0].lines if drawn.get_marker() == "o"]
+    assert points == [0.5, 0.5, 0.5]
+
+
+def test_agents_without_a_shared_env(tmp_path):
+    make_run(tmp_path, "A", "ppo", 0, line(1.0))
+    study = load_study([tmp_path])
+    with pytest.raises(ValueError, match=r"at least two agents to compare; received \['ppo'\]"):
+        plots.improvement(study)
+    make_run(tmp_path, "B", "mdpo", 0, line(1.0))
+    with pytest.raises(ValueError, match="expected an env on which all agents have runs"):
+        plots.profile(load_study([tmp_path]))
+
+
+def test_script(many, tmp_path):
+    out = tmp_path / "figures" / "x"
+    command = [sys.executable, "scripts/plot.py", str(many), "--out", str(out), "--title", "T", "--points", "20"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {f"x_{figure}.{suffix}" for figure in ("curves", "profile", "improvement") for suffix in ("png", "svg")}
+    assert {path.name for path in out.parent.iterdir()} == names | {"x_table.md", "x_table.csv"}
+    assert (out.parent / "x_curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "scripts/plot.py" in (out.parent / "x_curves.svg").read_text()
+    failed = subprocess.run(
+        [*command, "--metric", "nothing"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: expected runs with nothing")
+
+
+def test_figures_are_reproducible(many, tmp_path):
+    files = [plots.save(plots.learning_curves(load_study([many], points=20)), tmp_path / name) for name in ("a", "b")]
+    assert [path.name for path in files[0]] == ["a.png", "a.svg"]
+    for first, second in zip(*files, strict=True):
+        assert first.read_bytes() == second.read_bytes()
+
+
+def test_short_numbers():
+    assert [short(x) for x in (0, 250, 1000, 1_500_000, 2e9)] == ["0", "250", "1k", "1.5M", "2G"]
