@@ -1,0 +1,96 @@
+"""An SB3 ``VecEnv`` as a :class:`ccrl.batched_env.BatchedEnv`, and the door to the other direction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, float32_space, store
+from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree
+
+__all__ = ["SB3Env", "as_vec_env"]
+
+
+class SB3Env:
+    """An SB3 ``VecEnv`` seen as a ``BatchedEnv`` in ``SAME_STEP`` mode. Duck-typed: SB3 itself is not imported.
+
+    ``infos[i]["terminal_observation"]`` becomes ``final_obs``; ``infos[i]["TimeLimit.truncated"]`` tells truncations
+    from terminations. The returned tensors are persistent buffers. There is no ``state_dict``.
+
+    Raises:
+        TypeError: an object without the methods of a ``VecEnv``, or a space that is not supported.
+    """
+
+    def __init__(self, env: Any, *, device: torch.device | str = "cpu") -> None:
+        self.name = type(env).__name__
+        missing = [
+            name for name in ("num_envs", "observation_space", "step_async", "step_wait") if not hasattr(env, name)
+        ]
+        if missing:
+            raise TypeError(f"expected an SB3 VecEnv, got {self.name} without {', '.join(missing)}")
+        check_action_space(env.action_space, where=self.name)
+        self.env = env
+        self.num_envs: int = env.num_envs
+        self.device = torch.device(device)
+        self.single_action_space = env.action_space
+        self.single_observation_space = float32_space(env.observation_space, where=self.name)
+        self.autoreset_mode = AutoresetMode.SAME_STEP
+        self.provides_final_obs = True
+        self._obs = batch_buffer(self.single_observation_space, self.num_envs, self.device)
+        self._final_obs = batch_buffer(self.single_observation_space, self.num_envs, self.device)
+        self._reward = torch.zeros(self.num_envs, device=self.device)
+        self._terminated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        self._truncated = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+
+    def reset(self, seed: int | None = None, mask: Tensor | None = None) -> Tree:
+        """Start episodes in every copy.
+
+        Raises:
+            ValueError: a ``mask``; a ``VecEnv`` resets all copies or none.
+        """
+        if mask is not None:
+            raise ValueError(f"{self.name}: an SB3 VecEnv cannot reset single copies; call reset() without a mask")
+        if seed is not None:
+            self.env.seed(seed)
+        store(self._obs, self.env.reset())
+        return self._obs
+
+    def step(self, action: Tensor) -> StepResult:
+        """See :class:`ccrl.batched_env.BatchedEnv`.
+
+        Raises:
+            ValueError: an action of another shape or kind.
+        """
+        self.env.step_async(action_array(action, self.single_action_space, self.num_envs, where=self.name))
+        obs, reward, done, infos = self.env.step_wait()
+        truncated = np.zeros(self.num_envs, dtype=bool)
+        for row in np.flatnonzero(done):
+            truncated[row] = infos[row].get("TimeLimit.truncated", False)
+            store(self._final_obs, infos[row]["terminal_observation"], int(row))
+        store(self._obs, obs)
+        store(self._reward, reward)
+        store(self._terminated, np.asarray(done, dtype=bool) & ~truncated)
+        store(self._truncated, truncated)
+        return StepResult(self._obs, self._reward, self._terminated, self._truncated, self._final_obs)
+
+    def close(self) -> None:
+        """Close the environment and its processes."""
+        self.env.close()
+
+
+def as_vec_env(env: BatchedEnv) -> Any:
+    """``env`` as an SB3 ``VecEnv``, so that SB3's algorithms train on it. Each finished episode is reported as
+    ``infos[i]["episode"] = {"r": return, "l": length, "t": seconds}``, as SB3's ``Monitor`` does.
+
+    Raises:
+        ImportError: SB3 is not installed.
+        ValueError: an environment that is not in ``SAME_STEP`` mode with ``final_obs``.
+    """
+    try:
+        from ccrl.adapters.sb3_export import BatchedVecEnv
+    except ImportError as error:
+        raise ImportError('training SB3 algorithms needs SB3: pip install "ccrl[sb3]"') from error
+    return BatchedVecEnv(env)

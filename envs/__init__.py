@@ -1,0 +1,164 @@
+"""Environments, and the one door to all of them: :func:`make`.
+
+Importing this package registers every native environment with Gymnasium as ``ccrl/<id>``, so that
+``gymnasium.make_vec("ccrl/CartPole-v1", num_envs=8)`` builds what ``envs.make("CartPole-v1", 8)`` builds, with NumPy
+arrays outside.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import gymnasium
+import torch
+
+from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
+from ccrl.batched_env import AutoresetMode, BatchedEnv
+
+__all__ = ["BACKENDS", "NATIVE", "make", "make_single_env", "make_vector_env"]
+
+CLASSIC = {
+    "Acrobot-v1": "Acrobot",
+    "CartPole-v1": "CartPole",
+    "MountainCar-v0": "MountainCar",
+    "MountainCarContinuous-v0": "MountainCarContinuous",
+    "Pendulum-v1": "Pendulum",
+}
+MUJOCO = (
+    "Ant-v5",
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Humanoid-v5",
+    "HumanoidStandup-v5",
+    "InvertedDoublePendulum-v5",
+    "InvertedPendulum-v5",
+    "Pusher-v5",
+    "Reacher-v5",
+    "Swimmer-v5",
+    "Walker2d-v5",
+)
+NATIVE = (*CLASSIC, *MUJOCO)
+"""The ids with a batched implementation of our own, under Gymnasium's names."""
+
+BACKENDS = ("native", "sync", "async", "gymnasium")
+
+
+def make(
+    id: str,
+    num_envs: int = 1,
+    *,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+    autoreset_mode: AutoresetMode | str | None = None,
+    seed: int | None = None,
+    **env_kwargs: Any,
+) -> BatchedEnv:
+    """``num_envs`` copies of an environment.
+
+    Args:
+        id: Gymnasium's id (``"HalfCheetah-v5"``) or ours (``"ccrl/HalfCheetah-v5"``). ``"module:id"`` imports the
+            module first, which is how packages that register environments are loaded.
+        num_envs: number of copies.
+        device: where observations and rewards go. The native MuJoCo tasks simulate on the CPU and take no other.
+        backend: ``"native"`` is ours; ``"sync"`` and ``"async"`` are Gymnasium's environments in one or in many
+            processes; ``"gymnasium"`` is the environment's own vector entry point. ``None`` takes the native one where
+            there is one, else the vector entry point, else ``"sync"``.
+        autoreset_mode: ``None`` is ``SAME_STEP``, or for vector entry points what they do.
+        seed: resets the environment once with this seed.
+        env_kwargs: options of the environment, under Gymnasium's names.
+
+    Raises:
+        ValueError: an unknown id or backend, or a combination that does not exist.
+    """
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"expected backend None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    module, _, name = id.rpartition(":")
+    if module:
+        importlib.import_module(module)
+    bare = name.removeprefix("ccrl/")
+    native = bare in NATIVE and (backend is None or bare != name)
+    if native and backend not in (None, "native"):
+        raise ValueError(f"{name} is native; for backend={backend!r} use Gymnasium's id {bare!r}")
+    if native or backend == "native":
+        env = _make_native(bare, num_envs, device, autoreset_mode, env_kwargs)
+    else:
+        env = _make_gymnasium(name, num_envs, device, backend, autoreset_mode, env_kwargs)
+    if seed is not None:
+        env.reset(seed=seed)
+    return env
+
+
+def make_vector_env(task: str, num_envs: int = 1, **options: Any) -> TorchVectorEnv:
+    """The native environment ``task`` as a Gymnasium vector environment: the entry point of ``gymnasium.make_vec``."""
+    return as_vector_env(make(task, num_envs, backend="native", **options))
+
+
+def make_single_env(task: str, render_mode: str | None = None, **options: Any) -> SingleEnv:
+    """One copy of the native environment ``task`` as a Gymnasium environment: the entry point of ``gymnasium.make``."""
+    env = make(task, 1, backend="native", autoreset_mode=AutoresetMode.DISABLED, **options)
+    return SingleEnv(env, render_mode)
+
+
+def _make_native(
+    id: str,
+    num_envs: int,
+    device: torch.device | str,
+    autoreset_mode: AutoresetMode | str | None,
+    options: dict[str, Any],
+) -> BatchedEnv:
+    mode = AutoresetMode(autoreset_mode or AutoresetMode.SAME_STEP)
+    if id in CLASSIC:
+        factory: Callable[..., BatchedEnv] = getattr(importlib.import_module("envs.classic"), CLASSIC[id])
+        return factory(num_envs, device=device, autoreset_mode=mode, **options)
+    if id in MUJOCO:
+        if torch.device(device).type != "cpu":
+            raise ValueError(f"{id} simulates on the CPU, got device={str(device)!r}; leave device at 'cpu'")
+        # Imported late: loading MuJoCo takes most of a second, which a cart-pole should not wait for.
+        from envs.mujoco import make_mujoco
+
+        return make_mujoco(id, num_envs, autoreset_mode=mode, **options)
+    raise ValueError(f"there is no native {id!r}; expected one of {', '.join(NATIVE)}, or another backend")
+
+
+def _make_gymnasium(
+    id: str,
+    num_envs: int,
+    device: torch.device | str,
+    backend: str | None,
+    autoreset_mode: AutoresetMode | str | None,
+    options: dict[str, Any],
+) -> GymnasiumEnv:
+    if id not in gymnasium.registry:
+        near = difflib.get_close_matches(id, gymnasium.registry, n=4, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}? " if near else ""
+        raise ValueError(
+            f"no environment {id!r}; {hint}One registered by another package needs that package's module in front: "
+            f"'module:{id}'"
+        )
+    entry_point = gymnasium.spec(id).vector_entry_point
+    if backend == "gymnasium" and entry_point is None:
+        raise ValueError(f"{id} has no vector entry point; use backend='sync' or 'async'")
+    if backend == "gymnasium" or (backend is None and entry_point is not None):
+        env = GymnasiumEnv(gymnasium.make_vec(id, num_envs, "vector_entry_point", **options), device=device)
+        if autoreset_mode is not None and AutoresetMode(autoreset_mode) != env.autoreset_mode:
+            raise ValueError(
+                f"the vector entry point of {id} resets in {env.autoreset_mode}, got autoreset_mode={autoreset_mode}; "
+                "use backend='sync' or 'async' to choose it"
+            )
+        return env
+    mode = autoreset_mode or AutoresetMode.SAME_STEP
+    asynchronous = backend == "async"
+    return from_gymnasium(id, num_envs, device=device, autoreset_mode=mode, asynchronous=asynchronous, **options)
+
+
+for _id in NATIVE:
+    if f"ccrl/{_id}" not in gymnasium.registry:
+        gymnasium.register(
+            f"ccrl/{_id}",
+            entry_point="envs:make_single_env",
+            vector_entry_point="envs:make_vector_env",
+            kwargs={"task": _id},
+        )
