@@ -1,0 +1,325 @@
+"""Rows of experience: the rollout buffer, the overlay that estimators derive columns in, and minibatches.
+
+One layout for a cart-pole step and a language-model token: time-major ``[T, N, ...]``, per-sequence columns
+``[N, ...]``. A buffer stores facts; everything computed from them lives in a ``Data`` overlay. Episode ends are two
+gamma-free masks, computed once at collection:
+
+* ``alive``: 0 after a termination, else 1 (is there a value after this step?);
+* ``carry``: 0 on the last step of every episode and on invalid rows, else 1 (does row t+1 continue row t?).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from ccrl.batched_env import Tree
+
+__all__ = ["Batching", "Data", "Field", "Unit", "tree_map"]
+
+Unit = Literal["transition", "sequence", "group"]
+
+
+class Field(NamedTuple):
+    """A raw column declared by an environment, a policy or an estimator."""
+
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    per: Literal["step", "sequence"] = "step"
+
+
+@dataclass(frozen=True)
+class Batching:
+    """How a phase cuts the data into optimiser batches."""
+
+    unit: Unit = "transition"
+    """What is shuffled and never split: a step, a whole column, or all columns of a group."""
+    size: int | Literal["full"] = 64
+    """Units per optimiser batch; "full" is one batch of everything."""
+    epochs: int = 1
+    microbatch: int | None = None
+    """Columns per forward pass; gradients of the pieces add up to the whole batch's exactly."""
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("transition", "sequence", "group"):
+            raise ValueError(f"Batching.unit: expected transition, sequence or group, got {self.unit!r}")
+        if self.size != "full" and (not isinstance(self.size, int) or self.size < 1):
+            raise ValueError(f"Batching.size: expected a positive integer or 'full', got {self.size!r}")
+        if self.epochs < 1 or (self.microbatch is not None and self.microbatch < 1):
+            raise ValueError(f"Batching: expected epochs, microbatch >= 1, got {self.epochs}, {self.microbatch}")
+
+
+def tree_map(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
+    """Apply ``fn`` to a tensor or to every tensor of a dict."""
+    return {k: fn(v) for k, v in tree.items()} if isinstance(tree, dict) else fn(tree)
+
+
+class Data(Mapping[str, Tree]):
+    """Named columns: raw ones shared with the buffer and never overwritten, derived ones its own.
+
+    ``[T, N, ...]`` per step; names in ``sequence`` are ``[N, ...]``; names in ``scalars`` are 0-d facts about the
+    whole optimiser batch (``n_valid, n_sequences, n_groups``).
+    """
+
+    def __init__(
+        self,
+        columns: Mapping[str, Tree],
+        *,
+        raw: frozenset[str] | None = None,
+        sequence: frozenset[str] = frozenset(),
+        scalars: frozenset[str] = frozenset(),
+        successors: Successors | None = None,
+    ) -> None:
+        self._columns = dict(columns)
+        self.raw = frozenset(columns) if raw is None else raw
+        self.sequence, self.scalars, self._successors = sequence, scalars, successors
+
+    def __getitem__(self, name: str) -> Tensor:  # observations may be dicts; everything else is a tensor
+        try:
+            return self._columns[name]  # type: ignore[return-value]
+        except KeyError:
+            raise KeyError(f"no column {name!r}; there are {sorted(self._columns)}") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._columns
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._columns)
+
+    def __len__(self) -> int:
+        return len(self._columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(T, N)``."""
+        valid = self["valid"]
+        return valid.shape[0], valid.shape[1]
+
+    def derive(self, **columns: Tree) -> Data:
+        """A new overlay with more (or replaced) derived columns ``[T, N, ...]``. Raw columns are refused."""
+        clash = self.raw & columns.keys()
+        if clash:
+            raise ValueError(f"derive: {sorted(clash)} are raw columns (facts); choose other names for derived ones")
+        return self._with(self._columns | columns)
+
+    def derive_sequence(self, **columns: Tensor) -> Data:
+        """As ``derive`` for per-sequence columns ``[N, ...]``."""
+        data = self.derive(**columns)
+        data.sequence = self.sequence | columns.keys()
+        return data
+
+    def _with(self, columns: Mapping[str, Tree], successors: bool = True) -> Data:
+        return Data(
+            columns,
+            raw=self.raw,
+            sequence=self.sequence,
+            scalars=self.scalars,
+            successors=self._successors if successors else None,
+        )
+
+    def take(self, columns: Tensor) -> Data:
+        """Keep (or repeat) whole columns: ``columns`` is an int64 index into N. ``next_obs`` does not survive it."""
+        return self._with({k: self._take(k, v, columns) for k, v in self._columns.items()}, successors=False)
+
+    def _take(self, name: str, value: Tree, columns: Tensor) -> Tree:
+        if name in self.scalars:
+            return value
+        dim = 0 if name in self.sequence else 1
+        return tree_map(lambda x: x.index_select(dim, columns), value)
+
+    # -- episode ends -----------------------------------------------------------------------------------------------
+
+    def discount(self, gamma: float, time_limit: Literal["bootstrap", "terminal"] = "bootstrap") -> Tensor:
+        """``gamma * alive`` ``[T, N]``: the factor of the successor's value. The only place that decides what a time
+        limit means: ``terminal`` treats it as a termination (reproduces older code, biased)."""
+        discount = gamma * self["alive"]
+        if time_limit == "bootstrap":
+            return discount
+        if time_limit == "terminal":
+            return torch.where(self["truncated"], torch.zeros_like(discount), discount)
+        raise ValueError(f"discount: expected time_limit 'bootstrap' or 'terminal', got {time_limit!r}")
+
+    def next_obs(self) -> Tree:
+        """The true successor of every row, ``[T, N, ...]``: ``obs[1:]`` with the final observations patched in."""
+        return self._need_successors().obs()
+
+    def state_values(self, fn: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
+        """``(V(o_t), V(x_t))``, both ``[T, N, ...]``, with every distinct state evaluated once.
+
+        ``fn`` maps observations ``[K, ...]`` to ``[K, ...]``.
+        """
+        return self._need_successors().values(fn)
+
+    def _need_successors(self) -> Successors:
+        if self._successors is None:
+            raise ValueError(
+                "successor observations exist on whole rollouts only; derive what you need before batching"
+            )
+        return self._successors
+
+    # -- minibatches ------------------------------------------------------------------------------------------------
+
+    def minibatches(self, spec: Batching, generator: Generator | None) -> Iterator[Data]:
+        """One epoch of shuffled batches ``[T', B, ...]`` of one static shape (the last one padded with ``valid = 0``).
+
+        The shuffle gathers every column once per epoch; batches are then views of it. ``size="full"`` does not
+        shuffle. Transitions become ``[1, B]``; sequences ``[T, B]``; groups ``[T, B]`` with ``group`` relabelled
+        ``0..G-1``.
+        """
+        yield from self.epoch(spec, generator)
+
+    def epoch(self, spec: Batching, generator: Generator | None) -> list[Data]:
+        """The batches of ``minibatches`` as a list."""
+        if spec.unit == "transition":
+            return self._transition_batches(spec.size, generator)
+        if spec.unit == "sequence":
+            return self._sequence_batches(spec.size, generator)
+        return self._group_batches(spec.size, generator)
+
+    def _transition_batches(self, size: int | str, generator: Generator | None) -> list[Data]:
+        steps, width = self.shape
+        total = steps * width
+        columns: dict[str, Tree] = {}
+        for name, value in self._columns.items():
+            if name in self.sequence:
+                value = tree_map(lambda x: x.expand(steps, *x.shape), value)
+            if name not in self.scalars:
+                columns[name] = tree_map(lambda x: x.reshape(total, *x.shape[2:]), value)
+        if size == "full":
+            batches = [tree_columns(columns, lambda x: x.unsqueeze(0))]
+        else:
+            size = min(int(size), total)
+            count = -(-total // size)
+            order = torch.randperm(total, generator=generator, device=self["valid"].device)
+            if count * size > total:  # the tail repeats the first rows with valid = 0: one shape, one compile
+                order = torch.cat([order, order[: count * size - total]])
+            shuffled = tree_columns(columns, lambda x: x.index_select(0, order).view(count, 1, size, *x.shape[1:]))
+            if count * size > total:
+                shuffled["valid"].view(-1)[total:] = 0.0  # type: ignore[union-attr]
+            batches = [tree_columns(shuffled, lambda x, i=i: x[i]) for i in range(count)]
+        return [self._batch(b, n_sequences=None) for b in batches]
+
+    def _sequence_batches(self, size: int | str, generator: Generator | None) -> list[Data]:
+        width = self.shape[1]
+        device = self["valid"].device
+        if size == "full":
+            return [self._batch(self._columns, n_sequences=width)]
+        size = min(int(size), width)
+        order = torch.randperm(width, generator=generator, device=device)
+        return [self._columns_batch(order[i : i + size], size) for i in range(0, width, size)]
+
+    def _group_batches(self, size: int | str, generator: Generator | None) -> list[Data]:
+        if "group" not in self:
+            raise ValueError("group batches need a 'group' column [N]; declare it per sequence")
+        labels, inverse, counts = torch.unique(self["group"], return_inverse=True, return_counts=True)
+        groups = labels.shape[0]
+        if size == "full":
+            size, order = groups, torch.arange(groups)
+        else:
+            size = min(int(size), groups)
+            order = torch.randperm(groups, generator=generator, device=labels.device).cpu()
+        members = [m.to(labels.device) for m in torch.split(torch.argsort(inverse, stable=True), counts.tolist())]
+        chunks = [order[i : i + size].tolist() for i in range(0, groups, size)]
+        # one static width for every batch: ragged groups would otherwise compile once per width
+        width = max(sum(len(members[g]) for g in chunk) for chunk in chunks)
+        batches = []
+        for chunk in chunks:
+            index = torch.cat([members[g] for g in chunk])
+            label = torch.cat([torch.full_like(members[g], i) for i, g in enumerate(chunk)])
+            batches.append(self._columns_batch(index, width, group=label, n_groups=len(chunk)))
+        return batches
+
+    def _columns_batch(
+        self, index: Tensor, width: int, group: Tensor | None = None, n_groups: int | None = None
+    ) -> Data:
+        n, pad = index.shape[0], width - index.shape[0]
+        if pad:
+            index = torch.cat([index, index[:1].expand(pad)])
+        columns = {k: self._take(k, v, index) for k, v in self._columns.items()}
+        if group is not None:
+            columns["group"] = torch.cat([group, group[-1:].expand(pad)])
+        if pad:
+            columns["valid"] = columns["valid"].clone()  # type: ignore[union-attr]
+            columns["valid"][:, n:] = 0.0  # type: ignore[call-overload]
+        return self._batch(columns, n_sequences=n, n_groups=n_groups)
+
+    def _batch(self, columns: Mapping[str, Tree], n_sequences: int | None, n_groups: int | None = None) -> Data:
+        """Attach the counts of the whole optimiser batch: micro-batches divide by them, so their sums are exact."""
+        valid = columns["valid"]
+        assert isinstance(valid, Tensor)
+        n_valid = valid.sum()
+        scalars: dict[str, Tree] = {"n_valid": n_valid}
+        if n_sequences is not None:
+            scalars["n_sequences"] = n_valid.new_tensor(float(n_sequences))
+        if n_groups is not None:
+            scalars["n_groups"] = n_valid.new_tensor(float(n_groups))
+        transition = n_sequences is None
+        return Data(
+            dict(columns) | scalars,
+            raw=self.raw | scalars.keys(),
+            sequence=frozenset() if transition else self.sequence,
+            scalars=frozenset(scalars),
+        )
+
+    def microbatches(self, size: int | None) -> list[Data]:
+        """Split a batch along its columns into pieces of at most ``size``; the counts stay those of the whole."""
+        width = self.shape[1]
+        if size is None or size >= width:
+            return [self]
+        device = self["valid"].device
+        index = torch.arange(width, device=device)
+        return [
+            self._with({k: self._take(k, v, piece) for k, v in self._columns.items()}) for piece in index.split(size)
+        ]
+
+
+def tree_columns(columns: Mapping[str, Tree], fn: Callable[[Tensor], Tensor]) -> dict[str, Tree]:
+    """Apply ``fn`` to every tensor of every column."""
+    return {name: tree_map(fn, value) for name, value in columns.items()}
+
+
+@dataclass(frozen=True)
+class Successors:
+    """What lies after every row, without storing observations twice.
+
+    ``stream`` is ``[T+1, N, ...]``; ``rows`` ``[M, ...]`` are final observations, ``slot`` ``[T, N]`` int64 says which
+    row follows a step (-1: simply ``stream[t+1]``; -2: unknown, the environment hides it, the state itself stands in).
+    """
+
+    stream: Tree
+    rows: Tree
+    slot: Tensor
+
+    def values(self, fn: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
+        steps, width = self.slot.shape
+        flat = tree_map(lambda x: x.reshape(-1, *x.shape[2:]), self.stream)
+        stream = fn(flat)
+        stream = stream.reshape(steps + 1, width, *stream.shape[1:])
+        value, after = stream[:-1], stream[1:]
+        final = fn(self.rows) if _rows(self.rows) else None
+        return value, self._patch(after, value, final)
+
+    def obs(self) -> Tree:
+        if isinstance(self.stream, dict):
+            assert isinstance(self.rows, dict)
+            return {k: self._patch(v[1:], v[:-1], self.rows[k]) for k, v in self.stream.items()}
+        assert isinstance(self.rows, Tensor)
+        return self._patch(self.stream[1:], self.stream[:-1], self.rows)
+
+    def _patch(self, after: Tensor, here: Tensor, final: Tensor | None) -> Tensor:
+        slot = self.slot.reshape(*self.slot.shape, *(1,) * (after.dim() - 2))
+        out = torch.where(slot == -2, here, after)
+        if final is None or not final.shape[0]:
+            return out
+        picked = final.index_select(0, self.slot.clamp_min(0).flatten()).reshape(after.shape)
+        return torch.where(slot >= 0, picked, out)
+
+
+def _rows(tree: Tree) -> int:
+    first = next(iter(tree.values())) if isinstance(tree, dict) else tree
+    return first.shape[0]

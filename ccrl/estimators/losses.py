@@ -1,0 +1,172 @@
+"""The loss slot: per-element losses (to be minimised) and penalties of the same type.
+
+Every factory takes 0-d tensors for numbers that a schedule moves; plain floats stay compile-time constants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ccrl.data import Data
+from ccrl.estimators.terms import Evaluation, Level, Loss, Number
+from ccrl.policies.distributions import Distribution
+
+__all__ = [
+    "bounded_ratio", "bounded_target", "cispo", "clip", "closed_form_kl", "k1", "k2", "k3", "median_loss",
+    "modulated_ratio", "neg_entropy", "neg_log_prob", "ratio_stats", "value_loss", "weighted_ratio",
+]  # fmt: skip
+
+
+# -- policy losses --------------------------------------------------------------------------------------------------
+
+
+def weighted_ratio(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    """``-A * ratio``: the unified surrogate without a mask (MDPO; with ``ratios.plain`` REINFORCE)."""
+    return -advantage * level.ratio
+
+
+def modulated_ratio(column: str) -> Loss:
+    """``-M * A * ratio`` with a float mask column ``M`` (hpt_upge, equation 4: the generic surrogate)."""
+    return lambda level, advantage, evaluation, batch: -batch[column] * advantage * level.ratio
+
+
+def neg_log_prob(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    """``-log pi`` (behaviour cloning, SFT)."""
+    return -level.log_prob
+
+
+def clip(low: Number, high: Number) -> Loss:
+    """PPO: ``-min(rho A, clamp(rho, 1 - low, 1 + high) A)`` (Schulman et al. 2017, eq. 7; DAPO: high > low)."""
+
+    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+        rho = level.ratio
+        clipped = torch.minimum(torch.maximum(rho, _like(1.0 - low, rho)), _like(1.0 + high, rho))
+        return -torch.minimum(rho * advantage, clipped * advantage)
+
+    return loss
+
+
+def cispo(low: Number, high: Number) -> Loss:
+    """CISPO: ``-sg(clamp(rho)) A log pi``: clipped tokens keep a bounded gradient (hpt_upge, reading b)."""
+
+    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+        rho = level.ratio.detach()
+        weight = torch.minimum(torch.maximum(rho, _like(1.0 - low, rho)), _like(1.0 + high, rho))
+        return -weight * advantage * level.log_prob
+
+    return loss
+
+
+def bounded_target(x: Tensor, low: Number, high: Number, temperature: Number) -> Tensor:
+    """BPO's ratio target ``c_l + (c_h - c_l) sigmoid(x / lambda)`` with ``c_l = 1 - low, c_h = 1 + high`` (bpo, 3)."""
+    return (1.0 - low) + (low + high) * torch.sigmoid(x / temperature)
+
+
+def bounded_ratio(
+    low: Number, high: Number, temperature: Number, *, threshold: str = "median", weight: str | None = None
+) -> Loss:
+    """BPO: ``|(rho - rho*) w|``, an L1 regression of the ratio onto its bounded target (bpo sheet, section 3).
+
+    Online weights ``w = R - V_phi(s)`` come from the critic being trained; ``weight`` names a stored column instead
+    (the offline-advantage option). ``threshold`` is the forward output the return is compared with: the median head,
+    or ``value`` (the ablation). Both are detached; the column ``return`` is fixed for the whole update.
+    """
+
+    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+        w = batch["return"] - evaluation["value"].detach() if weight is None else batch[weight]
+        x = batch["return"] - evaluation[threshold].detach()
+        return ((level.ratio - bounded_target(x, low, high, temperature)) * w).abs()
+
+    return loss
+
+
+# -- penalties ------------------------------------------------------------------------------------------------------
+
+
+def closed_form_kl(distribution: Distribution) -> Loss:
+    """``KL(pi_theta || pi_old)`` from the stored parameters ``old_*`` (MDPO; never a ratio estimate)."""
+
+    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+        old: Mapping[str, Tensor] = {name: batch[f"old_{name}"] for name in distribution.names}
+        return distribution.kl(evaluation, old)
+
+    return loss
+
+
+def k1(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    """Sampled ``KL(pi_old || pi_theta)``, unbiased, may be negative: ``-log rho``."""
+    return -level.log_ratio
+
+
+def k2(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    """``(log rho)^2 / 2``: low variance, biased."""
+    return 0.5 * level.log_ratio.square()
+
+
+def k3(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    """``rho - 1 - log rho``: unbiased for ``KL(pi_old || pi_theta)`` and non-negative."""
+    return level.ratio - 1.0 - level.log_ratio
+
+
+def neg_entropy(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    """``-H(pi)``: with a positive coefficient an entropy bonus."""
+    return -evaluation["entropy"]
+
+
+# -- critics --------------------------------------------------------------------------------------------------------
+
+
+def value_loss(*, scale: float = 1.0, clip_range: Number | None = None, head: str = "value") -> Loss:
+    """``scale (V - R)^2`` against the column ``return``; with ``clip_range`` the larger of it and the squared error of
+    the old value moved by at most ``clip_range`` (column ``value`` holds the old one)."""
+
+    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+        value, target = evaluation[head], batch["return"]
+        squared = (value - target).square()
+        if clip_range is not None:
+            old = batch["value"]
+            bound = _like(clip_range, old)
+            clipped = old + torch.minimum(torch.maximum(value - old, -bound), bound)
+            squared = torch.maximum(squared, (clipped - target).square())
+        return scale * squared
+
+    return loss
+
+
+def median_loss(*, kappa: float = 0.5, temperature: Number = 1.0, head: str = "median") -> Loss:
+    """BPO's second critic: ``lambda softplus(x / lambda) - kappa x`` with ``x = R - U`` (bpo sheet, section 3).
+
+    Its minimiser solves ``E sigmoid(x / lambda) = kappa``: the ``(1 - kappa)``-quantile where ``|x|`` is large against
+    the temperature. ``temperature=1, kappa=1/2`` is the released ``softplus(x) - x/2`` (the median); for asymmetric
+    ratio bounds ``kappa = (1 - c_l) / (c_h - c_l)`` makes the target ratios average to 1.
+    """
+    if not 0.0 < kappa < 1.0:
+        raise ValueError(f"median_loss: expected 0 < kappa < 1, got {kappa}")
+
+    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+        x = batch["return"] - evaluation[head]
+        return temperature * F.softplus(x / temperature) - kappa * x
+
+    return loss
+
+
+# -- diagnostics ----------------------------------------------------------------------------------------------------
+
+
+def ratio_stats(low: Number, high: Number) -> Loss:
+    """SB3's ``approx_kl`` (k3) and ``clip_fraction`` for a term's ``stats``."""
+
+    def stats(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> dict[str, Tensor]:
+        rho = level.ratio
+        outside = (rho < 1.0 - low) | (rho > 1.0 + high)
+        return {"approx_kl": rho - 1.0 - level.log_ratio, "clip_fraction": outside.to(rho.dtype)}
+
+    return stats  # type: ignore[return-value]
+
+
+def _like(x: Number, reference: Tensor) -> Tensor:
+    return torch.as_tensor(x, dtype=reference.dtype, device=reference.device)

@@ -1,0 +1,50 @@
+"""The ratio slot: which log-probabilities are compared, at which level."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ccrl.data import Data
+from ccrl.estimators.terms import Evaluation, Level
+
+__all__ = ["plain", "sequence", "sequence_token", "token", "unweighted"]
+
+
+def token(evaluation: Evaluation, batch: Data) -> Level:
+    """Per step against the behaviour policy (PPO, GRPO, MDPO, BPO)."""
+    return Level(evaluation["log_prob"], batch["log_prob"], batch["valid"])
+
+
+def plain(evaluation: Evaluation, batch: Data) -> Level:
+    """Denominator = the policy itself: ratio 1 with the score as gradient (REINFORCE, SFT)."""
+    return Level(evaluation["log_prob"], evaluation["log_prob"].detach(), batch["valid"])
+
+
+def sequence(evaluation: Evaluation, batch: Data) -> Level:
+    """Length-normalised sequence ratio ``exp(mean_t log-ratio)``, one element per column ``[1, B]`` (GSPO)."""
+    valid = batch["valid"]
+    return Level(
+        _masked_mean(evaluation["log_prob"], valid),
+        _masked_mean(batch["log_prob"], valid),
+        (valid.sum(0, keepdim=True) > 0).to(valid.dtype),
+    )
+
+
+def sequence_token(evaluation: Evaluation, batch: Data) -> Level:
+    """The sequence ratio's value on every token, gradient through the token only (GSPO-token; hpt_upge, Seq-Clip)."""
+    valid, log_prob = batch["valid"], evaluation["log_prob"]
+    mean = _masked_mean(log_prob.detach() - batch["log_prob"], valid)
+    return Level(log_prob, log_prob.detach() - mean, valid)
+
+
+def unweighted(evaluation: Evaluation, batch: Data) -> Level:
+    """For terms without a ratio (values, entropy, closed-form KL): only ``valid`` matters."""
+    valid = batch["valid"]
+    zero = torch.zeros_like(valid)
+    return Level(zero, zero, valid)
+
+
+def _masked_mean(x: Tensor, valid: Tensor) -> Tensor:
+    total = torch.where(valid > 0, x, torch.zeros_like(x)).sum(0, keepdim=True)
+    return total / valid.sum(0, keepdim=True).clamp_min(1.0)

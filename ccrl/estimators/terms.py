@@ -1,0 +1,95 @@
+"""Surrogate losses as sums of terms: ratio -> per-element loss -> aggregation.
+
+A term is ``coef * sum(aggregate(valid) * loss(level, advantage, evaluation, batch))``. Everything here runs inside one
+compiled graph: no ``.item()``, no branching on data, ``where`` instead of ``0 * x`` (a masked ``-inf`` log-probability
+times 0 is NaN), and numbers that change between updates are 0-d tensors (a changing Python float recompiles).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ccrl.data import Data
+
+__all__ = ["Aggregate", "Evaluation", "Level", "Loss", "Number", "Ratio", "Term", "surrogate"]
+
+Evaluation = dict[str, Tensor]
+"""Forward outputs of the policy on a batch, ``[T', B, ...]``; only what was asked for."""
+
+Number = float | Tensor
+"""A constant, or a 0-d tensor written in place by a schedule or a dual."""
+
+
+class Level(NamedTuple):
+    """Log-probabilities at the level the ratio is formed: token ``[T', B]``, sequence ``[1, B]``, group ``[1, G]``."""
+
+    log_prob: Tensor
+    log_ref: Tensor
+    """Log of the denominator, always detached."""
+    valid: Tensor
+    index: Tensor | None = None
+
+    @property
+    def log_ratio(self) -> Tensor:
+        """0 on invalid elements, so that ``exp`` of garbage there cannot overflow into the gradient."""
+        return torch.where(self.valid > 0, self.log_prob - self.log_ref, torch.zeros_like(self.log_prob))
+
+    @property
+    def ratio(self) -> Tensor:
+        return self.log_ratio.exp()
+
+
+Ratio = Callable[[Evaluation, Data], Level]
+Loss = Callable[[Level, Tensor, Evaluation, Data], Tensor]
+Aggregate = Callable[[Tensor, Data], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Term:
+    """One summand of a surrogate. ``want`` are the forward outputs it reads; ``columns`` the data columns."""
+
+    name: str
+    loss: Loss
+    aggregate: Aggregate
+    ratio: Ratio
+    want: frozenset[str] = frozenset({"log_prob"})
+    advantage: str | None = "advantage"
+    """Column ``[T', B]`` or per sequence ``[B]``; None: the loss gets zeros."""
+    weight: str | None = None
+    """Column multiplied into the per-element loss."""
+    coef: Number = 1.0
+    stats: Callable[[Level, Tensor, Evaluation, Data], dict[str, Tensor]] | None = None
+    """Detached diagnostics per element, averaged with the term's weights."""
+
+
+def surrogate(terms: tuple[Term, ...], evaluation: Evaluation, batch: Data) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss to minimise (0-d) and detached per-term statistics (before the coefficient)."""
+    total: Tensor | None = None
+    stats: dict[str, Tensor] = {}
+    for term in terms:
+        level = term.ratio(evaluation, batch)
+        advantage = batch[term.advantage] if term.advantage is not None else torch.zeros_like(level.valid)
+        element = term.loss(level, advantage, evaluation, batch)
+        if term.weight is not None:
+            element = element * batch[term.weight]
+        weights = term.aggregate(level.valid, batch)
+        value = _weighted_sum(weights, element)
+        stats[term.name] = value.detach()
+        if term.stats is not None:
+            with torch.no_grad():
+                extra = term.stats(level, advantage, evaluation, batch)
+                stats |= {k: _weighted_sum(weights, v).detach() for k, v in extra.items()}
+        total = term.coef * value if total is None else total + term.coef * value
+    if total is None:
+        raise ValueError("surrogate: expected at least one term, got none")
+    stats["loss"] = total.detach()
+    return total, stats
+
+
+def _weighted_sum(weights: Tensor, element: Tensor) -> Tensor:
+    return torch.where(weights != 0, weights * element, torch.zeros_like(element)).sum()

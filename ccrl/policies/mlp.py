@@ -1,0 +1,221 @@
+"""Actor-critic perceptrons for Box, Discrete and (flat) Dict observations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ccrl.batched_env import Tree
+from ccrl.data import Data, Unit
+from ccrl.policies.distributions import CATEGORICAL, GAUSSIAN, SQUASHED, Distribution
+from ccrl.policies.normaliser import RunningNorm
+
+__all__ = ["MLPPolicy", "mlp"]
+
+ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
+
+
+def mlp(sizes: Sequence[int], activation: str, gains: Sequence[float] | None = None) -> nn.Sequential:
+    """Linear layers with ``activation`` between them; orthogonal weights of the given gains, zero biases.
+
+    ``gains=None`` keeps PyTorch's own initialisation.
+    """
+    layers: list[nn.Module] = []
+    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
+        linear = nn.Linear(fan_in, fan_out)
+        if gains is not None:
+            nn.init.orthogonal_(linear.weight, gains[i])
+            nn.init.zeros_(linear.bias)
+        layers += [linear, ACTIVATIONS[activation]()]
+    return nn.Sequential(*layers[:-1])
+
+
+class MLPPolicy(nn.Module):
+    """A policy network and value heads on their own trunk (no parameters shared between actor and critic).
+
+    Parameters are named ``actor.*`` (with ``actor.log_std``) and ``critic.*``, so updaters can own one or both.
+
+    :param heads: value heads -> sizes of extra hidden layers on the critic's last latent, e.g. ``{"value": ()}`` or
+        ``{"value": (), "median": (64, 64)}``. Empty: no critic.
+    :param squash: Box actions through ``tanh`` onto the bounds; else Gaussian actions, clipped for the environment.
+    :param normalise_obs: running observation statistics as buffers of this module.
+    :param groups: Dict observations, as in Isaac Lab: which keys the actor and the critic see, in this order.
+    """
+
+    unit: Unit = "transition"
+
+    def __init__(
+        self,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        *,
+        hidden: Sequence[int] = (64, 64),
+        critic_hidden: Sequence[int] | None = None,
+        activation: str = "tanh",
+        heads: Mapping[str, Sequence[int]] | None = None,
+        squash: bool = False,
+        log_std_init: float = 0.0,
+        orthogonal: bool = True,
+        normalise_obs: bool = False,
+        clip_obs: float = 10.0,
+        groups: Mapping[Literal["actor", "critic"], Sequence[str]] | None = None,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {activation!r}")
+        heads = {"value": ()} if heads is None else heads
+        self._sizes = _observation_sizes(observation_space)
+        self._groups = {"actor": list(self._sizes), "critic": list(self._sizes)}
+        for role, keys in (groups or {}).items():
+            unknown = set(keys) - set(self._sizes)
+            if unknown or role not in self._groups:
+                raise ValueError(f"groups: expected keys of {sorted(self._sizes)}, got {role}: {list(keys)}")
+            self._groups[role] = list(keys)
+        self.distribution, self.action_shape, n_out = self._read_action_space(action_space, squash)
+        self.norm = nn.ModuleDict(
+            {k: RunningNorm((n,), clip_obs) for k, n in self._sizes.items() if n > 0} if normalise_obs else {}
+        )
+        self.normalise_obs = normalise_obs
+
+        hidden, critic_hidden = list(hidden), list(hidden if critic_hidden is None else critic_hidden)
+        root2 = math.sqrt(2.0)
+        gains = (lambda n, last: [root2] * n + [last]) if orthogonal else (lambda n, last: None)
+        self.actor = nn.Module()
+        self.actor.net = mlp([self._width("actor"), *hidden, n_out], activation, gains(len(hidden), 0.01))
+        if self.distribution is not CATEGORICAL:
+            self.actor.log_std = nn.Parameter(torch.full((n_out,), float(log_std_init)))
+        self.heads = tuple(heads)
+        if heads:
+            self.critic = nn.Module()
+            trunk = mlp([self._width("critic"), *critic_hidden], activation, gains(len(critic_hidden) - 1, root2))
+            self.critic.trunk = nn.Sequential(*trunk, *([ACTIVATIONS[activation]()] if critic_hidden else []))
+            latent = critic_hidden[-1] if critic_hidden else self._width("critic")
+            for name, sizes in heads.items():
+                self.critic.add_module(name, mlp([latent, *sizes, 1], activation, gains(len(sizes), 1.0)))
+
+    # -- spaces -----------------------------------------------------------------------------------------------------
+
+    def _read_action_space(self, space: gym.Space[Any], squash: bool) -> tuple[Distribution, tuple[int, ...], int]:
+        if isinstance(space, gym.spaces.Discrete):
+            if space.start != 0:
+                raise ValueError(f"action space: expected Discrete starting at 0, got start {space.start}")
+            return CATEGORICAL, (), int(space.n)
+        if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+            low, high = (torch.as_tensor(x, dtype=torch.float32) for x in (space.low, space.high))
+            bounded = bool((low.isfinite() & high.isfinite()).all())
+            if squash and not bounded:
+                raise ValueError("squash=True needs finite action bounds; use squash=False or a bounded action space")
+            self.register_buffer("low", low, persistent=False)
+            self.register_buffer("high", high, persistent=False)
+            return SQUASHED if squash else GAUSSIAN, (space.shape[0],), space.shape[0]
+        raise ValueError(f"action space: expected Box of one axis or Discrete, got {space}; flatten it with a wrapper")
+
+    def _width(self, role: str) -> int:
+        return sum(abs(self._sizes[k]) for k in self._groups[role])
+
+    def features(self, obs: Tree, role: str) -> Tensor:
+        """Concatenated (normalised, one-hot) observation ``[B, width]`` for the actor or the critic."""
+        parts = []
+        for key in self._groups[role]:
+            x, size = (obs[key] if isinstance(obs, dict) else obs), self._sizes[key]
+            if size < 0:
+                parts.append(nn.functional.one_hot(x.long(), -size).to(torch.get_default_dtype()))
+                continue
+            x = x.reshape(x.shape[0], size)
+            x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+            parts.append(self.norm[key](x) if self.normalise_obs else x)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+    # -- the policy protocol ----------------------------------------------------------------------------------------
+
+    def draw_noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Noise for ``n`` actions ``[n, *noise_shape]`` (standard normal or uniform)."""
+        draw = torch.randn if self.distribution.noise == "normal" else torch.rand
+        return draw((n, *self.action_shape), generator=generator, device=device)
+
+    def params(self, obs: Tree) -> dict[str, Tensor]:
+        """Distribution parameters ``[B, ...]``."""
+        out = self.actor.net(self.features(obs, "actor"))
+        if self.distribution is CATEGORICAL:
+            return {"logits": out}
+        return {"mean": out, "log_std": self.actor.log_std.expand_as(out)}
+
+    def act(self, obs: Tree, noise: Tensor | None) -> dict[str, Tensor]:
+        """``action`` as stored, ``log_prob`` and the distribution parameters; ``noise=None``: the mode."""
+        params = self.params(obs)
+        action = self.distribution.mode(params) if noise is None else self.distribution.sample(params, noise)
+        return {"action": action, "log_prob": self.distribution.log_prob(params, action), **params}
+
+    def to_env(self, action: Tensor) -> Tensor:
+        """The action that the environment executes: clipped or squashed onto the bounds; Discrete unchanged."""
+        if self.distribution is GAUSSIAN:
+            return torch.minimum(torch.maximum(action, self.low), self.high)
+        if self.distribution is SQUASHED:
+            return self.low + 0.5 * (action.tanh() + 1.0) * (self.high - self.low)
+        return action
+
+    def values(self, obs: Tree, head: str = "value") -> Tensor:
+        """One critic head, ``[B]``."""
+        out: Tensor = self.critic.get_submodule(head)(self.critic.trunk(self.features(obs, "critic")))
+        return out.squeeze(-1)
+
+    def evaluate(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
+        """What ``want`` names, each ``[T', B]``: ``log_prob, entropy, dist`` (adds the parameters) and value heads.
+
+        Rows are flattened for the networks: ``[1, B, D]`` matmuls cost up to 14 % more than ``[B, D]``.
+        """
+        lead = batch.shape
+        flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
+        obs = batch["obs"]
+        obs = {k: flat(v) for k, v in obs.items()} if isinstance(obs, dict) else flat(obs)
+        out: dict[str, Tensor] = {}
+        if want & {"log_prob", "entropy", "dist"}:
+            params, action = self.params(obs), flat(batch["action"])
+            if "log_prob" in want:
+                out["log_prob"] = self.distribution.log_prob(params, action)
+            if "entropy" in want:
+                out["entropy"] = self.distribution.entropy(params, action)
+            if "dist" in want:
+                out |= params
+        heads = [h for h in self.heads if h in want]
+        if heads:
+            latent = self.critic.trunk(self.features(obs, "critic"))
+            out |= {h: self.critic.get_submodule(h)(latent).squeeze(-1) for h in heads}
+        return {k: v.reshape(*lead, *v.shape[1:]) for k, v in out.items()}
+
+    def outputs(self) -> frozenset[str]:
+        """Names that ``evaluate`` can compute."""
+        return frozenset({"log_prob", "entropy", "dist", *self.heads})
+
+    @torch.no_grad()
+    def update_normaliser(self, obs: Tree, valid: Tensor) -> None:
+        """Move the observation statistics by one rollout: ``obs [T, N, ...]``, ``valid [T, N]``."""
+        for key, norm in self.norm.items():
+            assert isinstance(norm, RunningNorm)
+            norm.update((obs[key] if isinstance(obs, dict) else obs).flatten(2), valid)
+
+    def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
+        """``evaluate``, under the name that ``torch.func.functional_call`` uses."""
+        return self.evaluate(batch, want)
+
+
+def _observation_sizes(space: gym.Space[Any]) -> dict[str, int]:
+    """Observation key -> flat width; negative: one-hot of a Discrete. A single space has the key ``obs``."""
+    if isinstance(space, gym.spaces.Dict):
+        nested = [k for k, s in space.items() if isinstance(s, gym.spaces.Dict)]
+        if nested:
+            raise ValueError(f"observation space: expected a flat Dict, got nested keys {nested}; flatten it first")
+        return {k: _observation_sizes(s)["obs"] for k, s in space.items()}
+    if isinstance(space, gym.spaces.Box):
+        return {"obs": int(np.prod(space.shape))}
+    if isinstance(space, gym.spaces.Discrete):
+        return {"obs": -int(space.n)}
+    raise ValueError(
+        f"observation space: expected Box, Discrete or Dict of them, got {space}; flatten it with a wrapper"
+    )

@@ -1,0 +1,240 @@
+"""Optimisers of surrogates: each updater owns one parameter set, its Adam moments and its learning rate.
+
+``FlatUpdater`` keeps small networks in one flat vector: forward, backward, global-norm clip and Adam of one or several
+minibatches are ONE compiled graph. Its eager twin uses ordinary autograd on the same vector and the same numbers up to
+rounding. ``ModuleUpdater`` drives any module with any torch optimiser (large models, LoRA, pathwise losses).
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ccrl.data import Data, tree_columns
+from ccrl.estimators.terms import Term, surrogate
+
+__all__ = ["FlatUpdater", "GradientEstimate", "ModuleUpdater", "Stats", "Updater", "can_compile"]
+
+Stats = dict[str, Tensor]
+
+
+@dataclass
+class GradientEstimate:
+    """A flat gradient ``[n]`` of the surrogate's loss, and where there is one its covariance as a matvec."""
+
+    mean: Tensor
+    stats: Stats = field(default_factory=dict)
+    covariance: Callable[[Tensor], Tensor] | None = None
+
+
+class Updater(Protocol):
+    """What phases and agents need of an updater."""
+
+    lr: Tensor
+
+    def gradient(self, terms: tuple[Term, ...], batch: Data) -> GradientEstimate: ...
+    def apply(self, estimate: GradientEstimate) -> Stats: ...
+    def step(self, terms: tuple[Term, ...], batch: Data) -> Stats: ...
+    def run(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def can_compile() -> tuple[bool, str]:
+    """Whether ``torch.compile`` has a C++ compiler here, and the line that says why not."""
+    compiler = next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
+    if compiler is None:
+        return False, "no C++ compiler (g++ or clang++) on PATH: updates run eagerly; install one to compile them"
+    return True, f"updates are compiled with {compiler}; the first one takes some seconds"
+
+
+def wanted(terms: tuple[Term, ...]) -> frozenset[str]:
+    """Forward outputs that the terms read."""
+    return frozenset().union(*(t.want for t in terms))
+
+
+class FlatUpdater:
+    """Adam on one flat vector whose views are the module's parameters.
+
+    :param prefixes: names (or name prefixes) of the parameters owned; None: all of them.
+    :param lr: initial learning rate; ``self.lr`` is a 0-d tensor that schedules write in place.
+    :param compile: fuse updates into one graph (``unroll`` minibatches per call).
+    :raises ValueError: if no parameter matches, or dtypes are mixed.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        lr: float,
+        prefixes: Sequence[str] | None = None,
+        max_grad_norm: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-5,
+        compile: bool = False,
+        unroll: int = 4,
+    ) -> None:
+        named = {k: p for k, p in module.named_parameters() if prefixes is None or k.startswith(tuple(prefixes))}
+        if not named:
+            raise ValueError(f"FlatUpdater: no parameter starts with {prefixes}; there are "
+                             f"{[k for k, _ in module.named_parameters()]}")
+        if len({p.dtype for p in named.values()}) > 1:
+            raise ValueError("FlatUpdater: expected one dtype for all parameters; use ModuleUpdater")
+        self.module, self.names = module, tuple(named)
+        self.shapes = [p.shape for p in named.values()]
+        self.sizes = [p.numel() for p in named.values()]
+        self.betas, self.eps, self.max_grad_norm, self.unroll = betas, eps, max_grad_norm, unroll
+        self.flat = torch.cat([p.detach().reshape(-1) for p in named.values()])
+        self.params = list(named.values())
+        self._grad = torch.zeros_like(self.flat)
+        for p, view, grad in zip(self.params, self._split(self.flat), self._split(self._grad)):
+            p.data, p.grad = view, grad
+        self.exp_avg, self.exp_avg_sq = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        # float64: 1 - 0.999^t loses four digits in float32 at t = 1. Shape [1]: a compiled graph silently drops
+        # in-place writes to 0-d float64 CPU tensors (torch 2.13)
+        self.t = torch.zeros(1, dtype=torch.float64, device=self.flat.device)
+        self.lr = torch.tensor(float(lr), dtype=torch.float64, device=self.flat.device)
+        self.finite = torch.ones((), dtype=torch.bool, device=self.flat.device)
+        self._compile = compile
+        self._graphs: dict[tuple[int, int], tuple[tuple[Term, ...], Callable[..., Tensor], list[str], list[str]]] = {}
+
+    def _split(self, flat: Tensor) -> list[Tensor]:
+        return [x.view(s) for x, s in zip(flat.split(self.sizes), self.shapes)]
+
+    # -- eager --------------------------------------------------------------------------------------------------------
+
+    def gradient(self, terms: tuple[Term, ...], batch: Data) -> GradientEstimate:
+        """Gradient of the surrogate at the current parameters; the vector is only valid until the next call."""
+        self._grad.zero_()
+        loss, stats = surrogate(terms, self.module.forward(batch, wanted(terms)), batch)
+        loss.backward(inputs=self.params)  # type: ignore[no-untyped-call]
+        return GradientEstimate(self._grad, stats)
+
+    @torch.no_grad()
+    def apply(self, estimate: GradientEstimate) -> Stats:
+        """Clip and one Adam step along ``-estimate.mean``. A non-finite gradient changes nothing and clears
+        ``self.finite``, which the agent reads once per iteration."""
+        flat, m, v, norm, ok = self._adam(self.flat, self.exp_avg, self.exp_avg_sq, self.t, self.lr, estimate.mean)
+        for old, new in ((self.flat, flat), (self.exp_avg, m), (self.exp_avg_sq, v)):
+            old.copy_(new)
+        self.t.add_(ok)
+        self.finite.logical_and_(ok)
+        return estimate.stats | {"grad_norm": norm}
+
+    def _adam(
+        self, flat: Tensor, m: Tensor, v: Tensor, t: Tensor, lr: Tensor, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The arithmetic of ``torch.optim.Adam`` after ``clip_grad_norm_``, gated by the gradient being finite."""
+        norm = torch.linalg.vector_norm(grad)
+        ok = norm.isfinite()
+        if self.max_grad_norm is not None:
+            grad = grad * (self.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+        b1, b2 = self.betas
+        new_m, new_v = torch.lerp(m, grad, 1.0 - b1), b2 * v + (1.0 - b2) * grad * grad
+        t = t + 1.0
+        scale = (lr / (1.0 - torch.exp(t * math.log(b1)))).to(flat.dtype)
+        root = torch.sqrt(1.0 - torch.exp(t * math.log(b2))).to(flat.dtype)
+        new = flat - scale * new_m / (new_v.sqrt() / root + self.eps)
+        return torch.where(ok, new, flat), torch.where(ok, new_m, m), torch.where(ok, new_v, v), norm, ok
+
+    def step(self, terms: tuple[Term, ...], batch: Data) -> Stats:
+        """One update on one batch."""
+        return self.run(terms, [batch])
+
+    def run(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats:
+        """One update per batch, in order; statistics are means over the batches."""
+        if self._compile:
+            return self._run_compiled(terms, batches)
+        rows = [self.apply(self.gradient(terms, batch)) for batch in batches]
+        return {k: torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
+
+    # -- compiled -----------------------------------------------------------------------------------------------------
+
+    def _run_compiled(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats:
+        total: Tensor | None = None
+        names: list[str] = []
+        i = 0
+        while i < len(batches):
+            count = self.unroll if len(batches) - i >= self.unroll else 1
+            graph, columns, names = self._graph(terms, batches[i], count)
+            inputs = [tuple(batch[c] for c in columns) for batch in batches[i : i + count]]
+            with torch.no_grad():
+                stats = graph(self.flat, self.exp_avg, self.exp_avg_sq, self.t, self.lr, self.finite, inputs)
+            total = stats if total is None else total + stats
+            i += count
+        assert total is not None
+        return dict(zip(names, (total / len(batches)).unbind()))
+
+    def _graph(self, terms: tuple[Term, ...], batch: Data, count: int) -> tuple[Callable[..., Tensor], list[str], list[str]]:
+        key = (id(terms), count)
+        if key not in self._graphs:
+            columns, names = self._trace(terms, batch)
+            # keeps `terms` alive: an id may be reused after collection
+            self._graphs[key] = (terms, self._build(terms, batch, columns, names), columns, names)
+        _, graph, columns, names = self._graphs[key]
+        return graph, columns, names
+
+    def _trace(self, terms: tuple[Term, ...], batch: Data) -> tuple[list[str], list[str]]:
+        """Columns that the surrogate reads (only those enter the graph) and the names of its statistics."""
+        recorder = _Recorder(batch)
+        with torch.no_grad():
+            _, stats = surrogate(terms, self.module.forward(recorder, wanted(terms)), recorder)
+        return sorted(recorder.read), [*stats, "grad_norm"]
+
+    def _build(self, terms: tuple[Term, ...], like: Data, columns: list[str], names: list[str]) -> Callable[..., Tensor]:
+        want, module = wanted(terms), self.module
+        sequence, scalars = like.sequence, like.scalars
+
+        def loss(flat: Tensor, values: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+            batch = Data(dict(zip(columns, values)), sequence=sequence, scalars=scalars)
+            params = dict(zip(self.names, self._split(flat)))
+            evaluation = torch.func.functional_call(module, params, (batch, want))
+            total, stats = surrogate(terms, evaluation, batch)
+            return total, torch.stack([stats[n] for n in names[:-1]])
+
+        def steps(
+            flat: Tensor, m: Tensor, v: Tensor, t: Tensor, lr: Tensor, finite: Tensor, inputs: list[tuple[Any, ...]]
+        ) -> Tensor:
+            x, x_m, x_v, x_t, x_ok = flat, m, v, t, finite
+            out: Tensor | None = None
+            for values in inputs:
+                grad, stats = torch.func.grad(loss, has_aux=True)(x, values)
+                x, x_m, x_v, norm, ok = self._adam(x, x_m, x_v, x_t, lr, grad)
+                x_t, x_ok = torch.where(ok, x_t + 1.0, x_t), x_ok & ok
+                row = torch.cat([stats, norm.unsqueeze(0)])
+                out = row if out is None else out + row
+            for old, new in ((flat, x), (m, x_m), (v, x_v), (t, x_t), (finite, x_ok)):
+                old.copy_(new)
+            assert out is not None
+            return out
+
+        return torch.compile(steps, dynamic=False)
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {k: getattr(self, k).clone() for k in ("flat", "exp_avg", "exp_avg_sq", "t", "lr")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """In place: parameters stay views of the flat vector and compiled graphs stay valid."""
+        for name, value in state.items():
+            getattr(self, name).copy_(value)
+        self.finite.fill_(True)
+
+
+class _Recorder(Data):
+    """A batch that notes which columns are read."""
+
+    def __init__(self, batch: Data) -> None:
+        super().__init__(batch._columns, sequence=batch.sequence, scalars=batch.scalars)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
