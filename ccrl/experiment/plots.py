@@ -151,7 +151,7 @@ def improvement(study: Study, title: str | None = None, command: str = "") -> Fi
         axis.set_xlabel("probability of improvement P(X > Y)")
         return page.finish(
             f"Final scores, {_runs(study)} on {_tasks(study)}; ties count one half. Bar: 95 % stratified-bootstrap "
-            "interval. An interval that crosses 0.5 shows no difference.",
+            "interval. Where it crosses 0.5, the two are not told apart.",
             legend=False,
         )
 

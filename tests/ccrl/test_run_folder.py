@@ -10,7 +10,6 @@ import torch
 from ccrl.experiment.config import from_dict
 from ccrl.experiment.run import RunFolder, describe, find_runs
 
-
 ROOT = Path(__file__).parents[2]
 
 
