@@ -10,6 +10,7 @@ from ccrl.batched_env import BatchedEnv, StepResult
 from ccrl.experiment.csv_table import read_columns
 from ccrl.experiment.evaluation import EvalLog, Evaluation, evaluate
 from ccrl.experiment.video import record_video
+from ccrl.testing.clock import ClockEnv, Episode
 
 
 class Script:
@@ -88,6 +89,23 @@ def test_episodes_belong_to_slots(mode):
 @pytest.mark.parametrize("mode", MODES)
 def test_fewer_episodes_than_slots(mode):
     assert evaluate(zero, Script(LENGTHS, mode), episodes=2).lengths.tolist() == [1, 7]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_envs_that_write_their_buffers_in_place(mode):
+    script = [[Episode(0.0, 2), Episode(10.0, 3, "truncate")], [Episode(20.0, 4, "both")]]
+    env = ClockEnv(script, autoreset_mode=mode, reward=0.5, groups=True)
+    clocks = []
+
+    def predict(obs, deterministic):
+        clocks.append(float(obs["policy"][0]))
+        return torch.zeros(2, dtype=torch.long)
+
+    evaluation = evaluate(predict, env, episodes=4)
+    assert evaluation.lengths.tolist() == [2, 4, 3, 4]
+    assert evaluation.returns.tolist() == [1.0, 2.0, 1.5, 2.0]
+    idle = [2.0] if mode == AutoresetMode.NEXT_STEP else []  # the step that only resets still sees the last state
+    assert clocks[: 5 + len(idle)] == [0.0, 1.0, *idle, 10.0, 11.0, 12.0]
 
 
 def test_actions_and_the_flag_reach_the_env():
