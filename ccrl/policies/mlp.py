@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.batched_env import Tree
-from ccrl.data import Data, Unit
+from ccrl.data import Data, Field, Unit
 from ccrl.policies.distributions import CATEGORICAL, GAUSSIAN, SQUASHED, Distribution
 from ccrl.policies.normaliser import RunningNorm
 
@@ -27,7 +28,7 @@ def mlp(sizes: Sequence[int], activation: str, gains: Sequence[float] | None = N
     ``gains=None`` keeps PyTorch's own initialisation.
     """
     layers: list[nn.Module] = []
-    for i, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:])):
+    for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
         linear = nn.Linear(fan_in, fan_out)
         if gains is not None:
             nn.init.orthogonal_(linear.weight, gains[i])
@@ -77,7 +78,7 @@ class MLPPolicy(nn.Module):
             if unknown or role not in self._groups:
                 raise ValueError(f"groups: expected keys of {sorted(self._sizes)}, got {role}: {list(keys)}")
             self._groups[role] = list(keys)
-        self.distribution, self.action_shape, n_out = self._read_action_space(action_space, squash)
+        self.distribution, self.action_shape, self.n_out = self._read_action_space(action_space, squash)
         self.norm = nn.ModuleDict(
             {k: RunningNorm((n,), clip_obs) for k, n in self._sizes.items() if n > 0} if normalise_obs else {}
         )
@@ -87,9 +88,9 @@ class MLPPolicy(nn.Module):
         root2 = math.sqrt(2.0)
         gains = (lambda n, last: [root2] * n + [last]) if orthogonal else (lambda n, last: None)
         self.actor = nn.Module()
-        self.actor.net = mlp([self._width("actor"), *hidden, n_out], activation, gains(len(hidden), 0.01))
+        self.actor.net = mlp([self._width("actor"), *hidden, self.n_out], activation, gains(len(hidden), 0.01))
         if self.distribution is not CATEGORICAL:
-            self.actor.log_std = nn.Parameter(torch.full((n_out,), float(log_std_init)))
+            self.actor.log_std = nn.Parameter(torch.full((self.n_out,), float(log_std_init)))
         self.heads = tuple(heads)
         if heads:
             self.critic = nn.Module()
@@ -147,10 +148,20 @@ class MLPPolicy(nn.Module):
         return {"mean": out, "log_std": self.actor.log_std.expand_as(out)}
 
     def act(self, obs: Tree, noise: Tensor | None) -> dict[str, Tensor]:
-        """``action`` as stored, ``log_prob`` and the distribution parameters; ``noise=None``: the mode."""
+        """``action`` ``[B, ...]`` as stored and the distribution parameters; ``noise=None``: the mode."""
         params = self.params(obs)
         action = self.distribution.mode(params) if noise is None else self.distribution.sample(params, noise)
-        return {"action": action, "log_prob": self.distribution.log_prob(params, action), **params}
+        return {"action": action, **params}
+
+    def behaviour_fields(self) -> tuple[Field, ...]:
+        """Raw columns of the behaviour policy: ``log_prob`` and its parameters ``old_*`` (small, so stored)."""
+        shape = (self.n_out,)
+        return (Field("log_prob"), *(Field(f"old_{name}", shape) for name in self.distribution.names))
+
+    def behaviour(self, columns: Mapping[str, Tensor], action: Tensor) -> dict[str, Tensor]:
+        """``log_prob [T, N]`` of a whole rollout from its stored parameters: one pass instead of one per step."""
+        params = {name: columns[f"old_{name}"] for name in self.distribution.names}
+        return {"log_prob": self.distribution.log_prob(params, action)}
 
     def to_env(self, action: Tensor) -> Tensor:
         """The action that the environment executes: clipped or squashed onto the bounds; Discrete unchanged."""

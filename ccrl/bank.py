@@ -1,0 +1,71 @@
+"""Named parameter versions of one module: live, old, ref, target, ema, teacher/k."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Bank"]
+
+
+class Bank:
+    """Frozen copies of ``live`` (the module being trained), checkpointed with the agent.
+
+    >>> bank = Bank(nn.Linear(1, 1))
+    >>> bank.refresh("target")             # copy
+    >>> bank.refresh("target", mix=0.005)  # Polyak step
+    """
+
+    def __init__(self, live: nn.Module) -> None:
+        self.live = live
+        self._versions: dict[str, nn.Module] = {}
+
+    def policy(self, version: str | Tensor = "live") -> nn.Module:
+        """The module of a version. A flat vector ``[n]`` (order of ``live.parameters()``) gives a module at those
+        parameters, valid until the next call with a vector."""
+        if isinstance(version, Tensor):
+            self.refresh("_vector")
+            module = self._versions["_vector"]
+            nn.utils.vector_to_parameters(version, module.parameters())
+            return module
+        if version == "live":
+            return self.live
+        if version not in self._versions:
+            raise KeyError(f"bank: no version {version!r}; there are {['live', *self.names()]}")
+        return self._versions[version]
+
+    def names(self) -> Sequence[str]:
+        """Frozen versions, without ``live``."""
+        return [n for n in self._versions if not n.startswith("_")]
+
+    @torch.no_grad()
+    def refresh(self, version: str, source: str = "live", mix: float | Tensor = 1.0) -> None:
+        """``version <- (1 - mix) version + mix source`` in place; created on first use. Buffers are copied."""
+        if version == "live":
+            raise ValueError("bank: 'live' is the module being trained; refresh a frozen version")
+        module = self.policy(source)
+        if version not in self._versions:
+            frozen = copy.deepcopy(module)
+            # deepcopy keeps parameters that are views of one flat vector apart; grads would only waste memory
+            for p in frozen.parameters():
+                p.requires_grad_(False)
+                p.grad = None
+            self._versions[version] = frozen.eval()
+            return
+        target = self._versions[version]
+        for p, q in zip(target.parameters(), module.parameters()):
+            p.lerp_(q, mix) if not isinstance(mix, float) or mix < 1.0 else p.copy_(q)
+        for p, q in zip(target.buffers(), module.buffers()):
+            p.copy_(q)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: self._versions[name].state_dict() for name in self.names()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, values in state.items():
+            self.refresh(name)
+            self._versions[name].load_state_dict(values)

@@ -1,0 +1,147 @@
+"""The rollout buffer: preallocated time-major storage of facts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch import Tensor
+
+from ccrl.batched_env import StepResult, Tree
+from ccrl.data import Data, Field, Successors, tree_map
+from ccrl.returns import forward_scan
+
+__all__ = ["RolloutBuffer", "space_like"]
+
+
+def space_like(space: gym.Space[Any], lead: tuple[int, ...], device: torch.device) -> Tree:
+    """Zeros ``[*lead, *space.shape]`` in the dtype of the space (float64 becomes float32; Discrete is int64)."""
+    if isinstance(space, gym.spaces.Dict):
+        return {k: space_like(s, lead, device) for k, s in space.items()}  # type: ignore[misc]
+    if isinstance(space, gym.spaces.Discrete):
+        return torch.zeros(lead, dtype=torch.int64, device=device)
+    if isinstance(space, gym.spaces.Box):
+        dtype = torch.float32 if np.issubdtype(space.dtype, np.floating) else torch.from_numpy(space.low[:0]).dtype
+        return torch.zeros((*lead, *space.shape), dtype=dtype, device=device)
+    raise ValueError(f"expected a Box, Discrete or flat Dict space, got {space}; flatten it with a wrapper")
+
+
+class RolloutBuffer:
+    """``T`` steps of ``N`` environments, reused for every rollout: ``write`` rows in order, then read ``data()``.
+
+    Rows hold copies: environments may overwrite the tensors they returned. Masks and step counters are computed once,
+    for the whole rollout, from the flags; a step costs a handful of copies and no host sync.
+
+    :param fields: extra per-step or per-sequence raw columns (behaviour parameters, ids ...).
+    """
+
+    def __init__(
+        self,
+        steps: int,
+        num_envs: int,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        *,
+        fields: tuple[Field, ...] = (),
+        device: torch.device | str = "cpu",
+        keep_final_obs: bool = True,
+    ) -> None:
+        if steps < 1 or num_envs < 1:
+            raise ValueError(f"RolloutBuffer: expected steps, num_envs >= 1, got {steps}, {num_envs}")
+        self.steps, self.num_envs, self.device = steps, num_envs, torch.device(device)
+        lead = (steps, num_envs)
+        self.obs = space_like(observation_space, (steps + 1, num_envs), self.device)
+        self.action = space_like(action_space, lead, self.device)
+        self.reward = torch.zeros(lead, device=self.device)
+        self.terminated = torch.zeros(lead, dtype=torch.bool, device=self.device)
+        self.truncated = torch.zeros(lead, dtype=torch.bool, device=self.device)
+        self.final_obs = space_like(observation_space, lead, self.device) if keep_final_obs else None
+        self.extra = {
+            f.name: torch.zeros((*(lead if f.per == "step" else lead[1:]), *f.shape), dtype=f.dtype, device=self.device)
+            for f in fields
+        }
+        self._per_sequence = frozenset(f.name for f in fields if f.per == "sequence")
+
+    def begin(self, obs: Tree) -> None:
+        """Set the first observation ``[N, ...]``."""
+        self.write_obs(0, obs)
+
+    def write_obs(self, t: int, obs: Tree) -> None:
+        """Set observation ``t``; after manual resets it replaces the one that ``write`` stored."""
+        _copy_row(self.obs, t, obs)
+
+    def row(self, t: int) -> Tree:
+        """Observation ``t`` as stored, ``[N, ...]``."""
+        return tree_map(lambda x: x[t], self.obs)
+
+    def write(self, t: int, action: Tensor, result: StepResult, extra: dict[str, Tensor]) -> None:
+        """Store step ``t``; ``result.obs`` becomes the start of row ``t + 1``."""
+        self.action[t].copy_(action)  # type: ignore[index]
+        self.reward[t].copy_(result.reward)
+        self.terminated[t].copy_(result.terminated)
+        self.truncated[t].copy_(result.truncated)
+        self.write_obs(t + 1, result.obs)
+        if self.final_obs is not None and result.final_obs is not None:
+            _copy_row(self.final_obs, t, result.final_obs)
+        for name, value in extra.items():
+            self.extra[name][t].copy_(value)
+
+    def data(
+        self, *, step: Tensor, ended: Tensor, next_step_reset: bool = False, hidden_final: bool = False
+    ) -> Data:
+        """The rollout as columns.
+
+        :param step: ``[N]`` int64, steps of the current episode before this rollout.
+        :param ended: ``[N]`` bool, did the row before this rollout end an episode.
+        :param next_step_reset: NEXT_STEP autoreset: the row after an episode's end is a dummy (``valid = 0``).
+        :param hidden_final: the environment resets in the same step and hides the final observation: the state itself
+            stands in for its successor there.
+        """
+        done = self.terminated | self.truncated
+        before = torch.cat([ended.unsqueeze(0), done[:-1]])
+        valid = (~before).float() if next_step_reset else torch.ones_like(self.reward)
+        carry = valid * (~done).float()
+        # steps since the episode's start: +1 per valid row, restarted after an end
+        counted = forward_scan(valid.double(), (~before).double(), step.double())
+        columns: dict[str, Tree] = {
+            "obs": tree_map(lambda x: x[:-1], self.obs),
+            "action": self.action,
+            "reward": self.reward,
+            "terminated": self.terminated,
+            "truncated": self.truncated & ~self.terminated,
+            "alive": (~self.terminated).float(),
+            "carry": carry,
+            "valid": valid,
+            "t": (counted.long() - 1).clamp_min(0),
+            "group": torch.arange(self.num_envs, device=self.device),
+            **self.extra,
+        }
+        return Data(
+            columns,
+            sequence=self._per_sequence | {"group"},
+            successors=self._successors(done, next_step_reset, hidden_final),
+        )
+
+    def _successors(self, done: Tensor, next_step_reset: bool, hidden_final: bool) -> Successors:
+        slot = torch.full(done.shape, -1, dtype=torch.int64, device=self.device)
+        empty = tree_map(lambda x: x[:0, 0], self.obs)
+        if next_step_reset:
+            return Successors(self.obs, empty, slot)
+        if hidden_final or self.final_obs is None:
+            return Successors(self.obs, empty, torch.where(done, -2, slot))
+        ends = done.flatten().nonzero().squeeze(-1)
+        slot.view(-1)[ends] = torch.arange(ends.shape[0], device=self.device)
+        rows = tree_map(lambda x: x.flatten(0, 1).index_select(0, ends), self.final_obs)
+        return Successors(self.obs, rows, slot)
+
+
+def _copy_row(target: Tree, t: int, value: Tree) -> None:
+    if isinstance(target, dict):
+        assert isinstance(value, dict)
+        for key, tensor in target.items():
+            tensor[t].copy_(value[key])
+    else:
+        assert isinstance(value, Tensor)
+        target[t].copy_(value)

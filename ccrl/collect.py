@@ -1,0 +1,243 @@
+"""The collector: serves rollout requests from batched environments into the shared buffer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree
+from ccrl.buffer import RolloutBuffer
+from ccrl.data import Data, Field, tree_map
+from ccrl.returns import forward_scan
+
+__all__ = ["Actor", "Collector", "EpisodeStats", "Request"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rollout that an estimator asks for."""
+
+    tag: str = "on"
+    params: Tensor | str = "live"
+    """A bank version or a flat parameter vector ``[n]``: who acts."""
+    steps: int | None = None
+    """Continue the streams for this many steps."""
+    episodes: int | None = None
+    """Or: so many fresh episodes on environments and random numbers of their own."""
+    horizon: int | None = None
+    counts: Tensor | None = None
+    """Completions per prompt (language models)."""
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.episodes is None and self.counts is None):
+            raise ValueError(f"Request: expected either steps or episodes (or counts), got {self}")
+        if self.episodes is not None and self.horizon is None:
+            raise ValueError("Request: fresh episodes need a horizon (the longest episode, in steps)")
+
+
+class Actor(Protocol):
+    """What collection needs of a policy."""
+
+    def draw_noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor: ...
+    def act(self, obs: Tree, noise: Tensor | None) -> dict[str, Tensor]: ...
+    def to_env(self, action: Tensor) -> Tensor: ...
+    def behaviour_fields(self) -> tuple[Field, ...]: ...
+    def behaviour(self, columns: dict[str, Tensor], action: Tensor) -> dict[str, Tensor]: ...
+
+
+@dataclass
+class EpisodeStats:
+    """Episodes that ended in a rollout: undiscounted raw return and length, ``[E]`` on the host."""
+
+    returns: Tensor
+    lengths: Tensor
+
+
+class _Stream:
+    """One environment with its buffer and the facts that cross rollout borders."""
+
+    def __init__(self, env: BatchedEnv) -> None:
+        self.env = env
+        self.obs: Tree | None = None
+        n, device = env.num_envs, env.device
+        self.step = torch.zeros(n, dtype=torch.int64, device=device)
+        self.ended = torch.zeros(n, dtype=torch.bool, device=device)
+        self.returns = torch.zeros(n, dtype=torch.float64, device=device)
+        self.buffers: dict[tuple[Any, ...], RolloutBuffer] = {}
+
+
+class Collector:
+    """Collects with ``env`` (continued streams) and, on request, with ``make_env(n)`` (fresh episodes).
+
+    :param env: the training environments; reset on first use with ``seed``.
+    :param make_env: builds ``n`` environments for fresh episodes; they and their random numbers never touch training's.
+    :param seed: seeds the environments and the two noise generators.
+    :param fields: extra raw columns to allocate (filled by the estimator's owner).
+    """
+
+    def __init__(
+        self,
+        env: BatchedEnv,
+        *,
+        seed: int = 0,
+        make_env: Callable[[int], BatchedEnv] | None = None,
+        fields: tuple[Field, ...] = (),
+    ) -> None:
+        self.env, self.make_env, self.seed, self.fields = env, make_env, seed, fields
+        self.device = torch.device(env.device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+        self.fresh_generator = torch.Generator(self.device).manual_seed(seed + 1_000_003)
+        self.total_steps = 0
+        """Valid environment steps of continued streams: the agent's clock."""
+        self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
+        self.log: dict[str, Any] = {}
+        self._stream = _Stream(env)
+        self._fresh: _Stream | None = None
+
+    # -- requests -----------------------------------------------------------------------------------------------------
+
+    def collect(self, request: Request, policy: Actor) -> Data:
+        """Run ``policy`` as asked; the returned columns are views of the buffer, valid until the next such request."""
+        if request.steps is not None:
+            if self._stream.obs is None:
+                self._stream.obs = self.env.reset(seed=self.seed)
+            data = self._roll(self._stream, policy, request.steps, self.generator)
+            self.total_steps += int(data["valid"].sum())
+            return data
+        if request.episodes is None or request.horizon is None:
+            raise ValueError(f"Collector: expected a request with steps or episodes, got {request}")
+        return self._episodes(request.episodes, request.horizon, policy)
+
+    def _episodes(self, episodes: int, horizon: int, policy: Actor) -> Data:
+        """``[horizon, episodes]``: one fresh episode per column, ``valid = 0`` after its end."""
+        if self._fresh is None or self._fresh.env.num_envs != episodes:
+            if self.make_env is None:
+                raise ValueError("Collector: fresh episodes need make_env, a function that builds n environments")
+            self._fresh = _Stream(self.make_env(episodes))
+        stream = self._fresh
+        draw = torch.randint(2**31 - 1, (), generator=self.fresh_generator, device=self.device)
+        stream.obs = stream.env.reset(seed=int(draw))
+        for fact in (stream.step, stream.ended, stream.returns):
+            fact.zero_()
+        data = self._roll(stream, policy, horizon, self.fresh_generator)
+        first = torch.cat([torch.ones_like(data["carry"][:1]), data["carry"][:-1]]).cumprod(0) * data["valid"]
+        columns = {k: data[k] for k in data} | {"valid": first, "carry": data["carry"] * first}
+        return Data(columns, sequence=data.sequence, successors=data._successors)
+
+    # -- the loop -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _roll(self, stream: _Stream, policy: Actor, steps: int, generator: torch.Generator) -> Data:
+        env, n = stream.env, stream.env.num_envs
+        manual = env.autoreset_mode == AutoresetMode.DISABLED
+        key = (steps, policy.behaviour_fields())
+        if key not in stream.buffers:
+            stream.buffers[key] = RolloutBuffer(
+                steps, n, env.single_observation_space, env.single_action_space,
+                fields=(*policy.behaviour_fields(), *self.fields), device=self.device,
+                keep_final_obs=env.autoreset_mode != AutoresetMode.NEXT_STEP,
+            )  # fmt: skip
+        buffer = stream.buffers[key]
+        assert stream.obs is not None
+        buffer.begin(stream.obs)
+        # one draw for the whole rollout: per-step draws cost a kernel each and tie the numbers to the step count
+        noise = policy.draw_noise(steps * n, generator, self.device)
+        noise = noise.view(steps, n, *noise.shape[1:])
+        names = [f.name for f in policy.behaviour_fields() if f.per == "step" and f.name != "log_prob"]
+        for t in range(steps):
+            out = policy.act(buffer.row(t), noise[t])
+            result = env.step(policy.to_env(out["action"]))
+            if manual:
+                result = result._replace(final_obs=result.obs)
+            buffer.write(t, out["action"], result, {k: out[k.removeprefix("old_")] for k in names})
+            if manual:
+                done = result.terminated | result.truncated
+                if bool(done.any()):
+                    buffer.write_obs(t + 1, env.reset(mask=done))
+            if result.log:
+                self.log |= result.log
+        stream.obs = buffer.row(steps)
+        return self._finish(stream, buffer, policy)
+
+    def _finish(self, stream: _Stream, buffer: RolloutBuffer, policy: Actor) -> Data:
+        env = stream.env
+        for name, value in policy.behaviour(buffer.extra, buffer.action).items():
+            buffer.extra[name].copy_(value)
+        data = buffer.data(
+            step=stream.step,
+            ended=stream.ended,
+            next_step_reset=env.autoreset_mode == AutoresetMode.NEXT_STEP,
+            hidden_final=not env.provides_final_obs and env.autoreset_mode == AutoresetMode.SAME_STEP,
+        )
+        _check_finite(buffer)
+        done = buffer.terminated | buffer.truncated
+        going = torch.cat([(~stream.ended).unsqueeze(0), ~done[:-1]]).double()
+        returns = forward_scan(buffer.reward.double(), going, stream.returns)
+        lengths = torch.where(data["valid"] > 0, data["t"] + 1, 0)
+        self.stats = EpisodeStats(returns[done].cpu(), lengths[done].cpu())
+        stream.returns.copy_(returns[-1])
+        stream.step.copy_(lengths[-1])
+        stream.ended.copy_(done[-1])
+        return data
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    @property
+    def exact(self) -> bool:
+        """Whether the environments can be saved, so that a resumed run continues bit for bit."""
+        return hasattr(self.env, "state_dict")
+
+    def state_dict(self) -> dict[str, Any]:
+        stream = self._stream
+        state: dict[str, Any] = {
+            "generator": self.generator.get_state(),
+            "fresh_generator": self.fresh_generator.get_state(),
+            "total_steps": self.total_steps,
+            "step": stream.step.clone(),
+            "ended": stream.ended.clone(),
+            "returns": stream.returns.clone(),
+        }
+        if self.exact and stream.obs is not None:
+            state |= {"env": self.env.state_dict(), "obs": tree_map(torch.clone, stream.obs)}  # type: ignore[attr-defined]
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state_dict`` was taken; environments without state start fresh episodes instead."""
+        self.generator.set_state(state["generator"].cpu())
+        self.fresh_generator.set_state(state["fresh_generator"].cpu())
+        self.total_steps = state["total_steps"]
+        stream = self._stream
+        if "env" not in state:
+            # a seed that depends on progress: restarting from the first seed would replay the first episodes
+            stream.obs = self.env.reset(seed=self.seed + self.total_steps)
+            return
+        for name in ("step", "ended", "returns"):
+            getattr(stream, name).copy_(state[name])
+        if not self.exact:
+            raise ValueError("the checkpoint holds environment state, but this environment has no load_state_dict")
+        self.env.load_state_dict(state["env"])  # type: ignore[attr-defined]
+        stream.obs = tree_map(torch.clone, state["obs"])
+
+    def close(self) -> None:
+        self.env.close()
+        if self._fresh is not None:
+            self._fresh.env.close()
+
+
+def _check_finite(buffer: RolloutBuffer) -> None:
+    """One check per rollout, before anything is learnt from it."""
+    columns = {"reward": buffer.reward, "action": buffer.action}
+    observations = buffer.obs if isinstance(buffer.obs, dict) else {"obs": buffer.obs}
+    columns |= {k: v[1:] for k, v in observations.items()}
+    for name, value in columns.items():
+        if not value.is_floating_point() or bool(value.isfinite().all()):
+            continue
+        bad = (~value.isfinite()).reshape(*value.shape[:2], -1).any(-1).nonzero()[0].tolist()
+        raise FloatingPointError(
+            f"{name} is not finite: environment {bad[1]}, step {bad[0]} of the rollout (value "
+            f"{value[bad[0], bad[1]].flatten()[:8].tolist()})"
+        )

@@ -1,0 +1,158 @@
+"""The estimator interface: what a paper fills in, and the life cycle that calls it.
+
+    plan -> collect -> fit -> prepare -> (phases of surrogates | a direction with gradients) -> after_update
+
+An estimator is an ``nn.Module`` so that everything it learns or counts is a buffer: checkpointed, moved with the
+device, written in place (a compiled loss reads the same tensor at every update).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ccrl.bank import Bank
+from ccrl.collect import Request
+from ccrl.data import Batching, Data, Field
+from ccrl.estimators.scores import Scores
+from ccrl.estimators.terms import Term
+from ccrl.updaters import GradientEstimate, Stats, Updater
+
+__all__ = ["Context", "Direction", "Estimator", "Phase", "Stage"]
+
+Stage = Callable[[Data], Data]
+"""A prepare stage: derived columns from the columns before it, no gradient."""
+
+
+@dataclass(frozen=True, eq=False)
+class Phase:
+    """One optimisation pass over the prepared data: which terms, cut how, by which updater."""
+
+    name: str
+    terms: tuple[Term, ...]
+    batching: Batching
+    updater: Updater
+    before_epoch: Callable[[Data], Data] | None = None
+    """Called before every epoch but the first (recompute values and advantages)."""
+    stop: Callable[[Stats], bool] | None = None
+    """Called with the statistics of every minibatch; True ends the phase (early stop on the KL). Costs a host sync."""
+
+
+@dataclass
+class Context:
+    """What an estimator may read besides the data. ``k, K`` are 0-d float64 tensors, checkpointed by the agent."""
+
+    k: Tensor
+    """Iterations done."""
+    K: Tensor
+    """Iterations planned."""
+    generator: torch.Generator
+    bank: Bank
+    scores: Callable[[Tensor, Data, Literal["step", "trajectory"]], Scores]
+    """``scores(theta, data, level)``: per-sample scores of the live policy at a flat vector."""
+
+    @property
+    def progress(self) -> Tensor:
+        """``k / K`` in [0, 1]."""
+        return self.k / self.K
+
+
+class Direction(Protocol):
+    """An update rule of its own in place of updaters: N-PG-IGT, HARPG, natural, TRPO, UAPG."""
+
+    def points(self, theta: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """Where to sample: tag -> flat parameters. ``{"on": theta}`` unless the paper looks ahead."""
+        ...
+
+    def step(
+        self, theta: Tensor, gradient: Callable[[str], GradientEstimate], have: dict[str, Data], ctx: Context
+    ) -> Tensor:
+        """The next parameters ``[n]``; ``gradient(tag)`` is the estimator's at the point of that tag."""
+        ...
+
+
+class Estimator(nn.Module):
+    """Base class; override what the paper changes.
+
+    ``fields``: raw columns to allocate beyond the behaviour policy's. ``heads``: value heads it needs.
+    """
+
+    fields: tuple[Field, ...] = ()
+    heads: frozenset[str] = frozenset()
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        """Rollouts wanted, given those already there; called until it asks for nothing."""
+        raise NotImplementedError
+
+    def fit(self, have: dict[str, Data], ctx: Context) -> Stats:
+        """Train auxiliary models on the rollouts (discriminator, GP features, predictor)."""
+        return {}
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        """The ordered stages: derived columns. Runs without gradient."""
+        return have
+
+    def phases(self) -> tuple[Phase, ...]:
+        """Surrogates in the paper's order. The same objects at every call: compiled graphs are kept per terms tuple."""
+        return ()
+
+    def gradient(self, theta: Tensor, data: Data, ctx: Context) -> GradientEstimate:
+        """An ASCENT direction of the expected return at ``theta`` (flat ``[n]``), for directions and the gradient lab."""
+        raise NotImplementedError(f"{type(self).__name__} is a surrogate: it has phases, no gradient of its own")
+
+    def after_minibatch(self, stats: Stats) -> None:
+        """Duals and moments that move with every minibatch: write buffers in place."""
+
+    def after_update(self, data: dict[str, Data], stats: Stats) -> None:
+        """Once per iteration: quantiles, histories, schedules, normalisers."""
+
+    @property
+    def per_minibatch(self) -> bool:
+        """Whether ``after_minibatch`` is overridden (then minibatches cannot be fused into one call)."""
+        return type(self).after_minibatch is not Estimator.after_minibatch
+
+
+def check_terms(phases: tuple[Phase, ...], outputs: frozenset[str]) -> None:
+    """Unknown forward outputs fail when the agent is built, not at the first update.
+
+    :raises ValueError: naming the term, what it wants and what the policy has.
+    """
+    for phase in phases:
+        for term in phase.terms:
+            unknown = term.want - outputs
+            if unknown:
+                raise ValueError(
+                    f"term {term.name!r} of phase {phase.name!r} wants {sorted(unknown)}, but the policy computes "
+                    f"{sorted(outputs)}; add the head or change the term"
+                )
+
+
+def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context) -> Stats:
+    """Every phase, epoch and minibatch on ``data["on"]``. Statistics are means over the minibatches of each phase."""
+    stats: Stats = {}
+    for phase in estimator.phases():
+        rows: list[tuple[Stats, int]] = []
+        stopped = False
+        for epoch in range(phase.batching.epochs):
+            if epoch and phase.before_epoch is not None:
+                data["on"] = phase.before_epoch(data["on"])
+            batches = data["on"].epoch(phase.batching, ctx.generator)
+            if not estimator.per_minibatch and phase.stop is None:
+                rows.append((phase.updater.run(phase.terms, batches), len(batches)))
+                continue
+            for batch in batches:
+                row = phase.updater.step(phase.terms, batch)
+                estimator.after_minibatch(row)
+                rows.append((row, 1))
+                if phase.stop is not None and phase.stop(row):
+                    stopped = True
+                    break
+            if stopped:
+                break
+        total = sum(n for _, n in rows)
+        stats |= {k: torch.stack([r[k] * (n / total) for r, n in rows]).sum() for k in rows[0][0]}
+    return stats

@@ -1,0 +1,157 @@
+"""Prepare stages: derived columns from raw ones, in the order a recipe lists them. No gradients, no done flags.
+
+What papers disagree on (ddof, eps, leave-one-out, groups of one, zero variance) is an explicit switch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ccrl.batched_env import Tree
+from ccrl.data import Data
+from ccrl.policies.normaliser import RunningNorm
+from ccrl.returns import discounted_sum, forward_scan, gae
+
+__all__ = ["EpisodeReturn", "Gae", "GroupBaseline", "RewardNorm", "Standardise", "Values"]
+
+ValueFn = Callable[[Tree], Tensor]
+
+
+@dataclass(frozen=True)
+class Values:
+    """``value``, ``next_value`` ``[T, N]``: the critic at every state and at its true successor."""
+
+    critic: ValueFn
+
+    def __call__(self, data: Data) -> Data:
+        value, next_value = data.state_values(self.critic)
+        return data.derive(value=value, next_value=next_value)
+
+
+@dataclass(frozen=True)
+class Gae:
+    """``advantage`` (GAE) and ``return = advantage + value`` from ``value, next_value`` and the reward column."""
+
+    gamma: float
+    lam: float
+    time_limit: Literal["bootstrap", "terminal"] = "bootstrap"
+    reward: str = "reward"
+
+    def __post_init__(self) -> None:
+        if not (0.0 <= self.gamma <= 1.0 and 0.0 <= self.lam <= 1.0):
+            raise ValueError(f"Gae: expected gamma and lam in [0, 1], got {self.gamma}, {self.lam}")
+
+    def __call__(self, data: Data) -> Data:
+        discount, valid = data.discount(self.gamma, self.time_limit), data["valid"]
+        advantage = gae(data[self.reward], data["value"], data["next_value"], discount, data["carry"], self.lam)
+        # dummy rows of NEXT_STEP autoreset hold garbage deltas; carry already keeps them out of their neighbours
+        advantage = torch.where(valid > 0, advantage, torch.zeros_like(advantage))
+        return data.derive(advantage=advantage, **{"return": advantage + data["value"]})
+
+
+class RewardNorm(nn.Module):
+    """``shaped_reward``: rewards divided by the running deviation of the discounted return, clipped.
+
+    The statistics move once per rollout, before it is scaled, so all its rewards share one scale (SB3's VecNormalize
+    moves them at every step). The discounted return restarts after every episode's end.
+    """
+
+    running: Tensor
+
+    def __init__(self, num_envs: int, gamma: float, clip: float = 10.0, eps: float = 1e-8) -> None:
+        super().__init__()
+        self.gamma, self.clip, self.eps = gamma, clip, eps
+        self.norm = RunningNorm(())
+        self.register_buffer("running", torch.zeros(num_envs, dtype=torch.float64))
+
+    def __call__(self, data: Data) -> Data:
+        reward, carry = data["reward"].double(), data["carry"].double()
+        before = torch.cat([torch.ones_like(carry[:1]), carry[:-1]])
+        returns = forward_scan(reward, self.gamma * before, self.running)
+        self.running.copy_(returns[-1] * carry[-1])
+        self.norm.update(returns, data["valid"])
+        scale = (self.norm.var + self.eps).rsqrt()
+        return data.derive(shaped_reward=(reward * scale).clamp(-self.clip, self.clip).to(data["reward"].dtype))
+
+
+@dataclass(frozen=True)
+class Standardise:
+    """``(x - mean) / (std + eps)`` of a derived column over the valid rows of the whole rollout."""
+
+    column: str = "advantage"
+    ddof: int = 1
+    eps: float = 1e-8
+
+    def __call__(self, data: Data) -> Data:
+        return data.derive(**{self.column: standardise(data[self.column], data["valid"], self.ddof, self.eps)})
+
+
+def standardise(x: Tensor, valid: Tensor, ddof: int = 1, eps: float = 1e-8) -> Tensor:
+    """Masked standardisation; invalid rows become 0. One valid row, or equal ones: zeros."""
+    x = torch.where(valid > 0, x, torch.zeros_like(x))
+    n = valid.sum()
+    mean = x.sum() / n.clamp_min(1.0)
+    centred = torch.where(valid > 0, x - mean, torch.zeros_like(x))
+    std = (centred.square().sum() / (n - ddof).clamp_min(1.0)).sqrt()
+    return centred / (std + eps)
+
+
+@dataclass(frozen=True)
+class EpisodeReturn:
+    """``score`` ``[N]``: the discounted return of every column's first episode (fresh episodes: of the episode)."""
+
+    gamma: float = 1.0
+    reward: str = "reward"
+
+    def __call__(self, data: Data) -> Data:
+        reward = torch.where(data["valid"] > 0, data[self.reward], torch.zeros_like(data[self.reward]))
+        return data.derive_sequence(score=discounted_sum(reward, self.gamma, data["carry"])[0])
+
+
+@dataclass(frozen=True)
+class GroupBaseline:
+    """``advantage`` ``[T, N]`` from per-column scores compared inside their group.
+
+    * GRPO: ``baseline="mean", scale="std"`` (ddof 1, eps 1e-6); Dr.GRPO: ``scale=None``; RLOO: ``leave_one_out``.
+    * A group of one keeps its score (mean 0, std 1) with ``single="keep"``, or gets 0 with ``single="zero"``.
+    * Equal scores give 0 in every variant (the deviation is 0; eps only guards the division).
+    """
+
+    score: str = "score"
+    baseline: Literal["mean", "leave_one_out"] = "mean"
+    scale: Literal["std"] | None = None
+    ddof: int = 1
+    eps: float = 1e-6
+    single: Literal["keep", "zero"] = "keep"
+
+    def __post_init__(self) -> None:
+        if self.baseline == "leave_one_out" and self.scale is not None:
+            raise ValueError("GroupBaseline: leave_one_out is unscaled; use scale=None or baseline='mean'")
+
+    def __call__(self, data: Data) -> Data:
+        advantage = self.advantages(data[self.score], data["group"])
+        steps = data.shape[0]
+        return data.derive(advantage=advantage.expand(steps, *advantage.shape) * data["valid"])
+
+    def advantages(self, score: Tensor, group: Tensor) -> Tensor:
+        """``[N]`` from scores ``[N]`` and integer group labels ``[N]``."""
+        _, index = torch.unique(group, return_inverse=True)
+        ones = torch.ones_like(score)
+        zeros = torch.zeros(int(index.max()) + 1, dtype=score.dtype, device=score.device)
+        n = zeros.index_add(0, index, ones)[index]
+        mean = zeros.index_add(0, index, score)[index] / n
+        centred = score - mean
+        if self.baseline == "leave_one_out":
+            result = centred * n / (n - 1.0).clamp_min(1.0)
+        elif self.scale == "std":
+            var = zeros.index_add(0, index, centred.square())[index] / (n - self.ddof).clamp_min(1.0)
+            result = centred / (var.sqrt() + self.eps)
+        else:
+            result = centred
+        alone = score / (1.0 + self.eps if self.scale == "std" else 1.0) if self.single == "keep" else torch.zeros_like(score)
+        return torch.where(n > 1, result, alone)
