@@ -1,0 +1,191 @@
+"""The contract, kept by the scripted environment, every classic task, a MuJoCo task and every adapter."""
+
+from __future__ import annotations
+
+import gymnasium
+import pytest
+import torch
+
+import envs
+from ccrl.adapters import GymnasiumEnv, SB3Env, as_vec_env, from_gymnasium
+from ccrl.batched_env import AutoresetMode
+from ccrl.testing import ClockEnv, EnvContract, Episode
+from envs.classic import Acrobot, CartPole, MountainCar, MountainCarContinuous, Pendulum
+
+
+class TestClock(EnvContract):
+    random_starts = False
+
+    def make_env(self, num_envs, autoreset_mode):
+        script = [[Episode(100.0 * row, 3 + row), Episode(100.0 * row + 50, 2, "truncate")] for row in range(num_envs)]
+        return ClockEnv(script, autoreset_mode=autoreset_mode)
+
+
+class TestClockWithGroups(TestClock):
+    def make_env(self, num_envs, autoreset_mode):
+        script = [[Episode(10.0 * row, 4, "both")] for row in range(num_envs)]
+        return ClockEnv(script, autoreset_mode=autoreset_mode, groups=True)
+
+
+class TestCartPole(EnvContract):
+    def make_env(self, num_envs, autoreset_mode):
+        return CartPole(num_envs, autoreset_mode=autoreset_mode)
+
+
+class TestCartPoleLimit(EnvContract):
+    time_limit = 6
+
+    def make_env(self, num_envs, autoreset_mode):
+        return CartPole(num_envs, autoreset_mode=autoreset_mode, max_episode_steps=6)
+
+
+class TestPendulum(EnvContract):
+    time_limit = 12
+
+    def make_env(self, num_envs, autoreset_mode):
+        return Pendulum(num_envs, autoreset_mode=autoreset_mode, max_episode_steps=12)
+
+
+class TestMountainCar(EnvContract):
+    time_limit = 12
+
+    def make_env(self, num_envs, autoreset_mode):
+        return MountainCar(num_envs, autoreset_mode=autoreset_mode, max_episode_steps=12)
+
+
+class TestMountainCarContinuous(EnvContract):
+    time_limit = 12
+
+    def make_env(self, num_envs, autoreset_mode):
+        return MountainCarContinuous(num_envs, autoreset_mode=autoreset_mode, max_episode_steps=12)
+
+
+class TestAcrobotFloat64(EnvContract):
+    time_limit = 12
+
+    def make_env(self, num_envs, autoreset_mode):
+        return Acrobot(num_envs, autoreset_mode=autoreset_mode, max_episode_steps=12, dtype=torch.float64)
+
+
+class TestHopper(EnvContract):
+    def make_env(self, num_envs, autoreset_mode):
+        return envs.make("Hopper-v5", num_envs, autoreset_mode=autoreset_mode)
+
+
+class TestSync(EnvContract):
+    resumable = False
+
+    def make_env(self, num_envs, autoreset_mode):
+        return envs.make("CartPole-v1", num_envs, backend="sync", autoreset_mode=autoreset_mode)
+
+
+class TestSyncMujoco(EnvContract):
+    resumable = False
+
+    def make_env(self, num_envs, autoreset_mode):
+        return envs.make("InvertedPendulum-v5", num_envs, backend="sync", autoreset_mode=autoreset_mode)
+
+
+class TestAsync(EnvContract):
+    resumable = False
+    num_envs = 2
+
+    def make_env(self, num_envs, autoreset_mode):
+        return envs.make("CartPole-v1", num_envs, backend="async", autoreset_mode=autoreset_mode)
+
+
+class TestVectorEntryPoint(EnvContract):
+    resumable = False
+    autoreset_modes = (AutoresetMode.NEXT_STEP,)
+
+    def make_env(self, num_envs, autoreset_mode):
+        return envs.make("CartPole-v1", num_envs, backend="gymnasium")
+
+
+class DictPendulum(gymnasium.ObservationWrapper):
+    """Pendulum with a flat dict observation of a float, an integer and a small-integer leaf."""
+
+    def __init__(self):
+        super().__init__(gymnasium.make("Pendulum-v1", max_episode_steps=9))
+        box = gymnasium.spaces.Box(0, 255, (2, 2), "uint8")
+        self.observation_space = gymnasium.spaces.Dict(
+            {"state": self.env.observation_space, "side": gymnasium.spaces.Discrete(2), "image": box}
+        )
+
+    def observation(self, obs):
+        return {"state": obs, "side": int(obs[1] > 0), "image": (abs(obs[0]) * 200 + [[0, 1], [2, 3]]).astype("uint8")}
+
+
+class TestDictObservations(EnvContract):
+    resumable = False
+    time_limit = 9
+
+    def make_env(self, num_envs, autoreset_mode):
+        return from_gymnasium(DictPendulum, num_envs, autoreset_mode=autoreset_mode)
+
+
+class TestExportedAndImportedAgain(EnvContract):
+    """A native environment through both Gymnasium adapters."""
+
+    resumable = False
+
+    def make_env(self, num_envs, autoreset_mode):
+        vector = gymnasium.make_vec("ccrl/CartPole-v1", num_envs, autoreset_mode=autoreset_mode)
+        return GymnasiumEnv(vector)
+
+
+class TestSB3(EnvContract):
+    resumable = False
+    autoreset_modes = (AutoresetMode.SAME_STEP,)
+
+    def make_env(self, num_envs, autoreset_mode):
+        vec_env = pytest.importorskip("stable_baselines3.common.vec_env")
+        return SB3Env(vec_env.DummyVecEnv([lambda: gymnasium.make("CartPole-v1")] * num_envs))
+
+
+class TestExportedToSB3AndImportedAgain(EnvContract):
+    resumable = False
+    autoreset_modes = (AutoresetMode.SAME_STEP,)
+    time_limit = 5
+
+    def make_env(self, num_envs, autoreset_mode):
+        pytest.importorskip("stable_baselines3")
+        return SB3Env(as_vec_env(Pendulum(num_envs, max_episode_steps=5)))
+
+
+class BrokenFinalObs(CartPole):
+    """Hands out the observation after the reset as the last one of the episode: the classic mistake."""
+
+    def step(self, action):
+        result = super().step(action)
+        return result._replace(final_obs=result.obs)
+
+
+class ForgetsTheClock(CartPole):
+    """Loses the clock when it is saved."""
+
+    def load_state_dict(self, values):
+        super().load_state_dict(values | {"steps": torch.zeros_like(values["steps"])})
+
+
+class ForgetsTheGenerator(CartPole):
+    def load_state_dict(self, values):
+        state = self._generator.get_state()
+        super().load_state_dict(values | {"generator": state})
+
+
+@pytest.mark.parametrize(
+    ("broken", "test"),
+    [
+        (BrokenFinalObs, "test_same_step_returns_the_first_observation_and_keeps_the_last"),
+        (ForgetsTheClock, "test_state_dict_continues_exactly"),
+        (ForgetsTheGenerator, "test_state_dict_continues_exactly"),
+    ],
+)
+def test_the_contract_finds_broken_environments(broken, test):
+    class Contract(EnvContract):
+        def make_env(self, num_envs, autoreset_mode):
+            return broken(num_envs, autoreset_mode=autoreset_mode, max_episode_steps=15)
+
+    with pytest.raises(AssertionError):
+        getattr(Contract(), test)()
