@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``3e-4`` (no dot) as a string; people who write it mean the number."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
 )
 
@@ -92,7 +92,7 @@ def parse(
     """
     values = yaml_overlay if isinstance(yaml_overlay, Mapping) else load_yaml(yaml_overlay) if yaml_overlay else {}
     default = _build(config_cls, values, None, where="", required=tyro.MISSING) if values else tyro.MISSING_NONPROP
-    return tyro.cli(config_cls, prog=prog, description=description, args=argv, default=default)  # type: ignore[arg-type]
+    return tyro.cli(config_cls, prog=prog, description=description, args=argv, default=default)
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -114,7 +114,7 @@ class Logger:
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
         from torch.utils.tensorboard.writer import FileWriter
 
-        self._events = FileWriter(str(self.folder))  # type: ignore[no-untyped-call]
+        self._events = FileWriter(str(self.folder))
         if resume_step is not None:
             start = SessionLog(status=SessionLog.START)
             self._events.add_event(Event(session_log=start), resume_step + 1)
