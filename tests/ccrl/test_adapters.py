@@ -1,0 +1,318 @@
+"""The adapters beyond the contract (tests/envs/test_contract.py): numbers, types, refusals; and the scripted clock."""
+
+from __future__ import annotations
+
+import builtins
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from gymnasium import spaces
+from gymnasium.vector import SyncVectorEnv, VectorEnv
+
+from ccrl.adapters import GymnasiumEnv, SB3Env, SingleEnv, as_vec_env, as_vector_env, from_gymnasium
+from ccrl.batched_env import AutoresetMode
+from ccrl.testing import ClockEnv, Episode
+
+A, B = Episode(0.0, 3, "terminate"), Episode(10.0, 2, "truncate")
+
+
+class Scripted(gymnasium.Env):
+    """A single environment with observations ``[base + step]``, float64, and the endings of an ``Episode``."""
+
+    action_space = spaces.Discrete(2)
+    observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float64)
+
+    def __init__(self, episode):
+        self.episode, self.clock = episode, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.clock = 0
+        return np.array([self.episode.base]), {}
+
+    def step(self, action):
+        self.clock += 1
+        done = self.clock == self.episode.length
+        obs = np.array([self.episode.base + self.clock])
+        return obs, 0.1, done and self.episode.ending == "terminate", done and self.episode.ending == "truncate", {}
+
+
+def rows(env, steps):
+    """Observation, final observation where one is due, and flags of each step, as plain numbers."""
+    table = [env.reset(seed=0)[:, 0].tolist()]
+    for _ in range(steps):
+        result = env.step(torch.zeros(env.num_envs, dtype=torch.int64))
+        done = result.terminated | result.truncated
+        final = [float(result.final_obs[i, 0]) if result.final_obs is not None and done[i] else None for i in range(2)]
+        flags = ["T" * bool(a) + "t" * bool(b) for a, b in zip(result.terminated, result.truncated)]
+        table.append((result.obs[:, 0].tolist(), final, flags))
+        if env.autoreset_mode == AutoresetMode.DISABLED and done.any():
+            table.append(env.reset(mask=done)[:, 0].tolist())
+    return table
+
+
+EXPECTED = {
+    AutoresetMode.SAME_STEP: [
+        [0, 10],
+        ([1, 11], [None, None], ["", ""]),
+        ([2, 10], [None, 12], ["", "t"]),
+        ([0, 11], [3, None], ["T", ""]),
+        ([1, 10], [None, 12], ["", "t"]),
+    ],
+    AutoresetMode.NEXT_STEP: [
+        [0, 10],
+        ([1, 11], [None, None], ["", ""]),
+        ([2, 12], [None, None], ["", "t"]),
+        ([3, 10], [None, None], ["T", ""]),
+        ([0, 11], [None, None], ["", ""]),
+    ],
+    AutoresetMode.DISABLED: [
+        [0, 10],
+        ([1, 11], [None, None], ["", ""]),
+        ([2, 12], [None, None], ["", "t"]),
+        [2, 10],
+        ([3, 11], [None, None], ["T", ""]),
+        [0, 11],
+        ([1, 12], [None, None], ["", "t"]),
+        [1, 10],
+    ],
+}
+
+
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_clock_and_adapter_tell_the_same_story(mode):
+    clock = ClockEnv([[A], [B]], autoreset_mode=mode)
+    vector = SyncVectorEnv([lambda: Scripted(A), lambda: Scripted(B)], autoreset_mode=mode, copy=False)
+    adapted = GymnasiumEnv(vector)
+    assert rows(clock, 4) == EXPECTED[mode]
+    assert rows(adapted, 4) == EXPECTED[mode]
+    assert rows(GymnasiumEnv(as_vector_env(clock)), 4) == EXPECTED[mode]
+
+
+def test_clock_overwrites_its_buffers_and_hides_what_nobody_may_read():
+    env = ClockEnv([[A], [B]])
+    obs = env.reset()
+    kept = obs.clone()
+    result = env.step(torch.zeros(2, dtype=torch.int64))
+    assert torch.equal(obs, result.obs)
+    assert not torch.equal(kept, obs)
+    assert result.final_obs.isnan().all()
+    assert ClockEnv([[A]], provides_final_obs=False).step is not None
+    hidden = ClockEnv([[A]], provides_final_obs=False)
+    hidden.reset()
+    assert hidden.step(torch.zeros(1, dtype=torch.int64)).final_obs is None
+
+
+def test_clock_plays_scripts_and_groups():
+    env = ClockEnv([[A, B]], groups=True, reward=2.0)
+    assert env.reset()["policy"].tolist() == [[0.0]]
+    action = torch.zeros(1, dtype=torch.int64)
+    results = []
+    for _ in range(5):
+        result = env.step(action)
+        results.append((result.obs["critic"].tolist()[0], float(result.reward[0])))
+    assert results == [([1, 1], 2), ([2, 2], 2), ([10, 0], 2), ([11, 1], 2), ([0, 0], 2)]
+    with pytest.raises(ValueError, match="length >= 1"):
+        ClockEnv([[Episode(0.0, 0)]])
+
+
+def test_copy_i_gets_seed_plus_i_and_numbers_are_gymnasiums():
+    env = from_gymnasium("Pendulum-v1", 3)
+    obs = env.reset(seed=10)
+    theirs = [gymnasium.make("Pendulum-v1") for _ in range(3)]
+    expected = np.stack([other.reset(seed=10 + i)[0] for i, other in enumerate(theirs)])
+    assert np.array_equal(obs.numpy(), expected)
+    result = env.step(torch.full((3, 1), 0.5))
+    steps = [other.step(np.array([0.5], dtype=np.float32)) for other in theirs]
+    assert np.array_equal(result.obs.numpy(), np.stack([step[0] for step in steps]))
+    np.testing.assert_allclose(result.reward.numpy(), [step[1] for step in steps], rtol=1e-6)
+
+
+def test_types_of_observations():
+    leaves = {
+        "float64": spaces.Box(-1, 1, (2,), np.float64),
+        "uint8": spaces.Box(0, 255, (2, 2), np.uint8),
+        "int32": spaces.Box(-5, 5, (1,), np.int32),
+        "discrete": spaces.Discrete(7),
+    }
+
+    class Mixed(gymnasium.Env):
+        action_space = spaces.Box(-1, 1, (2,), np.float64)
+        observation_space = spaces.Dict(leaves)
+        received = None
+
+        def reset(self, *, seed=None, options=None):
+            return self.observation_space.sample(), {}
+
+        def step(self, action):
+            Mixed.received = action
+            return self.observation_space.sample(), 0.0, False, False, {}
+
+    env = from_gymnasium(Mixed, 2)
+    obs = env.reset(seed=0)
+    types = {"float64": torch.float32, "uint8": torch.uint8, "int32": torch.int32, "discrete": torch.int64}
+    assert {key: leaf.dtype for key, leaf in obs.items()} == types
+    assert env.single_observation_space["float64"].dtype == np.float32
+    env.step(torch.zeros(2, 2))
+    assert Mixed.received.dtype == np.float64
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "error"),
+    [
+        (spaces.MultiDiscrete([2, 3]), spaces.Discrete(2), TypeError),
+        (spaces.Tuple((spaces.Discrete(2),)), spaces.Discrete(2), TypeError),
+        (spaces.Dict({"a": spaces.Dict({"b": spaces.Discrete(2)})}), spaces.Discrete(2), TypeError),
+        (spaces.Discrete(2), spaces.MultiDiscrete([2, 3]), TypeError),
+        (spaces.Discrete(2), spaces.MultiBinary(2), TypeError),
+        (spaces.Discrete(2), spaces.Discrete(2, start=1), ValueError),
+    ],
+)
+def test_spaces_that_are_not_supported_fail_at_construction(observation, action, error):
+    class Odd(gymnasium.Env):
+        observation_space = observation
+        action_space = action
+
+    with pytest.raises(error, match="expected"):
+        from_gymnasium(Odd, 2)
+
+
+def test_refusals_of_the_gymnasium_adapter():
+    with pytest.raises(TypeError, match="from_gymnasium"):
+        GymnasiumEnv(gymnasium.make("CartPole-v1"))
+    with pytest.raises(ValueError, match="need an id"):
+        from_gymnasium(lambda: Scripted(A), 1, g=3.0)
+    env = from_gymnasium(lambda: Scripted(A), 2)
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="DISABLED"):
+        env.reset(mask=torch.ones(2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"integer actions of shape \(2,\), got torch.float32"):
+        env.step(torch.zeros(2))
+
+
+class VectorClock(VectorEnv):
+    """A vector entry point in SAME_STEP mode: with dense final observations, or without any."""
+
+    def __init__(self, dense, mode):
+        self.num_envs, self.dense, self.metadata = 2, dense, {} if mode is None else {"autoreset_mode": mode}
+        self.single_observation_space = spaces.Box(-9, 9, (1,), np.float32)
+        self.single_action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros((2, 1), dtype=np.float32), {}
+
+    def step(self, actions):
+        infos = {"final_obs": np.array([[5.0], [6.0]], dtype=np.float32)} if self.dense else {}
+        return np.zeros((2, 1), dtype=np.float32), np.ones(2), np.array([True, False]), np.zeros(2, dtype=bool), infos
+
+
+def test_vector_entry_points_with_dense_or_missing_final_observations():
+    env = GymnasiumEnv(VectorClock(True, AutoresetMode.SAME_STEP))
+    env.reset()
+    assert env.step(torch.tensor([0, 0])).final_obs.tolist() == [[5.0], [6.0]]
+    env = GymnasiumEnv(VectorClock(False, AutoresetMode.SAME_STEP))
+    env.reset()
+    with pytest.raises(RuntimeError, match="NEXT_STEP"):
+        env.step(torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="autoreset_mode"):
+        GymnasiumEnv(VectorClock(True, None))
+
+
+def test_single_env_wants_one_copy_without_autoreset():
+    with pytest.raises(ValueError, match="num_envs=2"):
+        SingleEnv(ClockEnv([[A], [B]], autoreset_mode=AutoresetMode.DISABLED))
+    env = SingleEnv(ClockEnv([[A]], autoreset_mode=AutoresetMode.DISABLED))
+    assert env.reset()[0].tolist() == [0.0]
+    assert [env.step(0)[2] for _ in range(3)] == [False, False, True]
+    assert env.reset()[0].tolist() == [0.0]
+
+
+class FakeVecEnv:
+    """What SB3's ``VecEnv`` hands out, without SB3: copy 0 terminates, copy 1 is cut by the time limit."""
+
+    num_envs = 2
+    observation_space = spaces.Box(-9, 9, (1,), np.float32)
+    action_space = spaces.Discrete(2)
+    seeds = ()
+
+    def seed(self, seed):
+        self.seeds = (*self.seeds, seed)
+
+    def reset(self):
+        return np.zeros((2, 1), dtype=np.float32)
+
+    def step_async(self, actions):
+        self.actions = actions
+
+    def step_wait(self):
+        infos = [
+            {"terminal_observation": np.array([3.0]), "TimeLimit.truncated": False},
+            {"terminal_observation": np.array([4.0]), "TimeLimit.truncated": True},
+        ]
+        return np.zeros((2, 1), dtype=np.float32), np.array([1.0, 2.0]), np.array([True, True]), infos
+
+    def close(self):
+        pass
+
+
+def test_sb3_import_needs_no_sb3():
+    vec_env = FakeVecEnv()
+    env = SB3Env(vec_env)
+    env.reset(seed=5)
+    assert vec_env.seeds == (5,)
+    result = env.step(torch.tensor([0, 1]))
+    assert vec_env.actions.tolist() == [0, 1]
+    assert result.final_obs.tolist() == [[3.0], [4.0]]
+    assert (result.terminated.tolist(), result.truncated.tolist()) == ([True, False], [False, True])
+    assert result.reward.tolist() == [1.0, 2.0]
+    with pytest.raises(ValueError, match="without a mask"):
+        env.reset(mask=torch.ones(2, dtype=torch.bool))
+    with pytest.raises(TypeError, match="expected an SB3 VecEnv"):
+        SB3Env(object())
+
+
+def test_sb3_export_reports_episodes_and_endings():
+    pytest.importorskip("stable_baselines3")
+    env = as_vec_env(ClockEnv([[A], [B]], reward=0.5))
+    first = env.reset()
+    assert first.tolist() == [[0.0], [10.0]]
+    reports = []
+    for _ in range(3):
+        _, _, dones, infos = env.step(np.array([0, 0]))
+        for row in np.flatnonzero(dones):
+            info = infos[row]
+            episode = (info["episode"]["r"], info["episode"]["l"])
+            reports.append((int(row), *episode, info["terminal_observation"].tolist(), info["TimeLimit.truncated"]))
+    assert reports == [(1, 1.0, 2, [12.0], True), (0, 1.5, 3, [3.0], False)]
+    assert first.tolist() == [[0.0], [10.0]], "the first observation changed with the environment's buffer"
+    with pytest.raises(ValueError, match="SAME_STEP"):
+        as_vec_env(ClockEnv([[A]], autoreset_mode=AutoresetMode.NEXT_STEP))
+    with pytest.raises(ValueError, match="final_obs"):
+        as_vec_env(ClockEnv([[A]], provides_final_obs=False))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_sb3_trains_on_our_environments():
+    sb3 = pytest.importorskip("stable_baselines3")
+    from envs.classic import CartPole
+
+    model = sb3.PPO("MlpPolicy", as_vec_env(CartPole(4)), n_steps=64, batch_size=64, n_epochs=1, seed=0, device="cpu")
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    model.learn(512)
+    assert any(not torch.equal(a, b) for a, b in zip(before, model.policy.parameters()))
+    assert 8 <= np.mean([episode["l"] for episode in model.ep_info_buffer]) <= 500
+
+
+def test_missing_sb3_names_the_extra(monkeypatch):
+    real = builtins.__import__
+
+    def without_sb3(name, *args, **kwargs):
+        if name.startswith("stable_baselines3") or name == "ccrl.adapters.sb3_export":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without_sb3)
+    with pytest.raises(ImportError, match=r'pip install "ccrl\[sb3\]"'):
+        as_vec_env(ClockEnv([[A]]))
