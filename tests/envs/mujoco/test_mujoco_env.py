@@ -326,3 +326,15 @@ def test_no_opengl_says_what_to_install(monkeypatch):
     monkeypatch.setattr("envs.mujoco.render.importlib.import_module", lambda name: 1 / 0)
     with pytest.raises(RuntimeError, match=r"glfw: division by zero.*install EGL .*MUJOCO_GL=egl"):
         make_mujoco("HalfCheetah-v5", 1).render()
+
+
+def test_contact_forces_see_forces_applied_from_outside():
+    """In the air cfrc_ext is zero, and a push of 3 N through the torso's centre of mass is all there is to see."""
+    env = make_mujoco("Ant-v5", 2, seed=0, dtype=torch.float64, contact_force_range=(-10.0, 10.0))
+    env.reset()
+    assert env.step(torch.zeros(2, 8)).obs[:, 27:].abs().max() == 0
+    env.engine._batch.bind("xfrc_applied")[1, 1, 2] = 3.0
+    forces = env.step(torch.zeros(2, 8)).obs[:, 27:].reshape(2, 13, 6)
+    assert forces[0].abs().max() == 0
+    assert forces[1, 0, 5] == pytest.approx(3.0)
+    assert forces[1, 1:].abs().max() == 0
