@@ -1,8 +1,12 @@
 """The life cycle that all classic-control tasks share: batching, autoreset, time limit, seeding, resuming.
 
 A task is a subclass with five pure functions on rows of shape ``[N]``; ``envs/classic/cartpole.py`` is one to copy.
-A state is ``[D, N]``, not ``[N, D]``: its rows are contiguous, which makes each elementwise operation a plain vector
-loop. Nothing is written in place and nothing is read back by the host, so a step on a GPU never waits for it.
+They are written with operators and with ``self.xp``, the functions that NumPy and torch share: on the CPU the arrays
+are NumPy's, because a small NumPy operation takes a third of a torch one and its cosine is the one of Gymnasium's
+environments to the last bit; on any other device they are tensors. The way out is a view, not a copy.
+
+A state is ``[D, N]``, not ``[N, D]``: its rows are contiguous, which makes each operation a plain vector loop. Nothing
+is written in place and nothing is read back by the host, so a step on a GPU never waits for it.
 """
 
 from __future__ import annotations
@@ -18,30 +22,12 @@ from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, StepResult
 
-__all__ = ["ClassicEnv", "cos", "sin", "square"]
+__all__ = ["Array", "ClassicEnv"]
 
+Array = Any
+"""``numpy.ndarray`` on the CPU, ``torch.Tensor`` elsewhere and in compiled steps."""
 
-def _on_numpy(x: Tensor) -> bool:
-    return x.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def cos(x: Tensor) -> Tensor:
-    """``cos(x)``; on the CPU NumPy's, because torch's differs from it in the last bit of one value in a thousand,
-    which a chaotic task such as Acrobot turns into another trajectory."""
-    return torch.from_numpy(np.cos(x.numpy())) if _on_numpy(x) else torch.cos(x)
-
-
-def sin(x: Tensor) -> Tensor:
-    """``sin(x)``, with the same exception as :func:`cos`."""
-    return torch.from_numpy(np.sin(x.numpy())) if _on_numpy(x) else torch.sin(x)
-
-
-def square(x: Tensor) -> Tensor:
-    """``x ** 2``; in float64 on the CPU by the C library's ``pow``, as Python's operator on a NumPy scalar does it:
-    one value in a thousand differs from ``x * x`` in the last bit."""
-    if x.dtype == torch.float64 and _on_numpy(x):
-        return torch.from_numpy(np.float_power(x.numpy(), np.full(x.shape, 2.0)))
-    return x * x
+_MEMORY = ("state", "steps", "terminated", "truncated", "obs")
 
 
 class ClassicEnv:
@@ -60,8 +46,8 @@ class ClassicEnv:
             trajectories are Gymnasium's bit for bit.
         autoreset_mode: see :class:`ccrl.batched_env.BatchedEnv`.
         max_episode_steps: the step that is truncated; ``None`` takes the task's own limit.
-        compile: run the step as one compiled graph: worth its start-up (seconds) on long runs. Results then differ from
-            eager ones in the last bits.
+        compile: run the step as one compiled torch graph: fewer launches on a GPU, for some seconds of start-up.
+            Results differ from the others in the last bits.
 
     Raises:
         ValueError: a number of copies or steps below one, or another ``dtype``.
@@ -101,40 +87,60 @@ class ClassicEnv:
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.provides_final_obs = self.autoreset_mode == AutoresetMode.SAME_STEP
         self.max_episode_steps = limit
+        self.xp: Any = np if self.device.type == "cpu" and not compile else torch
+        """``numpy`` or ``torch``: what the arrays of the task are."""
+        self._types = (np.float32, np.dtype(str(dtype)[6:])) if self.xp is np else (torch.float32, dtype)
         self._generator = torch.Generator(self.device)
         self._generator.seed()
         self._advance: Callable[..., tuple[Any, ...]] = self._transition
         if compile:
             self._advance = torch.compile(self._transition, fullgraph=True, dynamic=False)
-        self._memory: tuple[Tensor, ...] = ()  # state, steps, terminated, truncated, observation; () before reset
+        self._memory: tuple[Array, ...] = ()  # what _MEMORY names, the observation as [O, N]; () before the reset
         self._renderer: Any = None
 
     # What a task defines. ``state`` is ``[D, N]`` (iterating it gives rows); a Box action is ``[A, N]`` float32, a
-    # Discrete one ``[N]`` int64.
+    # Discrete one ``[N]`` integers.
 
-    def initial_state(self, uniform: Tensor) -> Tensor:
+    def initial_state(self, uniform: Array) -> Array:
         """``[D, N]`` states at the start of an episode, from ``uniform`` ``[uniforms, N]`` in [0, 1)."""
         raise NotImplementedError
 
-    def dynamics(self, state: Tensor, action: Tensor) -> Tensor:
+    def dynamics(self, state: Array, action: Array) -> Array:
         """``[D, N]`` successor states."""
         raise NotImplementedError
 
-    def terminated(self, state: Tensor) -> Tensor:
+    def terminated(self, state: Array) -> Array:
         """``[N]`` bool: the task is over in this successor state."""
         raise NotImplementedError
 
-    def reward(self, state: Tensor, action: Tensor, terminated: Tensor) -> Tensor:
+    def reward(self, state: Array, action: Array, terminated: Array) -> Array:
         """``[N]`` reward of ``action`` in ``state``; ``terminated`` tells whether the successor ends the task."""
         raise NotImplementedError
 
-    def observe(self, state: Tensor) -> Tensor:
+    def observe(self, state: Array) -> Array:
         """``[O, N]`` observation of a state."""
         return state
 
-    def observe_initial(self, state: Tensor) -> Tensor:
+    def observe_initial(self, state: Array) -> Array:
         """``[O, N]`` observation of an initial state, for tasks that Gymnasium starts in another precision."""
         return self.observe(state)
+
+    # What a task may use.
+
+    def single(self, x: Array) -> Array:
+        """``x`` in float32."""
+        return x.astype(self._types[0], copy=False) if self.xp is np else x.to(self._types[0])
+
+    def real(self, x: Array) -> Array:
+        """``x`` in the state's own ``dtype``."""
+        return x.astype(self._types[1], copy=False) if self.xp is np else x.to(self._types[1])
+
+    def square(self, x: Array) -> Array:
+        """``x ** 2``. In float64 on the CPU by the C library's ``pow``, as Python's operator on a NumPy scalar does it:
+        one value in a thousand differs from ``x * x`` in the last bit."""
+        if self.xp is np and x.dtype == np.float64:
+            return np.float_power(x, np.full(x.shape, 2.0))
+        return x * x
 
     # The protocol.
 
@@ -154,16 +160,15 @@ class ClassicEnv:
         if seed is not None:
             self._generator.manual_seed(seed)
         state = self._draw()
-        steps = torch.zeros(self.num_envs, dtype=torch.int64, device=self.device)
-        never = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
-        # A copy, because an observation can be the state itself, which callers must not be able to change.
-        obs = self.observe_initial(state).to(torch.float32, copy=True)
-        fresh = (state, steps, never, never, obs)
+        steps = self._inward(torch.zeros(self.num_envs, dtype=torch.int64, device=self.device))
+        # A sum, because an observation can be the state itself, which callers must not be able to change.
+        fresh = (state, steps, steps != 0, steps != 0, self.single(self.observe_initial(state)) + 0.0)
         if mask is None:
             self._memory = fresh
         else:
-            self._memory = tuple(torch.where(mask, new, old) for new, old in zip(fresh, self._memory))
-        return self._memory[4].t()
+            chosen = self._inward(mask)
+            self._memory = tuple(self.xp.where(chosen, new, old) for new, old in zip(fresh, self._memory))
+        return self._outward(self._memory[4].T)
 
     def step(self, action: Tensor) -> StepResult:
         """One step of every copy: ``action`` is ``[N, A]`` (Box) or ``[N]`` integers (Discrete).
@@ -181,11 +186,14 @@ class ClassicEnv:
                 f"{self.id}: expected {'integer' if discrete else 'floating-point'} actions of shape {shape}, got "
                 f"{action.dtype} of shape {tuple(action.shape)}"
             )
-        action = action.detach() if discrete else action.detach().to(torch.float32).t()
+        rows = self._inward(action.detach()) if discrete else self.single(self._inward(action.detach())).T
         fresh = self._memory[0] if self.autoreset_mode == AutoresetMode.DISABLED else self._draw()
-        self._memory, reward, final_obs = self._advance(self._memory, action, fresh)
+        self._memory, reward, final_obs = self._advance(self._memory, rows, fresh)
         _, _, terminated, truncated, obs = self._memory
-        return StepResult(obs.t(), reward, terminated, truncated, None if final_obs is None else final_obs.t())
+        last = None if final_obs is None else self._outward(final_obs.T)
+        return StepResult(
+            self._outward(obs.T), self._outward(reward), self._outward(terminated), self._outward(truncated), last
+        )
 
     def close(self) -> None:
         """Close the window system of the renderer, if there was one."""
@@ -197,8 +205,7 @@ class ClassicEnv:
         """All that decides the future, as tensors: a copy that loads it continues bit for bit."""
         if not self._memory:
             raise RuntimeError(f"{self.id}: there is no state before the first reset()")
-        names = ("state", "steps", "terminated", "truncated", "obs")
-        values: dict[str, Any] = {name: value.clone() for name, value in zip(names, self._memory)}
+        values: dict[str, Any] = {name: self._outward(x).clone() for name, x in zip(_MEMORY, self._memory)}
         return values | {"generator": self._generator.get_state()}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
@@ -208,14 +215,13 @@ class ClassicEnv:
             ValueError: the state belongs to another task, number of copies or dtype.
         """
         state = values["state"]
-        size = self.initial_state(torch.zeros(self.uniforms, 1, dtype=self.dtype, device=self.device)).shape[0]
+        size = self.initial_state(self._inward(torch.zeros(self.uniforms, 1, dtype=self.dtype))).shape[0]
         if state.shape != (size, self.num_envs) or state.dtype != self.dtype:
             raise ValueError(
                 f"{self.id}: expected a state of shape {(size, self.num_envs)} and {self.dtype}, got "
                 f"{tuple(state.shape)} and {state.dtype}; build the environment with the same id, num_envs and dtype"
             )
-        names = ("state", "steps", "terminated", "truncated", "obs")
-        self._memory = tuple(values[name].to(self.device, copy=True) for name in names)
+        self._memory = tuple(self._inward(values[name].to(self.device, copy=True)) for name in _MEMORY)
         self._generator.set_state(values["generator"].cpu())
 
     def render(self, index: int = 0) -> np.ndarray:
@@ -229,7 +235,7 @@ class ClassicEnv:
         if self._renderer is None:
             self._renderer = gymnasium.make(self.id, render_mode="rgb_array").unwrapped
             self._renderer.reset()
-        self._renderer.state = self._memory[0][:, index].double().cpu().numpy()
+        self._renderer.state = self._outward(self._memory[0])[:, index].double().cpu().numpy()
         try:
             return np.asarray(self._renderer.render())
         except gymnasium.error.DependencyNotInstalled as error:
@@ -237,38 +243,45 @@ class ClassicEnv:
 
     # Inside.
 
-    def _draw(self) -> Tensor:
+    def _inward(self, tensor: Tensor) -> Array:
+        return tensor.numpy() if self.xp is np else tensor
+
+    def _outward(self, array: Array) -> Tensor:
+        return torch.from_numpy(array) if self.xp is np else array
+
+    def _draw(self) -> Array:
         uniform = torch.rand(
             self.uniforms, self.num_envs, dtype=self.dtype, device=self.device, generator=self._generator
         )
-        return self.initial_state(uniform)
+        return self.initial_state(self._inward(uniform))
 
     def _transition(
-        self, memory: tuple[Tensor, ...], action: Tensor, fresh: Tensor
-    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor | None]:
+        self, memory: tuple[Array, ...], action: Array, fresh: Array
+    ) -> tuple[tuple[Array, ...], Array, Array | None]:
         """The whole step as one pure function. ``fresh`` ``[D, N]`` are initial states, drawn for every copy since
         the host does not know which ones it will need."""
+        where = self.xp.where
         state, steps, was_terminated, was_truncated, obs = memory
         successor = self.dynamics(state, action)
         terminated = self.terminated(successor)
-        reward = self.reward(state, action, terminated).to(torch.float32)
-        successor_obs = self.observe(successor).to(torch.float32)
+        reward = self.single(self.reward(state, action, terminated))
+        successor_obs = self.single(self.observe(successor))
         taken = steps + 1
         truncated = taken >= self.max_episode_steps
 
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
             done = terminated | truncated
-            first_obs = self.observe_initial(fresh).to(torch.float32)
-            kept = (torch.where(done, fresh, successor), taken * ~done, terminated, truncated)
-            return (*kept, torch.where(done, first_obs, successor_obs)), reward, successor_obs
+            first_obs = self.single(self.observe_initial(fresh))
+            kept = (where(done, fresh, successor), taken * ~done, terminated, truncated)
+            return (*kept, where(done, first_obs, successor_obs)), reward, successor_obs
 
         ended = was_terminated | was_truncated
-        reward = torch.where(ended, 0.0, reward)
+        reward = self.single(where(ended, 0.0, reward))
         if self.autoreset_mode == AutoresetMode.NEXT_STEP:
-            first_obs = self.observe_initial(fresh).to(torch.float32)
-            kept = (torch.where(ended, fresh, successor), taken * ~ended, terminated & ~ended, truncated & ~ended)
-            return (*kept, torch.where(ended, first_obs, successor_obs)), reward, None
+            first_obs = self.single(self.observe_initial(fresh))
+            kept = (where(ended, fresh, successor), taken * ~ended, terminated & ~ended, truncated & ~ended)
+            return (*kept, where(ended, first_obs, successor_obs)), reward, None
 
-        flags = (torch.where(ended, was_terminated, terminated), torch.where(ended, was_truncated, truncated))
-        kept = (torch.where(ended, state, successor), torch.where(ended, steps, taken), *flags)
-        return (*kept, torch.where(ended, obs, successor_obs)), reward, None
+        flags = (where(ended, was_terminated, terminated), where(ended, was_truncated, truncated))
+        kept = (where(ended, state, successor), where(ended, steps, taken), *flags)
+        return (*kept, where(ended, obs, successor_obs)), reward, None

@@ -6,11 +6,9 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
-from torch import Tensor
 
-from envs.classic.base import ClassicEnv, cos, sin
+from envs.classic.base import Array, ClassicEnv
 
 GRAVITY, FORCE, DT = 9.8, 10.0, 0.02
 POLE_MASS, TOTAL_MASS, HALF_LENGTH = 0.1, 1.1, 0.5
@@ -36,24 +34,24 @@ class CartPole(ClassicEnv):
         self.single_action_space = spaces.Discrete(2)
         self.sutton_barto_reward = sutton_barto_reward
 
-    def initial_state(self, uniform: Tensor) -> Tensor:
+    def initial_state(self, uniform: Array) -> Array:
         return uniform * 0.1 - 0.05
 
-    def dynamics(self, state: Tensor, action: Tensor) -> Tensor:
+    def dynamics(self, state: Array, action: Array) -> Array:
         _, x_dot, theta, theta_dot = state
-        force = torch.where(action == 1, FORCE, -FORCE)
-        cosine, sine = cos(theta), sin(theta)
+        force = self.real(self.xp.where(action == 1, FORCE, -FORCE))
+        cosine, sine = self.xp.cos(theta), self.xp.sin(theta)
         push = (force + MASS_LENGTH * (theta_dot * theta_dot) * sine) / TOTAL_MASS
         theta_acc = (GRAVITY * sine - cosine * push) / (
             HALF_LENGTH * (4.0 / 3.0 - POLE_MASS * (cosine * cosine) / TOTAL_MASS)
         )
         x_acc = push - MASS_LENGTH * theta_acc * cosine / TOTAL_MASS
-        return state + DT * torch.stack((x_dot, x_acc, theta_dot, theta_acc))
+        return state + DT * self.xp.stack((x_dot, x_acc, theta_dot, theta_acc))
 
-    def terminated(self, state: Tensor) -> Tensor:
-        return (state[0].abs() > MAX_X) | (state[2].abs() > MAX_ANGLE)
+    def terminated(self, state: Array) -> Array:
+        return (abs(state[0]) > MAX_X) | (abs(state[2]) > MAX_ANGLE)
 
-    def reward(self, state: Tensor, action: Tensor, terminated: Tensor) -> Tensor:
+    def reward(self, state: Array, action: Array, terminated: Array) -> Array:
         if self.sutton_barto_reward:
-            return -terminated.to(self.dtype)
-        return torch.ones_like(state[0])
+            return -self.real(terminated)
+        return self.xp.ones_like(state[0])

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
-from torch import Tensor
 
-from envs.classic.base import ClassicEnv, cos
+from envs.classic.base import Array, ClassicEnv
 
 MIN_POSITION, MAX_POSITION, MAX_SPEED, SLOPE = -1.2, 0.6, 0.07, 0.0025
 
@@ -34,34 +32,34 @@ class MountainCar(ClassicEnv):
         self.single_action_space: spaces.Space[Any] = spaces.Discrete(3)
         self.goal_velocity = goal_velocity
 
-    def initial_state(self, uniform: Tensor) -> Tensor:
+    def initial_state(self, uniform: Array) -> Array:
         position = uniform * 0.2 - 0.6
-        return torch.cat((position, torch.zeros_like(position)))
+        return self.xp.concatenate((position, self.xp.zeros_like(position)))
 
-    def dynamics(self, state: Tensor, action: Tensor) -> Tensor:
+    def dynamics(self, state: Array, action: Array) -> Array:
         position, velocity = state
-        push = (action - 1).to(self.dtype) * 0.001
-        velocity = (velocity + (push + cos(3 * position) * -SLOPE)).clamp(-MAX_SPEED, MAX_SPEED)
-        return self.move(position, velocity)
+        push = self.real(action - 1) * 0.001
+        velocity = velocity + (push + self.xp.cos(3 * position) * -SLOPE)
+        return self.move(position, self.xp.clip(velocity, -MAX_SPEED, MAX_SPEED))
 
-    def move(self, position: Tensor, velocity: Tensor) -> Tensor:
+    def move(self, position: Array, velocity: Array) -> Array:
         """Drive on for one step; the left end of the track stops the car."""
-        position = (position + velocity).clamp(MIN_POSITION, MAX_POSITION)
+        position = self.xp.clip(position + velocity, MIN_POSITION, MAX_POSITION)
         stopped = (position <= MIN_POSITION) & (velocity < 0)
-        return torch.stack((position, torch.where(stopped, 0.0, velocity)))
+        return self.xp.stack((position, self.xp.where(stopped, 0.0, velocity)))
 
-    def terminated(self, state: Tensor) -> Tensor:
+    def terminated(self, state: Array) -> Array:
         return (state[0] >= self.goal_position) & (state[1] >= self.goal_velocity)
 
-    def reward(self, state: Tensor, action: Tensor, terminated: Tensor) -> Tensor:
-        return torch.full_like(state[0], -1.0)
+    def reward(self, state: Array, action: Array, terminated: Array) -> Array:
+        return self.xp.full_like(state[0], -1.0)
 
 
 class MountainCarContinuous(MountainCar):
     """As :class:`MountainCar` with a force in [-1, 1]; reward 100 at the goal, minus a tenth of the squared action
     (not of the clipped one).
 
-    Gymnasium keeps this state in float32. The float64 version follows it there: float64 tensors of float32 numbers.
+    Gymnasium keeps this state in float32. The float64 version follows it there: a float64 array of float32 numbers.
     """
 
     id = "MountainCarContinuous-v0"
@@ -73,19 +71,19 @@ class MountainCarContinuous(MountainCar):
         super().__init__(num_envs, **options)
         self.single_action_space = spaces.Box(-1.0, 1.0, (1,), np.float32)
 
-    def dynamics(self, state: Tensor, action: Tensor) -> Tensor:
+    def dynamics(self, state: Array, action: Array) -> Array:
         position, velocity = state
-        push = action[0].clamp(-1.0, 1.0) * 0.0015
+        push = self.xp.clip(action[0], -1.0, 1.0) * 0.0015
         angle = 3 * position
         # A start position may have more digits than float32 has (Gymnasium's do); all later ones do not.
-        angle = torch.where(position == self._rounded(position), self._rounded(angle), angle)
-        velocity = self._rounded(velocity + (push - (SLOPE * cos(angle)).to(torch.float32)))
-        velocity = self._rounded(velocity.clamp(-MAX_SPEED, MAX_SPEED))
+        angle = self.xp.where(position == self._rounded(position), self._rounded(angle), angle)
+        velocity = self._rounded(velocity + (push - self.single(SLOPE * self.xp.cos(angle))))
+        velocity = self._rounded(self.xp.clip(velocity, -MAX_SPEED, MAX_SPEED))
         return self._rounded(self.move(position, velocity))
 
-    def reward(self, state: Tensor, action: Tensor, terminated: Tensor) -> Tensor:
-        effort = action[0].to(self.dtype)
-        return torch.where(terminated, 100.0, 0.0) - effort * effort * 0.1
+    def reward(self, state: Array, action: Array, terminated: Array) -> Array:
+        effort = self.real(action[0])
+        return self.xp.where(terminated, 100.0, 0.0) - effort * effort * 0.1
 
-    def _rounded(self, x: Tensor) -> Tensor:
-        return x.to(torch.float32).to(self.dtype)
+    def _rounded(self, x: Array) -> Array:
+        return self.real(self.single(x))

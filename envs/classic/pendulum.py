@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 from gymnasium import spaces
-from torch import Tensor
 
-from envs.classic.base import ClassicEnv, cos, sin, square
+from envs.classic.base import Array, ClassicEnv
 
 MAX_SPEED, MAX_TORQUE, DT, MASS, LENGTH = 8.0, 2.0, 0.05, 1.0, 1.0
 
@@ -33,33 +32,33 @@ class Pendulum(ClassicEnv):
         self.single_action_space = spaces.Box(-MAX_TORQUE, MAX_TORQUE, (1,), np.float32)
         self.g = g
 
-    def initial_state(self, uniform: Tensor) -> Tensor:
+    def initial_state(self, uniform: Array) -> Array:
         angle, velocity = uniform * 2.0 - 1.0
-        return torch.stack((math.pi * angle, velocity))
+        return self.xp.stack((math.pi * angle, velocity))
 
-    def dynamics(self, state: Tensor, action: Tensor) -> Tensor:
+    def dynamics(self, state: Array, action: Array) -> Array:
         theta, theta_dot = state
-        torque = action[0].clamp(-MAX_TORQUE, MAX_TORQUE)
-        gravity = 3 * self.g / (2 * LENGTH) * sin(theta)
+        torque = self.xp.clip(action[0], -MAX_TORQUE, MAX_TORQUE)
+        gravity = 3 * self.g / (2 * LENGTH) * self.xp.sin(theta)
         theta_dot = theta_dot + (gravity + 3.0 / (MASS * LENGTH**2) * torque) * DT
-        theta_dot = theta_dot.clamp(-MAX_SPEED, MAX_SPEED)
-        return torch.stack((theta + theta_dot * DT, theta_dot))
+        theta_dot = self.xp.clip(theta_dot, -MAX_SPEED, MAX_SPEED)
+        return self.xp.stack((theta + theta_dot * DT, theta_dot))
 
-    def terminated(self, state: Tensor) -> Tensor:
-        return torch.zeros_like(state[0], dtype=torch.bool)
+    def terminated(self, state: Array) -> Array:
+        return state[0] > math.inf
 
-    def reward(self, state: Tensor, action: Tensor, terminated: Tensor) -> Tensor:
+    def reward(self, state: Array, action: Array, terminated: Array) -> Array:
         theta, theta_dot = state
-        torque = action[0].clamp(-MAX_TORQUE, MAX_TORQUE)
-        angle = torch.remainder(theta + math.pi, 2 * math.pi) - math.pi
-        return -(square(angle) + 0.1 * square(theta_dot) + 0.001 * self._square_torque(torque))
+        torque = self.xp.clip(action[0], -MAX_TORQUE, MAX_TORQUE)
+        angle = self.xp.remainder(theta + math.pi, 2 * math.pi) - math.pi
+        return -(self.square(angle) + 0.1 * self.square(theta_dot) + 0.001 * self._square_torque(torque))
 
-    def _square_torque(self, torque: Tensor) -> Tensor:
-        if self.dtype == torch.float64 and torque.device.type == "cpu":
+    def _square_torque(self, torque: Array) -> Array:
+        if self.xp is np and self.dtype == torch.float64:
             # Gymnasium squares a float32 scalar here, whose last bit no array operation reproduces.
-            return torch.from_numpy(np.array([number**2 for number in torque.numpy()]))
+            return np.array([number**2 for number in torque])
         return torque * torque
 
-    def observe(self, state: Tensor) -> Tensor:
+    def observe(self, state: Array) -> Array:
         theta, theta_dot = state
-        return torch.stack((cos(theta), sin(theta), theta_dot))
+        return self.xp.stack((self.xp.cos(theta), self.xp.sin(theta), theta_dot))

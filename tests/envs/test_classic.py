@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import shutil
 
 import gymnasium
 import numpy as np
@@ -42,8 +43,8 @@ class Pair:
     def step(self):
         """Our step, its float64 reward and successor state, and Gymnasium's results."""
         env, actions = self.env, sample_actions(self.env.single_action_space, self.env.num_envs, self.generator)
-        rows = actions.t() if actions.is_floating_point() else actions
-        state = env.state_dict()["state"]
+        rows = (actions.t() if actions.is_floating_point() else actions).numpy()
+        state = env.state_dict()["state"].numpy()
         successor = env.dynamics(state, rows)
         reward = env.reward(state, rows, env.terminated(successor))
         theirs = [other.step(action) for other, action in zip(self.theirs, actions.numpy())]
@@ -59,7 +60,7 @@ def test_float64_is_gymnasium_bit_for_bit(task):
         result, reward, successor, theirs = pair.step()
         for row, (obs, their_reward, terminated, truncated, _) in enumerate(theirs):
             where = f"step {step}, copy {row}"
-            assert np.array_equal(np.asarray(pair.theirs[row].unwrapped.state), successor[:, row].numpy()), where
+            assert np.array_equal(np.asarray(pair.theirs[row].unwrapped.state), successor[:, row]), where
             assert np.array_equal(obs, result.final_obs[row].numpy()), where
             assert float(their_reward) == float(reward[row]), where
             assert (terminated, truncated) == (bool(result.terminated[row]), bool(result.truncated[row])), where
@@ -123,12 +124,12 @@ def test_cartpole_by_hand():
 
 def test_acrobot_wraps_angles_and_bounds_speeds():
     env = Acrobot(2, dtype=torch.float64)
-    start = torch.tensor([[3.1, -3.1], [3.1, -3.1], [12.0, -12.0], [28.0, -28.0]], dtype=torch.float64)
-    end = env.dynamics(start, torch.tensor([2, 0]))
-    assert (end[:2].abs() <= math.pi).all()
-    assert (end[2].abs() <= 4 * math.pi).all()
-    assert (end[3].abs() <= 9 * math.pi).all()
-    assert torch.equal(end[:, 0], -end[:, 1])
+    start = np.array([[3.1, -3.1], [3.1, -3.1], [12.0, -12.0], [28.0, -28.0]])
+    end = env.dynamics(start, np.array([2, 0]))
+    assert (abs(end[:2]) <= math.pi).all()
+    assert (abs(end[2]) <= 4 * math.pi).all()
+    assert (abs(end[3]) <= 9 * math.pi).all()
+    np.testing.assert_allclose(end[:, 0], -end[:, 1], rtol=1e-9)
 
 
 def test_copies_do_not_depend_on_each_other():
@@ -168,25 +169,38 @@ def test_the_state_can_be_saved_without_pickling_objects(tmp_path):
     assert torch.equal(env.reset(), other.reset())
 
 
-def test_compiled_steps_agree_with_eager_ones():
-    pytest.importorskip("torch._inductor")
-    if importlib.util.find_spec("torch.utils.cpp_extension") is None or not _has_compiler():
-        pytest.skip("no C++ compiler")
-    envs = [CartPole(4, compile=compiled) for compiled in (False, True)]
-    for env in envs:
-        env.reset(seed=0)
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_torch_steps_agree_with_numpy_steps(task, mode):
+    """What runs on other devices: ``compile`` selects torch on the CPU too, and eager mode is the same code."""
+    numpy, other = (
+        task(4, dtype=torch.float64, autoreset_mode=mode, max_episode_steps=20, compile=compiled)
+        for compiled in (False, True)
+    )
+    other._advance = other._transition
+    assert torch.equal(numpy.reset(seed=0), other.reset(seed=0))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(45):
+        action = sample_actions(numpy.single_action_space, 4, generator)
+        ours, theirs = numpy.step(action), other.step(action)
+        torch.testing.assert_close(ours.obs, theirs.obs, atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours.reward, theirs.reward, atol=1e-5, rtol=0)
+        assert torch.equal(ours.terminated, theirs.terminated)
+        assert torch.equal(ours.truncated, theirs.truncated)
+    torch.testing.assert_close(numpy.state_dict()["state"], other.state_dict()["state"], atol=1e-9, rtol=0)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, ("g++", "c++", "clang++"))), reason="needs a C++ compiler")
+def test_compiled_steps_agree_with_the_others():
+    plain, compiled = CartPole(4), CartPole(4, compile=True)
+    plain.reset(seed=0)
+    compiled.reset(seed=0)
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
-        action = sample_actions(envs[0].single_action_space, 4, generator)
-        eager, compiled = (env.step(action) for env in envs)
-        torch.testing.assert_close(eager.obs, compiled.obs, atol=1e-5, rtol=0)
-        assert torch.equal(eager.terminated, compiled.terminated)
-
-
-def _has_compiler():
-    import shutil
-
-    return any(shutil.which(name) for name in ("g++", "c++", "clang++"))
+        action = sample_actions(plain.single_action_space, 4, generator)
+        ours, theirs = plain.step(action), compiled.step(action)
+        torch.testing.assert_close(ours.obs, theirs.obs, atol=1e-5, rtol=0)
+        assert torch.equal(ours.terminated, theirs.terminated)
 
 
 @pytest.mark.gpu
