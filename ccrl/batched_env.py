@@ -6,6 +6,7 @@ inheritance needed. Adapters for Gymnasium, SB3 and others are in ``ccrl.adapter
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -13,7 +14,7 @@ from gymnasium import Space
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-__all__ = ["AutoresetMode", "BatchedEnv", "StepResult", "Tree"]
+__all__ = ["AutoresetMode", "BatchedEnv", "StepResult", "Tree", "resolve_env"]
 
 Tree = Tensor | dict[str, Tensor]
 """An observation: one tensor ``[N, ...]`` or a flat dict of them."""
@@ -72,3 +73,24 @@ class BatchedEnv(Protocol):
 
     # Optional: ``state_dict() -> dict`` and ``load_state_dict(dict)`` (tensors, numbers, strings, nested dicts and
     # lists of them). With both, a resumed run continues bit for bit; without, it starts fresh episodes.
+
+
+def resolve_env(env: Any, num_envs: int, *, device: torch.device | str = "cpu", **env_kwargs: Any) -> BatchedEnv:
+    """A ``BatchedEnv`` from one (returned as it is) or from an id.
+
+    Ids are built by the package ``envs`` (``envs.make``), looked up by name at call time: this package does not depend
+    on it, and a program that brings its own environments never loads it.
+
+    :raises TypeError: if ``env`` is neither a string nor has the members of the protocol.
+    """
+    if isinstance(env, str):
+        made: BatchedEnv = importlib.import_module("envs").make(env, num_envs, device=device, **env_kwargs)
+        return made
+    missing = [m for m in ("num_envs", "device", "reset", "step", "autoreset_mode") if not hasattr(env, m)]
+    if missing:
+        raise TypeError(
+            f"env: expected an id or a BatchedEnv, got {type(env).__name__} without {missing}; wrap Gymnasium and SB3 "
+            "environments with ccrl.adapters"
+        )
+    found: BatchedEnv = env
+    return found

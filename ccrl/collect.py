@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -95,6 +96,8 @@ class Collector:
         """Valid environment steps of continued streams: the agent's clock."""
         self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
         self.log: dict[str, Any] = {}
+        self.env_seconds = 0.0
+        """Wall time spent in environments; the owner resets it."""
         self._stream = _Stream(env)
         self._fresh: _Stream | None = None
 
@@ -150,7 +153,10 @@ class Collector:
         names = [f.name for f in policy.behaviour_fields() if f.per == "step" and f.name != "log_prob"]
         for t in range(steps):
             out = policy.act(buffer.row(t), noise[t])
-            result = env.step(policy.to_env(out["action"]))
+            executed = policy.to_env(out["action"])
+            start = time.perf_counter()
+            result = env.step(executed)
+            self.env_seconds += time.perf_counter() - start
             if manual:
                 result = result._replace(final_obs=result.obs)
             buffer.write(t, out["action"], result, {k: out[k.removeprefix("old_")] for k in names})

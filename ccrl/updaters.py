@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ccrl.data import Data, tree_columns
+from ccrl.data import Data, columns_read
 from ccrl.estimators.terms import Term, surrogate
 
 __all__ = ["FlatUpdater", "GradientEstimate", "ModuleUpdater", "Stats", "Updater", "can_compile"]
@@ -59,6 +60,40 @@ def wanted(terms: tuple[Term, ...]) -> frozenset[str]:
     return frozenset().union(*(t.want for t in terms))
 
 
+def owned_parameters(module: nn.Module, prefixes: Sequence[str] | None) -> dict[str, nn.Parameter]:
+    """Parameters by name, in the module's order; with ``prefixes`` those whose names start with one of them.
+
+    :raises ValueError: if there are none.
+    """
+    named = {k: p for k, p in module.named_parameters() if prefixes is None or k.startswith(tuple(prefixes))}
+    if not named:
+        names = [k for k, _ in module.named_parameters()]
+        raise ValueError(f"expected parameters whose names start with {prefixes}, got a module with {names}")
+    return named
+
+
+def _loss(module: nn.Module, terms: tuple[Term, ...], batch: Data) -> tuple[Tensor, Stats]:
+    return surrogate(terms, module.forward(batch, wanted(terms)), batch)
+
+
+def _accumulate(
+    terms: tuple[Term, ...],
+    batch: Data,
+    params: list[nn.Parameter],
+    loss: Callable[[tuple[Term, ...], Data], tuple[Tensor, Stats]],
+) -> Stats:
+    """Add the gradient of ``loss`` to ``p.grad``, micro-batch by micro-batch.
+
+    Plain sums are exact for gradients and statistics: the terms divide by counts of the whole batch.
+    """
+    stats: Stats = {}
+    for piece in batch.microbatches(batch.microbatch):
+        total, row = loss(terms, piece)
+        total.backward(inputs=params)  # type: ignore[no-untyped-call]
+        stats = {k: stats[k] + v for k, v in row.items()} if stats else row
+    return stats
+
+
 class FlatUpdater:
     """Adam on one flat vector whose views are the module's parameters.
 
@@ -80,10 +115,7 @@ class FlatUpdater:
         compile: bool = False,
         unroll: int = 4,
     ) -> None:
-        named = {k: p for k, p in module.named_parameters() if prefixes is None or k.startswith(tuple(prefixes))}
-        if not named:
-            raise ValueError(f"FlatUpdater: no parameter starts with {prefixes}; there are "
-                             f"{[k for k, _ in module.named_parameters()]}")
+        named = owned_parameters(module, prefixes)
         if len({p.dtype for p in named.values()}) > 1:
             raise ValueError("FlatUpdater: expected one dtype for all parameters; use ModuleUpdater")
         self.module, self.names = module, tuple(named)
@@ -101,20 +133,18 @@ class FlatUpdater:
         self.t = torch.zeros(1, dtype=torch.float64, device=self.flat.device)
         self.lr = torch.tensor(float(lr), dtype=torch.float64, device=self.flat.device)
         self.finite = torch.ones((), dtype=torch.bool, device=self.flat.device)
-        self._compile = compile
+        self.compile = compile
         self._graphs: dict[tuple[int, int], tuple[tuple[Term, ...], Callable[..., Tensor], list[str], list[str]]] = {}
 
     def _split(self, flat: Tensor) -> list[Tensor]:
-        return [x.view(s) for x, s in zip(flat.split(self.sizes), self.shapes)]
+        return [x.view(s) for x, s in zip(torch.split(flat, self.sizes), self.shapes)]
 
     # -- eager --------------------------------------------------------------------------------------------------------
 
     def gradient(self, terms: tuple[Term, ...], batch: Data) -> GradientEstimate:
         """Gradient of the surrogate at the current parameters; the vector is only valid until the next call."""
         self._grad.zero_()
-        loss, stats = surrogate(terms, self.module.forward(batch, wanted(terms)), batch)
-        loss.backward(inputs=self.params)  # type: ignore[no-untyped-call]
-        return GradientEstimate(self._grad, stats)
+        return GradientEstimate(self._grad, _accumulate(terms, batch, self.params, partial(_loss, self.module)))
 
     @torch.no_grad()
     def apply(self, estimate: GradientEstimate) -> Stats:
@@ -149,7 +179,7 @@ class FlatUpdater:
 
     def run(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats:
         """One update per batch, in order; statistics are means over the batches."""
-        if self._compile:
+        if self.compile:
             return self._run_compiled(terms, batches)
         rows = [self.apply(self.gradient(terms, batch)) for batch in batches]
         return {k: torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
@@ -157,6 +187,8 @@ class FlatUpdater:
     # -- compiled -----------------------------------------------------------------------------------------------------
 
     def _run_compiled(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats:
+        if batches[0].microbatch is not None:
+            raise ValueError("FlatUpdater: a compiled update takes whole batches; drop Batching.microbatch or compile")
         total: Tensor | None = None
         names: list[str] = []
         i = 0
@@ -171,7 +203,9 @@ class FlatUpdater:
         assert total is not None
         return dict(zip(names, (total / len(batches)).unbind()))
 
-    def _graph(self, terms: tuple[Term, ...], batch: Data, count: int) -> tuple[Callable[..., Tensor], list[str], list[str]]:
+    def _graph(
+        self, terms: tuple[Term, ...], batch: Data, count: int
+    ) -> tuple[Callable[..., Tensor], list[str], list[str]]:
         key = (id(terms), count)
         if key not in self._graphs:
             columns, names = self._trace(terms, batch)
@@ -182,12 +216,14 @@ class FlatUpdater:
 
     def _trace(self, terms: tuple[Term, ...], batch: Data) -> tuple[list[str], list[str]]:
         """Columns that the surrogate reads (only those enter the graph) and the names of its statistics."""
-        recorder = _Recorder(batch)
+        stats: Stats = {}
         with torch.no_grad():
-            _, stats = surrogate(terms, self.module.forward(recorder, wanted(terms)), recorder)
-        return sorted(recorder.read), [*stats, "grad_norm"]
+            columns = columns_read(lambda b: stats.update(_loss(self.module, terms, b)[1]), batch)
+        return columns, [*stats, "grad_norm"]
 
-    def _build(self, terms: tuple[Term, ...], like: Data, columns: list[str], names: list[str]) -> Callable[..., Tensor]:
+    def _build(
+        self, terms: tuple[Term, ...], like: Data, columns: list[str], names: list[str]
+    ) -> Callable[..., Tensor]:
         want, module = wanted(terms), self.module
         sequence, scalars = like.sequence, like.scalars
 
@@ -214,7 +250,8 @@ class FlatUpdater:
             assert out is not None
             return out
 
-        return torch.compile(steps, dynamic=False)
+        compiled: Callable[..., Tensor] = torch.compile(steps, dynamic=False)
+        return compiled
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -228,13 +265,113 @@ class FlatUpdater:
         self.finite.fill_(True)
 
 
-class _Recorder(Data):
-    """A batch that notes which columns are read."""
+class ModuleUpdater:
+    """Any module with any torch optimiser: ordinary autograd, micro-batches, frozen or shared parameters.
 
-    def __init__(self, batch: Data) -> None:
-        super().__init__(batch._columns, sequence=batch.sequence, scalars=batch.scalars)
-        self.read: set[str] = set()
+    Gradients live in ``p.grad``, so large models pay for no second copy; a flat vector is built only by ``gradient``.
 
-    def __getitem__(self, name: str) -> Tensor:
-        self.read.add(name)
-        return super().__getitem__(name)
+    :param optimiser: builds it from the owned parameters, learning rate included, e.g.
+        ``lambda params: torch.optim.AdamW(params, lr=1e-5)``. One learning rate for all parameter groups.
+    :param prefixes: names (or name prefixes) of the parameters owned, of those that require gradients; None: all.
+    :param compile: compile the loss of a (micro-)batch; backward and optimiser stay ordinary.
+    :raises ValueError: if no parameter matches, or parameter groups have different learning rates.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimiser: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        *,
+        prefixes: Sequence[str] | None = None,
+        max_grad_norm: float | None = None,
+        compile: bool = False,
+    ) -> None:
+        self.module, self.max_grad_norm = module, max_grad_norm
+        self.params = [p for p in owned_parameters(module, prefixes).values() if p.requires_grad]
+        if not self.params:
+            raise ValueError("ModuleUpdater: every owned parameter is frozen; set requires_grad or other prefixes")
+        self.optimiser = optimiser(self.params)
+        rates = {float(group["lr"]) for group in self.optimiser.param_groups}
+        if len(rates) > 1:
+            raise ValueError(f"ModuleUpdater: expected one learning rate, got {sorted(rates)}; use an updater for each")
+        device = self.params[0].device
+        self.lr = torch.tensor(rates.pop(), dtype=torch.float64, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self._lr_version = self.lr._version
+        self._compile = compile
+        self._losses: dict[int, tuple[tuple[Term, ...], Callable[[Data], tuple[Tensor, Stats]]]] = {}
+
+    def gradient(self, terms: tuple[Term, ...], batch: Data) -> GradientEstimate:
+        """Gradient of the surrogate at the current parameters (a copy); micro-batches add up exactly."""
+        stats = self._backward(terms, batch)
+        grads = [p.grad for p in self.params if p.grad is not None]
+        return GradientEstimate(torch.cat([g.reshape(-1) for g in grads]), stats)
+
+    @torch.no_grad()
+    def apply(self, estimate: GradientEstimate) -> Stats:
+        """Clip and one optimiser step along ``-estimate.mean``. A non-finite gradient changes nothing and clears
+        ``self.finite``."""
+        pieces = torch.split(estimate.mean, [p.numel() for p in self.params])
+        for p, piece in zip(self.params, pieces):
+            p.grad = piece.view_as(p).clone()
+        return estimate.stats | {"grad_norm": self._optimise()}
+
+    def step(self, terms: tuple[Term, ...], batch: Data) -> Stats:
+        """One update on one batch: ``gradient`` and ``apply`` without the flat copy."""
+        stats = self._backward(terms, batch)
+        return stats | {"grad_norm": self._optimise()}
+
+    def run(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats:
+        """One update per batch, in order; statistics are means over the batches."""
+        rows = [self.step(terms, batch) for batch in batches]
+        return {k: torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
+
+    def _backward(self, terms: tuple[Term, ...], batch: Data) -> Stats:
+        for p in self.params:
+            # zeros, not None: optimisers skip None, and a parameter would miss the moments' decay of that step
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
+        loss = self._compiled_loss if self._compile else partial(_loss, self.module)
+        return _accumulate(terms, batch, self.params, loss)
+
+    @torch.no_grad()
+    def _optimise(self) -> Tensor:
+        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
+        if not bool(norm.isfinite()):
+            self.finite.fill_(False)
+            return norm
+        if self.max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self.params, self.max_grad_norm, norm)
+        if self._lr_version != self.lr._version:
+            # optimisers want a number; reading the tensor only after it was written keeps the device unsynchronised
+            self._lr_version = self.lr._version
+            for group in self.optimiser.param_groups:
+                group["lr"] = float(self.lr)
+        self.optimiser.step()
+        return norm
+
+    def _compiled_loss(self, terms: tuple[Term, ...], batch: Data) -> tuple[Tensor, Stats]:
+        if id(terms) not in self._losses:
+            self._losses[id(terms)] = (terms, self._build(terms, batch))
+        return self._losses[id(terms)][1](batch)
+
+    def _build(self, terms: tuple[Term, ...], like: Data) -> Callable[[Data], tuple[Tensor, Stats]]:
+        sequence, scalars = like.sequence, like.scalars
+        with torch.no_grad():
+            columns = columns_read(lambda b: _loss(self.module, terms, b), like)
+
+        def loss(values: tuple[Any, ...]) -> tuple[Tensor, Stats]:
+            return _loss(self.module, terms, Data(dict(zip(columns, values)), sequence=sequence, scalars=scalars))
+
+        compiled = torch.compile(loss)
+        return lambda batch: compiled(tuple(batch[c] for c in columns))
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimiser state and learning rate; the parameters are saved with their module."""
+        return {"optimiser": self.optimiser.state_dict(), "lr": self.lr.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimiser.load_state_dict(state["optimiser"])
+        self.lr.copy_(state["lr"])
+        self.finite.fill_(True)

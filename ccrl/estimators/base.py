@@ -40,6 +40,8 @@ class Phase:
     """Called before every epoch but the first (recompute values and advantages)."""
     stop: Callable[[Stats], bool] | None = None
     """Called with the statistics of every minibatch; True ends the phase (early stop on the KL). Costs a host sync."""
+    skip: Callable[[Data], bool] | None = None
+    """Called once with the prepared data; True leaves the phase out (a zero gradient still moves Adam's momentum)."""
 
 
 @dataclass
@@ -132,27 +134,38 @@ def check_terms(phases: tuple[Phase, ...], outputs: frozenset[str]) -> None:
 
 
 def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context) -> Stats:
-    """Every phase, epoch and minibatch on ``data["on"]``. Statistics are means over the minibatches of each phase."""
+    """Every phase, epoch and minibatch on ``data["on"]``; statistics are means over the minibatches of their phase.
+
+    With several phases the totals are told apart by name: ``policy_total_loss``, ``critic_grad_norm``.
+    """
     stats: Stats = {}
-    for phase in estimator.phases():
-        rows: list[tuple[Stats, int]] = []
-        stopped = False
-        for epoch in range(phase.batching.epochs):
-            if epoch and phase.before_epoch is not None:
-                data["on"] = phase.before_epoch(data["on"])
-            batches = data["on"].epoch(phase.batching, ctx.generator)
-            if not estimator.per_minibatch and phase.stop is None:
-                rows.append((phase.updater.run(phase.terms, batches), len(batches)))
-                continue
-            for batch in batches:
-                row = phase.updater.step(phase.terms, batch)
-                estimator.after_minibatch(row)
-                rows.append((row, 1))
-                if phase.stop is not None and phase.stop(row):
-                    stopped = True
-                    break
-            if stopped:
-                break
+    phases = estimator.phases()
+    for phase in phases:
+        if phase.skip is not None and phase.skip(data["on"]):
+            continue
+        rows = _run_phase(estimator, phase, data, ctx)
         total = sum(n for _, n in rows)
-        stats |= {k: torch.stack([r[k] * (n / total) for r, n in rows]).sum() for k in rows[0][0]}
+        means = {k: torch.stack([r[k] * (n / total) for r, n in rows]).sum() for k in rows[0][0]}
+        if len(phases) > 1:
+            means[f"{phase.name}_total_loss"] = means.pop("loss")
+            means[f"{phase.name}_grad_norm"] = means.pop("grad_norm")
+        stats |= means
     return stats
+
+
+def _run_phase(estimator: Estimator, phase: Phase, data: dict[str, Data], ctx: Context) -> list[tuple[Stats, int]]:
+    rows: list[tuple[Stats, int]] = []
+    for epoch in range(phase.batching.epochs):
+        if epoch and phase.before_epoch is not None:
+            data["on"] = phase.before_epoch(data["on"])
+        batches = data["on"].epoch(phase.batching, ctx.generator)
+        if not estimator.per_minibatch and phase.stop is None:
+            rows.append((phase.updater.run(phase.terms, batches), len(batches)))
+            continue
+        for batch in batches:
+            row = phase.updater.step(phase.terms, batch)
+            estimator.after_minibatch(row)
+            rows.append((row, 1))
+            if phase.stop is not None and phase.stop(row):
+                return rows
+    return rows

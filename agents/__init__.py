@@ -1,0 +1,42 @@
+"""Agents by name. Importing this package loads none of them: each class is imported when it is asked for."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from agents.bpo import BPO
+    from agents.mdpo import MDPO
+    from agents.ppo import PPO
+
+__all__ = ["AGENTS", "BPO", "MDPO", "PPO", "get_agent"]
+
+AGENTS = {
+    "bpo": ("agents.bpo", "BPO"),
+    "mdpo": ("agents.mdpo", "MDPO"),
+    "ppo": ("agents.ppo", "PPO"),
+}
+"""Command-line name -> module and class."""
+
+
+def get_agent(name: str) -> Any:
+    """The agent class called ``name``.
+
+    :raises ValueError: an unknown name, with near matches.
+    """
+    if name not in AGENTS:
+        near = difflib.get_close_matches(name, AGENTS, n=3)
+        raise ValueError(
+            f"agent: expected one of {sorted(AGENTS)}, got {name!r}" + (f"; did you mean {near}?" if near else "")
+        )
+    module, cls = AGENTS[name]
+    return getattr(importlib.import_module(module), cls)
+
+
+def __getattr__(name: str) -> Any:
+    for module, cls in AGENTS.values():
+        if cls == name:
+            return getattr(importlib.import_module(module), cls)
+    raise AttributeError(f"module 'agents' has no attribute {name!r}")

@@ -1,0 +1,190 @@
+"""BPO: Bounded Policy Optimization (Ao et al. 2026, Bounded Ratio Reinforcement Learning, arXiv 2604.18578).
+
+The surrogate with hard ratio bounds has a closed-form optimum: ratio 1 + eps above the median action value, 1 - eps below.
+BPO regresses the ratio onto it with an advantage-weighted L1 loss and learns the median with a second critic head:
+
+    rho* = c_l + (c_h - c_l) sigmoid((R - U(s)) / lambda),   c_l = 1 - eps_low, c_h = 1 + eps_high
+    L_pi = mean |(rho - rho*) w|,   w = R - V(s)  (current critic)  or the stored advantage
+    L_V = mean (V - R)^2,           L_U = mean[ softplus(x) - x/2 ],  x = R - U
+    L = L_pi + vf_coef L_V + u_coef L_U - ent_coef mean H
+
+No clipping, no advantage normalisation: the gradient-norm clip does the scaling. Slots: heads = median; loss = bounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from agents.base import Agent, OnPolicyConfig
+from agents.ppo import VALUE, OnPolicyEstimator
+from ccrl.data import Batching, Data
+from ccrl.estimators import aggregates, losses, ratios
+from ccrl.estimators.base import Context, Phase
+from ccrl.estimators.stages import standardise
+from ccrl.estimators.terms import Evaluation, Level, Term
+from ccrl.policies import MLPPolicy
+from ccrl.updaters import FlatUpdater
+
+__all__ = ["BPO", "BPOConfig"]
+
+
+@dataclass(frozen=True)
+class BPOConfig(OnPolicyConfig):
+    """The paper's SB3 variant (bpo sheet, sections 4 and 5)."""
+
+    num_envs: int = 4
+    """Parallel environments."""
+    n_steps: int = 512
+    """Steps per environment and iteration."""
+    hidden: tuple[int, ...] = (256, 256)
+    """Hidden layers of the actor and of the critic."""
+    activation: str = "relu"
+    """tanh, relu, elu or silu."""
+    median_hidden: tuple[int, ...] = (256, 256)
+    """Hidden layers of the median head, on the critic's last latent."""
+    learning_rate: float = 1e-4
+    """Adam's step size."""
+    anneal_lr: bool = False
+    """Learning rate falls linearly to 0."""
+    batch_size: int = 256
+    """Minibatch, in steps."""
+    n_epochs: int = 10
+    """Passes over each rollout."""
+    eps_low: float = 0.25
+    """Lower ratio bound is 1 - eps_low."""
+    eps_high: float = 0.25
+    """Upper ratio bound is 1 + eps_high."""
+    anneal_eps: bool = False
+    """Both bounds shrink linearly to 0 over training."""
+    temperature: float = 1e-3
+    """lambda of the ratio target, in units of return."""
+    use_median: bool = True
+    """Threshold = the median head; else the value head (the paper's ablation)."""
+    median_temperature: float | None = None
+    """Temperature of the median's loss; None: 1, as released. Equal to `temperature` is the consistent choice."""
+    advantage: str = "online"
+    """Weights: online (R minus the critic being trained) or stored (standardised GAE, the rsl_rl option)."""
+    recompute_returns: bool = False
+    """Values and returns anew before every epoch but the first (rsl_rl)."""
+    ent_coef: float = 0.0
+    """Entropy bonus."""
+    vf_coef: float = 0.5
+    """Weight of the value loss."""
+    u_coef: float = 0.5
+    """Weight of the median loss."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.eps_low <= 1.0 or self.eps_high <= 0.0:
+            raise ValueError(f"expected 0 < eps_low <= 1 and eps_high > 0, got {self.eps_low}, {self.eps_high}")
+        if self.temperature <= 0.0:
+            raise ValueError(f"temperature: expected > 0, got {self.temperature}")
+        if self.advantage not in ("online", "stored"):
+            raise ValueError(f"advantage: expected online or stored, got {self.advantage!r}")
+
+
+class BPOEstimator(OnPolicyEstimator):
+    """Bounded-ratio, value and median terms in one phase."""
+
+    eps_low: Tensor
+    eps_high: Tensor
+
+    def __init__(self, config: BPOConfig, policy: MLPPolicy, updaters: dict[str, FlatUpdater]) -> None:
+        super().__init__(config, policy, updaters)
+        c = config
+        device = next(policy.parameters()).device
+        self.register_buffer("eps_low", torch.tensor(c.eps_low, device=device))
+        self.register_buffer("eps_high", torch.tensor(c.eps_high, device=device))
+        threshold = "median" if c.use_median else "value"
+        loss = losses.bounded_ratio(
+            self.eps_low, self.eps_high, c.temperature, threshold=threshold,
+            weight="weight" if c.advantage == "stored" else None,
+        )  # fmt: skip
+        wants = frozenset({"log_prob", "value", threshold})
+        stats = partial(_bound_stats, c.eps_low, c.eps_high, self._targets(threshold, c.temperature))
+        unweighted = {"aggregate": aggregates.mean, "ratio": ratios.unweighted, "advantage": None}
+        terms = [
+            Term("policy_gradient_loss", loss, aggregates.mean, ratios.token, wants, advantage=None, stats=stats),
+            Term("value_loss", losses.value_loss(), want=VALUE, coef=c.vf_coef, **unweighted),
+            Term("entropy_loss", losses.neg_entropy, want=frozenset({"entropy"}), coef=c.ent_coef, **unweighted),
+        ]
+        if c.use_median:
+            # kappa = (1 - c_l) / (c_h - c_l): the level at which the target ratios average to 1
+            kappa = c.eps_low / (c.eps_low + c.eps_high)
+            median = losses.median_loss(kappa=kappa, temperature=c.median_temperature or 1.0)
+            terms.append(Term("median_loss", median, want=frozenset({"median"}), coef=c.u_coef, **unweighted))
+        before = self.advantages if c.recompute_returns else None
+        batching = Batching(size=c.batch_size, epochs=c.n_epochs)
+        self._phases = (Phase("policy", tuple(terms), batching, updaters["policy"], before),)
+
+    def _targets(self, threshold: str, temperature: float) -> Callable[[Evaluation, Data], Tensor]:
+        return lambda evaluation, batch: losses.bounded_target(
+            batch["return"] - evaluation[threshold], self.eps_low, self.eps_high, temperature
+        )
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        if self.config.anneal_lr:
+            self.anneal(ctx)
+        if self.config.anneal_eps:
+            # not quite to 0: bounds of zero width are a target of 1 for every ratio
+            left = (1.0 - ctx.progress).clamp_min(1e-3)
+            self.eps_low.copy_(self.config.eps_low * left)
+            self.eps_high.copy_(self.config.eps_high * left)
+        return super().prepare(have, ctx)
+
+    def advantages(self, data: Data) -> Data:
+        data = super().advantages(data)
+        if self.config.advantage == "stored":
+            data = data.derive(weight=standardise(data["advantage"], data["valid"]))
+        return data
+
+    def phases(self) -> tuple[Phase, ...]:
+        return self._phases
+
+
+def _bound_stats(
+    low: float,
+    high: float,
+    targets: Callable[[Evaluation, Data], Tensor],
+    level: Level,
+    advantage: Tensor,
+    evaluation: Evaluation,
+    batch: Data,
+) -> dict[str, Tensor]:
+    stats = losses.ratio_stats(low, high)(level, advantage, evaluation, batch)
+    return {**stats, "target_gap": (level.ratio - targets(evaluation, batch)).abs()}
+
+
+class BPO(Agent):
+    """Bounded Policy Optimization."""
+
+    name = "bpo"
+    paper = "Ao et al. 2026, arXiv 2604.18578"
+    Config = BPOConfig
+
+    def build(self) -> None:
+        c: BPOConfig = self.config
+        heads: dict[str, tuple[int, ...]] = {"value": ()}
+        if c.use_median:
+            heads["median"] = c.median_hidden
+        self.policy = self.make_policy(heads)
+        updater = FlatUpdater(self.policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
+        self.updaters = {"policy": updater}
+        self.estimator = BPOEstimator(c, self.policy, self.updaters)
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {
+            "prepare": "values, GAE",
+            "ratio": "token",
+            "loss": "|rho - rho*| |w| + value + median",
+            "aggregate": "minibatch mean",
+            "heads": "median",
+        }

@@ -1,0 +1,178 @@
+"""PPO: Proximal Policy Optimization (Schulman et al. 2017, arXiv 1707.06347), with its implementation details as switches.
+
+Loss over shuffled minibatches, ``n_epochs`` passes over each rollout:
+
+    L = -mean min(rho A, clamp(rho, 1 - eps, 1 + eps) A)  +  vf_coef * mean (V - R)^2  -  ent_coef * mean H
+    rho = pi_theta(a|s) / pi_old(a|s),   A = GAE(gamma, lambda),   R = A + V_old
+
+Slots: prepare = values, GAE; ratio = token; loss = clip, value, entropy; aggregate = mean over the minibatch.
+Defaults are SB3's; ``docs/ppo.md`` lists each detail and who does it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.base import Agent, OnPolicyConfig
+from ccrl.collect import Request
+from ccrl.data import Batching, Data
+from ccrl.estimators import aggregates, losses, ratios
+from ccrl.estimators.base import Context, Estimator, Phase
+from ccrl.estimators.stages import Gae, RewardNorm, Standardise, Values, standardise
+from ccrl.estimators.terms import Evaluation, Level, Loss, Term
+from ccrl.policies import MLPPolicy
+from ccrl.updaters import FlatUpdater, Updater
+
+__all__ = ["PPO", "OnPolicyEstimator", "PPOConfig"]
+
+VALUE = frozenset({"value"})
+
+
+@dataclass(frozen=True)
+class PPOConfig(OnPolicyConfig):
+    """SB3's defaults at 16 x 128 steps."""
+
+    learning_rate: float = 3e-4
+    """Adam's step size."""
+    anneal_lr: bool = False
+    """Learning rate falls linearly to 0 over training."""
+    batch_size: int = 64
+    """Minibatch, in steps."""
+    n_epochs: int = 10
+    """Passes over each rollout."""
+    clip_range: float = 0.2
+    """Half width of the ratio's clip."""
+    clip_range_vf: float | None = None
+    """Value clipping (None: off)."""
+    normalise_advantage: str = "minibatch"
+    """minibatch (SB3, CleanRL), batch (rsl_rl) or none."""
+    ent_coef: float = 0.0
+    """Entropy bonus."""
+    vf_coef: float = 0.5
+    """Weight of the value loss."""
+    max_grad_norm: float = 0.5
+    """Global gradient norm."""
+    target_kl: float | None = None
+    """End the update once approx_kl exceeds 1.5 times this (one host sync per minibatch)."""
+    recompute_advantages: bool = False
+    """Values and advantages anew before every epoch but the first (Andrychowicz et al. 2021)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalise_advantage not in ("minibatch", "batch", "none"):
+            raise ValueError(
+                f"normalise_advantage: expected minibatch, batch or none, got {self.normalise_advantage!r}"
+            )
+
+
+class OnPolicyEstimator(Estimator):
+    """What PPO, MDPO and BPO share: one rollout, reward scaling, values, GAE, a learning-rate schedule."""
+
+    def __init__(self, config: Any, policy: MLPPolicy, updaters: dict[str, FlatUpdater]) -> None:
+        super().__init__()
+        self.config, self._updaters = config, updaters
+        self._values = Values(policy.values)  # a bound method: holding the module itself would save it twice
+        self.reward_norm = (
+            RewardNorm(config.num_envs, config.gamma, config.clip_norm) if config.normalise_reward else None
+        )
+        self._gae = Gae(
+            config.gamma, config.gae_lambda, config.time_limit,
+            reward="shaped_reward" if config.normalise_reward else "reward",
+        )  # fmt: skip
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        return [] if have else [Request(steps=self.config.n_steps)]
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        data = have["on"]
+        if self.reward_norm is not None:
+            data = self.reward_norm(data)
+        return have | {"on": self.advantages(data)}
+
+    @torch.no_grad()
+    def advantages(self, data: Data) -> Data:
+        """Values, GAE, returns."""
+        return self._gae(self._values(data))
+
+    def anneal(self, ctx: Context) -> None:
+        """Linear learning-rate decay: ``lr0 (1 - k / K)``."""
+        for updater in self._updaters.values():
+            updater.lr.copy_(self.config.learning_rate * (1.0 - ctx.progress).clamp_min(0.0))
+
+
+class PPOEstimator(OnPolicyEstimator):
+    """Clipped surrogate, value and entropy terms in one phase."""
+
+    def __init__(self, config: PPOConfig, policy: MLPPolicy, updaters: dict[str, FlatUpdater]) -> None:
+        super().__init__(config, policy, updaters)
+        c = config
+        loss = losses.clip(c.clip_range, c.clip_range)
+        if c.normalise_advantage == "minibatch":
+            loss = _standardised(loss)
+        stats = losses.ratio_stats(c.clip_range, c.clip_range)
+        value = losses.value_loss(clip_range=c.clip_range_vf)
+        terms = (
+            Term("policy_gradient_loss", loss, aggregates.mean, ratios.token, stats=stats),
+            Term("value_loss", value, aggregates.mean, ratios.unweighted, VALUE, advantage=None, coef=c.vf_coef),
+            Term(
+                "entropy_loss", losses.neg_entropy, aggregates.mean, ratios.unweighted, frozenset({"entropy"}),
+                advantage=None, coef=c.ent_coef,
+            ),
+        )  # fmt: skip
+        self._phases = (_phase(c, terms, updaters["policy"], self.advantages),)
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        if self.config.anneal_lr:
+            self.anneal(ctx)
+        return super().prepare(have, ctx)
+
+    def advantages(self, data: Data) -> Data:
+        data = super().advantages(data)
+        return Standardise()(data) if self.config.normalise_advantage == "batch" else data
+
+    def phases(self) -> tuple[Phase, ...]:
+        return self._phases
+
+
+def _phase(c: PPOConfig, terms: tuple[Term, ...], updater: Updater, recompute: Any) -> Phase:
+    limit = None if c.target_kl is None else 1.5 * c.target_kl
+    stop = None if limit is None else (lambda stats: bool(stats["approx_kl"] > limit))
+    before = recompute if c.recompute_advantages else None
+    return Phase("policy", terms, Batching(size=c.batch_size, epochs=c.n_epochs), updater, before, stop)
+
+
+def _standardised(loss: Loss) -> Loss:
+    """The loss on advantages standardised inside the minibatch."""
+
+    def wrapped(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+        return loss(level, standardise(advantage, batch["valid"]), evaluation, batch)
+
+    return wrapped
+
+
+class PPO(Agent):
+    """Proximal Policy Optimization."""
+
+    name = "ppo"
+    paper = "Schulman et al. 2017, arXiv 1707.06347"
+    Config = PPOConfig
+
+    def build(self) -> None:
+        c: PPOConfig = self.config
+        self.policy = self.make_policy({"value": ()})
+        updater = FlatUpdater(self.policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
+        self.updaters = {"policy": updater}
+        self.estimator = PPOEstimator(c, self.policy, self.updaters)
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {
+            "prepare": "values, GAE",
+            "ratio": "token",
+            "loss": "clip + value + entropy",
+            "aggregate": "minibatch mean",
+        }

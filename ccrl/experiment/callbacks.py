@@ -1,0 +1,185 @@
+"""What happens between iterations: checkpoints, evaluation, early ends, and any function of the user's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ccrl.batched_env import BatchedEnv
+from ccrl.experiment import checkpoint
+from ccrl.experiment.evaluation import EvalLog, evaluate
+from ccrl.experiment.logger import Logger
+
+__all__ = [
+    "Callback",
+    "CheckpointCallback",
+    "EvalCallback",
+    "FunctionCallback",
+    "LogCallback",
+    "StopOnReward",
+    "as_callback",
+]
+
+
+class Callback:
+    """Base class: three hooks around training, called in the order of the list.
+
+    A callback with state (a best score, the next step it is due) saves it with the agent under ``key``.
+    """
+
+    @property
+    def key(self) -> str:
+        """Name of its state in a checkpoint; two callbacks of one class in a list need different ones."""
+        return type(self).__name__
+
+    def on_training_start(self, agent: Any) -> None: ...
+
+    def on_iteration(self, agent: Any) -> bool | None:
+        """After every iteration; False ends training (after the other callbacks had their turn)."""
+
+    def on_training_end(self, agent: Any) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class FunctionCallback(Callback):
+    """``fn(agent) -> bool | None`` after every iteration."""
+
+    def __init__(self, fn: Callable[[Any], bool | None]) -> None:
+        self.fn = fn
+
+    def on_iteration(self, agent: Any) -> bool | None:
+        return self.fn(agent)
+
+
+class LogCallback(Callback):
+    """Writes the agent's scalars every ``every`` iterations."""
+
+    def __init__(self, logger: Logger, every: int = 1) -> None:
+        self.logger, self.every = logger, every
+
+    def on_iteration(self, agent: Any) -> bool | None:
+        if agent.iteration % self.every == 0:
+            self.logger.log(agent.num_timesteps, agent.scalars)
+        return None
+
+
+class _Periodic(Callback):
+    """Due when the clock passes the next multiple of ``every`` steps."""
+
+    def __init__(self, every: int) -> None:
+        if every < 1:
+            raise ValueError(f"{type(self).__name__}: expected every >= 1 environment steps, got {every}")
+        self.every, self.next = every, every
+
+    def due(self, steps: int) -> bool:
+        if steps < self.next:
+            return False
+        self.next = (steps // self.every + 1) * self.every
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"next": self.next}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.next = state["next"]
+
+
+class CheckpointCallback(_Periodic):
+    """Saves ``folder/step_*.pt`` every ``every`` environment steps and at the end, keeping the newest ``keep``.
+
+    Put it last in the list: what it saves includes the state of the callbacks before it.
+    """
+
+    def __init__(self, folder: str | Path, every: int, keep: int = 3) -> None:
+        super().__init__(every)
+        self.folder, self.keep, self._saved_at = Path(folder), keep, -1
+
+    def on_iteration(self, agent: Any) -> bool | None:
+        if self.due(agent.num_timesteps):
+            self._save(agent)
+        return None
+
+    def on_training_end(self, agent: Any) -> None:
+        # an update that broke off half-way is not a state to resume from
+        if agent.num_timesteps > self._saved_at and agent.healthy:
+            self._save(agent)
+
+    def _save(self, agent: Any) -> None:
+        path = checkpoint.checkpoint_path(self.folder, agent.num_timesteps)
+        agent.save(path)
+        self._saved_at, agent.last_checkpoint = agent.num_timesteps, path
+        checkpoint.prune(self.folder, self.keep)
+
+
+class EvalCallback(_Periodic):
+    """Evaluates on a separate environment every ``every`` steps: deterministic and stochastic, raw rewards, frozen
+    normaliser, fixed seeds. Writes ``eval.csv`` and ``evaluations.npz``; the best deterministic mean is saved as
+    ``best.pt``.
+    """
+
+    def __init__(
+        self, env: BatchedEnv, folder: str | Path, every: int, episodes: int = 10, seed: int = 10_000,
+        logger: Logger | None = None, resume_step: int | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(every)
+        self.env, self.folder, self.episodes, self.seed, self.logger = env, Path(folder), episodes, seed, logger
+        self.log = EvalLog(folder, resume_step)
+        self.best = float("-inf")
+        self.seconds = 0.0
+        """Time spent evaluating, to be left out of speed figures."""
+
+    def on_iteration(self, agent: Any) -> bool | None:
+        if self.due(agent.num_timesteps):
+            start = time.perf_counter()
+            results = [evaluate(agent.act, self.env, self.episodes, self.seed, d) for d in (True, False)]
+            scalars = self.log.log(agent.num_timesteps, *results)
+            if self.logger is not None:
+                self.logger.log(agent.num_timesteps, scalars)
+            if scalars["eval/mean_reward"] > self.best:
+                self.best = scalars["eval/mean_reward"]
+                agent.save(self.folder / "best.pt")
+            self.seconds += time.perf_counter() - start
+        return None
+
+    def on_training_end(self, agent: Any) -> None:
+        self.log.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"best": self.best}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.best = state["best"]
+
+
+class StopOnReward(Callback):
+    """Ends training when the mean raw return of the last 100 training episodes reaches ``threshold``."""
+
+    def __init__(self, threshold: float) -> None:
+        self.threshold = threshold
+
+    def on_iteration(self, agent: Any) -> bool | None:
+        mean = agent.ep_rew_mean
+        return None if mean is None or mean < self.threshold else False
+
+
+def as_callback(callback: Callback | Callable[[Any], bool | None] | Sequence[Callback] | None) -> list[Callback]:
+    """A list of callbacks from one, several, a function or None."""
+    if callback is None:
+        return []
+    if isinstance(callback, Callback):
+        return [callback]
+    if callable(callback):
+        return [FunctionCallback(callback)]
+    found = list(callback)
+    keys = [c.key for c in found]
+    twice = sorted({k for k in keys if keys.count(k) > 1 and found[keys.index(k)].state_dict()})
+    if twice:
+        raise ValueError(f"callbacks: {twice} occur twice and would overwrite each other's state; override their key")
+    return found
