@@ -30,7 +30,7 @@ class Bank:
         if isinstance(version, Tensor):
             self.refresh("_vector")
             module = self._versions["_vector"]
-            nn.utils.vector_to_parameters(version, module.parameters())
+            _load_flat(module, version)
             return module
         if version == "live":
             return self.live
@@ -57,10 +57,14 @@ class Bank:
             self._versions[version] = frozen.eval()
             return
         target = self._versions[version]
+        weight = torch.as_tensor(mix)
         for p, q in zip(target.parameters(), module.parameters()):
-            p.lerp_(q, mix) if not isinstance(mix, float) or mix < 1.0 else p.copy_(q)
-        for p, q in zip(target.buffers(), module.buffers()):
-            p.copy_(q)
+            if isinstance(mix, Tensor) or mix < 1.0:
+                p.lerp_(q, weight.to(p))
+            else:
+                p.copy_(q)
+        for old, new in zip(target.buffers(), module.buffers()):
+            old.copy_(new)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: self._versions[name].state_dict() for name in self.names()}
@@ -69,3 +73,14 @@ class Bank:
         for name, values in state.items():
             self.refresh(name)
             self._versions[name].load_state_dict(values)
+
+
+@torch.no_grad()
+def _load_flat(module: nn.Module, flat: Tensor) -> None:
+    """Copy, where ``vector_to_parameters`` would alias: the next refresh would write into the caller's vector."""
+    params = list(module.parameters())
+    sizes = [p.numel() for p in params]
+    if flat.shape != (sum(sizes),):
+        raise ValueError(f"bank: expected a flat vector of {sum(sizes)} parameters, got shape {tuple(flat.shape)}")
+    for p, piece in zip(params, torch.split(flat, sizes)):
+        p.copy_(piece.view_as(p))

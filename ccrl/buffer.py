@@ -88,9 +88,7 @@ class RolloutBuffer:
         for name, value in extra.items():
             self.extra[name][t].copy_(value)
 
-    def data(
-        self, *, step: Tensor, ended: Tensor, next_step_reset: bool = False, hidden_final: bool = False
-    ) -> Data:
+    def data(self, *, step: Tensor, ended: Tensor, next_step_reset: bool = False, hidden_final: bool = False) -> Data:
         """The rollout as columns.
 
         :param step: ``[N]`` int64, steps of the current episode before this rollout.

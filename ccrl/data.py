@@ -12,14 +12,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from operator import itemgetter
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from ccrl.batched_env import Tree
 
-__all__ = ["Batching", "Data", "Field", "Unit", "tree_map"]
+__all__ = ["Batching", "Data", "Field", "Unit", "columns_read", "tree_columns", "tree_map"]
 
 Unit = Literal["transition", "sequence", "group"]
 
@@ -78,6 +79,8 @@ class Data(Mapping[str, Tree]):
         self._columns = dict(columns)
         self.raw = frozenset(columns) if raw is None else raw
         self.sequence, self.scalars, self._successors = sequence, scalars, successors
+        self.microbatch: int | None = None
+        """Columns per forward pass that the batching asked for; updaters that can split a batch obey it."""
 
     def __getitem__(self, name: str) -> Tensor:  # observations may be dicts; everything else is a tensor
         try:
@@ -114,13 +117,15 @@ class Data(Mapping[str, Tree]):
         return data
 
     def _with(self, columns: Mapping[str, Tree], successors: bool = True) -> Data:
-        return Data(
+        data = Data(
             columns,
             raw=self.raw,
             sequence=self.sequence,
             scalars=self.scalars,
             successors=self._successors if successors else None,
         )
+        data.microbatch = self.microbatch
+        return data
 
     def take(self, columns: Tensor) -> Data:
         """Keep (or repeat) whole columns: ``columns`` is an int64 index into N. ``next_obs`` does not survive it."""
@@ -146,6 +151,8 @@ class Data(Mapping[str, Tree]):
 
     def next_obs(self) -> Tree:
         """The true successor of every row, ``[T, N, ...]``: ``obs[1:]`` with the final observations patched in."""
+        if "next_obs" in self:  # rows without neighbours (replay, data sets) store it
+            return self["next_obs"]
         return self._need_successors().obs()
 
     def state_values(self, fn: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
@@ -175,11 +182,15 @@ class Data(Mapping[str, Tree]):
 
     def epoch(self, spec: Batching, generator: Generator | None) -> list[Data]:
         """The batches of ``minibatches`` as a list."""
-        if spec.unit == "transition":
-            return self._transition_batches(spec.size, generator)
-        if spec.unit == "sequence":
-            return self._sequence_batches(spec.size, generator)
-        return self._group_batches(spec.size, generator)
+        cut = {
+            "transition": self._transition_batches,
+            "sequence": self._sequence_batches,
+            "group": self._group_batches,
+        }
+        batches = cut[spec.unit](spec.size, generator)
+        for batch in batches:
+            batch.microbatch = spec.microbatch
+        return batches
 
     def _transition_batches(self, size: int | str, generator: Generator | None) -> list[Data]:
         steps, width = self.shape
@@ -201,7 +212,7 @@ class Data(Mapping[str, Tree]):
             shuffled = tree_columns(columns, lambda x: x.index_select(0, order).view(count, 1, size, *x.shape[1:]))
             if count * size > total:
                 shuffled["valid"].view(-1)[total:] = 0.0  # type: ignore[union-attr]
-            batches = [tree_columns(shuffled, lambda x, i=i: x[i]) for i in range(count)]
+            batches = [tree_columns(shuffled, itemgetter(i)) for i in range(count)]
         return [self._batch(b, n_sequences=None) for b in batches]
 
     def _sequence_batches(self, size: int | str, generator: Generator | None) -> list[Data]:
@@ -209,9 +220,9 @@ class Data(Mapping[str, Tree]):
         device = self["valid"].device
         if size == "full":
             return [self._batch(self._columns, n_sequences=width)]
-        size = min(int(size), width)
+        static = min(int(size), width)
         order = torch.randperm(width, generator=generator, device=device)
-        return [self._columns_batch(order[i : i + size], size) for i in range(0, width, size)]
+        return [self._columns_batch(order[i : i + static], static) for i in range(0, width, static)]
 
     def _group_batches(self, size: int | str, generator: Generator | None) -> list[Data]:
         if "group" not in self:
@@ -219,12 +230,12 @@ class Data(Mapping[str, Tree]):
         labels, inverse, counts = torch.unique(self["group"], return_inverse=True, return_counts=True)
         groups = labels.shape[0]
         if size == "full":
-            size, order = groups, torch.arange(groups)
+            per_batch, order = groups, torch.arange(groups)
         else:
-            size = min(int(size), groups)
+            per_batch = min(int(size), groups)
             order = torch.randperm(groups, generator=generator, device=labels.device).cpu()
         members = [m.to(labels.device) for m in torch.split(torch.argsort(inverse, stable=True), counts.tolist())]
-        chunks = [order[i : i + size].tolist() for i in range(0, groups, size)]
+        chunks = [order[i : i + per_batch].tolist() for i in range(0, groups, per_batch)]
         # one static width for every batch: ragged groups would otherwise compile once per width
         width = max(sum(len(members[g]) for g in chunk) for chunk in chunks)
         batches = []
@@ -244,8 +255,8 @@ class Data(Mapping[str, Tree]):
         if group is not None:
             columns["group"] = torch.cat([group, group[-1:].expand(pad)])
         if pad:
-            columns["valid"] = columns["valid"].clone()  # type: ignore[union-attr]
-            columns["valid"][:, n:] = 0.0  # type: ignore[call-overload]
+            kept = torch.arange(width, device=index.device) < n
+            columns["valid"] = tree_map(lambda x: x * kept, columns["valid"])
         return self._batch(columns, n_sequences=n, n_groups=n_groups)
 
     def _batch(self, columns: Mapping[str, Tree], n_sequences: int | None, n_groups: int | None = None) -> Data:
@@ -274,8 +285,26 @@ class Data(Mapping[str, Tree]):
         device = self["valid"].device
         index = torch.arange(width, device=device)
         return [
-            self._with({k: self._take(k, v, piece) for k, v in self._columns.items()}) for piece in index.split(size)
+            self._with({k: self._take(k, v, piece) for k, v in self._columns.items()}, successors=False)
+            for piece in torch.split(index, size)
         ]
+
+
+def columns_read(fn: Callable[[Data], object], batch: Data) -> list[str]:
+    """Names of the columns that ``fn(batch)`` reads, sorted: compiled and vectorised code takes only those along."""
+    recorder = _Recorder(batch._columns, sequence=batch.sequence, scalars=batch.scalars)
+    fn(recorder)
+    return sorted(recorder.read)
+
+
+class _Recorder(Data):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.read: set[str] = set()
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.read.add(name)
+        return super().__getitem__(name)
 
 
 def tree_columns(columns: Mapping[str, Tree], fn: Callable[[Tensor], Tensor]) -> dict[str, Tree]:

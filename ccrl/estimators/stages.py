@@ -17,7 +17,7 @@ from ccrl.data import Data
 from ccrl.policies.normaliser import RunningNorm
 from ccrl.returns import discounted_sum, forward_scan, gae
 
-__all__ = ["EpisodeReturn", "Gae", "GroupBaseline", "RewardNorm", "Standardise", "Values"]
+__all__ = ["EpisodeReturn", "Gae", "GroupBaseline", "GroupThreshold", "RewardNorm", "Standardise", "Values"]
 
 ValueFn = Callable[[Tree], Tensor]
 
@@ -153,5 +153,37 @@ class GroupBaseline:
             result = centred / (var.sqrt() + self.eps)
         else:
             result = centred
-        alone = score / (1.0 + self.eps if self.scale == "std" else 1.0) if self.single == "keep" else torch.zeros_like(score)
+        unit = 1.0 + self.eps if self.scale == "std" else 1.0
+        alone = score / unit if self.single == "keep" else torch.zeros_like(score)
         return torch.where(n > 1, result, alone)
+
+
+@dataclass(frozen=True)
+class GroupThreshold:
+    """``threshold`` ``[N]``: a quantile of every group's scores, linearly interpolated (GBPO: the median).
+
+    ``level = 1 - kappa`` keeps the target ratios of asymmetric bounds at mean 1 (bpo sheet, section 3). A group of one
+    has threshold 0, like its mean in ``GroupBaseline``.
+    """
+
+    score: str = "score"
+    level: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.level <= 1.0:
+            raise ValueError(f"GroupThreshold: expected a level in [0, 1], got {self.level}")
+
+    def __call__(self, data: Data) -> Data:
+        return data.derive_sequence(threshold=self.thresholds(data[self.score], data["group"]))
+
+    def thresholds(self, score: Tensor, group: Tensor) -> Tensor:
+        """``[N]`` from scores ``[N]`` and integer group labels ``[N]``."""
+        _, index, counts = torch.unique(group, return_inverse=True, return_counts=True)
+        order = score.argsort(stable=True)
+        order = order[index[order].argsort(stable=True)]  # by group, inside it by score
+        ordered, start = score[order], counts.cumsum(0) - counts
+        place = self.level * (counts - 1).to(score.dtype)
+        below = place.floor().long()
+        above = (below + 1).minimum(counts - 1)
+        quantile = torch.lerp(ordered[start + below], ordered[start + above], place - below)
+        return torch.where(counts > 1, quantile, torch.zeros_like(quantile))[index]

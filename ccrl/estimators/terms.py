@@ -32,7 +32,7 @@ class Level(NamedTuple):
     log_ref: Tensor
     """Log of the denominator, always detached."""
     valid: Tensor
-    index: Tensor | None = None
+    index: Tensor | None = None  # type: ignore[assignment]  # hides tuple.index, which nobody calls
 
     @property
     def log_ratio(self) -> Tensor:

@@ -45,7 +45,7 @@ class Distribution(Protocol):
 class Gaussian:
     """Diagonal Gaussian. ``sample`` is unbounded; the policy clips a copy for the environment and stores this one."""
 
-    names = ("mean", "log_std")
+    names: tuple[str, ...] = ("mean", "log_std")
     noise: Literal["normal", "uniform"] = "normal"
 
     def sample(self, params: Params, noise: Tensor) -> Tensor:
@@ -87,7 +87,7 @@ class Squashed(Gaussian):
 class Categorical:
     """Softmax over ``logits [..., n]``; actions are int64 ``[...]``; noise is one uniform number per action."""
 
-    names = ("logits",)
+    names: tuple[str, ...] = ("logits",)
     noise: Literal["normal", "uniform"] = "uniform"
 
     def sample(self, params: Params, noise: Tensor) -> Tensor:
@@ -111,8 +111,9 @@ class Categorical:
 
 
 def _p_times(log_p: Tensor, x: Tensor) -> Tensor:
-    """``p * x`` with 0 where p is 0: masked actions have ``log_p = -inf``, and ``0 * inf`` would be NaN."""
-    return torch.where(log_p == -torch.inf, torch.zeros_like(x), log_p.exp() * x)
+    """``p * x`` with 0 where p is 0: masked actions have ``log_p = -inf``, and ``0 * inf`` would be NaN, in the value
+    and (if only the product were masked) in the gradient."""
+    return log_p.exp() * x.masked_fill(log_p == -torch.inf, 0.0)
 
 
 GAUSSIAN: Distribution = Gaussian()

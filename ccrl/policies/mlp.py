@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.batched_env import Tree
-from ccrl.data import Data, Field, Unit
+from ccrl.data import Data, Field, Unit, tree_map
 from ccrl.policies.distributions import CATEGORICAL, GAUSSIAN, SQUASHED, Distribution
 from ccrl.policies.normaliser import RunningNorm
 
@@ -37,6 +37,33 @@ def mlp(sizes: Sequence[int], activation: str, gains: Sequence[float] | None = N
     return nn.Sequential(*layers[:-1])
 
 
+class _Actor(nn.Module):
+    """``net`` and, for Gaussian actions, the state-independent ``log_std``."""
+
+    log_std: Tensor
+
+    def __init__(self, net: nn.Sequential, log_std: Tensor | None) -> None:
+        super().__init__()
+        self.net = net
+        if log_std is not None:
+            self.log_std = nn.Parameter(log_std)
+
+
+class _Critic(nn.Module):
+    """A trunk and named heads on its last latent."""
+
+    def __init__(self, trunk: nn.Sequential, heads: dict[str, nn.Sequential]) -> None:
+        super().__init__()
+        self.trunk = trunk
+        for name, head in heads.items():
+            self.add_module(name, head)
+
+    def forward(self, features: Tensor, heads: Sequence[str]) -> dict[str, Tensor]:
+        """``[B]`` per head; the trunk runs once."""
+        latent = self.trunk(features)
+        return {head: self.get_submodule(head)(latent).squeeze(-1) for head in heads}
+
+
 class MLPPolicy(nn.Module):
     """A policy network and value heads on their own trunk (no parameters shared between actor and critic).
 
@@ -50,6 +77,8 @@ class MLPPolicy(nn.Module):
     """
 
     unit: Unit = "transition"
+    low: Tensor
+    high: Tensor
 
     def __init__(
         self,
@@ -86,19 +115,21 @@ class MLPPolicy(nn.Module):
 
         hidden, critic_hidden = list(hidden), list(hidden if critic_hidden is None else critic_hidden)
         root2 = math.sqrt(2.0)
-        gains = (lambda n, last: [root2] * n + [last]) if orthogonal else (lambda n, last: None)
-        self.actor = nn.Module()
-        self.actor.net = mlp([self._width("actor"), *hidden, self.n_out], activation, gains(len(hidden), 0.01))
-        if self.distribution is not CATEGORICAL:
-            self.actor.log_std = nn.Parameter(torch.full((self.n_out,), float(log_std_init)))
+
+        def gains(hidden_layers: int, last: float) -> list[float] | None:
+            return [root2] * hidden_layers + [last] if orthogonal else None
+
+        log_std = torch.full((self.n_out,), float(log_std_init)) if self.distribution is not CATEGORICAL else None
+        net = mlp([self._width("actor"), *hidden, self.n_out], activation, gains(len(hidden), 0.01))
+        self.actor = _Actor(net, log_std)
         self.heads = tuple(heads)
         if heads:
-            self.critic = nn.Module()
             trunk = mlp([self._width("critic"), *critic_hidden], activation, gains(len(critic_hidden) - 1, root2))
-            self.critic.trunk = nn.Sequential(*trunk, *([ACTIVATIONS[activation]()] if critic_hidden else []))
             latent = critic_hidden[-1] if critic_hidden else self._width("critic")
-            for name, sizes in heads.items():
-                self.critic.add_module(name, mlp([latent, *sizes, 1], activation, gains(len(sizes), 1.0)))
+            self.critic = _Critic(
+                nn.Sequential(*trunk, *([ACTIVATIONS[activation]()] if critic_hidden else [])),
+                {k: mlp([latent, *sizes, 1], activation, gains(len(sizes), 1.0)) for k, sizes in heads.items()},
+            )
 
     # -- spaces -----------------------------------------------------------------------------------------------------
 
@@ -120,16 +151,20 @@ class MLPPolicy(nn.Module):
     def _width(self, role: str) -> int:
         return sum(abs(self._sizes[k]) for k in self._groups[role])
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return next(self.actor.parameters()).dtype
+
     def features(self, obs: Tree, role: str) -> Tensor:
         """Concatenated (normalised, one-hot) observation ``[B, width]`` for the actor or the critic."""
         parts = []
         for key in self._groups[role]:
             x, size = (obs[key] if isinstance(obs, dict) else obs), self._sizes[key]
             if size < 0:
-                parts.append(nn.functional.one_hot(x.long(), -size).to(torch.get_default_dtype()))
+                parts.append(nn.functional.one_hot(x.long(), -size).to(self._dtype))
                 continue
             x = x.reshape(x.shape[0], size)
-            x = x if x.is_floating_point() else x.to(torch.get_default_dtype())
+            x = x if x.is_floating_point() else x.to(self._dtype)
             parts.append(self.norm[key](x) if self.normalise_obs else x)
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
@@ -173,8 +208,7 @@ class MLPPolicy(nn.Module):
 
     def values(self, obs: Tree, head: str = "value") -> Tensor:
         """One critic head, ``[B]``."""
-        out: Tensor = self.critic.get_submodule(head)(self.critic.trunk(self.features(obs, "critic")))
-        return out.squeeze(-1)
+        return self.critic.forward(self.features(obs, "critic"), (head,))[head]
 
     def evaluate(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
         """What ``want`` names, each ``[T', B]``: ``log_prob, entropy, dist`` (adds the parameters) and value heads.
@@ -182,12 +216,10 @@ class MLPPolicy(nn.Module):
         Rows are flattened for the networks: ``[1, B, D]`` matmuls cost up to 14 % more than ``[B, D]``.
         """
         lead = batch.shape
-        flat = lambda x: x.reshape(-1, *x.shape[2:])  # noqa: E731
-        obs = batch["obs"]
-        obs = {k: flat(v) for k, v in obs.items()} if isinstance(obs, dict) else flat(obs)
+        obs: Tree = tree_map(_flat, batch["obs"])
         out: dict[str, Tensor] = {}
         if want & {"log_prob", "entropy", "dist"}:
-            params, action = self.params(obs), flat(batch["action"])
+            params, action = self.params(obs), _flat(batch["action"])
             if "log_prob" in want:
                 out["log_prob"] = self.distribution.log_prob(params, action)
             if "entropy" in want:
@@ -196,8 +228,7 @@ class MLPPolicy(nn.Module):
                 out |= params
         heads = [h for h in self.heads if h in want]
         if heads:
-            latent = self.critic.trunk(self.features(obs, "critic"))
-            out |= {h: self.critic.get_submodule(h)(latent).squeeze(-1) for h in heads}
+            out |= self.critic.forward(self.features(obs, "critic"), heads)
         return {k: v.reshape(*lead, *v.shape[1:]) for k, v in out.items()}
 
     def outputs(self) -> frozenset[str]:
@@ -209,11 +240,16 @@ class MLPPolicy(nn.Module):
         """Move the observation statistics by one rollout: ``obs [T, N, ...]``, ``valid [T, N]``."""
         for key, norm in self.norm.items():
             assert isinstance(norm, RunningNorm)
-            norm.update((obs[key] if isinstance(obs, dict) else obs).flatten(2), valid)
+            x = obs[key] if isinstance(obs, dict) else obs
+            norm.update(x.reshape(*valid.shape, -1), valid)
 
     def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
         """``evaluate``, under the name that ``torch.func.functional_call`` uses."""
         return self.evaluate(batch, want)
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, *x.shape[2:])
 
 
 def _observation_sizes(space: gym.Space[Any]) -> dict[str, int]:

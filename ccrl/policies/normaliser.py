@@ -38,20 +38,17 @@ class RunningNorm(nn.Module):
     def update(self, x: Tensor, valid: Tensor | None = None) -> None:
         """Merge a batch ``[..., *shape]``; rows with ``valid == 0`` (same leading shape) do not count."""
         rows = x.reshape(-1, *self.mean.shape).double()
-        weight = torch.ones(rows.shape[0], dtype=torch.float64, device=x.device)
-        if valid is not None:
-            weight = valid.reshape(-1).double()
-        weight_ = weight.view(-1, *(1,) * self.mean.dim())
-        n = weight.sum()
+        kept = torch.ones(rows.shape[0], device=x.device) if valid is None else valid.reshape(-1)
+        keep = (kept > 0).view(-1, *(1,) * self.mean.dim())
+        n = (kept > 0).sum().double()
         safe = n.clamp_min(1.0)
-        mean = (weight_ * rows).sum(0) / safe
-        var = (weight_ * (rows - mean).square()).sum(0) / safe
+        mean = torch.where(keep, rows, 0.0).sum(0) / safe
+        var = torch.where(keep, rows - mean, 0.0).square().sum(0) / safe
         total = self.count + n
         delta, share = mean - self.mean, n / total.clamp_min(1.0)
         merged = self.var * (1.0 - share) + var * share + delta.square() * share * (1.0 - share)
-        first = self.count == 0
         self.mean.copy_(torch.where(n > 0, self.mean + delta * share, self.mean))
-        self.var.copy_(torch.where(n > 0, torch.where(first, var, merged), self.var))
+        self.var.copy_(torch.where(n > 0, merged, self.var))
         self.count.copy_(total)
         self.shift.copy_(self.mean)
         self.scale.copy_((self.var + self.eps).rsqrt())

@@ -1,0 +1,1 @@
+"""Gradient estimators: terms of surrogates, prepare stages, scores and the life cycle that calls them."""

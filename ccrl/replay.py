@@ -1,0 +1,236 @@
+"""Replay: a ring of transitions on the agent's device; an offline data set is a full ring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import gymnasium as gym
+import torch
+from torch import Generator, Tensor
+
+from ccrl.batched_env import Tree
+from ccrl.buffer import space_like
+from ccrl.data import Batching, Data, Field, tree_columns
+
+__all__ = ["Mixture", "Relabel", "ReplayBuffer"]
+
+Relabel = Callable[[Data], Data]
+"""Replaces columns of a draw (hindsight goals, augmented states); the ring keeps what happened."""
+
+
+class ReplayBuffer:
+    """The last ``capacity`` transitions ``(obs, action, reward, next_obs, terminated, truncated, alive, ...)``.
+
+    Observations are raw: normalisers move, so they are applied when a draw is evaluated. ``next_obs`` is the true
+    successor, also at an episode's end, never the observation after a reset. Position and size are device tensors and
+    rows that do not count go to a spare slot, so adding and sampling never wait for the device.
+
+    :param capacity: transitions kept; the oldest are overwritten.
+    :param fields: further per-step columns to keep, by the names they have in the rollout.
+    :raises ValueError: if ``capacity < 1`` or a field is per sequence.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        observation_space: gym.Space[Any],
+        action_space: gym.Space[Any],
+        *,
+        fields: tuple[Field, ...] = (),
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if capacity < 1:
+            raise ValueError(f"ReplayBuffer: expected capacity >= 1, got {capacity}")
+        if any(f.per != "step" for f in fields):
+            raise ValueError("ReplayBuffer: a ring of steps has no per-sequence columns; declare the field per step")
+        device, rows = torch.device(device), (capacity + 1,)
+        columns: dict[str, Tree] = {
+            "obs": space_like(observation_space, rows, device),
+            "action": space_like(action_space, rows, device),
+            "reward": torch.zeros(rows, device=device),
+            "next_obs": space_like(observation_space, rows, device),
+            "terminated": torch.zeros(rows, dtype=torch.bool, device=device),
+            "truncated": torch.zeros(rows, dtype=torch.bool, device=device),
+            "alive": torch.zeros(rows, device=device),
+        }
+        for f in fields:
+            columns[f.name] = torch.zeros((*rows, *f.shape), dtype=f.dtype, device=device)
+        self._allocate(columns, capacity, device)
+
+    def _allocate(self, columns: dict[str, Tree], capacity: int, device: torch.device) -> None:
+        self.capacity, self.device = capacity, device
+        self._columns = columns
+        self._position = torch.zeros((), dtype=torch.int64, device=device)
+        self._size = torch.zeros((), dtype=torch.int64, device=device)
+        self._empty = True
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, Any], device: torch.device | str = "cpu") -> ReplayBuffer:
+        """A full ring of ``M`` transitions: arrays or tensors ``[M, ...]`` (observations may be dicts of them).
+
+        Needs ``obs, action, reward, next_obs, terminated``; ``truncated`` defaults to False and ``alive`` follows from
+        ``terminated``. Other columns are kept. float64 becomes float32.
+
+        :raises ValueError: if a column is missing or lengths differ.
+        """
+        target = torch.device(device)
+        missing = {"obs", "action", "reward", "next_obs", "terminated"} - arrays.keys()
+        if missing:
+            raise ValueError(f"ReplayBuffer.from_arrays: missing columns {sorted(missing)}, got {sorted(arrays)}")
+        rows = {k: _tensors(v, target) for k, v in arrays.items()}
+        terminated = _tensor(rows["terminated"]).bool()
+        truncated = _tensor(rows.get("truncated", torch.zeros_like(terminated))).bool()
+        rows |= {"terminated": terminated, "truncated": truncated & ~terminated, "alive": (~terminated).float()}
+        capacity = terminated.shape[0]
+        ring = cls.__new__(cls)
+        spare = tree_columns(rows, lambda x: torch.zeros((capacity + 1, *x.shape[1:]), dtype=x.dtype, device=target))
+        ring._allocate(spare, capacity, target)
+        ring.replace(rows)
+        return ring
+
+    def __len__(self) -> int:
+        """Transitions held (waits for the device)."""
+        return int(self._size)
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Columns of a draw, without the counts."""
+        return frozenset(self._columns)
+
+    # -- filling ------------------------------------------------------------------------------------------------------
+
+    def add(self, data: Data) -> None:
+        """Append the valid rows of a rollout ``[T, N, ...]`` in time order.
+
+        :raises ValueError: if the rollout has more rows than the ring, or lacks a column.
+        """
+        rows = {k: data.next_obs() if k == "next_obs" else data[k] for k in self._columns}
+        self._write(tree_columns(rows, lambda x: x.reshape(-1, *x.shape[2:])), data["valid"].reshape(-1) > 0)
+
+    def replace(self, rows: Mapping[str, Tree]) -> None:
+        """Empty the ring and fill it with ``M <= capacity`` rows ``[M, ...]`` of the same columns (synthetic data)."""
+        missing = self._columns.keys() - rows.keys()
+        if missing:
+            raise ValueError(f"ReplayBuffer.replace: missing columns {sorted(missing)}, got {sorted(rows)}")
+        self._position.zero_()
+        self._size.zero_()
+        count = _tensor(rows["reward"]).shape[0]
+        self._write({k: rows[k] for k in self._columns}, torch.ones(count, dtype=torch.bool, device=self.device))
+
+    def _write(self, rows: Mapping[str, Tree], keep: Tensor) -> None:
+        count = keep.shape[0]
+        for name, column in rows.items():
+            wrong = [tuple(x.shape) for x in _leaves(column) if x.shape[0] != count]
+            if wrong:
+                raise ValueError(f"ReplayBuffer: expected {count} rows in {name!r}, got shape {wrong[0]}")
+        if count > self.capacity:
+            raise ValueError(f"ReplayBuffer: {count} rows at once do not fit a ring of {self.capacity}; enlarge it")
+        order = keep.long().cumsum(0)
+        # boolean indexing would wait for the device to learn the number of rows
+        slot = torch.where(keep, (self._position + order - 1) % self.capacity, self.capacity)
+        for name, target in self._columns.items():
+            for old, new in zip(_leaves(target), _leaves(rows[name]), strict=True):
+                old.index_copy_(0, slot, new.to(old.dtype))
+        added = order[-1]
+        self._position.copy_((self._position + added) % self.capacity)
+        self._size.copy_((self._size + added).clamp_max(self.capacity))
+        self._empty = False
+
+    # -- drawing ------------------------------------------------------------------------------------------------------
+
+    def sample(self, spec: Batching, generator: Generator | None, relabel: Relabel | None = None) -> Data:
+        """``[1, B]`` transitions drawn uniformly with replacement, ``B = spec.size``; ``relabel`` may replace columns.
+
+        :raises ValueError: for another unit than transitions, size "full", or an empty ring.
+        """
+        return _batch(self._draw(_size(spec), generator), spec, relabel)
+
+    def _draw(self, count: int, generator: Generator | None) -> dict[str, Tree]:
+        if self._empty:
+            raise ValueError("ReplayBuffer: the ring is empty; add a rollout before sampling")
+        # float64: float32 has too few values to reach every row of a ring of more than 16 million
+        uniform = torch.rand(count, generator=generator, dtype=torch.float64, device=self.device)
+        index = (uniform * self._size).long()
+        return tree_columns(self._columns, lambda x: x.index_select(0, index).unsqueeze(0))
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything held, as copies."""
+        columns = tree_columns(self._columns, torch.clone)
+        return {"columns": columns, "position": self._position.clone(), "size": self._size.clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """:raises ValueError: if columns or the capacity differ."""
+        if state["columns"].keys() != self._columns.keys():
+            raise ValueError(f"ReplayBuffer: expected columns {sorted(self.names)}, got {sorted(state['columns'])}")
+        for name, target in self._columns.items():
+            for old, new in zip(_leaves(target), _leaves(state["columns"][name]), strict=True):
+                if old.shape != new.shape:
+                    raise ValueError(f"ReplayBuffer: {name!r}: expected {tuple(old.shape)}, got {tuple(new.shape)}")
+                old.copy_(new)
+        self._position.copy_(state["position"])
+        self._size.copy_(state["size"])
+        self._empty = len(self) == 0
+
+
+class Mixture:
+    """Fixed counts from several rings in one batch: ``Mixture({synthetic: 240, real: 16})``.
+
+    :raises ValueError: if the rings have different columns.
+    """
+
+    def __init__(self, counts: Mapping[ReplayBuffer, int]) -> None:
+        names = {ring.names for ring in counts}
+        if len(names) != 1:
+            raise ValueError(f"Mixture: expected rings of equal columns, got {[sorted(n) for n in names]}")
+        if min(counts.values()) < 1:
+            raise ValueError(f"Mixture: expected positive counts, got {list(counts.values())}")
+        self.counts = dict(counts)
+
+    def sample(self, spec: Batching, generator: Generator | None, relabel: Relabel | None = None) -> Data:
+        """``[1, B]``, ring after ring; ``spec.size`` must be the sum of the counts."""
+        total = sum(self.counts.values())
+        if _size(spec) != total:
+            raise ValueError(f"Mixture: expected Batching.size {total} (the sum of the counts), got {spec.size}")
+        draws = [ring._draw(count, generator) for ring, count in self.counts.items()]
+        return _batch({k: _concatenate([d[k] for d in draws]) for k in draws[0]}, spec, relabel)
+
+
+def _size(spec: Batching) -> int:
+    if spec.unit != "transition" or spec.size == "full":
+        raise ValueError(f"replay: expected Batching('transition', size=B), got {spec}")
+    return int(spec.size)
+
+
+def _batch(columns: dict[str, Tree], spec: Batching, relabel: Relabel | None) -> Data:
+    valid = torch.ones_like(_tensor(columns["reward"]))
+    counts = {"valid": valid, "n_valid": valid.sum()}
+    # a draw is a copy, so relabelling may replace what are facts in the ring
+    data = Data(columns | counts, raw=frozenset(counts), scalars=frozenset({"n_valid"}))
+    data.microbatch = spec.microbatch
+    return data if relabel is None else relabel(data)
+
+
+def _concatenate(trees: list[Tree]) -> Tree:
+    first = trees[0]
+    if isinstance(first, dict):
+        return {k: torch.cat([_tensor(t[k]) for t in trees if isinstance(t, dict)], 1) for k in first}
+    return torch.cat([_tensor(t) for t in trees], 1)
+
+
+def _leaves(tree: Tree) -> list[Tensor]:
+    return [tree[k] for k in sorted(tree)] if isinstance(tree, dict) else [tree]
+
+
+def _tensors(value: Any, device: torch.device) -> Tree:
+    if isinstance(value, Mapping):
+        return {k: _tensor(_tensors(v, device)) for k, v in value.items()}
+    tensor = torch.as_tensor(value, device=device)
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _tensor(tree: Tree) -> Tensor:
+    assert isinstance(tree, Tensor)
+    return tree
