@@ -43,8 +43,9 @@ class ClassicEnv:
         num_envs: number of copies ``N``.
         device: where the state lives.
         dtype: of the state and its dynamics, ``torch.float32`` or ``torch.float64``. With float64 on the CPU the
-            trajectories are Gymnasium's bit for bit. With float32 they stay within 1e-5 of it, except that Pendulum
-            and Acrobot, which are chaotic, do so step by step but not over a whole episode.
+            trajectories are Gymnasium's bit for bit. With float32, 200 steps stay within 1e-5 of it for
+            both mountain cars and for 998 of 1000 cart-poles. Pendulum and Acrobot are chaotic: single steps do, but of
+            whole trajectories of 200 steps only 42 % and 85 %.
         autoreset_mode: see :class:`ccrl.batched_env.BatchedEnv`.
         max_episode_steps: the step that is truncated; ``None`` takes the task's own limit.
         compile: run the step as one compiled torch graph: fewer launches on a GPU, for some seconds of start-up.
