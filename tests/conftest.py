@@ -1,0 +1,33 @@
+"""Settings of every test: one thread, no network, no display, fixed seeds."""
+
+from __future__ import annotations
+
+import ctypes.util
+import os
+import random
+import sys
+
+# Before NumPy, torch and MuJoCo are imported, which read these once. The subprocesses of tests inherit them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes with a thread per core each slow one another down
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("MPLBACKEND", "Agg")
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    # Gymnasium's renderer, unlike ours, falls back to a window when nothing is set.
+    for library, backend in (("EGL", "egl"), ("OSMesa", "osmesa")):
+        if ctypes.util.find_library(library):
+            os.environ.setdefault("MUJOCO_GL", backend)
+
+import numpy as np
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds() -> None:
+    """Each test starts from the same random streams, whatever ran before it and in whichever process."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  (code under test may read the global stream)
+    torch.manual_seed(0)
