@@ -46,9 +46,9 @@ class Config:
     """Copies in SyncVectorEnv."""
     nthread: int | None = None
     """Simulator threads; by default every core this process may use."""
-    rounds: int = 7
+    rounds: int = 15
     """Measurements of each kind."""
-    seconds: float = 0.3
+    seconds: float = 0.15
     """Length of one measurement."""
 
 

@@ -15,6 +15,7 @@ from envs.mujoco.task import State
 __all__ = ["BatchEngine", "available_cores"]
 
 STATE_FIELDS = ("qpos", "qvel", "act", "time", "ctrl")
+POOL_FROM = 8
 BAD_STATE = slice(int(mujoco.mjtWarning.mjWARN_BADQPOS), int(mujoco.mjtWarning.mjWARN_BADCTRL) + 1)
 
 
@@ -51,6 +52,7 @@ class BatchEngine:
         self._cfrc_ext = tensors.get("cfrc_ext")
         self.state = State(**tensors)
         self._rows = torch.from_numpy(self._batch.state)
+        self._initial_row = self._rows[:1].clone()
         self._bad_state = torch.from_numpy(self._batch.warning)[:, BAD_STATE, 1]
 
     def _view(self, name: str) -> Tensor:
@@ -84,14 +86,17 @@ class BatchEngine:
 
     def reset(self, rows: Tensor, qpos: Tensor, qvel: Tensor) -> None:
         """Reset the simulations in ``rows`` ``[n]`` int64 to the model's defaults, put them at ``qpos [n, nq]`` and
-        ``qvel [n, nv]`` and compute the derived fields there (``mj_resetData``, then ``mj_forward``)."""
+        ``qvel [n, nv]`` and compute the derived fields there, as ``mj_resetData`` and ``mj_forward`` do."""
+        self._rows.index_copy_(0, rows, self._initial_row.expand(len(rows), -1))
+        self.state.qpos.index_copy_(0, rows, qpos.to(self.dtype))
+        self.state.qvel.index_copy_(0, rows, qvel.to(self.dtype))
+        self._bad_state.index_fill_(0, rows, 0)
+        # A call on one simulation runs in this thread; waking the pool costs as much as several of these.
         ids = rows.numpy()
-        self._batch.reset(ids, stage=int(mujoco.mjtStage.mjSTAGE_NONE))
-        self.state.qpos[rows] = qpos
-        self.state.qvel[rows] = qvel
-        self._batch.forward(ids)
+        for part in [ids[i : i + 1] for i in range(len(ids))] if len(ids) < POOL_FROM else [ids]:
+            self._batch.forward(part)
         if self._cfrc_ext is not None:
-            self._cfrc_ext[rows] = 0.0
+            self._cfrc_ext.index_fill_(0, rows, 0.0)
 
     def unstable(self) -> Tensor | None:
         """Where MuJoCo has met NaN, infinite or huge numbers in qpos, qvel, qacc or ctrl since the last call, ``[N]``

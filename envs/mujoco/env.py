@@ -134,7 +134,7 @@ class MujocoEnv:
         self.engine.step(task.frame_skip)
         self._elapsed += 1
         self._observe_step()
-        terminated, truncated = task.terminated(state), self._elapsed >= self.max_episode_steps
+        terminated, truncated = state.terminated, self._elapsed >= self.max_episode_steps
         done = terminated | truncated
         self._terminated, self._truncated = terminated, truncated
         if done.any():
@@ -142,7 +142,7 @@ class MujocoEnv:
                 self._stopped = True
             else:
                 rows = done.nonzero().squeeze(1)
-                self._final_obs[rows] = self._obs[rows]
+                self._final_obs.index_copy_(0, rows, self._obs.index_select(0, rows))
                 self._begin(rows)
         self._remember()
         return StepResult(self._obs, self._reward, terminated, truncated, self._final_obs)
@@ -233,7 +233,7 @@ class MujocoEnv:
         self._observe_step()
         self._obs[stopped] = kept
         self._reward[stopped] = 0.0
-        terminated = torch.where(stopped, self._terminated, self.task.terminated(state))
+        terminated = torch.where(stopped, self._terminated, state.terminated)
         truncated = self._elapsed >= self.max_episode_steps
         self._terminated, self._truncated = terminated, truncated
         if self.autoreset_mode is AutoresetMode.NEXT_STEP:
@@ -245,6 +245,7 @@ class MujocoEnv:
     def _observe_step(self) -> None:
         state = self.engine.state
         self._obs.copy_(self.task.observe(state))
+        state.terminated = self.task.terminated(state)
         self._reward.copy_(self.task.reward(state))
         bad = self.engine.unstable()
         if bad is not None and self.unstable == "nan":
@@ -262,8 +263,8 @@ class MujocoEnv:
         state = self.engine.state.rows(rows)
         if self._before is not None:
             self._before[rows] = self.task.remember(state)
-        self._obs[rows] = self.task.observe(state).to(self._obs.dtype)
-        self._elapsed[rows] = 0
+        self._obs.index_copy_(0, rows, self.task.observe(state).to(self._obs.dtype))
+        self._elapsed.index_fill_(0, rows, 0)
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             # Out of place: the last StepResult holds these tensors.
             self._terminated = self._terminated.index_fill(0, rows, False)
@@ -284,8 +285,9 @@ class MujocoEnv:
             state.before = self._before
         obs = task.observe(state)
         self._expect("observe(state)", obs, (n, obs.shape[-1]), obs.dtype)
+        state.terminated = task.terminated(state)
+        self._expect("terminated(state)", state.terminated, (n,), torch.bool)
         self._expect("reward(state)", task.reward(state), (n,), self.engine.dtype)
-        self._expect("terminated(state)", task.terminated(state), (n,), torch.bool)
         return obs.shape[1]
 
     def _expect(self, call: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

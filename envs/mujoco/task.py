@@ -26,7 +26,8 @@ class State:
     Always there: ``qpos [N, nq]``, ``qvel [N, nv]``, ``act [N, na]``, ``time [N]``, ``ctrl [N, nu]`` (the action as
     given, not clamped). Derived arrays (``xpos [N, nbody, 3]``, ``cfrc_ext [N, nbody, 6]``, ...) are there when the
     task's ``fields`` name them; as after ``mj_step`` they describe the state before the last substep, which is also
-    what Gymnasium's environments see. ``before`` is what ``MujocoTask.remember`` returned before this step.
+    what Gymnasium's environments see. ``before`` is what ``MujocoTask.remember`` returned before this step, and
+    ``terminated [N]`` what ``MujocoTask.terminated`` returned after it; ``reward`` may read both.
 
     The tensors are live: a task reads them and never writes or keeps them.
     """
@@ -37,6 +38,7 @@ class State:
     time: Tensor
     ctrl: Tensor
     before: Tensor
+    terminated: Tensor
 
     def __init__(self, **tensors: Tensor) -> None:
         self.__dict__.update(tensors)
@@ -60,7 +62,7 @@ class _Rows(State):
     def __getattr__(self, name: str) -> Tensor:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = getattr(self.__dict__["_state"], name)[self.__dict__["_rows"]]
+        value = getattr(self.__dict__["_state"], name).index_select(0, self.__dict__["_rows"])
         self.__dict__[name] = value
         return value
 
@@ -101,7 +103,7 @@ class MujocoTask:
         raise NotImplementedError(f"{type(self).__name__} needs observe(state) -> Tensor [N, k]")
 
     def reward(self, state: State) -> Tensor:
-        """The reward ``[N]`` of the step that led to ``state``."""
+        """The reward ``[N]`` of the step that led to ``state``, in its dtype."""
         raise NotImplementedError(f"{type(self).__name__} needs reward(state) -> Tensor [N]")
 
     def terminated(self, state: State) -> Tensor:

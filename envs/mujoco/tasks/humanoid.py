@@ -82,7 +82,8 @@ class Humanoid(HumanoidBody):
 
     def reward(self, state: State) -> Tensor:
         velocity = (self.remember(state) - state.before) / self.dt
-        reward = self.forward_reward_weight * velocity + self.healthy_reward * self.healthy(state)
+        healthy = ~state.terminated if self.terminate_when_unhealthy else self.healthy(state)
+        reward = self.forward_reward_weight * velocity + self.healthy_reward * healthy
         reward -= self.ctrl_cost_weight * state.ctrl.square().sum(1)
         return reward - self.contact_cost(state, self.contact_cost_weight, self.contact_cost_range)
 

@@ -32,7 +32,7 @@ class InvertedPendulum(MujocoTask):
         return ~((state.qpos[:, 1].abs() <= 0.2) & finite)
 
     def reward(self, state: State) -> Tensor:
-        return (~self.terminated(state)).to(state.qpos.dtype)
+        return (~state.terminated).to(state.qpos.dtype)
 
 
 @dataclass
@@ -59,7 +59,7 @@ class InvertedDoublePendulum(MujocoTask):
     def reward(self, state: State) -> Tensor:
         x, y = state.site_xpos[:, 0, 0], state.site_xpos[:, 0, 2]
         v1, v2 = state.qvel[:, 1], state.qvel[:, 2]
-        alive = (~self.terminated(state)).to(x.dtype) * self.healthy_reward
+        alive = (~state.terminated).to(x.dtype) * self.healthy_reward
         return alive - (0.01 * x**2 + (y - 2) ** 2) - (1e-3 * v1**2 + 5e-3 * v2**2)
 
     def reset(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import mujoco
 import torch
 from torch import Tensor
 
-from envs.mujoco.task import MujocoTask, State, within
+from envs.mujoco.task import MujocoTask, State
 
 __all__ = ["HalfCheetah", "Hopper", "Swimmer", "Walker2d"]
 
@@ -87,17 +89,26 @@ class Walker2d(Runner):
 
     camera: ClassVar = {"trackbodyid": 2, "distance": 4.0, "lookat": (0.0, 0.0, 1.15), "elevation": -20.0}
 
+    def setup(self, model: mujoco.MjModel, tensor: Callable[[Any], Tensor]) -> None:
+        super().setup(model, tensor)
+        self.low, self.high = tensor((self.healthy_z_range, self.healthy_angle_range)).T
+
+    def bounded(self, state: State) -> Tensor:
+        """What has to stay between ``low`` and ``high``: height and pitch of the torso, ``[N, 2]``."""
+        return state.qpos[:, 1:3]
+
     def healthy(self, state: State) -> Tensor:
-        """Height and pitch of the torso are within their ranges: ``[N]`` bool."""
-        qpos = state.qpos
-        return within(qpos[:, 1], self.healthy_z_range) & within(qpos[:, 2], self.healthy_angle_range)
+        """All of ``bounded`` is strictly within its range: ``[N]`` bool, False for NaN."""
+        x = self.bounded(state)
+        return torch.minimum(x - self.low, self.high - x).amin(1) > 0
 
     def observe(self, state: State) -> Tensor:
         skip = self.free_coordinates if self.exclude_current_positions_from_observation else 0
         return torch.cat((state.qpos[:, skip:], state.qvel.clamp(-10, 10)), 1)
 
     def reward(self, state: State) -> Tensor:
-        return super().reward(state) + self.healthy_reward * self.healthy(state)
+        healthy = ~state.terminated if self.terminate_when_unhealthy else self.healthy(state)
+        return super().reward(state) + self.healthy_reward * healthy
 
     def terminated(self, state: State) -> Tensor:
         return ~self.healthy(state) if self.terminate_when_unhealthy else super().terminated(state)
@@ -114,8 +125,13 @@ class Hopper(Walker2d):
 
     camera: ClassVar = {"trackbodyid": 2, "distance": 3.0, "lookat": (0.0, 0.0, 1.15), "elevation": -20.0}
 
-    def healthy(self, state: State) -> Tensor:
-        """As Walker2d, and all of qpos[2:] and qvel within ``healthy_state_range``."""
-        low, high = torch.cat((state.qpos[:, 2:], state.qvel), 1).aminmax(dim=1)
-        smallest, largest = self.healthy_state_range
-        return super().healthy(state) & (low > smallest) & (high < largest)
+    def setup(self, model: mujoco.MjModel, tensor: Callable[[Any], Tensor]) -> None:
+        super().setup(model, tensor)
+        # The height is held to its own range only, the pitch to its own and to that of the other coordinates.
+        smallest, largest = tensor(self.healthy_state_range).repeat(model.nq + model.nv - 2, 1).T
+        self.low = torch.cat((self.low[:1], self.low[1:].clamp(min=smallest[0]), smallest[1:]))
+        self.high = torch.cat((self.high[:1], self.high[1:].clamp(max=largest[0]), largest[1:]))
+
+    def bounded(self, state: State) -> Tensor:
+        """qpos without x, and qvel: ``[N, 11]``."""
+        return torch.cat((state.qpos[:, 1:], state.qvel), 1)
