@@ -15,6 +15,10 @@ import mujoco
 import numpy as np
 import torch
 
+from ccrl.packages import check_siblings
+
+check_siblings()
+
 from envs.mujoco import TASKS, MujocoEnv, make_mujoco
 from envs.mujoco.engine import available_cores
 from envs.mujoco.task import model_path

@@ -1,4 +1,5 @@
 import json
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ def test_a_new_run(tmp_path):
     assert info["versions"]["torch"] == torch.__version__
     assert info["threads"]["torch"] == torch.get_num_threads()
     assert info["hardware"]["cpu_count"] >= 1
-    assert "pytest" in info["command"]
+    assert info["command"] == shlex.join(sys.orig_argv)
     assert RunFolder.open(run.path).info == info
 
 
