@@ -1,0 +1,169 @@
+"""The overlay and its minibatches, on a rollout whose rows are numbered."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ccrl.data import Batching, Data, columns_read
+
+T, N = 5, 3
+
+
+def rollout(valid: torch.Tensor | None = None, group: list[int] | None = None) -> Data:
+    """``id = 10 t + n``; column ``n`` has the per-sequence prompt ``100 + n``."""
+    ids = torch.arange(T)[:, None] * 10 + torch.arange(N)[None]
+    columns = {
+        "id": ids,
+        "obs": {"a": ids.float().unsqueeze(-1), "b": ids},
+        "valid": torch.ones(T, N) if valid is None else valid,
+        "alive": torch.ones(T, N),
+        "truncated": torch.zeros(T, N, dtype=torch.bool),
+        "group": torch.tensor(group if group is not None else list(range(N))),
+        "prompt": 100 + torch.arange(N),
+    }
+    return Data(columns, sequence=frozenset({"group", "prompt"}))
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_transition_batches_visit_every_row_once_and_pad_the_last() -> None:
+    valid = torch.ones(T, N)
+    valid[1, 2] = 0.0
+    batches = list(rollout(valid).minibatches(Batching("transition", 4), generator()))
+    assert [b.shape for b in batches] == [(1, 4)] * 4  # 15 rows: three full batches and one padded by one row
+    seen = torch.cat([b["id"][b["valid"] > 0] for b in batches])
+    expected = [i for i in range(50) if i % 10 < N and i // 10 < T and i != 12]
+    assert sorted(seen.tolist()) == expected
+    assert batches[-1]["valid"][0, -1] == 0.0
+    assert [float(b["n_valid"]) for b in batches] == [float(b["valid"].sum()) for b in batches]
+    for b in batches:  # rows stay together, per-sequence columns follow their rows
+        torch.testing.assert_close(b["obs"]["a"].squeeze(-1).long(), b["id"])
+        torch.testing.assert_close(b["prompt"], 100 + b["id"] % 10)
+
+
+def test_transition_batches_depend_on_the_generator_only() -> None:
+    spec = Batching("transition", 4)
+    first, again = (torch.cat([b["id"] for b in rollout().epoch(spec, generator())], 1) for _ in range(2))
+    assert first.tolist() == again.tolist()
+    assert first.flatten()[:15].tolist() != sorted(first.flatten()[:15].tolist())
+
+
+def test_full_batch_keeps_the_order() -> None:
+    (batch,) = rollout().epoch(Batching("transition", "full"), None)
+    assert batch["id"].tolist() == [[10 * t + n for t in range(T) for n in range(N)]]
+    assert float(batch["n_valid"]) == T * N
+
+
+def test_batches_do_not_write_into_the_rollout() -> None:
+    data = rollout()
+    for spec in (Batching("transition", 4), Batching("sequence", 2), Batching("group", 2)):
+        data.epoch(spec, generator())
+    assert data["valid"].min() == 1.0
+
+
+def test_sequence_batches_keep_columns_whole() -> None:
+    batches = rollout().epoch(Batching("sequence", 2), generator())
+    assert [b.shape for b in batches] == [(T, 2), (T, 2)]
+    assert [float(b["n_sequences"]) for b in batches] == [2.0, 1.0]
+    assert [float(b["n_valid"]) for b in batches] == [10.0, 5.0]
+    kept = torch.cat([b["id"][0, b["valid"][0] > 0] for b in batches])
+    assert sorted(kept.tolist()) == [0, 1, 2]
+    for b in batches:
+        torch.testing.assert_close(b["id"], 10 * torch.arange(T)[:, None] + b["id"][:1])
+        torch.testing.assert_close(b["prompt"], 100 + b["id"][0])  # still [B]
+
+
+def test_group_batches_hold_whole_ragged_groups_relabelled() -> None:
+    wide = 6
+    ids = torch.arange(wide)[None]
+    data = Data(
+        {"id": ids, "valid": torch.ones(1, wide), "group": torch.tensor([7, 3, 7, 9, 7, 3])},
+        sequence=frozenset({"group"}),
+    )
+    batches = data.epoch(Batching("group", 2), generator())
+    assert len({b.shape for b in batches}) == 1, "one static shape"
+    assert [float(b["n_groups"]) for b in batches] == [2.0, 1.0]
+    members = []
+    for b in batches:
+        keep = b["valid"][0] > 0
+        assert float(b["n_sequences"]) == float(keep.sum())
+        label, index = b["group"][keep], b["id"][0, keep]
+        assert sorted(set(label.tolist())) == list(range(int(b["n_groups"])))
+        members += [sorted(index[label == g].tolist()) for g in label.unique()]
+    assert sorted(members) == [[0, 2, 4], [1, 5], [3]]
+
+
+def test_group_batches_need_the_column() -> None:
+    with pytest.raises(ValueError, match="group"):
+        Data({"valid": torch.ones(1, 2)}).epoch(Batching("group", 1), None)
+
+
+def test_microbatches_sum_exactly() -> None:
+    # C0 of the interface notes: token losses with ragged columns. Token mean over the whole batch:
+    # (.1 + .2 + .3 + .4 + .1) / 5 = .22; the mean of the two micro-batches' means is (.15 + .2667) / 2 = .2083
+    x = torch.tensor([[0.1, 0.3], [0.2, 0.4], [9.0, 0.1]])
+    valid = torch.tensor([[1.0, 1.0], [1.0, 1.0], [0.0, 1.0]])
+    data = Data({"x": x, "valid": valid})
+    (batch,) = data.epoch(Batching("sequence", "full", microbatch=1), None)
+    assert batch.microbatch == 1
+    pieces = batch.microbatches(batch.microbatch)
+    assert [p.shape for p in pieces] == [(3, 1), (3, 1)]
+    assert sum(float((p["x"] * p["valid"]).sum() / p["n_valid"]) for p in pieces) == pytest.approx(0.22)
+    assert sum(float((p["x"] * p["valid"]).sum() / p["valid"].sum()) / 2 for p in pieces) == pytest.approx(0.2083333)
+    assert batch.microbatches(None) == [batch]
+    assert batch.derive(y=x).microbatch == 1
+
+
+def test_derive_refuses_raw_columns_and_leaves_the_original() -> None:
+    data = rollout()
+    with pytest.raises(ValueError, match=r"\['id'\] are raw"):
+        data.derive(id=torch.zeros(T, N))
+    first = data.derive(advantage=torch.ones(T, N))
+    second = first.derive(advantage=torch.zeros(T, N))  # derived columns may be rebuilt
+    assert "advantage" not in data
+    assert float(first["advantage"].sum()) == T * N
+    assert float(second["advantage"].sum()) == 0.0
+    assert second["id"] is data["id"]
+
+
+def test_unknown_column_names_the_known_ones() -> None:
+    with pytest.raises(KeyError, match=r"no column 'reward'.*alive"):
+        rollout()["reward"]
+
+
+def test_take_repeats_and_drops_columns() -> None:
+    data = rollout().derive_sequence(score=torch.tensor([1.0, 2.0, 3.0])).take(torch.tensor([2, 0, 2]))
+    assert data.shape == (T, 3)
+    assert data["id"][0].tolist() == [2, 0, 2]
+    assert data["prompt"].tolist() == [102, 100, 102]
+    assert data["score"].tolist() == [3.0, 1.0, 3.0]
+    assert data["obs"]["b"][1].tolist() == [12, 10, 12]
+    with pytest.raises(ValueError, match="whole rollouts"):
+        data.next_obs()
+
+
+def test_discount_modes() -> None:
+    data = Data(
+        {
+            "valid": torch.ones(3, 1),
+            "alive": torch.tensor([[1.0], [0.0], [1.0]]),
+            "truncated": torch.tensor([[False], [False], [True]]),
+        }
+    )
+    assert data.discount(0.9).flatten().tolist() == pytest.approx([0.9, 0.0, 0.9])
+    assert data.discount(0.9, "terminal").flatten().tolist() == pytest.approx([0.9, 0.0, 0.0])
+    with pytest.raises(ValueError, match="time_limit"):
+        data.discount(0.9, "never")  # type: ignore[arg-type]
+
+
+def test_columns_read_names_what_a_function_needs() -> None:
+    assert columns_read(lambda b: b["id"] + b["prompt"], rollout()) == ["id", "prompt"]
+
+
+@pytest.mark.parametrize("bad", [{"unit": "step"}, {"size": 0}, {"size": "all"}, {"epochs": 0}, {"microbatch": 0}])
+def test_batching_rejects(bad: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="Batching"):
+        Batching(**bad)  # type: ignore[arg-type]
