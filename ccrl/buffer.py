@@ -53,7 +53,10 @@ class RolloutBuffer:
         self.steps, self.num_envs, self.device = steps, num_envs, torch.device(device)
         lead = (steps, num_envs)
         self.obs = space_like(observation_space, (steps + 1, num_envs), self.device)
-        self.action = space_like(action_space, lead, self.device)
+        action = space_like(action_space, lead, self.device)
+        if isinstance(action, dict):
+            raise ValueError(f"RolloutBuffer: expected a Box or Discrete action space, got {action_space}")
+        self.action = action
         self.reward = torch.zeros(lead, device=self.device)
         self.terminated = torch.zeros(lead, dtype=torch.bool, device=self.device)
         self.truncated = torch.zeros(lead, dtype=torch.bool, device=self.device)

@@ -236,7 +236,7 @@ class Collector:
 
 def _check_finite(buffer: RolloutBuffer) -> None:
     """One check per rollout, before anything is learnt from it."""
-    columns = {"reward": buffer.reward, "action": buffer.action}
+    columns: dict[str, Tensor] = {"reward": buffer.reward, "action": buffer.action}
     observations = buffer.obs if isinstance(buffer.obs, dict) else {"obs": buffer.obs}
     columns |= {k: v[1:] for k, v in observations.items()}
     for name, value in columns.items():
