@@ -13,6 +13,9 @@ import importlib
 import sys
 from pathlib import Path
 
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import tyro
 
 __all__ = ["main"]

@@ -1,0 +1,41 @@
+"""The README says what is there: its tests, files and scripts exist, and its Python runs."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_named_tests_exist():
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
+    assert len(named) > 5
+    missing = [f"{path}::{test}" for path, test in named if f"def {test}(" not in (ROOT / path).read_text("utf-8")]
+    assert not missing
+
+
+def test_the_named_files_exist():
+    named = re.findall(r"\]\((?!http)([^)]+)\)|python (scripts/\w+\.py)|^(\w+/) ", README, flags=re.MULTILINE)
+    paths = {path for match in named for path in match if path}
+    assert len(paths) > 8
+    assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL), ids=["use", "agent"])
+def test_the_python_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "readme.py").write_text(code.replace("20_000", "2_048"))
+    names = runpy.run_path("readme.py")
+    if "A2C" in names:
+        agent = names["A2C"]("CartPole-v1", names["A2CConfig"](num_envs=8, n_steps=5))
+        before = agent.updaters["policy"].flat.clone()
+        agent.learn(total_timesteps=40)
+        assert not before.equal(agent.updaters["policy"].flat)
+    else:
+        assert names["action"].shape == (16,)
+        assert names["agent"].num_timesteps == 2_048
