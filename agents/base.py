@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -126,6 +126,7 @@ class Agent:
             torch.manual_seed(seed)
             self.build()
         self.policy.to(self.device)
+        self.estimator.to(self.device)
         check_terms(self.estimator.phases(), self.policy.outputs())
         self.ctx = Context(
             k=torch.zeros((), dtype=torch.float64, device=self.device),
@@ -143,7 +144,7 @@ class Agent:
         self._pending_callback_state: dict[str, Any] = {}
         self.callbacks: list[Callback] = []
 
-    # -- what a subclass fills in ---------------------------------------------------------------------------------------
+    # -- what a subclass fills in --------------------------------------------------------------------------------------
 
     def build(self) -> None:
         """Set ``policy``, ``updaters`` and ``estimator`` (and ``direction``)."""
@@ -367,7 +368,8 @@ class Agent:
             "iteration": self.iteration,
             "n_updates": self.n_updates,
             "episodes": [list(e) for e in self.episodes],
-            "callbacks": {c.key: c.state_dict() for c in self.callbacks},
+            # with what no callback has claimed yet: saving a loaded agent before it learns must not lose it
+            "callbacks": self._pending_callback_state | {c.key: c.state_dict() for c in self.callbacks},
             "rng": checkpoint.rng_state(),
         }
 
@@ -397,7 +399,8 @@ class Agent:
     def load(cls, path: str | Path, env: str | BatchedEnv | None = None, device: torch.device | str = "cpu") -> Agent:
         """The agent in a checkpoint; ``env=None`` rebuilds the environment it was trained on.
 
-        :raises ValueError: if the checkpoint is another agent's, or has no environment id and none is given.
+        :raises ValueError: if the checkpoint is another agent's, is of other spaces than the environment's, or has no
+            environment id and none is given.
         """
         saved = checkpoint.load(path, map_location=device)
         if saved.get("agent") != cls.name:
@@ -407,8 +410,18 @@ class Agent:
             raise ValueError(f"{path} was trained on an environment object; pass env=")
         config = configs.from_dict(cls.Config, saved["config"])
         agent = cls(env, config, seed=saved["seed"], device=device, env_kwargs=saved["env_kwargs"])
+        theirs, ours = (_shapes(p) for p in (saved["state"]["policy"], agent.policy.state_dict()))
+        if theirs != ours:
+            raise ValueError(
+                f"{path}: expected an environment with the spaces it was trained on (policy shapes {theirs}), got "
+                f"{agent.env.single_observation_space} and {agent.env.single_action_space} (policy shapes {ours})"
+            )
         agent.load_state_dict(saved["state"])
         return agent
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(x.shape) for name, x in tensors.items()}
 
 
 def _explained_variance(value: Tensor, target: Tensor, valid: Tensor) -> Tensor:

@@ -235,15 +235,34 @@ class Collector:
 
 
 def _check_finite(buffer: RolloutBuffer) -> None:
-    """One check per rollout, before anything is learnt from it."""
-    columns: dict[str, Tensor] = {"reward": buffer.reward, "action": buffer.action}
-    observations = buffer.obs if isinstance(buffer.obs, dict) else {"obs": buffer.obs}
-    columns |= {k: v[1:] for k, v in observations.items()}
-    for name, value in columns.items():
-        if not value.is_floating_point() or bool(value.isfinite().all()):
+    """One check per rollout, before anything is learnt from it.
+
+    Reports the first bad number in time: a NaN observation makes the next action NaN and that the next reward, and
+    naming one of those would lead astray.
+    """
+    ended = buffer.terminated | buffer.truncated
+    columns: list[tuple[int, str, Tensor, Tensor | None]] = [
+        (0, name, value, None) for name, value in _leaves(buffer.obs)
+    ]
+    columns += [(1, "action", buffer.action, None), (2, "reward", buffer.reward, None)]
+    if buffer.final_obs is not None:
+        columns += [(2, f"final {name}", value, ended) for name, value in _leaves(buffer.final_obs)]
+    found: list[tuple[int, str, str, list[float]]] = []
+    for place, name, value, where in columns:
+        if not value.is_floating_point():
             continue
-        bad = (~value.isfinite()).reshape(*value.shape[:2], -1).any(-1).nonzero()[0].tolist()
-        raise FloatingPointError(
-            f"{name} is not finite: environment {bad[1]}, step {bad[0]} of the rollout (value "
-            f"{value[bad[0], bad[1]].flatten()[:8].tolist()})"
-        )
+        bad = (~value.isfinite()).reshape(*value.shape[:2], -1).any(-1)
+        bad = bad if where is None else bad & where
+        if bool(bad.any()):
+            row, env = bad.nonzero()[0].tolist()
+            # observation t + 1 is what step t returned
+            step = row - 1 if place == 0 else row
+            when = f"environment {env}, " + (f"step {step} of the rollout" if step >= 0 else "at its first reset")
+            found.append((3 * row + place, name, when, value[row, env].flatten()[:8].tolist()))
+    if found:
+        _, name, when, numbers = min(found)
+        raise FloatingPointError(f"{name} is not finite: {when} (value {numbers})")
+
+
+def _leaves(tree: Tree) -> list[tuple[str, Tensor]]:
+    return list(tree.items()) if isinstance(tree, dict) else [("obs", tree)]
