@@ -172,9 +172,11 @@ def _vector_env(env: gymnasium.vector.VectorEnv) -> Run:
     env.reset()
 
     def run(steps: int) -> int:
-        rounds = -(-steps // env.num_envs)
+        rounds, resets = -(-steps // env.num_envs), 0
         for k in range(rounds):
-            env.step(actions[k % DRAWS])
-        return rounds * env.num_envs
+            _, _, terminated, truncated, _ = env.step(actions[k % DRAWS])
+            # Both peers reset in the step after an episode's end, which is no step of the environment.
+            resets += int((terminated | truncated).sum())
+        return rounds * env.num_envs - resets
 
     return run
