@@ -9,6 +9,9 @@ python scripts/train.py --resume runs/HalfCheetah-v5__mdpo__0__...  # continues 
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ from ccrl.experiment.callbacks import Callback, CheckpointCallback, EvalCallback
 from ccrl.experiment.logger import Logger
 from ccrl.experiment.run import RunFolder
 
-__all__ = ["TrainConfig", "main", "run_config", "train"]
+__all__ = ["TrainConfig", "main", "run_config", "timed", "train"]
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,21 @@ def run_config(agent: str) -> type[Any]:
     return made
 
 
+@contextmanager
+def timed(run: RunFolder, learner: Any, evaluation: EvalCallback | None) -> Iterator[None]:
+    """Writes ``finished`` into ``run.json`` after training that was not broken off: ``step``, the training return of
+    the last 100 episodes, and wall and CPU seconds and steps per second, all without evaluation and since ``since``
+    (a resumed run starts its clocks anew)."""
+    since, wall, cpu = learner.num_timesteps, time.perf_counter(), time.process_time()
+    yield
+    seconds = time.perf_counter() - wall - (evaluation.seconds if evaluation else 0.0)
+    cpu_seconds = time.process_time() - cpu - (evaluation.cpu_seconds if evaluation else 0.0)
+    run.record(finished={
+        "step": learner.num_timesteps, "ep_rew_mean": learner.ep_rew_mean, "since": since, "seconds": seconds,
+        "cpu_seconds": cpu_seconds, "steps_per_second": (learner.num_timesteps - since) / max(seconds, 1e-9),
+    })  # fmt: skip
+
+
 def train(agent_name: str, config: Any, resume: Path | None = None) -> RunFolder:
     """Train as ``config`` (of ``run_config(agent_name)``) says, in a new run folder or on in ``resume``."""
     torch.set_num_threads(config.torch_threads)
@@ -97,14 +115,16 @@ def train(agent_name: str, config: Any, resume: Path | None = None) -> RunFolder
     if step is None:
         logger.log_hparams(configs.flatten(configs.to_dict(config)))
     callbacks: list[Callback] = [LogCallback(logger, config.log_interval)]
-    eval_env = None
+    evaluation = eval_env = None
     if config.eval_every:
         eval_env = envs.make(config.env, config.eval_episodes, device=config.device, **config.env_kwargs)
-        callbacks.append(EvalCallback(eval_env, run.path, config.eval_every, config.eval_episodes, logger=logger,
-                                      resume_step=step))  # fmt: skip
+        evaluation = EvalCallback(eval_env, run.path, config.eval_every, config.eval_episodes, logger=logger,
+                                  resume_step=step)  # fmt: skip
+        callbacks.append(evaluation)
     callbacks.append(CheckpointCallback(run.checkpoints, config.checkpoint_every, config.keep_checkpoints))
     try:
-        agent.learn(config.total_timesteps, callbacks, progress_bar=config.progress)
+        with timed(run, agent, evaluation):
+            agent.learn(config.total_timesteps, callbacks, progress_bar=config.progress)
     finally:
         logger.close()
         for env in (agent.env, eval_env):

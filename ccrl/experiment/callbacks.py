@@ -132,11 +132,13 @@ class EvalCallback(_Periodic):
         self.log = EvalLog(folder, resume_step)
         self.best = float("-inf")
         self.seconds = 0.0
-        """Time spent evaluating, to be left out of speed figures."""
+        """Wall time spent evaluating, to be left out of speed figures."""
+        self.cpu_seconds = 0.0
+        """The same in seconds of this process on all its cores."""
 
     def on_iteration(self, agent: Any) -> bool | None:
         if self.due(agent.num_timesteps):
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             results = [evaluate(agent.act, self.env, self.episodes, self.seed, d) for d in (True, False)]
             scalars = self.log.log(agent.num_timesteps, *results)
             if self.logger is not None:
@@ -145,6 +147,7 @@ class EvalCallback(_Periodic):
                 self.best = scalars["eval/mean_reward"]
                 agent.save(self.folder / "best.pt")
             self.seconds += time.perf_counter() - start
+            self.cpu_seconds += time.process_time() - cpu_start
         return None
 
     def on_training_end(self, agent: Any) -> None:

@@ -112,6 +112,10 @@ class RunFolder:
         info["resumes"].append({"step": step, **describe()})
         self._write(info)
 
+    def record(self, **facts: Any) -> None:
+        """Add ``facts`` to ``run.json``, over those of the same name."""
+        self._write(self.info | facts)
+
     def _write(self, info: dict[str, Any]) -> None:
         write_atomic(self.info_file, lambda file: file.write((json.dumps(info, indent=2) + "\n").encode()))
 

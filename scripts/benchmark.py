@@ -1,0 +1,210 @@
+"""Agents x environments x seeds, ours and Stable-Baselines3's, into run folders that plot.py reads.
+
+    python scripts/benchmark.py --agents ppo mdpo sb3:ppo --envs CartPole-v1 Hopper-v5 --seeds 0 1 2 \\
+        --total-timesteps 1000000 --out results/x --jobs 2
+    python scripts/benchmark.py --study scripts/studies/foundation.yaml --out results/foundation --jobs 2
+
+The same command again goes on where it stopped: finished runs are left alone, runs of our agents continue from their
+checkpoints, runs of SB3 start anew. Each run writes to ``log.txt`` in its folder.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from ccrl.packages import check_siblings, require
+
+check_siblings()
+
+import envs
+from ccrl.experiment import checkpoint
+from ccrl.experiment import config as configs
+from ccrl.experiment.csv_table import read_columns
+
+study_module, sb3, train = (
+    importlib.import_module(f"{__package__}.{name}" if __package__ else name)
+    for name in ("benchmark_study", "benchmark_sb3", "train")
+)
+Spec = study_module.Spec
+
+__all__ = ["Options", "main"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """A study from a file, or from flags."""
+
+    out: Path
+    """Folder of the run folders."""
+    study: Path | None = None
+    """YAML file with a study; then no agents, envs, seeds and total_timesteps here."""
+    agents: tuple[str, ...] = ()
+    """Names of ours (train.py lists them), sb3:ppo, sb3:sac, sb3-contrib:trpo, ..."""
+    envs: tuple[str, ...] = ()
+    """Environment ids."""
+    seeds: tuple[int, ...] = ()
+    """Seeds."""
+    total_timesteps: int | None = None
+    """Environment steps of each run."""
+    evals: int = 20
+    """Evaluations per run (a study file names its own)."""
+    jobs: int = 1
+    """Runs at a time, each a process with one torch thread and its share of the cores for the simulator."""
+    ray: bool = False
+    """Run on a Ray cluster (or one started here); out must be a folder that its machines share."""
+
+
+def load(options: Options) -> Any:
+    """The study of ``options``; raises ``ConfigError`` for one that does not make sense."""
+    flags = {name: getattr(options, name) for name in ("agents", "envs", "total_timesteps")}
+    given = [name for name, value in flags.items() if value]
+    if options.study is not None:
+        if given or options.seeds:
+            raise configs.ConfigError(f"--study names the runs; received --{' --'.join(given or ['seeds'])} too")
+        return configs.from_dict(study_module.Study, configs.load_yaml(options.study))
+    if len(given) < len(flags):
+        raise configs.ConfigError(f"expected --study, or --agents, --envs and --total-timesteps; received {given}")
+    seeds = {"seeds": options.seeds} if options.seeds else {}
+    return configs.from_dict(study_module.Study, {"entries": [flags], "evals": options.evals} | seeds)
+
+
+def main(options: Options) -> int:
+    """Run what is left of the study; returns the number of runs that failed."""
+    specs = load(options).specs()
+    if options.jobs < 1:
+        raise configs.ConfigError(f"jobs: expected >= 1, got {options.jobs}")
+    out = options.out.resolve()
+    found = [spec.find(out) for spec in specs]
+    left = [spec for spec, run in zip(specs, found) if run is None or "finished" not in run.info]
+    print(f"[benchmark] {len(specs)} runs, {len(specs) - len(left)} of them finished before; {out}", flush=True)
+    failed = 0
+    for count, (spec, code) in enumerate(_on_ray(left, out) if options.ray else _here(left, out, options.jobs), 1):
+        failed += code != 0
+        print(f"[{count}/{len(left)}] {spec.key}: {_summary(spec, out, code)}", flush=True)
+    if failed:
+        print(f"[benchmark] {failed} of {len(left)} runs failed; the same command tries them again")
+    return failed
+
+
+# -- processes ------------------------------------------------------------------------------------------------------
+
+
+def _here(specs: list[Any], out: Path, jobs: int) -> Iterator[tuple[Any, int]]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(jobs) as pool:
+        futures = {pool.submit(_launch, asdict(spec), str(out), max(1, cores // jobs)): spec for spec in specs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C the rest must not start
+
+
+def _on_ray(specs: list[Any], out: Path) -> Iterator[tuple[Any, int]]:
+    ray = require("ray", "ray")
+    ray.init(ignore_reinit_error=True)
+    task = ray.remote(num_cpus=1, max_retries=0)(_launch)
+    waiting = {task.remote(asdict(spec), str(out), 1): spec for spec in specs}
+    while waiting:
+        (ready,), _ = ray.wait(list(waiting), num_returns=1)
+        yield waiting.pop(ready), ray.get(ready)
+
+
+def _launch(spec: dict[str, Any], out: str, cores: int) -> int:
+    """One run in a process of its own: its exit status."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--run", json.dumps(spec), out, str(cores)]
+    # The open pipe tells the run that this process lives: a killed study must not leave runs behind, which would
+    # write into the folders that the next call resumes.
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+        return process.wait()
+
+
+def _run(values: dict[str, Any], out: Path, cores: int) -> int:
+    """Inside the run's process. A failure is written to the log and to ``run.json``."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    spec = Spec(**values)
+    root = spec.root(out)
+    root.mkdir(parents=True, exist_ok=True)
+    early = root / f"log-{os.getpid()}.txt"  # the folder of the run does not exist yet
+    log = os.open(early, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code, old = 0, spec.find(out)
+    resumed = old is not None and not spec.foreign and checkpoint.latest(old.checkpoints) is not None
+    try:
+        if old is not None and not resumed:
+            # kept, but no longer a run: plots would count it
+            old.info_file.rename(old.path / "abandoned.json")
+        if resumed:
+            train.train(spec.agent, configs.from_dict(train.run_config(spec.agent), old.config()), old.path)
+        else:
+            _train(spec, root, cores)
+    except BaseException as error:
+        traceback.print_exc()
+        code = 1
+        if (run := spec.find(out)) is not None and isinstance(error, Exception):
+            run.record(error="".join(traceback.format_exception_only(error)).strip())
+    sys.stdout.flush()
+    if (run := spec.find(out)) is not None:
+        with open(run.path / "log.txt", "ab") as target:
+            target.write(early.read_bytes())
+        early.unlink()
+    return code
+
+
+def _train(spec: Any, root: Path, cores: int) -> None:
+    kwargs = spec.values["env_kwargs"]
+    if spec.values["env"].removeprefix("ccrl/") in envs.MUJOCO:
+        kwargs = {"nthread": cores} | kwargs
+    if spec.foreign:
+        sb3.run(spec.agent, spec.config(env_kwargs=kwargs), root, train.timed)
+    else:
+        train.train(spec.agent, spec.config(env_kwargs=kwargs, run_root=str(root)))
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()
+    os._exit(130)
+
+
+def _summary(spec: Any, out: Path, code: int) -> str:
+    run = spec.find(out)
+    info = {} if run is None else run.info
+    if code or "finished" not in info:
+        where = spec.root(out) if run is None else run.path
+        return f"FAILED ({info.get('error', f'exit status {code}')}); log in {where}"
+    done = info["finished"]
+    mean = math.nan if done["ep_rew_mean"] is None else done["ep_rew_mean"]
+    scores = [f"training return {mean:.1f}"]
+    if (run.path / "eval.csv").exists():
+        last = read_columns(run.path / "eval.csv")
+        scores += [f"evaluation {last['eval/mean_reward'][-1]:.1f} ({last['eval_stochastic/mean_reward'][-1]:.1f} "
+                   "stochastic)"]  # fmt: skip
+    return f"{', '.join(scores)}, {done['steps_per_second']:,.0f} steps/s, {done['seconds']:.0f} s"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--run"]:
+        sys.exit(_run(json.loads(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])))
+    try:
+        status = main(tyro.cli(Options, description=__doc__))
+    except (ValueError, ImportError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(1 if status else 0)
