@@ -59,9 +59,15 @@ class Scores:
         self._fixed = {k: cast(v.detach()) for k, v in others.items() if k not in owned}
         with torch.no_grad():
             columns = columns_read(lambda b: module.forward(b, frozenset({"log_prob"})), data)
-        columns = sorted({*columns, "valid"})
+        names = sorted({*columns, "valid"})
+        clean = partial(_clean, valid=data["valid"])
         self._data = Data(
-            {c: tree_map(cast, data[c]) for c in columns}, sequence=data.sequence, scalars=data.scalars & set(columns)
+            {
+                c: tree_map(cast, data[c] if c in data.sequence | data.scalars else tree_map(clean, data[c]))
+                for c in names
+            },
+            sequence=data.sequence,
+            scalars=data.scalars & set(names),
         )
         self._valid = self._data["valid"]
 
@@ -179,6 +185,15 @@ class Scores:
 def _masked(x: Tensor, valid: Tensor) -> Tensor:
     """``where``, not a product: log-probabilities of garbage rows may be infinite."""
     return torch.where(valid > 0, x, torch.zeros_like(x))
+
+
+def _clean(x: Tensor, valid: Tensor) -> Tensor:
+    """Numbers on invalid rows must at least be finite: a zero gradient times infinity is NaN in the weights. Finite
+    ones stay, they may be context that valid rows depend on."""
+    if not x.is_floating_point():
+        return x
+    keep = (valid > 0).reshape(*valid.shape, *(1,) * (x.dim() - 2)) | x.isfinite()
+    return torch.where(keep, x, torch.zeros_like(x))
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
