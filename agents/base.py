@@ -25,7 +25,7 @@ from ccrl.experiment import config as configs
 from ccrl.experiment.callbacks import Callback, as_callback
 from ccrl.experiment.progress import ProgressBar
 from ccrl.policies import MLPPolicy
-from ccrl.updaters import FlatUpdater, can_compile
+from ccrl.updaters import FlatUpdater, GradientEstimate, Stats, can_compile
 
 __all__ = ["Agent", "OnPolicyConfig"]
 
@@ -98,6 +98,9 @@ class Agent:
     estimator: Estimator
     updaters: dict[str, FlatUpdater]
     direction: Direction | None = None
+    episodic: ClassVar[bool] = False
+    """Every rollout is of fresh episodes: ``num_envs`` of them, of at most ``n_steps`` steps, on the agent's own
+    environments."""
 
     def __init__(
         self,
@@ -165,6 +168,8 @@ class Agent:
         ).to(self.device)  # fmt: skip
 
     def _fresh_envs(self, n: int) -> BatchedEnv:
+        if self.episodic and n == self.env.num_envs:
+            return self.env
         if self.env_id is None:
             raise ValueError("fresh episodes need an environment id: an agent cannot copy the environment it was given")
         return resolve_env(self.env_id, n, device=self.device, **self.env_kwargs)
@@ -173,12 +178,12 @@ class Agent:
 
     @property
     def num_timesteps(self) -> int:
-        """The agent's clock: valid environment steps so far."""
-        return self.collector.total_steps
+        """The agent's clock: valid environment steps so far, of streams and of fresh episodes."""
+        return self.collector.total_steps + self.collector.fresh_steps
 
     @property
     def batch_steps(self) -> int:
-        """Environment steps per iteration."""
+        """Environment steps per iteration (at most, where episodes end earlier)."""
         return int(self.config.num_envs * self.config.n_steps)
 
     def learn(
@@ -239,7 +244,7 @@ class Agent:
         if self.direction is None:
             stats |= run_phases(self.estimator, data, self.ctx)
         else:
-            self._directed_step(points, data)
+            stats |= self._directed_step(points, data)
         self._check_finite()
         with torch.no_grad():
             self.estimator.after_update(data, stats)
@@ -256,11 +261,20 @@ class Agent:
         assert self.direction is not None
         return self.direction.points(self.updaters["policy"].flat, self.ctx)
 
-    def _directed_step(self, points: dict[str, Tensor], data: dict[str, Data]) -> None:
+    def _directed_step(self, points: dict[str, Tensor], data: dict[str, Data]) -> Stats:
         assert self.direction is not None
-        theta = self.updaters["policy"].flat
-        gradient = lambda tag: self.estimator.gradient(points[tag], data[tag], self.ctx)  # noqa: E731
-        theta.copy_(self.direction.step(theta, gradient, data, self.ctx))
+        updater, stats = self.updaters["policy"], Stats()
+
+        def gradient(tag: str) -> GradientEstimate:
+            estimate = self.estimator.gradient(points[tag], data[tag], self.ctx)
+            stats.update(estimate.stats)
+            return estimate
+
+        theta = self.direction.step(updater.flat, gradient, data, self.ctx)
+        ok = theta.isfinite().all()
+        updater.finite.logical_and_(ok)
+        updater.flat.copy_(torch.where(ok, theta, updater.flat))
+        return stats
 
     def _check_finite(self) -> None:
         for name, updater in self.updaters.items():
@@ -270,6 +284,8 @@ class Agent:
                 )
 
     def _choose_compile(self, total_timesteps: int) -> None:
+        if self.direction is not None:
+            return  # only surrogates are compiled
         steps = self.gradient_steps() * (total_timesteps // self.batch_steps)
         wanted = self.config.compile == "on" or (self.config.compile == "auto" and steps >= COMPILE_FROM)
         possible, why = can_compile()
@@ -279,8 +295,8 @@ class Agent:
             updater.compile = wanted and possible
 
     def gradient_steps(self) -> int:
-        """Optimiser steps per iteration."""
-        total = 0
+        """Optimiser steps per iteration; a direction takes one."""
+        total = 0 if self.direction is None else 1
         for phase in self.estimator.phases():
             units = self.batch_steps if phase.batching.unit == "transition" else self.config.num_envs
             size = units if phase.batching.size == "full" else min(int(phase.batching.size), units)

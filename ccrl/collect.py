@@ -52,7 +52,8 @@ class Actor(Protocol):
 
 @dataclass
 class EpisodeStats:
-    """Episodes that ended in a rollout: undiscounted raw return and length, ``[E]`` on the host."""
+    """Episodes that ended in a rollout: undiscounted raw return and length, ``[E]`` on the host. The horizon ends fresh
+    episodes."""
 
     returns: Tensor
     lengths: Tensor
@@ -93,7 +94,9 @@ class Collector:
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.fresh_generator = torch.Generator(self.device).manual_seed(seed + 1_000_003)
         self.total_steps = 0
-        """Valid environment steps of continued streams: the agent's clock."""
+        """Valid environment steps of continued streams."""
+        self.fresh_steps = 0
+        """Valid environment steps of fresh episodes; with ``total_steps`` the agent's clock."""
         self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
         self.log: dict[str, Any] = {}
         self.env_seconds = 0.0
@@ -128,6 +131,10 @@ class Collector:
             fact.zero_()
         data = self._roll(stream, policy, horizon, self.fresh_generator)
         first = torch.cat([torch.ones_like(data["carry"][:1]), data["carry"][:-1]]).cumprod(0) * data["valid"]
+        self.fresh_steps += int(first.sum())
+        # not those of _roll: it also counts what the columns went on with after their episodes
+        returns = torch.where(first > 0, data["reward"], 0.0).double().sum(0)
+        self.stats = EpisodeStats(returns.cpu(), first.sum(0).long().cpu())
         columns = {k: data[k] for k in data} | {"valid": first, "carry": data["carry"] * first}
         return Data(columns, sequence=data.sequence, successors=data._successors)
 
@@ -203,6 +210,7 @@ class Collector:
             "generator": self.generator.get_state(),
             "fresh_generator": self.fresh_generator.get_state(),
             "total_steps": self.total_steps,
+            "fresh_steps": self.fresh_steps,
             "step": stream.step.clone(),
             "ended": stream.ended.clone(),
             "returns": stream.returns.clone(),
@@ -215,7 +223,7 @@ class Collector:
         """Continue where ``state_dict`` was taken; environments without state start fresh episodes instead."""
         self.generator.set_state(state["generator"].cpu())
         self.fresh_generator.set_state(state["fresh_generator"].cpu())
-        self.total_steps = state["total_steps"]
+        self.total_steps, self.fresh_steps = state["total_steps"], state.get("fresh_steps", 0)
         stream = self._stream
         if "env" not in state:
             # a seed that depends on progress: restarting from the first seed would replay the first episodes

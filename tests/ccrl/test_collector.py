@@ -192,3 +192,15 @@ def test_requests_are_checked() -> None:
         Request(episodes=2)
     with pytest.raises(ValueError, match="make_env"):
         Collector(ClockEnv(SCRIPT)).collect(Request(episodes=2, horizon=3), policy())
+
+
+def test_fresh_episodes_have_a_clock_and_statistics_of_their_own() -> None:
+    """Columns go on after their episodes; neither their steps nor their further episodes are counted."""
+    collector = Collector(ClockEnv(SCRIPT), seed=1, make_env=lambda n: ClockEnv([[Episode(0, 2)], [Episode(0, 9)]]))
+    collector.collect(Request(episodes=2, horizon=7), policy())
+    assert collector.fresh_steps == 2 + 7
+    assert collector.stats.returns.tolist() == [2.0, 7.0]
+    assert collector.stats.lengths.tolist() == [2, 7]
+    resumed = Collector(ClockEnv(SCRIPT), seed=1)
+    resumed.load_state_dict(collector.state_dict())
+    assert resumed.fresh_steps == 9
