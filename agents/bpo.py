@@ -1,7 +1,7 @@
 """BPO: Bounded Policy Optimization (Ao et al. 2026, Bounded Ratio Reinforcement Learning, arXiv 2604.18578).
 
-The surrogate with hard ratio bounds has a closed-form optimum: ratio 1 + eps above the median action value, 1 - eps below.
-BPO regresses the ratio onto it with an advantage-weighted L1 loss and learns the median with a second critic head:
+The surrogate with hard ratio bounds has a closed-form optimum: ratio 1 + eps above the median action value, 1 - eps
+below. BPO regresses the ratio onto it with an advantage-weighted L1 loss and learns the median with a second head:
 
     rho* = c_l + (c_h - c_l) sigmoid((R - U(s)) / lambda),   c_l = 1 - eps_low, c_h = 1 + eps_high
     L_pi = mean |(rho - rho*) w|,   w = R - V(s)  (current critic)  or the stored advantage

@@ -5,8 +5,8 @@ Each iteration takes ``m`` full-batch gradient steps on the linearised objective
     theta_{k+1} ~ argmax  E_{s, a ~ pi_k}[ rho A ] - (1 / t_k) E_s KL( pi_theta || pi_k )      (NEW policy first)
     L_pi = -mean(rho A) + (1 / t_k) mean KL,      t_k = 1 - (k - 1) / K  for  k = 0 .. K - 1
 
-KL in closed form from the stored parameters of the behaviour policy; no ratio clip, no entropy bonus. At theta_k the KL's
-gradient is 0, so m = 1 is one vanilla policy-gradient step. The critic is a network of its own with clipped values.
+KL in closed form from the stored parameters of the behaviour policy; no ratio clip, no entropy bonus. At theta_k the
+KL's gradient is 0, so m = 1 is one vanilla policy-gradient step. The critic is its own network with clipped values.
 
 Slots: penalty = closed-form KL; schedule = t_k; phases = policy (full batch), then critic (minibatches).
 """

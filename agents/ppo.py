@@ -1,4 +1,4 @@
-"""PPO: Proximal Policy Optimization (Schulman et al. 2017, arXiv 1707.06347), with its implementation details as switches.
+"""PPO: Proximal Policy Optimization (Schulman et al. 2017, arXiv 1707.06347), implementation details as switches.
 
 Loss over shuffled minibatches, ``n_epochs`` passes over each rollout:
 

@@ -71,8 +71,11 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     for kind in ("deterministic", "stochastic"):
         result = evaluate(agent.act, env, config.episodes, config.seed, kind == "deterministic")
         scalars |= result.scalars(kind)
-        print(f"{kind:>13}: {result.returns.mean():10.2f} +- {result.returns.std():.2f}  (episodes {config.episodes}, "
-              f"length {result.lengths.mean():.1f}, min {result.returns.min():.2f}, max {result.returns.max():.2f})")  # fmt: skip
+        returns, length = result.returns, result.lengths.mean()
+        print(
+            f"{kind:>13}: {returns.mean():10.2f} +- {returns.std():.2f}  (episodes {config.episodes}, "
+            f"length {length:.1f}, min {returns.min():.2f}, max {returns.max():.2f})"
+        )
     env.close()
     (run.path / "evaluation.json").write_text(json.dumps(scalars | {"checkpoint": str(path.name)}, indent=2) + "\n")
     if config.video:

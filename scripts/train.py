@@ -28,7 +28,8 @@ check_siblings()
 
 import agents
 import envs
-from ccrl.experiment import checkpoint, config as configs
+from ccrl.experiment import checkpoint
+from ccrl.experiment import config as configs
 from ccrl.experiment.callbacks import Callback, CheckpointCallback, EvalCallback, LogCallback
 from ccrl.experiment.logger import Logger
 from ccrl.experiment.run import RunFolder

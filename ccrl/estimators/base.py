@@ -103,7 +103,7 @@ class Estimator(nn.Module):
         return ()
 
     def gradient(self, theta: Tensor, data: Data, ctx: Context) -> GradientEstimate:
-        """An ASCENT direction of the expected return at ``theta`` (flat ``[n]``), for directions and the gradient lab."""
+        """An ASCENT direction of the return at ``theta`` (flat ``[n]``), for directions and the gradient lab."""
         raise NotImplementedError(f"{type(self).__name__} is a surrogate: it has phases, no gradient of its own")
 
     def after_minibatch(self, stats: Stats) -> None:
