@@ -91,6 +91,13 @@ class RolloutBuffer:
         for name, value in extra.items():
             self.extra[name][t].copy_(value)
 
+    def clear(self, start: int) -> None:
+        """Rows from ``start`` on hold no facts: no reward, no episode end (what else they hold is an older rollout's).
+
+        For rollouts that end before the buffer is full; whoever reads them masks these rows."""
+        for column in (self.reward, self.terminated, self.truncated):
+            column[start:].zero_()
+
     def data(self, *, step: Tensor, ended: Tensor, next_step_reset: bool = False, hidden_final: bool = False) -> Data:
         """The rollout as columns.
 

@@ -107,18 +107,19 @@ class Collector:
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def collect(self, request: Request, policy: Actor) -> Data:
-        """Run ``policy`` as asked; the returned columns are views of the buffer, valid until the next such request."""
+        """Run ``policy`` as asked; the returned columns are views of the buffer, valid until the next request of this
+        tag."""
         if request.steps is not None:
             if self._stream.obs is None:
                 self._stream.obs = self.env.reset(seed=self.seed)
-            data = self._roll(self._stream, policy, request.steps, self.generator)
+            data = self._roll(self._stream, policy, request.steps, self.generator, request.tag)
             self.total_steps += int(data["valid"].sum())
             return data
         if request.episodes is None or request.horizon is None:
             raise ValueError(f"Collector: expected a request with steps or episodes, got {request}")
-        return self._episodes(request.episodes, request.horizon, policy)
+        return self._episodes(request.episodes, request.horizon, policy, request.tag)
 
-    def _episodes(self, episodes: int, horizon: int, policy: Actor) -> Data:
+    def _episodes(self, episodes: int, horizon: int, policy: Actor, tag: str) -> Data:
         """``[horizon, episodes]``: one fresh episode per column, ``valid = 0`` after its end."""
         if self._fresh is None or self._fresh.env.num_envs != episodes:
             if self.make_env is None:
@@ -129,7 +130,7 @@ class Collector:
         stream.obs = stream.env.reset(seed=int(draw))
         for fact in (stream.step, stream.ended, stream.returns):
             fact.zero_()
-        data = self._roll(stream, policy, horizon, self.fresh_generator)
+        data = self._roll(stream, policy, horizon, self.fresh_generator, tag, fresh=True)
         first = torch.cat([torch.ones_like(data["carry"][:1]), data["carry"][:-1]]).cumprod(0) * data["valid"]
         self.fresh_steps += int(first.sum())
         # not those of _roll: it also counts what the columns went on with after their episodes
@@ -141,10 +142,13 @@ class Collector:
     # -- the loop -----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _roll(self, stream: _Stream, policy: Actor, steps: int, generator: torch.Generator) -> Data:
+    def _roll(
+        self, stream: _Stream, policy: Actor, steps: int, generator: torch.Generator, tag: str, fresh: bool = False
+    ) -> Data:
         env, n = stream.env, stream.env.num_envs
         manual = env.autoreset_mode == AutoresetMode.DISABLED
-        key = (steps, policy.behaviour_fields())
+        # of every tag its own: rollouts of one iteration (a probe, a second trajectory) are read together
+        key = (tag, steps, policy.behaviour_fields())
         if key not in stream.buffers:
             stream.buffers[key] = RolloutBuffer(
                 steps, n, env.single_observation_space, env.single_action_space,
@@ -158,6 +162,8 @@ class Collector:
         noise = policy.draw_noise(steps * n, generator, self.device)
         noise = noise.view(steps, n, *noise.shape[1:])
         names = [f.name for f in policy.behaviour_fields() if f.per == "step" and f.name != "log_prob"]
+        # asked after every step only where that costs nothing: elsewhere the host would wait for the device
+        running = torch.ones(n, dtype=torch.bool) if fresh and self.device.type == "cpu" else None
         for t in range(steps):
             out = policy.act(buffer.row(t), noise[t])
             executed = policy.to_env(out["action"])
@@ -173,6 +179,11 @@ class Collector:
                     buffer.write_obs(t + 1, env.reset(mask=done))
             if result.log:
                 self.log |= result.log
+            if running is not None:
+                running &= ~(result.terminated | result.truncated)
+                if not bool(running.any()):
+                    buffer.clear(t + 1)
+                    break
         stream.obs = buffer.row(steps)
         return self._finish(stream, buffer, policy)
 

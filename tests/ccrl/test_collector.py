@@ -204,3 +204,42 @@ def test_fresh_episodes_have_a_clock_and_statistics_of_their_own() -> None:
     resumed = Collector(ClockEnv(SCRIPT), seed=1)
     resumed.load_state_dict(collector.state_dict())
     assert resumed.fresh_steps == 9
+
+
+def test_requests_of_two_tags_do_not_share_memory() -> None:
+    collector, actor = Collector(ClockEnv(SCRIPT), seed=1, make_env=lambda n: ClockEnv([[Episode(0, 5)]] * n)), policy()
+    first = collector.collect(Request("on", episodes=2, horizon=5), actor)
+    before = first["action"].clone()
+    for _ in range(3):
+        second = collector.collect(Request("line", episodes=2, horizon=5), actor)
+        assert torch.equal(first["action"], before)
+    assert not torch.equal(second["action"], before)
+
+
+def test_fresh_episodes_stop_when_all_have_ended() -> None:
+    """The rows after that keep nothing of the longer rollout before."""
+    lengths = [[Episode(0, 9), Episode(0, 2)], [Episode(0, 9), Episode(0, 3)]]
+
+    class Counting(ClockEnv):
+        steps = 0
+
+        def reset(self, seed: int | None = None, mask: torch.Tensor | None = None) -> Any:
+            obs = super().reset(seed, mask)
+            if mask is None and self.steps:  # ClockEnv starts its script anew: go to the second episodes
+                self._episode = [1, 1]
+            return obs
+
+        def step(self, action: torch.Tensor) -> Any:
+            self.steps += 1
+            return super().step(action)
+
+    env = Counting(lengths)
+    collector = Collector(ClockEnv(SCRIPT), seed=1, make_env=lambda n: env)
+    collector.collect(Request(episodes=2, horizon=9), policy())
+    assert env.steps == 9
+    data = collector.collect(Request(episodes=2, horizon=9), policy())
+    assert env.steps == 9 + 3
+    assert data["valid"].sum(0).tolist() == [2.0, 3.0]
+    assert data["reward"][3:].eq(0).all()
+    assert not (data["terminated"] | data["truncated"])[3:].any()
+    assert collector.stats.returns.tolist() == [2.0, 3.0]
