@@ -142,7 +142,7 @@ def _run(values: dict[str, Any], out: Path, cores: int) -> int:
     spec = Spec(**values)
     root = spec.root(out)
     root.mkdir(parents=True, exist_ok=True)
-    early = root / f"log-{os.getpid()}.txt"  # the folder of the run does not exist yet
+    early = root / f"{spec.key.replace(' ', '__').replace(os.sep, '-')}.log"  # the run has no folder yet
     log = os.open(early, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -162,8 +162,9 @@ class Spec:
         if not runs:
             return None
         run = max(runs, key=lambda run: ("finished" in run.info, run.path.stat().st_mtime))
-        mine, other = configs.to_dict(self.config()), run.config()
-        mine, other = (configs.flatten({k: values[k] for k in self.values if k in values}) for values in (mine, other))
+        mine = self.config()
+        both = [configs.to_dict(config) for config in (mine, configs.from_dict(type(mine), run.config()))]
+        mine, other = (configs.flatten({k: config[k] for k in self.values}) for config in both)
         for values in (mine, other):
             values.pop("env_kwargs.nthread", None)  # results do not depend on it
         if different := sorted(k for k in mine.keys() | other.keys() if mine.get(k) != other.get(k)):
