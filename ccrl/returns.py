@@ -54,7 +54,6 @@ def _doubling(x: Tensor, w: Tensor) -> Tensor:
         y[:-k] += head * y[k:]
         if 2 * k < x.shape[0]:
             head.copy_(head * w[k:])
-            w[-k:] = 0.0
         k *= 2
     return y
 

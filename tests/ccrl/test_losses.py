@@ -289,6 +289,20 @@ def test_bpo_7_worked_batch(temperature: float, targets: list[float], loss: floa
     assert float(median_elements(returns, head.unsqueeze(0)).mean()) == pytest.approx(0.744038, abs=1e-6)
 
 
+def test_bpo_trains_neither_critic_through_the_policy_loss() -> None:
+    heads = {k: tensor(0.1, 0.2).requires_grad_() for k in ("value", "median")}
+    log_prob = tensor(0.1, -0.1).requires_grad_()
+    data = batch(log_prob=tensor(0, 0), **{"return": tensor(1, -1)})
+    evaluation = {"log_prob": log_prob.unsqueeze(0)} | {k: v.unsqueeze(0) for k, v in heads.items()}
+    for threshold in heads:
+        loss = losses.bounded_ratio(0.2, 0.2, 1.0, threshold=threshold)
+        total, _ = surrogate((Term("bpo", loss, aggregates.mean, ratios.token, advantage=None),), evaluation, data)
+        total.backward()
+        assert log_prob.grad is not None
+        assert heads["value"].grad is None
+        assert heads["median"].grad is None
+
+
 def test_bpo_stored_advantage_replaces_the_online_weight() -> None:
     data = batch(log_prob=tensor(0, 0), stored=tensor(2, -3), **{"return": tensor(1, -1)})
     evaluation = {"log_prob": tensor(0, 0).unsqueeze(0), "median": tensor(0, 0).unsqueeze(0)}

@@ -196,8 +196,10 @@ class Tokens(nn.Module):
     def __init__(self, log_prob: Tensor) -> None:
         super().__init__()
         self.log_prob = nn.Parameter(log_prob)
+        self.widths: list[int] = []
 
     def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
+        self.widths.append(batch.shape[1])
         return {"log_prob": self.log_prob[:, batch["column"]]}
 
 
@@ -223,6 +225,7 @@ def test_microbatches_add_up_exactly(kind: str, microbatch: int | None) -> None:
     module, batch = canonical(microbatch)
     term = Term("pg", losses.clip(0.2, 0.2), aggregates.mean, ratios.token, advantage="score")
     estimate = updater(kind, module).gradient((term,), batch)
+    assert module.widths == {None: [4], 1: [1, 1, 1, 1], 2: [2, 2], 3: [3, 1]}[microbatch]
     # the mean of the two halves' token means would be .2326
     assert float(estimate.stats["pg"]) == pytest.approx(0.193119, abs=1e-6)
     expected = [[0, -0.111111, -0.100537], [0.111111, 0.165758, 0], [0.111111, 0.135711, 0], [-0.074480, 0, 0]]
