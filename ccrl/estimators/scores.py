@@ -1,7 +1,7 @@
 """Per-sample scores ``grad log pi`` at given parameters, as products that never form the matrix of scores.
 
 With ``U [n, M]`` the scores of ``M`` samples: ``vjp`` is ``U w``, ``jvp`` is ``U^T v``; ``hvp`` and ``fvp`` are
-Hessian-vector products of the objective and of the KL. Everything is ``torch.func`` on one flat vector.
+Hessian-vector products of the objective and of the KL, all functions of one flat vector.
 """
 
 from __future__ import annotations
@@ -166,8 +166,11 @@ class Scores:
         return out
 
     def _gradient(self, fn: Callable[[Tensor], Tensor]) -> Tensor:
-        grad: Tensor = torch.func.grad(fn)(self.theta)
-        return grad.detach()
+        # ordinary autograd: faster than torch.func.grad in eager mode, and activation checkpointing works under it
+        theta = self.theta.clone().requires_grad_()
+        with torch.enable_grad():
+            (grad,) = torch.autograd.grad(fn(theta), theta)
+        return grad
 
     def _forward(self, fn: Callable[[Tensor], Tensor], v: Tensor) -> Tensor:
         # forward mode exists only for the plain attention kernel

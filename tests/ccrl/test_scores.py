@@ -167,6 +167,19 @@ def test_scores_are_taken_at_the_vector_not_at_the_module() -> None:
     torch.testing.assert_close(Scores(policy, theta, data).dense(), before, rtol=0, atol=0)
 
 
+def test_products_work_where_gradients_are_off() -> None:
+    policy, data = make(gym.spaces.Discrete(3))
+    theta, weight = flat(policy), torch.ones(T, N, dtype=F64)
+    scores = Scores(policy, theta, data, "trajectory")
+    expected = (scores.vjp(weight[0]), scores.hvp(weight, theta), scores.fvp(theta), scores.dense())
+    with torch.no_grad():
+        got = (scores.vjp(weight[0]), scores.hvp(weight, theta), scores.fvp(theta), scores.dense())
+    for a, b in zip(got, expected):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert not b.requires_grad
+        assert float(b.abs().max()) > 0
+
+
 def test_shapes_are_checked() -> None:
     policy, data = make(gym.spaces.Discrete(3))
     theta = flat(policy)
