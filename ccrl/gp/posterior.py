@@ -1,0 +1,53 @@
+"""What Bayesian estimates of a gradient give back: a mean and a covariance that is only ever multiplied with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Covariance", "Posterior"]
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """A symmetric ``[n, n]`` linear operator: call it with ``v [n]`` or ``[n, k]``.
+
+    ``dense``, ``diagonal`` and ``trace`` multiply with the identity: for small ``n``.
+    """
+
+    size: int
+    product: Callable[[Tensor], Tensor]
+    like: Tensor
+    """Any tensor of its dtype and device."""
+
+    def __call__(self, v: Tensor) -> Tensor:
+        if v.shape[0] != self.size:
+            raise ValueError(f"Covariance: expected vectors [{self.size}] or [{self.size}, k], got {tuple(v.shape)}")
+        return self.product(v.to(self.like))
+
+    def dense(self) -> Tensor:
+        matrix = self(torch.eye(self.size).to(self.like))
+        return 0.5 * (matrix + matrix.T)
+
+    def diagonal(self) -> Tensor:
+        return self.dense().diagonal()
+
+    def trace(self) -> Tensor:
+        return self.diagonal().sum()
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """Posterior of a gradient ``[n]``."""
+
+    mean: Tensor
+    covariance: Covariance
+
+    def natural(self, inverse: Tensor) -> Posterior:
+        """Of the natural gradient ``G^-1 g``: mean ``G^-1 m``, covariance ``G^-1 C G^-1``."""
+        cov = self.covariance
+        product = lambda v: inverse @ cov(inverse @ v)  # noqa: E731
+        return Posterior(inverse @ self.mean, Covariance(cov.size, product, cov.like))
