@@ -114,30 +114,49 @@ def test_fresh_episodes_hold_one_episode_per_column(mode: AutoresetMode) -> None
         assert data["carry"].T.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
         assert data["obs"][0].flatten().tolist() == [0, 10, 0]
         assert data.next_obs()[2, 0].tolist() == [3.0]
+        assert collector.stats.returns.tolist() == [3.0, 2.0, 3.0]
+        assert collector.stats.lengths.tolist() == [3, 2, 3]
     assert collector.total_steps == 0
+    assert collector.fresh_steps == 16
+
+
+def test_rollouts_of_different_tags_do_not_overwrite_each_other() -> None:
+    collector = Collector(ClockEnv(SCRIPT), make_env=lambda n: ClockEnv([SCRIPT[i % 2] for i in range(n)]))
+    actor = policy()
+    first = collector.collect(Request("on", episodes=2, horizon=4), actor)
+    kept = snapshot(first, (*FACTS, "action"))
+    collector.collect(Request("line", episodes=2, horizon=4), actor)
+    for name, value in snapshot(first, (*FACTS, "action")).items():
+        torch.testing.assert_close(value, kept[name], rtol=0, atol=0)
 
 
 class Broken(ClockEnv):
-    """Writes a number into copy 1 at its fourth step."""
+    """Writes a number into copy 1 at one step."""
 
-    def __init__(self, where: str, value: float) -> None:
+    def __init__(self, where: str, value: float, at: int) -> None:
         super().__init__(SCRIPT)
-        self.where, self.value, self.steps = where, value, 0
+        self.where, self.value, self.at, self.steps = where, value, at, 0
 
     def step(self, action: torch.Tensor) -> StepResult:
         result = super().step(action)
-        self.steps += 1
-        if self.steps == 4:
+        if self.steps == self.at:
             getattr(result, self.where)[1] = self.value
+        self.steps += 1
         return result
 
 
 @pytest.mark.parametrize(
-    ("where", "value"), [("reward", float("nan")), ("reward", float("inf")), ("obs", float("nan"))]
+    ("where", "value", "at", "name"),
+    [
+        ("reward", float("nan"), 3, "reward"),
+        ("reward", float("inf"), 0, "reward"),
+        ("obs", float("nan"), 3, "obs"),
+        ("final_obs", float("nan"), 1, "final obs"),  # copy 1 ends there; elsewhere the clock itself writes NaN
+    ],
 )
-def test_bad_numbers_name_environment_and_step(where: str, value: float) -> None:
-    with pytest.raises(FloatingPointError, match=rf"{where} is not finite: environment 1, step 3"):
-        Collector(Broken(where, value)).collect(Request(steps=6), policy())
+def test_bad_numbers_name_environment_and_step(where: str, value: float, at: int, name: str) -> None:
+    with pytest.raises(FloatingPointError, match=rf"^{name} is not finite: environment 1, step {at} "):
+        Collector(Broken(where, value, at)).collect(Request(steps=6), policy())
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
