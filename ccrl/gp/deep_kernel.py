@@ -27,8 +27,9 @@ def log_marginal_likelihood(gram: Tensor, noise: Tensor, targets: Tensor) -> Ten
     """
     n = targets.shape[0]
     factor = Cholesky(gram + noise * torch.eye(n).to(gram)).factor
-    white = torch.linalg.solve_triangular(factor, targets.unsqueeze(-1), upper=False)
-    return -0.5 * (white.square().sum() + n * math.log(2.0 * math.pi)) - factor.diagonal().log().sum()
+    white: Tensor = torch.linalg.solve_triangular(factor, targets.unsqueeze(-1), upper=False)
+    total: Tensor = -0.5 * (white.square().sum() + n * math.log(2.0 * math.pi)) - factor.diagonal().log().sum()
+    return total
 
 
 class DeepKernel(nn.Module):

@@ -41,7 +41,7 @@ class Cholesky:
     def __init__(self, matrix: Tensor) -> None:
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"Cholesky: expected a square matrix [N, N], got {tuple(matrix.shape)}")
-        mean = float(matrix.diagonal().mean()) if matrix.shape[0] else 0.0
+        mean = float(matrix.detach().diagonal().mean()) if matrix.shape[0] else 0.0
         for level in (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4):
             self.jitter = level * mean
             shifted = matrix if level == 0.0 else matrix + self.jitter * torch.eye(len(matrix)).to(matrix)
