@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
-from ccrl.estimators.terms import Term
+from ccrl.estimators.terms import Term, surrogate
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import FlatUpdater, ModuleUpdater, can_compile
 
@@ -129,8 +129,6 @@ def test_gradient_then_apply_is_step(kind: str) -> None:
 def test_gradient_is_flat_in_parameter_order(kind: str) -> None:
     module, (batch,) = policy(), batches(1)
     got = updater(kind, module).gradient(terms(), batch).mean.clone()
-    from ccrl.estimators.terms import surrogate
-
     loss, _ = surrogate(terms(), module.evaluate(batch, frozenset({"log_prob", "value", "entropy"})), batch)
     close(got, torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(module.parameters()))]))
 
