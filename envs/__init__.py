@@ -18,7 +18,7 @@ import torch
 from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
 from ccrl.batched_env import AutoresetMode, BatchedEnv
 
-__all__ = ["BACKENDS", "NATIVE", "make", "make_single_env", "make_vector_env"]
+__all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_single_env", "make_vector_env"]
 
 CLASSIC = {
     "Acrobot-v1": "Acrobot",
@@ -42,6 +42,17 @@ MUJOCO = (
 )
 NATIVE = (*CLASSIC, *MUJOCO)
 """The ids with a batched implementation of our own, under Gymnasium's names."""
+
+OWN = {
+    "Bandit-v0": ("envs.classic", "Bandit"),
+    "LQR-v0": ("envs.classic", "LQR"),
+    "MountainCarTwoActions-v0": ("envs.classic", "MountainCarTwoActions"),
+    "RandomMDP-v0": ("envs.classic", "RandomMDP"),
+    "RandomWalk-v0": ("envs.classic", "RandomWalk"),
+    "ShipSteering-v0": ("envs.classic", "ShipSteering"),
+}
+"""Tasks that are only ours, ``ccrl/<id>``: the module and the class, called with ``(num_envs, device=, autoreset_mode=,
+**options)``."""
 
 BACKENDS = ("native", "sync", "async", "gymnasium")
 
@@ -79,9 +90,10 @@ def make(
     if module:
         importlib.import_module(module)
     bare = name.removeprefix("ccrl/")
-    native = bare in NATIVE and (backend is None or bare != name)
+    native = (bare in NATIVE and (backend is None or bare != name)) or (bare in OWN and bare != name)
     if native and backend not in (None, "native"):
-        raise ValueError(f"{name} is native; for backend={backend!r} use Gymnasium's id {bare!r}")
+        other = "leave backend=None" if bare in OWN else f"for backend={backend!r} use Gymnasium's id {bare!r}"
+        raise ValueError(f"{name} is native; {other}")
     if native or backend == "native":
         env = _make_native(bare, num_envs, device, autoreset_mode, env_kwargs)
     else:
@@ -113,6 +125,10 @@ def _make_native(
     if id in CLASSIC:
         factory: Callable[..., BatchedEnv] = getattr(importlib.import_module("envs.classic"), CLASSIC[id])
         return factory(num_envs, device=device, autoreset_mode=mode, **options)
+    if id in OWN:
+        module, name = OWN[id]
+        factory = getattr(importlib.import_module(module), name)
+        return factory(num_envs, device=device, autoreset_mode=mode, **options)
     if id in MUJOCO:
         if torch.device(device).type != "cpu":
             raise ValueError(f"{id} simulates on the CPU, got device={str(device)!r}; leave device at 'cpu'")
@@ -120,7 +136,7 @@ def _make_native(
         from envs.mujoco import make_mujoco
 
         return make_mujoco(id, num_envs, autoreset_mode=mode, **options)
-    raise ValueError(f"there is no native {id!r}; expected one of {', '.join(NATIVE)}, or another backend")
+    raise ValueError(f"there is no native {id!r}; expected one of {', '.join((*NATIVE, *OWN))}, or another backend")
 
 
 def _make_gymnasium(
@@ -154,7 +170,7 @@ def _make_gymnasium(
     return from_gymnasium(id, num_envs, device=device, autoreset_mode=mode, asynchronous=asynchronous, **options)
 
 
-for _id in NATIVE:
+for _id in (*NATIVE, *OWN):
     if f"ccrl/{_id}" not in gymnasium.registry:
         gymnasium.register(
             f"ccrl/{_id}",

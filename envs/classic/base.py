@@ -60,6 +60,8 @@ class ClassicEnv:
     default_max_episode_steps: ClassVar[int]
     uniforms: ClassVar[int]
     """How many uniform numbers an initial state is made of."""
+    noises: ClassVar[int] = 0
+    """How many uniform numbers a step takes; with some, ``dynamics`` gets them ``[noises, N]`` as a third argument."""
     provides_final_obs: bool
 
     single_observation_space: Space[Any]
@@ -190,7 +192,8 @@ class ClassicEnv:
             )
         rows = self._inward(action.detach()) if discrete else self.single(self._inward(action.detach())).T
         fresh = self._memory[0] if self.autoreset_mode == AutoresetMode.DISABLED else self._draw()
-        self._memory, reward, final_obs = self._advance(self._memory, rows, fresh)
+        noise = (self._uniform(self.noises),) if self.noises else ()
+        self._memory, reward, final_obs = self._advance(self._memory, rows, fresh, *noise)
         _, _, terminated, truncated, obs = self._memory
         last = None if final_obs is None else self._outward(final_obs.T)
         return StepResult(
@@ -231,9 +234,12 @@ class ClassicEnv:
 
         Raises:
             ImportError: pygame is missing.
+            ValueError: a task that Gymnasium does not have.
         """
         if not self._memory:
             raise RuntimeError(f"{self.id}: call reset() before render()")
+        if self.id.startswith("ccrl/"):
+            raise ValueError(f"{self.id} has no picture; render_mode must be None")
         if self._renderer is None:
             self._renderer = gymnasium.make(self.id, render_mode="rgb_array").unwrapped
             self._renderer.reset()
@@ -251,20 +257,21 @@ class ClassicEnv:
     def _outward(self, array: Array) -> Tensor:
         return torch.from_numpy(array) if self.xp is np else array
 
+    def _uniform(self, rows: int) -> Array:
+        shape = (rows, self.num_envs)
+        return self._inward(torch.rand(shape, dtype=self.dtype, device=self.device, generator=self._generator))
+
     def _draw(self) -> Array:
-        uniform = torch.rand(
-            self.uniforms, self.num_envs, dtype=self.dtype, device=self.device, generator=self._generator
-        )
-        return self.initial_state(self._inward(uniform))
+        return self.initial_state(self._uniform(self.uniforms))
 
     def _transition(
-        self, memory: tuple[Array, ...], action: Array, fresh: Array
+        self, memory: tuple[Array, ...], action: Array, fresh: Array, *noise: Array
     ) -> tuple[tuple[Array, ...], Array, Array | None]:
         """The whole step as one pure function. ``fresh`` ``[D, N]`` are initial states, drawn for every copy since
         the host does not know which ones it will need."""
         where = self.xp.where
         state, steps, was_terminated, was_truncated, obs = memory
-        successor = self.dynamics(state, action)
+        successor = self.dynamics(state, action, *noise)
         terminated = self.terminated(successor)
         reward = self.single(self.reward(state, action, terminated))
         successor_obs = self.single(self.observe(successor))

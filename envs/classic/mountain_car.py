@@ -87,3 +87,27 @@ class MountainCarContinuous(MountainCar):
 
     def _rounded(self, x: Array) -> Array:
         return self.real(self.single(x))
+
+
+class MountainCarTwoActions(MountainCar):
+    """As :class:`MountainCar` with full throttle left (0) or right (1), a track that ends at the goal (0.5), and reward
+    0 on the step that reaches it: the task of Bayesian actor-critic (bpg sheet, section 5)."""
+
+    id = "ccrl/MountainCarTwoActions-v0"
+
+    def __init__(self, num_envs: int = 1, **options: Any) -> None:
+        super().__init__(num_envs, **options)
+        high = np.array([self.goal_position, MAX_SPEED], dtype=np.float32)
+        low = np.array([MIN_POSITION, -MAX_SPEED], dtype=np.float32)
+        self.single_observation_space = spaces.Box(low, high, dtype=np.float32)
+        self.single_action_space = spaces.Discrete(2)
+
+    def dynamics(self, state: Array, action: Array) -> Array:
+        return super().dynamics(state, 2 * action)
+
+    def move(self, position: Array, velocity: Array) -> Array:
+        position, velocity = super().move(position, velocity)
+        return self.xp.stack((self.xp.clip(position, MIN_POSITION, self.goal_position), velocity))
+
+    def reward(self, state: Array, action: Array, terminated: Array) -> Array:
+        return self.real(terminated) - 1.0
