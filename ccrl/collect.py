@@ -173,14 +173,14 @@ class Collector:
             if manual:
                 result = result._replace(final_obs=result.obs)
             buffer.write(t, out["action"], result, {k: out[k.removeprefix("old_")] for k in names})
-            if manual:
-                done = result.terminated | result.truncated
-                if bool(done.any()):
-                    buffer.write_obs(t + 1, env.reset(mask=done))
+            # read back from the buffer: a reset may clear the flags in the tensors that step returned
+            done = buffer.terminated[t] | buffer.truncated[t]
+            if manual and bool(done.any()):
+                buffer.write_obs(t + 1, env.reset(mask=done))
             if result.log:
                 self.log |= result.log
             if running is not None:
-                running &= ~(result.terminated | result.truncated)
+                running &= ~done
                 if not bool(running.any()):
                     buffer.clear(t + 1)
                     break
@@ -239,6 +239,8 @@ class Collector:
         if "env" not in state:
             # a seed that depends on progress: restarting from the first seed would replay the first episodes
             stream.obs = self.env.reset(seed=self.seed + self.total_steps)
+            for fact in (stream.step, stream.ended, stream.returns):
+                fact.zero_()
             return
         for name in ("step", "ended", "returns"):
             getattr(stream, name).copy_(state[name])
