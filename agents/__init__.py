@@ -7,14 +7,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from agents.bac import BAC
+    from agents.bpg import BPG
     from agents.bpo import BPO
+    from agents.dbqpg import DBQPG
     from agents.mdpo import MDPO
     from agents.ppo import PPO
 
-__all__ = ["AGENTS", "BPO", "MDPO", "PPO", "get_agent"]
+__all__ = ["AGENTS", "BAC", "BPG", "BPO", "DBQPG", "MDPO", "PPO", "get_agent"]
 
 AGENTS = {
+    "bac": ("agents.bac", "BAC"),
+    "bpg": ("agents.bpg", "BPG"),
     "bpo": ("agents.bpo", "BPO"),
+    "dbqpg": ("agents.dbqpg", "DBQPG"),
     "mdpo": ("agents.mdpo", "MDPO"),
     "ppo": ("agents.ppo", "PPO"),
 }

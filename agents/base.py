@@ -263,18 +263,18 @@ class Agent:
 
     def _directed_step(self, points: dict[str, Tensor], data: dict[str, Data]) -> Stats:
         assert self.direction is not None
-        updater, stats = self.updaters["policy"], Stats()
+        updater, estimates = self.updaters["policy"], list[GradientEstimate]()
 
         def gradient(tag: str) -> GradientEstimate:
-            estimate = self.estimator.gradient(points[tag], data[tag], self.ctx)
-            stats.update(estimate.stats)
-            return estimate
+            estimates.append(self.estimator.gradient(points[tag], data[tag], self.ctx))
+            return estimates[-1]
 
         theta = self.direction.step(updater.flat, gradient, data, self.ctx)
         ok = theta.isfinite().all()
         updater.finite.logical_and_(ok)
         updater.flat.copy_(torch.where(ok, theta, updater.flat))
-        return stats
+        # read after the step: directions add what they did to the estimate's statistics
+        return {k: v for estimate in estimates for k, v in estimate.stats.items()}
 
     def _check_finite(self) -> None:
         for name, updater in self.updaters.items():
@@ -337,7 +337,7 @@ class Agent:
         on = data["on"]
         if "value" in on and "return" in on:
             self.scalars["train/explained_variance"] = _explained_variance(on["value"], on["return"], on["valid"])
-        if hasattr(self.policy.actor, "log_std"):
+        if hasattr(getattr(self.policy, "actor", None), "log_std"):
             self.scalars["train/std"] = self.policy.actor.log_std.detach().exp().mean()
         self.scalars |= {k: v for k, v in self.collector.log.items() if isinstance(v, int | float | Tensor)}
         self.collector.log = {}

@@ -1,0 +1,229 @@
+"""BAC: Bayesian actor-critic (Ghavamzadeh, Engel 2007; Ghavamzadeh, Engel, Valko 2016, JMLR 17(66)).
+
+A Gaussian-process critic on ``Q(z)``, ``z = (x, a)``, makes the posterior of the policy gradient closed form. With the
+state-action scores ``u(z) = grad log pi(a|x)`` and their Fisher matrix ``G``,
+
+    k(z, z') = c_x k_x(x, x') + c_F u(z)^T G^-1 u(z'),      r_t = Q(z_t) - gamma Q(z_{t+1}) + noise  (GPTD)
+
+    mean = c_F U alpha,     cov = c_F G - c_F^2 U C U^T,     theta <- theta + beta_j mean   (or G^-1 mean)
+
+``Q^(z) = k(z)^T alpha`` and ``C`` are those of ``ccrl.gp.gptd``; the state kernel integrates to 0 against the scores
+and only helps to tell good states from good actions. Data are on-policy for one ``theta``, so the critic starts anew at
+every update.
+
+Slots: plan = M episodes; prepare = chain with bootstrap pairs; gradient = posterior; direction = ascent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agents.base import Agent
+from agents.bpg import EpisodicConfig
+from ccrl.batched_env import Tree
+from ccrl.collect import Request
+from ccrl.data import Data
+from ccrl.estimators.base import Context, Estimator
+from ccrl.estimators.directions import Ascent
+from ccrl.gp.episodes import chain_rows
+from ccrl.gp.fisher import BatchFisher, Fisher
+from ccrl.gp.gptd import Chain, QPosterior, gptd, recursive_gptd
+from ccrl.gp.posterior import Covariance, Posterior
+from ccrl.packages import require
+from ccrl.policies import MLPPolicy
+from ccrl.updaters import FlatUpdater, GradientEstimate
+
+__all__ = ["BAC", "BACConfig", "BACEstimator", "GridPolicy"]
+
+
+@dataclass(frozen=True)
+class BACConfig(EpisodicConfig):
+    """The mountain-car experiment: 5 episodes of at most 200 steps per update."""
+
+    num_envs: int = 5
+    """M: fresh episodes per update, one environment each."""
+    learning_rate: float = 0.025
+    """beta: size of the steps."""
+    policy: str = "mlp"
+    """mlp (hidden layers as given; none: linear) or grid: linear in Gaussian bumps on a grid over the bounded state."""
+    grid: int = 4
+    """grid: bumps per state dimension."""
+    noise: float = 9.0
+    """sigma^2: noise variance of a reward's model."""
+    nu: float | None = 0.1
+    """Threshold of the sparse, recursive posterior; None: the exact one of all transitions."""
+    state_scale: float = 1.0
+    """c_x: amplitude of the state kernel."""
+    fisher_scale: float = 1.0
+    """c_F: amplitude of the Fisher kernel."""
+    lengthscale: float = 1.0
+    """Of the Gaussian state kernel, on states scaled to [0, 1] where their bounds are finite."""
+    fisher: str = "sum"
+    """Fisher matrix of the batch's scores: sum (the authors' code; a Fisher kernel of about n / N) or mean."""
+    damping: float = 1e-6
+    """Added to its diagonal."""
+    discounted: bool = False
+    """Weight the scores of step t with gamma^t in the Fisher matrix (the derivation; code counts visits)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.policy not in ("mlp", "grid"):
+            raise ValueError(f"policy: expected mlp or grid, got {self.policy!r}")
+        if self.fisher not in ("sum", "mean"):
+            raise ValueError(f"fisher: expected sum or mean, got {self.fisher!r}")
+        for name in ("noise", "state_scale", "fisher_scale", "lengthscale", "grid"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
+        if self.nu is not None and self.nu <= 0.0:
+            raise ValueError(f"nu: expected > 0 or None, got {self.nu}")
+
+
+class StateScale(nn.Module):
+    """State features ``[K, d]`` in float64: bounded coordinates scaled to [0, 1], Discrete states one-hot."""
+
+    low: Tensor
+    width: Tensor
+
+    def __init__(self, space: Any, policy: MLPPolicy) -> None:
+        super().__init__()
+        self._features = policy.features
+        low = torch.as_tensor(getattr(space, "low", [0.0]), dtype=torch.float64).flatten()
+        high = torch.as_tensor(getattr(space, "high", [1.0]), dtype=torch.float64).flatten()
+        bounded = low.isfinite() & high.isfinite() & (high - low < 1e6)
+        self.register_buffer("low", torch.where(bounded, low, 0.0), persistent=False)
+        self.register_buffer("width", torch.where(bounded, high - low, 1.0), persistent=False)
+
+    def forward(self, obs: Tree) -> Tensor:
+        if isinstance(obs, dict) or not obs.is_floating_point():
+            return self._features(obs, "actor").double()
+        return (obs.reshape(obs.shape[0], -1).double() - self.low) / self.width
+
+
+class BACEstimator(Estimator):
+    """Posterior of the policy gradient from the transitions of M episodes.
+
+    :param states: observations ``[K, ...]`` -> features ``[K, d]`` of the state kernel.
+    :param kernel: a GPyTorch kernel on them; None: Gaussian of the config's length scale.
+    :param fisher: estimate of the state-action Fisher matrix; None: of the batch, as the config says.
+    """
+
+    def __init__(
+        self, config: BACConfig, policy: MLPPolicy, states: Any, kernel: Any = None, fisher: Fisher | None = None
+    ) -> None:
+        super().__init__()
+        from ccrl.gp.kernels import rbf
+
+        self.config, self.states = config, states
+        self.kernel = rbf(config.lengthscale) if kernel is None else kernel
+        self.fisher = BatchFisher(config.fisher, config.damping) if fisher is None else fisher  # type: ignore[arg-type]
+        self._policy = [policy]  # in a list: a module of its own would be saved twice
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        return [] if have else [Request(episodes=self.config.num_envs, horizon=self.config.n_steps)]
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        chain = chain_rows(have["on"], self._policy[0], ctx.generator, self.config.time_limit)  # type: ignore[arg-type]
+        return have | {"on": chain}
+
+    @torch.no_grad()
+    def gradient(self, theta: Tensor, data: Data, ctx: Context) -> GradientEstimate:
+        c = self.config
+        scores = ctx.scores(theta.double(), data, "step").dense()  # [n, K]
+        rewarded = data["rewarded"][0]
+        weight = c.gamma ** data["t"][0][rewarded].double() if c.discounted else None
+        fisher = self.fisher.estimate(scores[:, rewarded], weight)
+        chain = Chain(data["reward"][0].double(), rewarded, data["follows"][0], c.gamma)
+        obs = data["obs"]
+        states = self.states({k: v[0] for k, v in obs.items()} if isinstance(obs, dict) else obs[0])
+        critic = self._critic(states, scores, fisher.inverse, chain)
+        used = scores[:, critic.index]
+
+        def product(v: Tensor) -> Tensor:
+            return c.fisher_scale * (fisher.matrix @ v) - c.fisher_scale**2 * (used @ critic.precision(used.T @ v))
+
+        mean = c.fisher_scale * (used @ critic.alpha)
+        posterior = Posterior(mean, Covariance(mean.shape[0], product, mean))
+        if c.natural:
+            posterior = posterior.natural(fisher.inverse)
+        stats = {
+            "gradient_norm": posterior.mean.norm(),
+            "gradient_std": posterior.covariance.trace().clamp_min(0).sqrt(),
+            "dictionary": torch.tensor(float(critic.index.shape[0])),
+        }
+        return GradientEstimate(posterior.mean, stats, posterior.covariance)
+
+    def _critic(self, states: Tensor, scores: Tensor, inverse: Tensor, chain: Chain) -> QPosterior:
+        from ccrl.gp.kernels import StateFisherKernel
+
+        c = self.config
+        kernel = StateFisherKernel(
+            self.kernel, states.shape[1], inverse, state_scale=c.state_scale, fisher_scale=c.fisher_scale
+        )
+        points = torch.cat([states, scores.T], 1)
+        if c.nu is None:
+            return gptd(kernel(points).to_dense(), chain, c.noise)
+        column = lambda i: kernel(points, points[i : i + 1]).to_dense()[:, 0]  # noqa: E731
+        return recursive_gptd(column, kernel(points, diag=True), chain, c.noise, c.nu)
+
+
+class GridPolicy(MLPPolicy):
+    """Linear (softmax or Gaussian) in Gaussian bumps on a regular grid over a bounded observation, without bias.
+
+    Centres are ``(i - 0.5) / grid`` of every coordinate scaled to [0, 1], widths 1.3 of their distance.
+    """
+
+    def __init__(self, observation_space: Any, action_space: Any, grid: int, **options: Any) -> None:
+        low, high = (torch.as_tensor(getattr(observation_space, k, torch.inf)).flatten() for k in ("low", "high"))
+        if not bool((low.isfinite() & high.isfinite()).all()):
+            raise ValueError(f"policy=grid: expected a Box observation with finite bounds, got {observation_space}")
+        self._bumps = grid ** low.shape[0]
+        super().__init__(observation_space, action_space, hidden=(), heads={}, **options)
+        self.actor.net = nn.Sequential(nn.Linear(self._bumps, self.n_out, bias=False))
+        nn.init.zeros_(self.actor.net[0].weight)
+        axes = [(torch.arange(grid) + 0.5) / grid] * low.shape[0]
+        self.register_buffer("centres", torch.cartesian_prod(*axes).reshape(self._bumps, -1))
+        self.register_buffer("floor", low.float())
+        self.register_buffer("extent", (high - low).float())
+        self.inverse_width = grid / 1.3
+
+    def _width(self, role: str) -> int:
+        return self._bumps
+
+    def features(self, obs: Tree, role: str) -> Tensor:
+        x = (obs.reshape(obs.shape[0], -1) - self.floor) / self.extent
+        square = (x.unsqueeze(1) - self.centres).square().sum(-1)
+        return torch.exp(-0.5 * self.inverse_width**2 * square)
+
+
+class BAC(Agent):
+    """Bayesian actor-critic."""
+
+    name = "bac"
+    paper = "Ghavamzadeh, Engel, Valko 2016, JMLR 17(66)"
+    Config = BACConfig
+    episodic = True
+
+    def build(self) -> None:
+        require("gpytorch", "gp")
+        c: BACConfig = self.config
+        space = self.env.single_observation_space
+        if c.policy == "grid":
+            self.policy = GridPolicy(space, self.env.single_action_space, c.grid, log_std_init=c.log_std_init)
+        else:
+            self.policy = self.make_policy({})
+        self.updaters = {"policy": FlatUpdater(self.policy, lr=c.learning_rate)}
+        self.estimator = BACEstimator(c, self.policy, StateScale(space, self.policy))
+        self.direction = Ascent(self.updaters["policy"].lr, c.lr_decay)
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {
+            "plan": "M fresh episodes",
+            "prepare": "chain of transitions with bootstrap pairs",
+            "gradient": "GPTD critic: posterior mean and covariance",
+            "direction": "ascent, or natural",
+        }

@@ -1,0 +1,179 @@
+"""BPG: Bayesian policy gradient (Ghavamzadeh, Engel 2006; Ghavamzadeh, Engel, Valko 2016, JMLR 17(66)).
+
+The gradient is an integral over paths ``xi`` with scores ``u(xi) = sum_t grad log pi(a_t|o_t)`` and returns ``R(xi)``,
+
+    grad eta = int R(xi) u(xi) Pr(xi) dxi,
+
+and a Gaussian process on its unknown factor makes the posterior of the integral closed form. With the Fisher matrix
+``G`` of path scores, ``U = [u_1 .. u_M]``, ``C = (K + sigma^2 I)^-1`` (amplitude 1, no constant):
+
+    model 1   k = (1 + u^T G^-1 u')^2   mean = sum_i R_i u_i (C b)_i   cov = (1 + n - b^T C b) I,  b_i = 1 + u_i^T G^-1 u_i
+    model 2   k = u^T G^-1 u'           mean = U C R                   cov = G - U C U^T
+
+    theta <- theta + beta_j mean        or the natural step        theta <- theta + beta_j G^-1 mean
+
+Every update plays M fresh episodes. Nothing asks for states: with partial observations the policy reads ``o_t`` and
+nothing else changes.
+
+Slots: plan = M episodes; prepare = episode returns; gradient = posterior mean and covariance; direction = ascent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from agents.base import Agent, OnPolicyConfig
+from ccrl.collect import Request
+from ccrl.data import Data
+from ccrl.estimators.base import Context, Estimator
+from ccrl.estimators.directions import Ascent
+from ccrl.estimators.stages import EpisodeReturn
+from ccrl.gp.fisher import BatchFisher, Fisher, RunningFisher
+from ccrl.gp.quadrature import model1, model2
+from ccrl.packages import require
+from ccrl.updaters import FlatUpdater, GradientEstimate
+
+__all__ = ["BPG", "BPGConfig", "BPGEstimator", "EpisodicConfig"]
+
+MODELS = {1: model1, 2: model2}
+
+
+@dataclass(frozen=True)
+class EpisodicConfig(OnPolicyConfig):
+    """What the Bayesian methods share: explicit steps on gradients of small policies, from whole episodes.
+
+    The critic's settings of the base (``gae_lambda``, ``normalise_reward``, ``adam_eps``) have no meaning here and are
+    refused; nothing is compiled.
+    """
+
+    num_envs: int = 10
+    """M: fresh episodes per update, one environment each."""
+    n_steps: int = 200
+    """The longest episode, in steps; what goes on after it is not seen."""
+    hidden: tuple[int, ...] = ()
+    """Hidden layers of the policy (none: linear). Fisher matrices are n x n: keep it small."""
+    learning_rate: float = 0.05
+    """beta: size of the steps, which no optimiser rescales."""
+    lr_decay: float | None = None
+    """c: step j is beta c / (c + j); None: constant."""
+    natural: bool = False
+    """Multiply the gradient with the inverse Fisher matrix."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("gae_lambda", "normalise_reward", "adam_eps"):
+            default = type(self).__dataclass_fields__[name].default
+            if getattr(self, name) != default:
+                raise ValueError(f"{name}: this agent has no use for it; expected {default}, got {getattr(self, name)}")
+        if self.learning_rate <= 0.0:
+            raise ValueError(f"learning_rate: expected > 0, got {self.learning_rate}")
+        if self.lr_decay is not None and self.lr_decay <= 0.0:
+            raise ValueError(f"lr_decay: expected > 0 or None, got {self.lr_decay}")
+
+
+@dataclass(frozen=True)
+class BPGConfig(EpisodicConfig):
+    """Model 2 with a constant and a Fisher matrix that remembers past iterations."""
+
+    model: int = 2
+    """1: a process on R u; 2: on R."""
+    fisher: str = "running"
+    """Fisher matrix of path scores: running (over all iterations), mean or sum (of this batch alone)."""
+    fisher_rate: float = 0.02
+    """running: least weight of a new path; 0 forgets nothing, also not the scores of old policies."""
+    damping: float = 1e-6
+    """mean, sum: added to the diagonal."""
+    noise: float = 0.1
+    """sigma^2: noise variance of a return, in the unit of the amplitude."""
+    amplitude: float = 1.0
+    """Prior variance that multiplies the kernel. The mean depends on noise / amplitude alone."""
+    constant: float = 0.0
+    """Prior variance of the mean return (kernel + constant): model 2 lacks it in its plain form."""
+    baseline: bool = True
+    """Subtract the batch's mean return, so that equal returns are no gradient."""
+    sparsity: float | None = None
+    """Threshold of the approximate linear dependence test; None: every path is kept."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.model not in MODELS:
+            raise ValueError(f"model: expected 1 or 2, got {self.model}")
+        if self.fisher not in ("running", "mean", "sum"):
+            raise ValueError(f"fisher: expected running, mean or sum, got {self.fisher!r}")
+        if self.noise <= 0.0 or self.amplitude <= 0.0 or self.constant < 0.0:
+            got = (self.noise, self.amplitude, self.constant)
+            raise ValueError(f"noise, amplitude, constant: expected > 0, > 0, >= 0, got {got}")
+        if self.sparsity is not None and self.sparsity <= 0.0:
+            raise ValueError(f"sparsity: expected > 0 or None, got {self.sparsity}")
+
+
+class BPGEstimator(Estimator):
+    """Posterior of the policy gradient from the scores and returns of M paths.
+
+    :param fisher: estimate of the path scores' Fisher matrix; an ``AnalyticFisher`` where the matrix is known.
+    """
+
+    def __init__(self, config: BPGConfig, fisher: Fisher) -> None:
+        super().__init__()
+        self.config, self.fisher = config, fisher
+        self._returns = EpisodeReturn(config.gamma)
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        return [] if have else [Request(episodes=self.config.num_envs, horizon=self.config.n_steps)]
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        return have | {"on": self._returns(have["on"])}
+
+    def gradient(self, theta: Tensor, data: Data, ctx: Context) -> GradientEstimate:
+        c = self.config
+        scores = ctx.scores(theta.double(), data, "trajectory").dense()
+        returns = data["score"].double()
+        if c.baseline and returns.shape[0] > 1:  # of a single path nothing would be left
+            returns = returns - returns.mean()
+        fisher = self.fisher.estimate(scores)
+        posterior = MODELS[c.model](
+            scores, returns, fisher, c.noise, amplitude=c.amplitude, constant=c.constant, sparsity=c.sparsity
+        )
+        if c.natural:
+            posterior = posterior.natural(fisher.inverse)
+        stats = {
+            "gradient_norm": posterior.mean.norm(),
+            "gradient_std": posterior.covariance.trace().clamp_min(0).sqrt(),
+        }
+        return GradientEstimate(posterior.mean, stats, posterior.covariance)
+
+
+class BPG(Agent):
+    """Bayesian policy gradient."""
+
+    name = "bpg"
+    paper = "Ghavamzadeh, Engel, Valko 2016, JMLR 17(66)"
+    Config = BPGConfig
+    episodic = True
+
+    def build(self) -> None:
+        require("gpytorch", "gp")  # here, not at the first gradient
+        c: BPGConfig = self.config
+        self.policy = self.make_policy({})
+        self.updaters = {"policy": FlatUpdater(self.policy, lr=c.learning_rate)}
+        self.estimator = BPGEstimator(c, make_fisher(c, self.updaters["policy"].flat.shape[0]))
+        self.direction = Ascent(self.updaters["policy"].lr, c.lr_decay)
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {
+            "plan": "M fresh episodes",
+            "prepare": "episode returns",
+            "gradient": "Bayesian quadrature: posterior mean and covariance",
+            "direction": "ascent, or natural",
+        }
+
+
+def make_fisher(config: Any, size: int) -> Fisher:
+    """The estimate that ``config.fisher`` names, for ``size`` parameters."""
+    if config.fisher == "running":
+        return RunningFisher(size, config.fisher_rate)
+    return BatchFisher(config.fisher, config.damping)

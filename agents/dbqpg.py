@@ -1,0 +1,377 @@
+"""DBQPG and UAPG: deep Bayesian quadrature for policy gradients (Akella et al. 2021, arXiv 2006.15637).
+
+A Gaussian process on the action value, with a deep kernel on states and a Fisher kernel on scores, over the N
+transitions of a rollout with targets A (GAE, or returns). With scores ``U [n, N]``, ``G = U U^T / N`` and
+
+    k = c1 k_s(x, x') + c2 u^T G^-1 u',     W = (c1 K_s + c2 K_F + sigma^2 I)^-1,
+
+    gradient  L = c2 U W A,                 covariance  S = c2 G - c2^2 U W U^T.
+
+Without the state kernel L is the Monte-Carlo gradient ``U A / N`` times ``c2 N / (c2 N + sigma^2)``. ``K_F = N V V^T``
+with the leading right singular vectors of U, from products with U and U^T alone. L is followed by Adam (vanilla), by
+``(F + damping)^-1 L`` (natural) or by the trust region's line search (TRPO).
+
+UAPG shapes the step by its uncertainty, through the leading eigenpairs (h_i, v_i) of S or of the inverse covariance of
+the natural gradient, ``(G^-1 S G^-1)^-1 = (G + c2 U (c1 K_s + sigma^2 I)^-1 U^T) / c2``:
+
+    vanilla           L    <- L - sum_i (1 - sqrt(h_min / h_i)) v_i v_i^T L
+    natural, TRPO     step <- step + sum_i (min(sqrt(h_i / h_min), eps) - 1) v_i v_i^T step
+
+Slots: fit = deep kernel, value head; prepare = values, GAE; gradient = posterior; direction = vanilla, natural, TRPO.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from agents.base import Agent, OnPolicyConfig
+from ccrl.batched_env import Tree
+from ccrl.collect import Request
+from ccrl.data import Data, tree_map
+from ccrl.estimators.base import Context, Estimator
+from ccrl.estimators.directions import line_search, natural_step, trust_region_step
+from ccrl.estimators.scores import Scores
+from ccrl.estimators.stages import Gae, Standardise, Values
+from ccrl.gp.lowrank import Eigen, randomised_eigh, randomised_right_svd
+from ccrl.gp.posterior import Covariance
+from ccrl.gp.solve import CG, MAX_TOLERANCE, Cholesky, LowRank, Solver, pivoted_cholesky
+from ccrl.gp.uncertainty import shrink, stretch
+from ccrl.packages import require
+from ccrl.policies import MLPPolicy
+from ccrl.updaters import FlatUpdater, GradientEstimate, Stats
+
+__all__ = ["DBQPG", "DBQPGConfig", "DBQPGEstimator", "GradientSystem"]
+
+EXACT_UP_TO = 2000
+"""Transitions up to which ``solver="auto"`` factorises the kernel matrix; above, it takes the low-rank solver."""
+NYSTROEM_RANK = 300
+"""Largest rank of the state kernel's factor in the low-rank solver."""
+PRECONDITIONER_RANK = 50
+
+
+@dataclass(frozen=True)
+class DBQPGConfig(OnPolicyConfig):
+    """The released code's settings at a fifth of its batch."""
+
+    num_envs: int = 6
+    """Parallel environments."""
+    n_steps: int = 500
+    """Steps per environment and iteration (the paper: 15,000 in all)."""
+    gamma: float = 0.995
+    """Discount."""
+    gae_lambda: float = 0.97
+    """GAE's lambda."""
+    normalise_obs: bool = True
+    """Running observation statistics."""
+    clip_norm: float = 5.0
+    """Normalised observations are clipped to +- this."""
+    update: str = "natural"
+    """vanilla (Adam), natural or trpo."""
+    uncertainty: bool = False
+    """UAPG: shape the step by the covariance of the gradient."""
+    targets: str = "gae"
+    """gae (standardised) or returns (standardised, bootstrapped where the rollout cuts an episode)."""
+    learning_rate: float = 7e-4
+    """Step size of vanilla (Adam) and natural; TRPO has none."""
+    state_scale: float = 1.0
+    """c1: amplitude of the state kernel."""
+    fisher_scale: float = 5e-5
+    """c2: amplitude of the Fisher kernel. Times N it weighs against the noise."""
+    rank: int = 25
+    """Rank of the Fisher kernel, and of UAPG's decompositions."""
+    stretch_limit: float = 3.0
+    """eps: most that UAPG lengthens a direction."""
+    solver: str = "auto"
+    """exact, cg, low_rank; auto: exact up to 2,000 transitions, else low_rank."""
+    cg_tolerance: float = 1e-6
+    """cg: relative residual, at most 1e-4."""
+    kernel_hidden: tuple[int, ...] = (64, 48)
+    """Layers of the deep kernel; the value head shares them."""
+    kernel_features: int = 10
+    """Features of the additive state kernel."""
+    kernel_lr: float = 1e-4
+    """Adam's step size of kernel and value head: one step per iteration."""
+    likelihood_points: int = 1000
+    """Transitions in the marginal likelihood, drawn anew at every iteration."""
+    min_noise: float = 1e-4
+    """Lower bound of the learnt noise variance."""
+    max_kl: float = 0.01
+    """trpo: trust region."""
+    damping: float = 0.1
+    """natural, trpo: added to the Fisher matrix."""
+    cg_iterations: int = 50
+    """natural, trpo: conjugate-gradient iterations of the step."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, allowed in (
+            ("update", ("vanilla", "natural", "trpo")),
+            ("targets", ("gae", "returns")),
+            ("solver", ("auto", "exact", "cg", "low_rank")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "fisher_scale", "rank", "kernel_lr", "likelihood_points", "min_noise", "max_kl"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
+        if not 0.0 < self.cg_tolerance <= MAX_TOLERANCE:
+            raise ValueError(f"cg_tolerance: expected in (0, {MAX_TOLERANCE}], got {self.cg_tolerance}")
+        if self.state_scale < 0.0 or self.stretch_limit < 1.0 or self.damping < 0.0:
+            raise ValueError(
+                f"expected state_scale >= 0, stretch_limit >= 1, damping >= 0, got {self.state_scale}, "
+                f"{self.stretch_limit}, {self.damping}"
+            )
+        if self.normalise_reward:
+            raise ValueError("normalise_reward: targets are standardised; expected False, got True")
+
+
+class GradientSystem:
+    """The linear algebra of one batch: L, S and the inverse natural covariance, through products with the scores.
+
+    :param up, down: ``U w`` for ``w [N, k]`` and ``U^T v`` for ``v [n, k]``.
+    :param gram: ``K_s [N, N]``.
+    :param right: leading right singular vectors of U, ``[N, r]``; ``K_F = N V V^T``.
+    """
+
+    def __init__(
+        self,
+        up: Callable[[Tensor], Tensor],
+        down: Callable[[Tensor], Tensor],
+        gram: Tensor,
+        right: Tensor,
+        *,
+        c1: float,
+        c2: float,
+        noise: float,
+        solver: str = "exact",
+        tolerance: float = 1e-6,
+    ) -> None:
+        self.up, self.down, self.c1, self.c2, self.noise = up, down, c1, c2, noise
+        self.count = gram.shape[0]
+        self.gram, self.kind, self.tolerance = gram, solver, tolerance
+        self.fisher_root = right * math.sqrt(c2 * self.count)
+        self.solver = self._solver(self.fisher_root)
+
+    def weights(self, targets: Tensor) -> Tensor:
+        """``c2 W A [N]``: what takes the place of the advantages (over N)."""
+        return self.c2 * self.solver.solve(targets)
+
+    def covariance(self, v: Tensor) -> Tensor:
+        """``S v`` for ``v [n, k]``; positive semidefinite and below the prior ``c2 G``."""
+        along = self.down(v)
+        return self.up(self.c2 / self.count * along - self.c2**2 * self.solver.solve(along))
+
+    def natural_precision(self, v: Tensor) -> Tensor:
+        """``(G^-1 S G^-1)^-1 v`` for ``v [n, k]``."""
+        if not hasattr(self, "_state_solver"):
+            self._state_solver = self._solver(self.fisher_root[:, :0])
+        along = self.down(v)
+        return self.up(along / (self.c2 * self.count) + self._state_solver.solve(along))
+
+    def _solver(self, fisher_root: Tensor) -> Solver:
+        """Of ``c1 K_s + R R^T + sigma^2 I``."""
+        if self.kind == "exact":
+            matrix = self.c1 * self.gram + fisher_root @ fisher_root.T
+            matrix.diagonal().add_(self.noise)
+            return Cholesky(matrix)
+        rank = NYSTROEM_RANK if self.kind == "low_rank" else PRECONDITIONER_RANK
+        state_root = math.sqrt(self.c1) * pivoted_cholesky(lambda i: self.gram[:, i], self.gram.diagonal(), rank)
+        factored = LowRank(torch.cat([state_root, fisher_root], 1), self.noise)
+        if self.kind == "low_rank":
+            return factored
+
+        def matvec(x: Tensor) -> Tensor:
+            return self.c1 * (self.gram @ x) + fisher_root @ (fisher_root.T @ x) + self.noise * x
+
+        return CG(matvec, tolerance=self.tolerance, preconditioner=factored)
+
+
+class DBQPGEstimator(Estimator):
+    """Deep kernel, value head, and the posterior of the gradient at the updater's parameters."""
+
+    def __init__(self, config: DBQPGConfig, policy: MLPPolicy, flat: Tensor) -> None:
+        super().__init__()
+        from ccrl.gp.deep_kernel import DeepKernel
+
+        self.config = config
+        self._policy, self._flat = [policy], flat  # in a list: a module of its own would be saved twice
+        self.deep = DeepKernel(
+            policy.actor.net[0].in_features, config.kernel_hidden, config.kernel_features, config.min_noise
+        )
+        self._values = Values(lambda obs: self.deep.values(self._inputs(obs)))
+        lam = config.gae_lambda if config.targets == "gae" else 1.0
+        self._gae = Gae(config.gamma, lam, config.time_limit)  # type: ignore[arg-type]
+        self._standardise = Standardise("target", eps=1e-8)
+        self.system: GradientSystem
+        """Of the last gradient, for directions that need more than its mean; with ``scores`` and ``weight [T, N]``."""
+        self.scores: Scores
+        self.weight: Tensor
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        return [] if have else [Request(steps=self.config.n_steps)]
+
+    def fit(self, have: dict[str, Data], ctx: Context) -> Stats:
+        c = self.config
+        with torch.no_grad():
+            data = have["on"] = self._whitened(have["on"], ctx)
+            targets = self._targets(data)
+        rows = lambda x: x.reshape(-1, *x.shape[2:])[self._kept(data)]  # noqa: E731
+        return self.deep.fit(
+            self._inputs(tree_map(rows, data["obs"])), rows(data["whitened"]), rows(targets["target"]).double(),
+            rows(targets["return"]).double(), state_scale=c.state_scale, fisher_scale=c.fisher_scale,
+            points=c.likelihood_points, generator=ctx.generator, lr=c.kernel_lr,
+        )  # fmt: skip
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        return have | {"on": self._targets(self._whitened(have["on"], ctx))}
+
+    @torch.no_grad()
+    def gradient(self, theta: Tensor, data: Data, ctx: Context) -> GradientEstimate:
+        c, kept = self.config, self._kept(data)
+        rows = lambda x: x.reshape(-1, *x.shape[2:])[kept]  # noqa: E731
+        self.scores = ctx.scores(theta.double(), data, "step")
+        up, down = _products(self.scores, kept, data.shape)
+        phi = self.deep.features(self._inputs(tree_map(rows, data["obs"])))
+        count = kept.shape[0]
+        solver = c.solver if c.solver != "auto" else "exact" if count <= EXACT_UP_TO else "low_rank"
+        self.system = GradientSystem(
+            up, down, self.deep.gram(phi), rows(data["whitened"]) / math.sqrt(count), c1=c.state_scale,
+            c2=c.fisher_scale, noise=float(self.deep.noise), solver=solver, tolerance=c.cg_tolerance,
+        )  # fmt: skip
+        weights = self.system.weights(rows(data["target"]).double())
+        self.weight = _scatter(weights, kept, data.shape)
+        mean = self.scores.vjp(self.weight)
+        covariance = Covariance(mean.shape[0], self._covariance(self.system), mean)
+        return GradientEstimate(mean, {"gradient_norm": mean.norm()}, covariance)
+
+    @staticmethod
+    def _covariance(system: GradientSystem) -> Callable[[Tensor], Tensor]:
+        return lambda v: system.covariance(v.unsqueeze(-1)).squeeze(-1) if v.dim() == 1 else system.covariance(v)
+
+    def _inputs(self, obs: Tree) -> Tensor:
+        return self._policy[0].features(obs, "actor").double()
+
+    def _targets(self, data: Data) -> Data:
+        """``target``: standardised advantages, or returns bootstrapped where the rollout cuts an episode."""
+        data = self._gae(self._values(data))
+        column = "advantage" if self.config.targets == "gae" else "return"
+        return self._standardise(data.derive(target=data[column]))
+
+    def _whitened(self, data: Data, ctx: Context) -> Data:
+        """``whitened [T, N, r]``: scores whose inner products are the Fisher kernel, ``sqrt(N) V``."""
+        if "whitened" in data:
+            return data
+        kept = self._kept(data)
+        scores = ctx.scores(self._flat.double(), data, "step")
+        up, down = _products(scores, kept, data.shape)
+        right = randomised_right_svd(up, down, kept.shape[0], self.config.rank, ctx.generator, like=scores.theta)
+        # singular values of rounding size have arbitrary vectors
+        real = right.values > 1e-10 * right.values.max()
+        vectors = math.sqrt(kept.shape[0]) * right.vectors * real
+        return data.derive(whitened=_scatter(vectors, kept, data.shape))
+
+    @staticmethod
+    def _kept(data: Data) -> Tensor:
+        return (data["valid"].reshape(-1) > 0).nonzero().squeeze(-1)
+
+
+def _scatter(x: Tensor, kept: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Values of the kept rows ``[K, ...]`` in the layout of the rollout ``[T, N, ...]``."""
+    out = x.new_zeros(shape[0] * shape[1], *x.shape[1:])
+    out[kept] = x
+    return out.reshape(*shape, *x.shape[1:])
+
+
+def _products(
+    scores: Scores, kept: Tensor, shape: tuple[int, int]
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """``U w`` and ``U^T v`` on matrices, over the kept rows."""
+
+    def up(w: Tensor) -> Tensor:
+        return torch.stack([scores.vjp(_scatter(column, kept, shape)) for column in w.unbind(1)], 1)
+
+    def down(v: Tensor) -> Tensor:
+        return torch.stack([scores.jvp(column).reshape(-1)[kept] for column in v.unbind(1)], 1)
+
+    return up, down
+
+
+class DBQPGDirection:
+    """Vanilla, natural and trust-region steps, with or without UAPG's shaping."""
+
+    def __init__(self, config: DBQPGConfig, estimator: DBQPGEstimator, updater: FlatUpdater) -> None:
+        self.config, self.estimator, self.updater = config, estimator, updater
+
+    def points(self, theta: Tensor, ctx: Context) -> dict[str, Tensor]:
+        return {"on": theta}
+
+    @torch.no_grad()
+    def step(
+        self, theta: Tensor, gradient: Callable[[str], GradientEstimate], have: dict[str, Data], ctx: Context
+    ) -> Tensor:
+        c = self.config
+        estimate = gradient("on")
+        mean, system = estimate.mean, self.estimator.system
+        if c.update == "vanilla":
+            if c.uncertainty:
+                mean = shrink(mean, self._leading(system.covariance, mean, ctx))
+            self.updater.apply(GradientEstimate(-mean.to(theta.dtype)))
+            return theta
+        fisher = self.estimator.scores.fvp
+        step = natural_step(fisher, mean, damping=c.damping, iterations=c.cg_iterations)
+        if c.uncertainty:
+            step = stretch(step, self._leading(system.natural_precision, mean, ctx), c.stretch_limit)
+        if c.update == "natural":
+            return theta + (self.updater.lr * step).to(theta.dtype)
+        step = trust_region_step(fisher, step, damping=c.damping, max_kl=c.max_kl)
+        found, share = line_search(theta, step.to(theta.dtype), self._surrogate(have["on"], ctx), max_kl=c.max_kl)
+        estimate.stats["line_search"] = torch.tensor(share)
+        return found
+
+    def _leading(self, product: Callable[[Tensor], Tensor], like: Tensor, ctx: Context) -> Eigen:
+        return randomised_eigh(product, like.shape[0], self.config.rank, ctx.generator, like=like)
+
+    def _surrogate(self, data: Data, ctx: Context) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """Improvement ``sum_t w_t (ratio_t - 1)`` and mean KL(old || new) of a candidate."""
+        distribution, weight, valid = self.estimator._policy[0].distribution, self.estimator.weight, data["valid"]
+        old = {name: data[f"old_{name}"] for name in distribution.names}
+
+        def evaluate(candidate: Tensor) -> tuple[Tensor, Tensor]:
+            out = ctx.bank.policy(candidate).evaluate(data, frozenset({"log_prob", "dist"}))
+            ratio = (out["log_prob"] - data["log_prob"]).exp()
+            improvement = torch.where(valid > 0, weight * (ratio - 1.0), 0.0).sum()
+            kl = torch.where(valid > 0, distribution.kl(old, out), 0.0).sum() / valid.sum()
+            return improvement, kl
+
+        return evaluate
+
+
+class DBQPG(Agent):
+    """Deep Bayesian quadrature policy gradients; with ``uncertainty`` UAPG."""
+
+    name = "dbqpg"
+    paper = "Akella et al. 2021, arXiv 2006.15637"
+    Config = DBQPGConfig
+
+    def build(self) -> None:
+        require("gpytorch", "gp")  # here, not at the first gradient
+        c: DBQPGConfig = self.config
+        self.policy = self.make_policy({})
+        updater = FlatUpdater(self.policy, lr=c.learning_rate, eps=c.adam_eps)
+        self.updaters = {"policy": updater}
+        self.estimator = DBQPGEstimator(c, self.policy, updater.flat)
+        self.direction = DBQPGDirection(c, self.estimator, updater)
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {
+            "fit": "deep kernel (marginal likelihood) and value head",
+            "prepare": "values, GAE, standardise",
+            "gradient": "Bayesian quadrature: posterior mean and covariance",
+            "direction": "Adam, natural or trust region; UAPG rescaling",
+        }
