@@ -7,8 +7,8 @@ The gradient is an integral over paths ``xi`` with scores ``u(xi) = sum_t grad l
 and a Gaussian process on its unknown factor makes the posterior of the integral closed form. With the Fisher matrix
 ``G`` of path scores, ``U = [u_1 .. u_M]``, ``C = (K + sigma^2 I)^-1`` (amplitude 1, no constant):
 
-    model 1   k = (1 + u^T G^-1 u')^2   mean = sum_i R_i u_i (C b)_i   cov = (1 + n - b^T C b) I,  b_i = 1 + u_i^T G^-1 u_i
-    model 2   k = u^T G^-1 u'           mean = U C R                   cov = G - U C U^T
+    model 1   k = (1 + u^T G^-1 u')^2   mean = sum_i R_i u_i (C b)_i   cov = (1 + n - b^T C b) I
+    model 2   k = u^T G^-1 u'           mean = U C R                   cov = G - U C U^T,    b_i = 1 + u_i^T G^-1 u_i
 
     theta <- theta + beta_j mean        or the natural step        theta <- theta + beta_j G^-1 mean
 

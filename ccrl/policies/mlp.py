@@ -161,7 +161,9 @@ class MLPPolicy(nn.Module):
         for key in self._groups[role]:
             x, size = (obs[key] if isinstance(obs, dict) else obs), self._sizes[key]
             if size < 0:
-                parts.append(nn.functional.one_hot(x.long(), -size).to(self._dtype))
+                # not one_hot: it checks its input on the host, which vmap over samples (Scores.dense) cannot do
+                numbers = torch.arange(-size, device=x.device)
+                parts.append((x.unsqueeze(-1) == numbers).to(self._dtype))
                 continue
             x = x.reshape(x.shape[0], size)
             x = x if x.is_floating_point() else x.to(self._dtype)

@@ -1,0 +1,96 @@
+"""BPG, BAC and DBQPG keep the contract of agents."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import gymnasium
+import pytest
+import torch
+
+import envs  # noqa: F401  (registers ids)
+from agents.bac import BAC, BACConfig
+from agents.bpg import BPG, BPGConfig
+from agents.dbqpg import DBQPG, DBQPGConfig
+from ccrl.testing import AgentContract, ClockEnv, Episode
+
+pytest.importorskip("gpytorch")
+
+# episodes of 3 steps: the shorter script of the contract's clock ends there, the longer one is cut by the horizon
+EPISODIC = {"num_envs": 2, "n_steps": 3, "hidden": (4,), "compile": "off"}
+
+
+class TestBPG(AgentContract):
+    agent = BPG
+    config = BPGConfig(normalise_obs=True, **EPISODIC)
+    env_id = "Pendulum-v1"
+    single_env = partial(gymnasium.make, "Pendulum-v1")
+
+
+class TestBPGNatural(TestBPG):
+    config = BPGConfig(model=1, baseline=False, natural=True, fisher="mean", damping=1e-2, sparsity=1e-6, **EPISODIC)
+    env_id = "CartPole-v1"
+    single_env = partial(gymnasium.make, "CartPole-v1")
+
+
+class TestBAC(AgentContract):
+    agent = BAC
+    config = BACConfig(normalise_obs=True, **EPISODIC)
+    env_id = "Pendulum-v1"
+    single_env = partial(gymnasium.make, "Pendulum-v1")
+
+
+class TestBACExact(TestBAC):
+    config = BACConfig(nu=None, natural=True, discounted=True, fisher="mean", **EPISODIC)
+    env_id = "CartPole-v1"
+    single_env = partial(gymnasium.make, "CartPole-v1")
+
+
+STREAM = {"num_envs": 2, "n_steps": 15, "hidden": (4,), "compile": "off", "rank": 3, "kernel_hidden": (4,)}
+
+
+class TestDBQPG(AgentContract):
+    agent = DBQPG
+    config = DBQPGConfig(**STREAM)
+    env_id = "CartPole-v1"
+    single_env = partial(gymnasium.make, "CartPole-v1")
+
+
+class TestUAPGVanilla(TestDBQPG):
+    config = DBQPGConfig(update="vanilla", uncertainty=True, solver="low_rank", **STREAM)
+    env_id = "Pendulum-v1"
+    single_env = partial(gymnasium.make, "Pendulum-v1")
+
+
+class TestUAPGTrust(TestDBQPG):
+    config = DBQPGConfig(update="trpo", uncertainty=True, solver="cg", targets="returns", **STREAM)
+    env_id = "Pendulum-v1"
+    single_env = partial(gymnasium.make, "Pendulum-v1")
+
+
+@pytest.mark.parametrize(("agent", "config"), [(BPG, BPGConfig), (BAC, BACConfig)])
+def test_the_clock_counts_the_steps_of_episodes_only(agent: type, config: type) -> None:
+    env = ClockEnv([[Episode(0, 3)], [Episode(1, 5, "truncate")]], groups=True)
+    learner = agent(env, config(num_envs=2, n_steps=9))
+    learner.learn(9)
+    assert learner.num_timesteps == 2 * (3 + 5)
+    assert learner.ep_rew_mean == 4.0
+    assert learner.iteration == 2
+
+
+@pytest.mark.parametrize("name", ["gae_lambda", "normalise_reward", "adam_eps"])
+def test_settings_without_a_meaning_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        BPGConfig(**{name: True if name == "normalise_reward" else 0.5})
+
+
+def test_resume_is_exact(tmp_path) -> None:
+    for cls, config in ((BPG, TestBPG.config), (BAC, TestBAC.config), (DBQPG, TestUAPGTrust.config)):
+        straight = cls("Pendulum-v1", config, seed=3)
+        straight.learn(4 * straight.batch_steps)
+        first = cls("Pendulum-v1", config, seed=3)
+        first.learn(2 * first.batch_steps)
+        first.save(tmp_path / "a.pt")
+        second = cls.load(tmp_path / "a.pt")
+        second.learn(4 * second.batch_steps)
+        assert torch.equal(straight.updaters["policy"].flat, second.updaters["policy"].flat), cls.name
