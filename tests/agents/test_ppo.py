@@ -1,0 +1,113 @@
+"""PPO against Stable-Baselines3 on one identical minibatch: losses, diagnostics, gradient, Adam's step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agents import PPO
+from agents.ppo import PPOConfig
+from ccrl.estimators.base import run_phases
+from ccrl.testing import ClockEnv, Episode, prepare_rollout
+
+LAYERS = {
+    "actor.net.0": "mlp_extractor.policy_net.0", "actor.net.2": "mlp_extractor.policy_net.2",
+    "actor.net.4": "action_net", "critic.trunk.0": "mlp_extractor.value_net.0",
+    "critic.trunk.2": "mlp_extractor.value_net.2", "critic.value.0": "value_net",
+}  # fmt: skip
+
+
+def _theirs(name: str) -> str:
+    layer, _, kind = name.rpartition(".")
+    return "log_std" if name == "actor.log_std" else f"{LAYERS[layer]}.{kind}"
+
+
+@pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("max_grad_norm", [0.5, 1e6])
+def test_one_update_equals_sb3s(env: str, max_grad_norm: float) -> None:
+    sb3 = pytest.importorskip("stable_baselines3")
+    logger = pytest.importorskip("stable_baselines3.common.logger")
+    steps, copies = 24, 2
+    config = PPOConfig(num_envs=copies, n_steps=steps, batch_size=steps * copies, n_epochs=1, ent_coef=0.01,
+                       learning_rate=1e-2, max_grad_norm=max_grad_norm, compile="off")  # fmt: skip
+    ours = PPO(env, config, seed=0)
+    data = prepare_rollout(ours)
+    generator = torch.Generator().manual_seed(5)
+    flat = ours.updaters["policy"].flat
+    flat.add_(
+        (0.15 if env == "CartPole-v1" else 0.03) * torch.randn(flat.shape, generator=generator)
+    )  # ratios away from 1, some of them clipped
+
+    theirs = sb3.PPO("MlpPolicy", env, n_steps=steps * copies, batch_size=steps * copies, n_epochs=1, ent_coef=0.01,
+                     learning_rate=1e-2, max_grad_norm=max_grad_norm, device="cpu", seed=0)  # fmt: skip
+    theirs.set_logger(logger.Logger(None, []))
+    named = dict(theirs.policy.named_parameters())
+    with torch.no_grad():
+        for name, value in ours.policy.named_parameters():
+            named[_theirs(name)].copy_(value)
+    buffer = theirs.rollout_buffer
+    for column in ("obs", "action", "log_prob", "value", "advantage", "return"):
+        target = getattr(buffer, {"obs": "observations"}.get(column, column + "s"))
+        target[:] = data[column].reshape(target.shape).numpy()
+    buffer.full = True
+    theirs._current_progress_remaining = 1.0
+    theirs.train()
+    logged: dict[str, Any] = theirs.logger.name_to_value
+
+    stats = run_phases(ours.estimator, {"on": data}, ours.ctx)
+    assert 0.02 < stats["clip_fraction"] < 0.98
+    for key in ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss"):
+        np.testing.assert_allclose(float(stats[key]), logged[f"train/{key}"], rtol=1e-5, atol=1e-5, err_msg=key)
+    for name, value in ours.policy.named_parameters():
+        torch.testing.assert_close(value.detach(), named[_theirs(name)].detach(), rtol=1e-5, atol=1e-5, msg=name)
+        # the gradient left in p.grad: ours is clipped inside the step, SB3's in place
+        if max_grad_norm > 1.0:
+            torch.testing.assert_close(value.grad, named[_theirs(name)].grad, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_an_update_ends_at_the_target_kl() -> None:
+    def updates(target: float | None) -> int:
+        config = PPOConfig(
+            num_envs=2, n_steps=32, batch_size=16, n_epochs=5, learning_rate=1e-2, target_kl=target, compile="off"
+        )
+        agent = PPO("CartPole-v1", config)
+        agent.learn(1)
+        return int(agent.updaters["policy"].t)
+
+    assert updates(None) == 20
+    assert updates(1e9) == 20
+    assert 1 < updates(1e-3) < 20
+
+
+def test_learning_rate_falls_linearly() -> None:
+    config = PPOConfig(num_envs=2, n_steps=8, n_epochs=1, learning_rate=1e-3, anneal_lr=True, compile="off")
+    seen: list[float] = []
+    agent = PPO("CartPole-v1", config)
+    agent.learn(4 * 16, lambda a: seen.append(float(a.scalars["train/learning_rate"])))
+    assert seen == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_recomputed_advantages_follow_the_critic() -> None:
+    def advantages(recompute: bool) -> list[torch.Tensor]:
+        config = PPOConfig(num_envs=2, n_steps=16, batch_size=32, n_epochs=3, learning_rate=1e-2,
+                           recompute_advantages=recompute, compile="off")  # fmt: skip
+        agent = PPO(ClockEnv([[Episode(0, 5)], [Episode(3, 4, "truncate")]]), config)
+        seen: list[torch.Tensor] = []
+        original = agent.updaters["policy"].run
+
+        def run(terms: Any, batches: Any) -> Any:
+            seen.append(batches[0]["advantage"].sort().values.clone())
+            return original(terms, batches)
+
+        agent.updaters["policy"].run = run  # type: ignore[method-assign]
+        agent.learn(1)
+        return seen
+
+    fixed, moving = advantages(False), advantages(True)
+    assert torch.equal(fixed[0], fixed[2])
+    assert torch.equal(fixed[0], moving[0])
+    assert not torch.allclose(moving[0], moving[1], atol=1e-3)
+    assert not torch.allclose(moving[1], moving[2], atol=1e-3)
