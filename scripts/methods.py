@@ -1,0 +1,85 @@
+"""The table of methods, from the code: paper, what each puts into the estimator's slots, status and command.
+
+python scripts/methods.py                    # plain
+python scripts/methods.py --format markdown  # for the docs
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from ccrl.packages import ROOT, check_siblings
+
+check_siblings()
+
+import agents
+
+__all__ = ["Method", "Options", "main", "methods"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to print the table."""
+
+    format: Literal["plain", "markdown"] = "plain"
+    """plain or markdown."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One agent."""
+
+    slug: str
+    paper: str
+    slots: dict[str, str]
+    status: str
+    """documented (has a page in docs/), or undocumented."""
+    command: str
+
+
+def methods() -> list[Method]:
+    """Every agent in the order of its name."""
+    found = []
+    for slug in sorted(agents.AGENTS):
+        cls = agents.get_agent(slug)
+        page = ROOT / "docs" / f"{slug}.md"
+        status = "documented" if page.exists() else "undocumented"
+        found.append(Method(slug, cls.paper, cls.slots(), status, f"python scripts/train.py {slug} --env ID"))
+    return found
+
+
+def table(found: list[Method], format: str) -> str:
+    """Markdown, or plain text with a line per slot."""
+    if format == "markdown":
+        lines = ["| method | paper | slots | status | command |", "|---|---|---|---|---|"]
+        for m in found:
+            # a bar, as in |rho - 1|, would end the cell
+            slots = "<br>".join(f"**{k}**: {v}" for k, v in m.slots.items()).replace("|", "\\|")
+            name = f"[{m.slug}](docs/{m.slug}.md)" if m.status == "documented" else m.slug
+            lines.append(f"| {name} | {m.paper} | {slots} | {m.status} | `{m.command}` |")
+        return "\n".join(lines) + "\n"
+    blocks = []
+    for m in found:
+        width = max(map(len, m.slots), default=0)
+        slots = [f"    {k:<{width}}  {v}" for k, v in m.slots.items()]
+        blocks.append("\n".join([f"{m.slug}  ({m.status})  {m.paper}", *slots, f"    $ {m.command}"]))
+    return "\n\n".join(blocks) + "\n"
+
+
+def main(options: Options) -> str:
+    """Print the table, and return it."""
+    text = table(methods(), options.format)
+    print(text, end="")
+    return text
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
