@@ -14,6 +14,8 @@ from gymnasium import Space
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
+from ccrl.packages import check_siblings
+
 __all__ = ["AutoresetMode", "BatchedEnv", "StepResult", "Tree", "resolve_env"]
 
 Tree = Tensor | dict[str, Tensor]
@@ -84,6 +86,7 @@ def resolve_env(env: Any, num_envs: int, *, device: torch.device | str = "cpu", 
     :raises TypeError: if ``env`` is neither a string nor has the members of the protocol.
     """
     if isinstance(env, str):
+        check_siblings(("envs",))
         made: BatchedEnv = importlib.import_module("envs").make(env, num_envs, device=device, **env_kwargs)
         return made
     missing = [m for m in ("num_envs", "device", "reset", "step", "autoreset_mode") if not hasattr(env, m)]
