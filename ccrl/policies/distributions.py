@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, Protocol
+from typing import Literal, Protocol, Self
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +42,15 @@ class Distribution(Protocol):
         ...
 
 
-class Gaussian:
+class _Singleton:
+    """Copies and pickles as the module's one object: policies compare with ``is``, and a deep copy of a policy (the
+    bank makes them) would otherwise stop clipping its actions, or look for a ``log_std`` it does not have."""
+
+    def __reduce__(self) -> str:
+        return type(self).__name__.upper()
+
+
+class Gaussian(_Singleton):
     """Diagonal Gaussian. ``sample`` is unbounded; the policy clips a copy for the environment and stores this one."""
 
     names: tuple[str, ...] = ("mean", "log_std")
@@ -84,7 +92,7 @@ class Squashed(Gaussian):
         return -self.log_prob(params, action)
 
 
-class Categorical:
+class Categorical(_Singleton):
     """Softmax over ``logits [..., n]``; actions are int64 ``[...]``; noise is one uniform number per action."""
 
     names: tuple[str, ...] = ("logits",)
