@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, float32_space, store
 from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree
+from ccrl.packages import require
 
 __all__ = ["SB3Env", "as_vec_env"]
 
@@ -89,8 +90,7 @@ def as_vec_env(env: BatchedEnv) -> Any:
         ImportError: SB3 is not installed.
         ValueError: an environment that is not in ``SAME_STEP`` mode with ``final_obs``.
     """
-    try:
-        from ccrl.adapters.sb3_export import BatchedVecEnv
-    except ImportError as error:
-        raise ImportError('training SB3 algorithms needs SB3: pip install "ccrl[sb3]"') from error
+    require("stable_baselines3", "sb3")
+    from ccrl.adapters.sb3_export import BatchedVecEnv
+
     return BatchedVecEnv(env)
