@@ -15,7 +15,7 @@ from torch import Tensor
 
 __all__ = ["backward_scan", "discounted_sum", "forward_scan", "gae", "lambda_returns", "n_step_returns"]
 
-_NARROW = 128
+_NARROW = 512
 """Up to this many parallel streams the log-depth scan wins over the row loop (measured on CPU, ``bench.py gae``)."""
 
 
@@ -35,7 +35,7 @@ def backward_scan(x: Tensor, w: Tensor) -> Tensor:
     steps = x.shape[0]
     if steps == 0:
         return x.clone()
-    if x[0].numel() <= _NARROW and steps > 8:
+    if _narrow(x):
         return _doubling(x, w)
     y = torch.empty_like(x)
     y[-1] = x[-1]
@@ -43,6 +43,10 @@ def backward_scan(x: Tensor, w: Tensor) -> Tensor:
     for t in range(steps - 2, -1, -1):
         torch.addcmul(rows_x[t], rows_w[t], rows_y[t + 1], out=rows_y[t])
     return y
+
+
+def _narrow(x: Tensor) -> bool:
+    return x.shape[0] > 8 and x[0].numel() <= _NARROW
 
 
 def _doubling(x: Tensor, w: Tensor) -> Tensor:
@@ -77,7 +81,14 @@ def gae(reward: Tensor, value: Tensor, next_value: Tensor, discount: Tensor, car
     ``A_t = delta_t + discount_t * lam * carry_t * A_{t+1}``. ``lam=1``: Monte Carlo with bootstrap; ``lam=0``: TD(0).
     """
     delta = torch.addcmul(reward, discount, next_value).sub_(value)
-    return backward_scan(delta, (discount * carry).mul_(lam))
+    if delta.shape != carry.shape or not len(delta) or _narrow(delta):
+        return backward_scan(delta, (discount * carry).mul_(lam))
+    # In place, and the weights a row at a time: first touches of fresh memory cost wide rollouts more than arithmetic.
+    weight, rows = torch.empty_like(delta[0]), delta.unbind(0)
+    factors = list(zip(discount.unbind(0), carry.unbind(0)))
+    for t in range(len(rows) - 2, -1, -1):
+        rows[t].addcmul_(torch.mul(*factors[t], out=weight), rows[t + 1], value=lam)
+    return delta
 
 
 def lambda_returns(reward: Tensor, next_value: Tensor, discount: Tensor, carry: Tensor, lam: float) -> Tensor:
