@@ -11,17 +11,21 @@ if TYPE_CHECKING:
     from agents.bpg import BPG
     from agents.bpo import BPO
     from agents.dbqpg import DBQPG
+    from agents.harpg import HARPG
     from agents.mdpo import MDPO
+    from agents.npg_igt import NPGIGT
     from agents.ppo import PPO
 
-__all__ = ["AGENTS", "BAC", "BPG", "BPO", "DBQPG", "MDPO", "PPO", "get_agent"]
+__all__ = ["AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "MDPO", "NPGIGT", "PPO", "get_agent"]
 
 AGENTS = {
     "bac": ("agents.bac", "BAC"),
     "bpg": ("agents.bpg", "BPG"),
     "bpo": ("agents.bpo", "BPO"),
     "dbqpg": ("agents.dbqpg", "DBQPG"),
+    "harpg": ("agents.harpg", "HARPG"),
     "mdpo": ("agents.mdpo", "MDPO"),
+    "npg_igt": ("agents.npg_igt", "NPGIGT"),
     "ppo": ("agents.ppo", "PPO"),
 }
 """Command-line name -> module and class."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,222 @@
+"""N-PG-IGT and HARPG as agents: limits, invariance, where they sample, exact resume, the contract."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import gymnasium
+import pytest
+import torch
+
+from agents.harpg import HARPG, HARPGConfig, HARPGEstimator
+from agents.npg_igt import NPGIGT, NPGIGTConfig, NPGIGTEstimator
+from ccrl.data import Data
+from ccrl.estimators.trajectory import LinearBaseline
+from ccrl.policies import GibbsPolicy, OneHot
+from ccrl.testing import AgentContract
+from envs.classic import RandomMDP
+
+F64 = torch.float64
+
+
+def close(got, expected, atol=5e-7):
+    torch.testing.assert_close(got, expected, atol=atol, rtol=0)
+
+
+# -- agents on a tabular task: limits, invariance, resume -------------------------------------------------------------
+
+
+def on_tabular(cls):
+    """The agent with a softmax table instead of a perceptron."""
+
+    class Tabular(cls):
+        def make_policy(self, heads):
+            env = self.env
+            return GibbsPolicy(env.single_observation_space, env.single_action_space, features=OneHot(5)).double()
+
+    return Tabular
+
+
+METHODS = [(NPGIGT, NPGIGTConfig, v) for v in NPGIGTEstimator.rules] + [
+    (HARPG, HARPGConfig, v) for v in HARPGEstimator.rules
+]
+IDS = [v for *_, v in METHODS]
+STEPS = 15
+
+
+def make(cls, config, variant, seed=0, env_kwargs=None, **options):
+    settings = {"num_envs": 2, "n_steps": STEPS, "gamma": 0.9, "learning_rate": 0.5} | options
+    return on_tabular(cls)("ccrl/RandomMDP-v0", config(variant=variant, **settings), seed=seed, env_kwargs=env_kwargs)
+
+
+def train(agent, iterations):
+    until = agent.iteration + iterations
+    agent.learn(10**9, lambda a: a.iteration < until)
+    return agent.updaters["policy"].flat.clone()
+
+
+def rewards(monkeypatch, change):
+    """Every RandomMDP built from here on has changed rewards."""
+    plain = RandomMDP.reward
+    monkeypatch.setattr(RandomMDP, "reward", lambda self, s, a, e: change(plain(self, s, a, e)))
+
+
+@pytest.mark.parametrize(("cls", "config", "variant"), METHODS, ids=IDS)
+def test_oracle_6_no_rewards_no_move(cls, config, variant, monkeypatch):
+    rewards(monkeypatch, lambda r: 0.0 * r)
+    agent = make(cls, config, variant)
+    before = agent.updaters["policy"].flat.clone()
+    assert torch.equal(train(agent, 3), before)
+    assert not agent.estimator.d.any()
+
+
+@pytest.mark.parametrize(("cls", "config", "variant"), [METHODS[0], METHODS[3]], ids=["npg_igt", "nharpg"])
+def test_oracle_6_without_momentum_both_are_normalised_gradient(cls, config, variant, monkeypatch):
+    agent = make(cls, config, variant)
+    monkeypatch.setattr(type(agent.estimator), "eta", lambda self, k: torch.ones_like(k))
+    gradients, gradient = [], agent.estimator.gradient
+    agent.estimator.gradient = lambda *args: gradients.append(gradient(*args)) or gradients[-1]
+    for k in range(3):
+        before = agent.updaters["policy"].flat.clone()
+        after, g = train(agent, 1), gradients[-1].mean
+        close(after, before + 0.5 * 2 / (k + 2) * g / g.norm(), 1e-12)
+
+
+@pytest.mark.parametrize(("cls", "config", "variant"), METHODS, ids=IDS)
+def test_oracle_6_a_bandit(cls, config, variant):
+    """H = 1: a full turn on the best arm."""
+    agent = on_tabular(cls)(
+        "ccrl/RandomMDP-v0",
+        config(
+            num_envs=64, n_steps=1, step_size=1.0 if variant in ("npg_igt", "nmpg", "nharpg") else 8.0, variant=variant
+        ),
+        env_kwargs={"states": 5, "horizon": 1},
+    )
+    start = agent.env.exact_return(agent.policy)
+    train(agent, 30)
+    assert agent.env.exact_return(agent.policy) > start + 0.05
+    assert agent.num_timesteps == 64 * (30 + 29 * (cls is HARPG and variant != "storm"))
+
+
+@pytest.mark.parametrize("variant", ["npg_igt", "nmpg", "nharpg", "pg"])
+def test_oracle_7_scaled_rewards(variant, monkeypatch):
+    """Normalised methods do not see the scale (a power of two: to the last bit); plain gradient does."""
+    cls, config = (HARPG, HARPGConfig) if variant == "nharpg" else (NPGIGT, NPGIGTConfig)
+    plain = train(make(cls, config, variant), 4)
+    rewards(monkeypatch, lambda r: 8.0 * r)
+    scaled = train(make(cls, config, variant), 4)
+    assert torch.allclose(plain, scaled, rtol=0, atol=1e-12) == (variant != "pg")
+
+
+# -- the machinery ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cls", "config", "variant"), METHODS, ids=IDS)
+def test_resume_is_exact(cls, config, variant, tmp_path):
+    """d, the previous parameters, the schedule and every random number: six iterations are three and three."""
+    straight = make(cls, config, variant)
+    expected = train(straight, 6)
+    first = make(cls, config, variant)
+    train(first, 3)
+    first.save(tmp_path / "a.pt")
+    torch.manual_seed(99)
+    second = on_tabular(cls).load(tmp_path / "a.pt")
+    assert torch.equal(train(second, 3), expected)
+    assert torch.equal(second.estimator.d, straight.estimator.d)
+    assert second.num_timesteps == straight.num_timesteps
+
+
+def test_the_look_ahead_samples_and_the_last_iterate_acts():
+    """Episodes come from theta~ = theta + (1 - eta) / eta (theta - theta_prev); the policy itself stays at theta."""
+    agent = make(NPGIGT, NPGIGTConfig, "npg_igt")
+    train(agent, 2)
+    theta, prev = agent.updaters["policy"].flat.clone(), agent.estimator.prev.clone()
+    sampled = []
+    collect = agent.collector.collect
+    agent.collector.collect = lambda request, policy: (
+        sampled.append((request.params.clone(), policy.theta.detach().flatten().clone())),
+        collect(request, policy),
+    )[1]
+    train(agent, 1)
+    eta = (2 / 4) ** 0.8
+    close(sampled[0][0], theta + (1 - eta) / eta * (theta - prev), 1e-14)
+    close(sampled[0][1], sampled[0][0], 0)
+    close(agent.estimator.prev, theta, 0)
+
+
+def test_the_line_point_lies_on_the_last_move():
+    agent = make(HARPG, HARPGConfig, "nharpg")
+    train(agent, 2)
+    theta, prev = agent.updaters["policy"].flat.clone(), agent.estimator.prev.clone()
+    points = agent.direction.points(agent.updaters["policy"].flat, agent.ctx)
+    share = (points["line"] - prev) / (theta - prev)
+    moved = (theta - prev).abs() > 1e-6
+    assert 0 < share[moved][0] < 1
+    close(share[moved], share[moved][0].expand(int(moved.sum())), 1e-6)
+
+
+def test_estimates_grow_to_min_steps():
+    agent = make(NPGIGT, NPGIGTConfig, "nmpg", min_steps=3 * 2 * STEPS - 1)
+    train(agent, 1)
+    assert agent.num_timesteps == 3 * 2 * STEPS
+    assert make(HARPG, HARPGConfig, "nharpg").batch_steps == 2 * 2 * STEPS
+
+
+def test_linear_baseline_is_a_regression_on_the_iterations_before():
+    """Exact on targets in its span; the rollouts it is fitted to do not see it."""
+    baseline = LinearBaseline(lambda x: x, 1, ridge=1e-12)
+    obs, t = torch.rand(6, 4, 1, dtype=F64), torch.arange(6).unsqueeze(-1).expand(6, 4)
+    valid = torch.ones(6, 4)
+    valid[4:, 0] = 0
+    data = Data({"obs": obs, "t": t, "valid": valid, "reward": torch.ones(6, 4), "carry": valid})
+    target = 3 * obs.squeeze(-1) ** 2 - obs.squeeze(-1) + 0.5 * t / 100 + 2
+    assert not baseline(data).any()
+    baseline.fit(data, torch.where(valid > 0, target, 1e9))
+    close(baseline(data)[valid > 0], target[valid > 0], 1e-4)
+
+    agent = NPGIGT("CartPole-v1", NPGIGTConfig(num_envs=4, n_steps=30, baseline="linear"))
+    agent.learn(1)
+    coef = agent.estimator.baseline.coef
+    assert coef.any()
+    assert agent.estimator.state_dict()["baseline.coef"].equal(coef)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"variant": "igt"}, "variant"), ({"lookahead_eta": "next"}, "lookahead_eta"),
+        ({"learning_rate": 0.0}, "learning_rate"), ({"momentum": 1.5}, "momentum"), ({"gae_lambda": 0.5}, "gae_lambda"),
+        ({"normalise_obs": True}, "normalise_obs"), ({"activation": "relu"}, "smooth"),
+        ({"baseline": "mlp"}, "baseline"), ({"min_steps": -1}, "min_steps"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        NPGIGTConfig(**options)
+
+
+def test_registered():
+    from agents import get_agent
+
+    assert get_agent("npg_igt") is NPGIGT
+    assert get_agent("harpg") is HARPG
+
+
+# episodes of 3 steps: the shorter script of the contract's clock ends there, the longer one is cut by the horizon
+EPISODIC = {"num_envs": 2, "n_steps": 3, "hidden": (4,)}
+
+
+class TestNPGIGT(AgentContract):
+    agent = NPGIGT
+    config = NPGIGTConfig(baseline="linear", **EPISODIC)
+    env_id = "CartPole-v1"
+    single_env = partial(gymnasium.make, "CartPole-v1")
+
+
+class TestSTORM(AgentContract):
+    """The variant of HARPG with one rollout per iteration: the contract counts on iterations of one length."""
+
+    agent = HARPG
+    config = HARPGConfig(variant="storm", **EPISODIC)
+    env_id = "Pendulum-v1"
+    single_env = partial(gymnasium.make, "Pendulum-v1")
