@@ -1,0 +1,174 @@
+"""Bayesian quadrature against the hand numbers, identities and edge cases of the bpg sheet (section 7)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("gpytorch")
+
+from ccrl.gp.fisher import BatchFisher, FisherEstimate
+from ccrl.gp.quadrature import model1, model2
+
+DOUBLE = torch.float64
+MODELS = [model1, model2]
+
+
+def bandit(a: list[float] | Tensor) -> tuple[Tensor, Tensor]:
+    """Scores of ``N(0, 1)`` in (mean, deviation), and actions."""
+    a = torch.as_tensor(a, dtype=DOUBLE)
+    return torch.stack([a, a * a - 1.0]), a
+
+
+def known(*diagonal: float) -> FisherEstimate:
+    matrix = torch.diag(torch.tensor(diagonal, dtype=DOUBLE))
+    return FisherEstimate(matrix, matrix.inverse())
+
+
+def close(x: Tensor, expected: object, atol: float = 1e-6) -> bool:
+    return torch.allclose(x, torch.tensor(expected, dtype=DOUBLE), atol=atol, rtol=0)
+
+
+def test_hand_numbers() -> None:
+    """Oracle 1."""
+    u, a = bandit([-1.0, 0.5, 2.0])
+    one, two = model1(u, a, known(1, 2), 0.1), model2(u, a, known(1, 2), 0.1)
+    assert close(one.mean, [0.951660, 0.367068])
+    assert close(one.covariance.dense(), [[0.383547, 0.0], [0.0, 0.383547]])
+    assert close(two.mean, [0.952583, 0.054641])
+    assert close(two.covariance.dense(), [[0.047417, -0.054641], [-0.054641, 0.103940]])
+
+
+def test_model_2_with_the_matrix_of_its_own_batch_is_monte_carlo() -> None:
+    """Oracle 2: U y / (M + sigma^2), whatever the data."""
+    u, y = torch.randn(3, 12, dtype=DOUBLE), torch.randn(12, dtype=DOUBLE)
+    posterior = model2(u, y, BatchFisher("mean", 0.0).estimate(u), 0.7)
+    assert torch.allclose(posterior.mean, u @ y / (12 + 0.7))
+
+
+def test_returns_in_the_span_are_found_exactly() -> None:
+    """Oracle 3."""
+    u, a = bandit([-0.7, 1.3])
+    assert close(model2(u, a, known(1, 2), 1e-8).mean, [1.0, 0.0], atol=1e-5)
+    u, a = bandit([-1.6, -0.7, 0.1, 0.9, 2.0])
+    assert close(model1(u, a * a, known(1, 2), 1e-8).mean, [0.0, 2.0], atol=1e-5)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("constant", [0.0, 2.0])
+def test_sparse_equals_dense_once_the_dictionary_spans(model, constant: float) -> None:
+    u, y = torch.randn(2, 30, dtype=DOUBLE), torch.randn(30, dtype=DOUBLE)
+    options = {"amplitude": 1.5, "constant": constant}
+    dense = model(u, y, known(1, 2), 0.3, **options)
+    sparse = model(u, y, known(1, 2), 0.3, sparsity=1e-9, **options)
+    assert torch.allclose(dense.mean, sparse.mean, atol=1e-6)
+    assert torch.allclose(dense.covariance.dense(), sparse.covariance.dense(), atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_amplitude_and_noise_scale_together(model) -> None:
+    u, y = bandit(torch.randn(6))
+    one = model(u, y, known(1, 2), 0.2, amplitude=1.0, constant=0.5)
+    ten = model(u, y, known(1, 2), 2.0, amplitude=10.0, constant=5.0)
+    assert torch.allclose(one.mean, ten.mean)
+    assert torch.allclose(10.0 * one.covariance.dense(), ten.covariance.dense())
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("constant", [0.0, 3.0])
+def test_properties_of_the_posterior(model, constant: float) -> None:
+    """Oracle 9."""
+    u, y = torch.randn(3, 9, dtype=DOUBLE), torch.randn(9, dtype=DOUBLE)
+    fisher = known(1.0, 2.0, 0.5)
+    options = {"constant": constant}
+    posterior = model(u, y, fisher, 0.4, **options)
+    covariance = posterior.covariance.dense()
+    prior = fisher.matrix if model is model2 else (1.0 + 3 + constant) * torch.eye(3, dtype=DOUBLE)
+    for matrix in (covariance, prior - covariance):
+        assert float(torch.linalg.eigvalsh(matrix).min()) > -1e-10
+    fewer = model(u[:, :8], y[:8], fisher, 0.4, **options).covariance.diagonal()
+    assert bool((covariance.diagonal() <= fewer + 1e-12).all())
+    order = torch.randperm(9)
+    shuffled = model(u[:, order], y[order], fisher, 0.4, **options)
+    assert torch.allclose(shuffled.mean, posterior.mean)
+    assert torch.allclose(shuffled.covariance.dense(), covariance)
+    nothing = model(u, y, fisher, 1e12, **options)
+    assert float(nothing.mean.abs().max()) < 1e-9
+    assert torch.allclose(nothing.covariance.dense(), prior)
+
+
+def test_the_natural_gradient_has_the_transformed_covariance() -> None:
+    u, y = torch.randn(2, 5, dtype=DOUBLE), torch.randn(5, dtype=DOUBLE)
+    fisher = known(1.0, 4.0)
+    posterior = model2(u, y, fisher, 0.1)
+    natural = posterior.natural(fisher.inverse)
+    assert torch.allclose(natural.mean, fisher.inverse @ posterior.mean)
+    assert torch.allclose(natural.covariance.dense(), fisher.inverse @ posterior.covariance.dense() @ fisher.inverse)
+
+
+def test_equal_returns_need_the_constant() -> None:
+    """Model 2 takes c U C 1 for a gradient, the constant explains it away."""
+    u = torch.randn(2, 8, dtype=DOUBLE)
+    y = torch.full((8,), 5.0, dtype=DOUBLE)
+    plain = model2(u, y, known(1, 1), 0.1)
+    solution = torch.linalg.solve(u.T @ u + 0.1 * torch.eye(8, dtype=DOUBLE), y)
+    assert torch.allclose(plain.mean, u @ solution)
+    assert float(plain.mean.norm()) > 0.1
+    helped = model2(u, y, known(1, 1), 0.1, constant=1e6)
+    assert float(helped.mean.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("sparsity", [None, 1e-6])
+def test_edge_cases_give_finite_posteriors(model, sparsity: float | None) -> None:
+    fisher = known(1.0, 2.0)
+    prior = fisher.matrix if model is model2 else 3.0 * torch.eye(2, dtype=DOUBLE)
+    for m in (0, 3):  # no path; paths of a saturated policy
+        posterior = model(torch.zeros(2, m, dtype=DOUBLE), torch.ones(m, dtype=DOUBLE), fisher, 0.1, sparsity=sparsity)
+        assert torch.equal(posterior.mean, torch.zeros(2, dtype=DOUBLE))
+        assert torch.allclose(posterior.covariance.dense(), prior)
+    u, y = bandit([1.5])
+    single = model(u, y, fisher, 0.1, sparsity=sparsity)
+    assert bool(single.mean.isfinite().all())
+    twins = model(u.repeat(1, 4), y.repeat(4), fisher, 1e-12, sparsity=sparsity)  # a kernel matrix of rank 1
+    assert bool(twins.mean.isfinite().all())
+    assert float(twins.covariance.trace()) >= -1e-6
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_singular_fisher_matrix(model) -> None:
+    """Two parameters that do the same: the gradient stays in the direction that the scores have."""
+    u = torch.randn(1, 6, dtype=DOUBLE).repeat(2, 1)
+    fisher = BatchFisher("mean", 0.0).estimate(u)
+    posterior = model(u, torch.randn(6, dtype=DOUBLE), fisher, 0.1)
+    assert bool(posterior.mean.isfinite().all())
+    assert torch.allclose(posterior.mean[0], posterior.mean[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"noise": 0.0}, "noise"), ({"amplitude": -1.0}, "amplitude"), ({"constant": -1.0}, "constant"),
+        ({"returns": torch.zeros(4)}, r"returns \[M\]"), ({"fisher": known(1.0)}, "G\\^-1"), ({"sparsity": 0.0}, "nu"),
+    ],
+)  # fmt: skip
+def test_wrong_arguments(change: dict, message: str) -> None:
+    u, a = bandit([1.0, 2.0])
+    arguments = {"scores": u, "returns": a, "fisher": known(1, 2), "noise": 0.1} | change
+    with pytest.raises(ValueError, match=message):
+        model2(**arguments)
+
+
+def test_the_bandit_table() -> None:
+    """Section 6: Bayesian quadrature at M = 10 has about a tenth of Monte Carlo's deviation."""
+    generator = torch.Generator().manual_seed(0)
+    means, plain = [], []
+    for _ in range(200):
+        u, a = bandit(torch.randn(10, generator=generator, dtype=DOUBLE))
+        means.append(model1(u, a, known(1, 2), 1e-3).mean)
+        plain.append(u @ a / 10)
+    bq, mc = torch.stack(means), torch.stack(plain)
+    assert close(bq.mean(0), [0.986, 0.001], atol=0.02)
+    assert bool((bq.std(0) < torch.tensor([0.1, 0.12])).all())
+    assert bool((mc.std(0) > torch.tensor([0.35, 0.8])).all())

@@ -1,0 +1,207 @@
+"""Solvers, Fisher estimates, randomised decompositions, UAPG's rescaling."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ccrl.gp.fisher import AnalyticFisher, BatchFisher, RunningFisher, symmetric_inverse
+from ccrl.gp.lowrank import Eigen, randomised_eigh, randomised_right_svd
+from ccrl.gp.posterior import Covariance
+from ccrl.gp.solve import CG, Cholesky, LowRank, pivoted_cholesky
+from ccrl.gp.uncertainty import shrink, stretch
+
+DOUBLE = torch.float64
+
+
+def smooth(n: int) -> Tensor:
+    x = torch.linspace(0.0, 3.0, n, dtype=DOUBLE)
+    return torch.exp(-0.5 * (x[:, None] - x).square())
+
+
+# -- solvers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 3)])
+def test_three_ways_one_solution(shape: tuple[int, ...]) -> None:
+    gram, noise, b = smooth(40), 1e-2, torch.randn(*shape, dtype=DOUBLE)
+    matrix = gram + noise * torch.eye(40, dtype=DOUBLE)
+    expected = torch.linalg.solve(matrix, b)
+    root = pivoted_cholesky(lambda i: gram[:, i], gram.diagonal(), 40)
+    assert root.shape[1] < 20, "a smooth kernel has a small numerical rank"
+    preconditioner = LowRank(root[:, :5], noise)
+    for solver in (
+        Cholesky(matrix), LowRank(root, noise), CG(lambda x: matrix @ x, tolerance=1e-10),
+        CG(lambda x: matrix @ x, tolerance=1e-10, preconditioner=preconditioner),
+    ):  # fmt: skip
+        assert torch.allclose(solver.solve(b), expected, rtol=1e-6, atol=1e-7), type(solver)
+
+
+def test_preconditioning_saves_iterations() -> None:
+    gram, noise = smooth(60), 1e-3
+    matrix = gram + noise * torch.eye(60, dtype=DOUBLE)
+    b = torch.randn(60, dtype=DOUBLE)
+    plain = CG(lambda x: matrix @ x)
+    good = CG(
+        lambda x: matrix @ x,
+        preconditioner=LowRank(pivoted_cholesky(lambda i: gram[:, i], gram.diagonal(), 8), noise),
+    )
+    plain.solve(b)
+    good.solve(b)
+    assert good.iterations < plain.iterations
+
+
+@pytest.mark.parametrize("tolerance", [1e-3, 0.01, 1.0, 0.0])
+def test_loose_tolerances_are_refused(tolerance: float) -> None:
+    with pytest.raises(ValueError, match="tolerance"):
+        CG(lambda x: x, tolerance=tolerance)
+
+
+def test_the_tolerance_is_kept_whatever_gpytorch_is_set_to() -> None:
+    gpytorch = pytest.importorskip("gpytorch")
+    matrix = smooth(50) + 1e-4 * torch.eye(50, dtype=DOUBLE)
+    b = torch.randn(50, dtype=DOUBLE)
+    with gpytorch.settings.cg_tolerance(1.0), gpytorch.settings.max_cholesky_size(1):
+        x = CG(lambda v: matrix @ v, tolerance=1e-8).solve(b)
+    assert float((matrix @ x - b).norm()) <= 1.1e-8 * float(b.norm())
+
+
+def test_conjugate_gradients_say_when_they_fail() -> None:
+    matrix = smooth(50) + 1e-10 * torch.eye(50, dtype=DOUBLE)
+    with pytest.raises(FloatingPointError, match="after 2 iterations"):
+        CG(lambda v: matrix @ v, max_iterations=2).solve(torch.randn(50, dtype=DOUBLE))
+
+
+def test_conjugate_gradients_solve_zero_by_zero() -> None:
+    b = torch.zeros(4, 2, dtype=DOUBLE)
+    b[:, 1] = 1.0
+    x = CG(lambda v: 2.0 * v).solve(b)
+    assert torch.equal(x, 0.5 * b)
+
+
+def test_failed_factorisations_get_the_smallest_jitter_that_works() -> None:
+    matrix = torch.ones(3, 3, dtype=DOUBLE)
+    matrix[0, 1] = matrix[1, 0] = 1.0 + 5e-8  # eigenvalue -5e-8
+    solver = Cholesky(matrix)
+    assert solver.jitter == pytest.approx(1e-7)
+    assert bool(solver.solve(torch.ones(3, dtype=DOUBLE)).isfinite().all())
+    assert Cholesky(torch.eye(2, dtype=DOUBLE)).jitter == 0.0
+
+
+@pytest.mark.parametrize("bad", [-torch.eye(2, dtype=DOUBLE), torch.full((2, 2), torch.nan, dtype=DOUBLE)])
+def test_hopeless_matrices_raise_instead_of_giving_nan(bad: Tensor) -> None:
+    with pytest.raises(FloatingPointError, match="positive definite"):
+        Cholesky(bad)
+
+
+def test_wrong_solver_arguments() -> None:
+    with pytest.raises(ValueError, match="square"):
+        Cholesky(torch.zeros(2, 3))
+    with pytest.raises(ValueError, match="noise"):
+        LowRank(torch.zeros(2, 1), 0.0)
+    with pytest.raises(ValueError, match="max_iterations"):
+        CG(lambda x: x, max_iterations=0)
+
+
+# -- Fisher matrices --------------------------------------------------------------------------------------------------
+
+
+def test_running_inverse_is_the_inverse_of_the_running_matrix() -> None:
+    u = torch.randn(3, 20, dtype=DOUBLE)
+    for rate in (0.0, 0.2):
+        fisher = RunningFisher(3, rate)
+        fisher.estimate(u[:, :8])
+        matrix, inverse = fisher.estimate(u[:, 8:])
+        assert torch.allclose(matrix @ inverse, torch.eye(3, dtype=DOUBLE), atol=1e-10)
+    fisher = RunningFisher(3)
+    matrix, _ = fisher.estimate(u)
+    assert torch.allclose(matrix, (torch.eye(3, dtype=DOUBLE) + u @ u.T) / 21.0)
+    copy = RunningFisher(3)
+    copy.load_state_dict(fisher.state_dict())
+    assert torch.equal(copy.estimate(u[:, :1]).inverse, fisher.estimate(u[:, :1]).inverse)
+
+
+def test_batch_estimates() -> None:
+    u, w = torch.randn(2, 10, dtype=DOUBLE), torch.rand(10, dtype=DOUBLE)
+    eye = torch.eye(2, dtype=DOUBLE)
+    assert torch.allclose(BatchFisher("sum", 1e-6).estimate(u).matrix, u @ u.T + 1e-6 * eye)
+    assert torch.allclose(BatchFisher("mean", 0.0).estimate(u, w).matrix, (u * w) @ u.T / 10)
+
+
+def test_analytic_estimates_are_checked() -> None:
+    fisher = AnalyticFisher(lambda: torch.diag(torch.tensor([1.0, 2.0])))
+    assert torch.allclose(fisher.estimate(torch.zeros(2, 3, dtype=DOUBLE)).inverse.diagonal(), torch.tensor([1.0, 0.5]).double())  # fmt: skip
+    with pytest.raises(ValueError, match="AnalyticFisher"):
+        fisher.estimate(torch.zeros(3, 3, dtype=DOUBLE))
+
+
+def test_singular_matrices_have_a_pseudo_inverse() -> None:
+    u = torch.tensor([[1.0, -1.0], [2.0, -2.0]], dtype=DOUBLE)
+    matrix, inverse = BatchFisher("sum", 0.0).estimate(u)
+    assert torch.allclose(matrix @ inverse @ matrix, matrix)
+    assert torch.equal(symmetric_inverse(torch.zeros(2, 2, dtype=DOUBLE)), torch.zeros(2, 2, dtype=DOUBLE))
+    with pytest.raises(FloatingPointError, match="finite"):
+        symmetric_inverse(torch.full((2, 2), torch.nan, dtype=DOUBLE))
+
+
+def test_wrong_fisher_arguments() -> None:
+    with pytest.raises(ValueError, match="reduction"):
+        BatchFisher("total")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="damping"):
+        BatchFisher(damping=-1.0)
+    with pytest.raises(ValueError, match="rate"):
+        RunningFisher(2, 1.0)
+    with pytest.raises(ValueError, match="RunningFisher"):
+        RunningFisher(2).estimate(torch.zeros(3, 1))
+
+
+# -- decompositions and UAPG ------------------------------------------------------------------------------------------
+
+
+def test_randomised_decompositions_are_exact_on_low_ranks() -> None:
+    u = torch.randn(6, 3, dtype=DOUBLE) @ torch.randn(3, 30, dtype=DOUBLE)
+    generator = torch.Generator().manual_seed(0)
+    found = randomised_right_svd(lambda w: u @ w, lambda v: u.T @ v, 30, 3, generator, like=u)
+    assert torch.allclose((found.vectors * found.values.square()) @ found.vectors.T, u.T @ u, atol=1e-8)
+    covariance = u @ u.T
+    pairs = randomised_eigh(lambda v: covariance @ v, 6, 3, generator, like=u)
+    assert torch.allclose((pairs.vectors * pairs.values) @ pairs.vectors.T, covariance, atol=1e-8)
+    assert torch.equal(pairs.values, pairs.values.sort(descending=True).values)
+    for call in (
+        lambda: randomised_eigh(lambda v: v, 3, 0, generator, like=u),
+        lambda: randomised_right_svd(lambda v: v, lambda v: v, 3, 0, generator, like=u),
+    ):
+        with pytest.raises(ValueError, match="rank"):
+            call()
+
+
+def test_uncertainty_rescaling_of_the_sheet() -> None:
+    """Oracle 8: h = (4, 1, .25), L = (1, 2, 3)."""
+    pairs = Eigen(torch.tensor([4.0, 1.0, 0.25], dtype=DOUBLE), torch.eye(3, dtype=DOUBLE))
+    step = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE)
+    assert shrink(step, pairs).tolist() == [0.25, 1.0, 3.0]
+    assert stretch(step, pairs, 3.0).tolist() == [3.0, 4.0, 3.0]
+    with pytest.raises(ValueError, match="limit"):
+        stretch(step, pairs, 0.5)
+
+
+def test_certain_directions_do_not_stop_the_others() -> None:
+    """An eigenvalue of 0 (or of rounding size) is no smallest uncertainty to compare with."""
+    pairs = Eigen(torch.tensor([4.0, 1.0, 0.0], dtype=DOUBLE), torch.eye(3, dtype=DOUBLE))
+    step = torch.ones(3, dtype=DOUBLE)
+    assert shrink(step, pairs).tolist() == [0.5, 1.0, 1.0]
+    assert stretch(step, pairs).tolist() == [2.0, 1.0, 1.0]
+    nothing = Eigen(torch.zeros(2, dtype=DOUBLE), torch.eye(3, dtype=DOUBLE)[:, :2])
+    assert torch.equal(shrink(step, nothing), step)
+    assert torch.equal(stretch(step, nothing), step)
+
+
+def test_covariances_are_operators() -> None:
+    matrix = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=DOUBLE)
+    covariance = Covariance(2, lambda v: matrix @ v, matrix)
+    assert torch.equal(covariance.dense(), matrix)
+    assert float(covariance.trace()) == 3.0
+    assert covariance(torch.ones(2)).tolist() == [2.5, 1.5]
+    with pytest.raises(ValueError, match=r"\[2\]"):
+        covariance(torch.ones(3))
