@@ -85,13 +85,8 @@ def test_oracle_6_without_momentum_both_are_normalised_gradient(cls, config, var
 @pytest.mark.parametrize(("cls", "config", "variant"), METHODS, ids=IDS)
 def test_oracle_6_a_bandit(cls, config, variant):
     """H = 1: a full turn on the best arm."""
-    agent = on_tabular(cls)(
-        "ccrl/RandomMDP-v0",
-        config(
-            num_envs=64, n_steps=1, step_size=1.0 if variant in ("npg_igt", "nmpg", "nharpg") else 8.0, variant=variant
-        ),
-        env_kwargs={"states": 5, "horizon": 1},
-    )
+    step = 1.0 if variant in ("npg_igt", "nmpg", "nharpg") else 8.0
+    agent = make(cls, config, variant, num_envs=64, n_steps=1, learning_rate=step, env_kwargs={"horizon": 1})
     start = agent.env.exact_return(agent.policy)
     train(agent, 30)
     assert agent.env.exact_return(agent.policy) > start + 0.05
