@@ -55,17 +55,20 @@ class Chain:
 
     def apply(self, x: Tensor) -> Tensor:
         """``H x``: ``[R, ...]`` from ``[N, ...]``, a row per reward."""
-        shape = (-1, *(1,) * (x.dim() - 1))
         after = torch.cat([x[1:], torch.zeros_like(x[:1])])
-        return (x - self.gamma * self.follows.view(shape) * after)[self.rewarded]
+        return (x - self._discounted(after))[self.rewarded]
 
     def adjoint(self, y: Tensor) -> Tensor:
         """``H^T y``: ``[N, ...]`` from ``[R, ...]``."""
         x = y.new_zeros(len(self.reward), *y.shape[1:])
         x[self.rewarded] = y
-        shape = (-1, *(1,) * (y.dim() - 1))
-        x[1:] -= self.gamma * (self.follows.view(shape) * x)[:-1]
+        x[1:] -= self._discounted(x)[:-1]
         return x
+
+    def _discounted(self, x: Tensor) -> Tensor:
+        """``gamma x`` where a successor follows, else 0."""
+        # where, not a product of gamma and the flags: that one would be float32
+        return torch.where(self.follows.view(-1, *(1,) * (x.dim() - 1)), self.gamma * x, 0.0)
 
     def returns(self) -> Tensor:
         """Discounted rewards to go, ``[N]``."""
