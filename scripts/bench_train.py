@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
 import os
 import platform
 import statistics
@@ -122,7 +124,8 @@ def _ours(config: Config, compiled: str, batch_size: int, n_epochs: int, num_env
     def run(iterations: int) -> int:
         steps = iterations * agent.batch_steps
         shares.clear()
-        agent.learn(agent.num_timesteps + steps, note)
+        with contextlib.redirect_stdout(io.StringIO()):  # its line about the compiler belongs in no table
+            agent.learn(agent.num_timesteps + steps, note)
         return steps
 
     return Side(run, lambda: [statistics.mean(column) for column in zip(*shares)])

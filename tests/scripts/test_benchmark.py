@@ -1,0 +1,226 @@
+"""Studies: what they refuse, what they leave alone the second time, and folders that the plots read."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ccrl.experiment import config as configs
+from ccrl.experiment.config import ConfigError
+from ccrl.experiment.csv_table import read_columns, read_rows
+from ccrl.experiment.curves import load_study
+from ccrl.experiment.run import RunFolder, find_runs
+from scripts import benchmark, benchmark_study
+from scripts.benchmark_study import Study
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {"num_envs": 4, "n_steps": 32, "batch_size": 64, "n_epochs": 1}
+
+
+def study(**changes: object) -> Study:
+    entry = {"agents": ["ppo"], "envs": ["CartPole-v1"], "total_timesteps": 256}
+    entry |= {k: changes.pop(k) for k in list(changes) if k not in ("seeds", "settings", "evals")}
+    return configs.from_dict(Study, {"entries": [entry], "seeds": [0], "evals": 2} | changes)
+
+
+def write(folder: Path, **changes: object) -> benchmark.Options:
+    """A study file of PPO on CartPole, 256 steps, and the options that run it into ``folder/out``."""
+    path = folder / "study.yaml"
+    path.write_text(json.dumps(configs.to_dict(study(settings={"ppo": TINY}, **changes))))
+    return benchmark.Options(out=folder / "out", study=path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"agents": ["pppo"]}, "did you mean .*'ppo'"),
+        ({"envs": ["CartPole-v9"]}, "CartPole-v9"),
+        ({"settings": {"ppo": {"batchsize": 64}}}, "agent.batchsize: unknown key.*batch_size"),
+        ({"settings": {"ppo": {"batch_size": "big"}}}, "agent.batch_size: expected int"),
+        ({"settings": {"mdpo": {}}}, "expected agents of the study .ppo., got .'mdpo'"),
+        ({"sweep": {"inner_steps": [1]}}, "agent.inner_steps: unknown key"),
+        ({"agents": ["ppo", "ppo"]}, "twice in the study"),
+        ({"total_timesteps": 0}, "total_timesteps >= 1"),
+    ],
+)
+def test_a_study_that_makes_no_sense_is_refused_before_anything_runs(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        study(**changes).specs()
+
+
+def test_unknown_keys_and_missing_flags_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"eval: unknown key of Study.*evals"):
+        configs.from_dict(Study, {"entries": [], "eval": 3})
+    with pytest.raises(ConfigError, match="--agents, --envs and --total-timesteps"):
+        benchmark.load(benchmark.Options(out=tmp_path, agents=("ppo",)))
+    with pytest.raises(ConfigError, match="received --envs too"):
+        benchmark.load(benchmark.Options(out=tmp_path, study=tmp_path / "x.yaml", envs=("CartPole-v1",)))
+
+
+def test_seeds_come_before_agents_and_settings_are_laid_over_one_another() -> None:
+    specs = study(
+        agents=["ppo", "mdpo"],
+        seeds=[3, 1],
+        settings={"ppo": {"n_epochs": 2, "num_envs": 4}},
+        sweep={"n_steps": [8, 16]},
+    ).specs()
+    assert [(s.agent, s.values["seed"], s.values["agent"]["n_steps"]) for s in specs] == [
+        (agent, seed, steps) for seed in (3, 1) for agent in ("ppo", "mdpo") for steps in (8, 16)
+    ]
+    config = specs[0].config()
+    assert (config.agent.n_epochs, config.agent.num_envs, config.agent.n_steps) == (2, 4, 8)
+    assert (config.eval_every, config.checkpoint_every) == (128, 128)
+    assert specs[2].config().agent.num_envs == 16
+    assert len({s.root(Path("x")) for s in specs}) == 4
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "scripts/studies").glob("*.yaml")), ids=lambda path: path.stem)
+def test_committed_studies_are_valid(file: Path) -> None:
+    text = file.read_text()
+    if "sb3:" in text:
+        pytest.importorskip("stable_baselines3")
+    specs = benchmark.load(benchmark.Options(out=Path("x"), study=file)).specs()
+    assert {s.values["seed"] for s in specs[: len(specs) // 5]} == {0}
+
+
+def test_our_ppo_and_sb3s_have_the_same_settings_in_the_foundation_study() -> None:
+    sb3 = pytest.importorskip("stable_baselines3")
+    specs = benchmark.load(benchmark.Options(out=Path("x"), study=ROOT / "scripts/studies/foundation.yaml")).specs()
+    ours = next(s for s in specs if s.agent == "ppo").config().agent
+    theirs = next(s for s in specs if s.agent == "sb3:ppo").config()
+    arguments, num_envs = benchmark.sb3.model_arguments(theirs.agent)
+    env = benchmark.sb3.as_vec_env(benchmark.envs.make("CartPole-v1", num_envs))
+    model = sb3.PPO("MlpPolicy", env, device="cpu", **arguments)
+    same = ("n_steps", "batch_size", "n_epochs", "gamma", "gae_lambda", "ent_coef", "vf_coef", "max_grad_norm")
+    assert {k: getattr(model, k) for k in same} == {k: getattr(ours, k) for k in same}
+    assert (model.n_envs, model.clip_range(1.0), model.lr_schedule(1.0)) == (16, ours.clip_range, ours.learning_rate)
+    assert model.policy.optimizer.defaults["eps"] == ours.adam_eps
+    assert [tuple(p.shape) for p in model.policy.mlp_extractor.policy_net.parameters()] == [
+        (64, 4), (64,), (64, 64), (64,)
+    ]  # fmt: skip
+    assert not ours.normalise_obs
+    assert not ours.normalise_reward
+
+
+def test_a_finished_study_runs_nothing_again_and_other_settings_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = write(tmp_path)
+    assert benchmark.main(options) == 0
+    (run,) = find_runs([options.out])
+    info = run.info
+    assert (info["env"], info["agent"], info["seed"], info["finished"]["step"]) == ("CartPole-v1", "ppo", 0, 256)
+    assert info["finished"]["steps_per_second"] > 0
+    assert "CartPole-v1 ppo seed 0: training return" in capsys.readouterr().out
+    assert "run folder" in (run.path / "log.txt").read_text()
+    assert [int(row["step"]) for row in read_rows(run.path / "eval.csv")] == [128, 256]
+    monkeypatch.setattr(benchmark, "_launch", lambda *_: pytest.fail("ran again"))
+    assert benchmark.main(options) == 0
+    with pytest.raises(ConfigError, match="total_timesteps: 512 here, 256 there"):
+        benchmark.main(write(tmp_path, total_timesteps=512))
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    options = write(tmp_path, total_timesteps=20_480)
+    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), "--study", str(options.study)]
+    process = subprocess.Popen([*command, "--out", str(options.out)], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not (found := list(options.out.glob("ppo/*/checkpoints/step_*.pt"))):
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "finished" not in RunFolder(found[0].parents[1]).info
+    (spec,) = benchmark.load(options).specs()
+    time.sleep(0.5)  # the run ends with its study: it must not write any more
+    before = len(read_rows(found[0].parents[1] / "progress.csv"))
+    time.sleep(0.5)
+    assert len(read_rows(found[0].parents[1] / "progress.csv")) == before
+    assert benchmark._launch(asdict(spec), str(options.out.resolve()), 1) == 0
+    (run,) = find_runs([options.out])
+    assert run.info["resumes"][0]["step"] == run.info["finished"]["since"] >= 10_240
+    assert run.info["finished"]["step"] == 20_480
+    rows = [row for row in read_rows(run.path / "progress.csv") if row["time/iterations"]]  # others: evaluations
+    assert [int(row["step"]) for row in rows] == [128 * k for k in range(1, 161)]
+
+
+def test_a_failed_run_is_reported_and_the_rest_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = write(tmp_path, seeds=[0, 1])
+    launch = benchmark._launch
+
+    def break_the_first(spec: dict[str, Any], out: str, cores: int) -> int:
+        return launch(spec, out, cores if spec["values"]["seed"] else "no number")  # type: ignore[arg-type]
+
+    monkeypatch.setattr(benchmark, "_launch", break_the_first)
+    assert benchmark.main(options) == 1
+    printed = capsys.readouterr().out
+    assert "CartPole-v1 ppo seed 0: FAILED (exit status 1)" in printed
+    assert "1 of 2 runs failed" in printed
+    (good,) = find_runs([options.out])
+    assert (good.info["seed"], good.info["finished"]["step"]) == (1, 256)
+
+
+def test_an_error_inside_a_run_is_in_its_folder(tmp_path: Path) -> None:
+    (spec,) = study(settings={"ppo": TINY}, env_kwargs={"max_episode_steps": 50}).specs()
+    broken = benchmark.Spec(**asdict(spec) | {"values": spec.values | {"env_kwargs": {"no_such_option": 1}}})
+    assert benchmark._launch(asdict(broken), str(tmp_path), 1) == 1
+    (run,) = find_runs([tmp_path])
+    assert "no_such_option" in run.info["error"]
+    assert "Traceback" in (run.path / "log.txt").read_text()
+    assert benchmark._summary(broken, tmp_path, 1).startswith("FAILED (TypeError")
+    assert benchmark._launch(asdict(broken), str(tmp_path), 1) == 1
+    assert len(find_runs([tmp_path])) == 1, "the run without a checkpoint was not put aside"
+
+
+def test_sb3_writes_folders_that_the_plots_read(tmp_path: Path) -> None:
+    pytest.importorskip("stable_baselines3")
+    options = benchmark.Options(
+        out=tmp_path, agents=("ppo", "sb3:ppo"), envs=("CartPole-v1",), seeds=(0,), total_timesteps=2048, evals=1
+    )
+    ours, theirs = benchmark.load(options).specs()
+    theirs = benchmark_study.Spec(theirs.agent, theirs.label, theirs.values | {"agent": {"n_steps": 1024}})
+    run = benchmark.sb3.run("sb3:ppo", theirs.config(), theirs.root(tmp_path), benchmark.train.timed)
+    assert run.info["finished"]["step"] == 2048
+    assert "as_vec_env" in run.info["environment"]
+    assert theirs.find(tmp_path) is not None
+    assert ours.find(tmp_path) is None
+    curves = load_study([tmp_path]).curves
+    assert [(c.agent, c.seed, list(c.steps)) for c in curves] == [("sb3:ppo", 0, [1024, 2048])]
+    columns = read_columns(run.path / "progress.csv")
+    assert {"rollout/ep_len_mean", "time/fps", "train/approx_kl", "train/explained_variance"} <= columns.keys()
+    evaluation = read_columns(run.path / "eval.csv")
+    assert list(evaluation["step"]) == [2048]
+    assert {"eval/mean_reward", "eval_stochastic/mean_reward"} <= evaluation.keys()
+
+
+def test_an_sb3_argument_that_does_not_exist_is_refused() -> None:
+    pytest.importorskip("stable_baselines3")
+    with pytest.raises(ConfigError, match=r"sb3:ppo: unknown setting 'clip_rnge'.*clip_range"):
+        study(agents=["sb3:ppo"], settings={"sb3:ppo": {"clip_rnge": 0.1}}).specs()
+    with pytest.raises(ValueError, match=r"expected sb3: and one of .*ppo.*got 'sb3:pppo'"):
+        study(agents=["sb3:pppo"]).specs()
+
+
+def test_without_sb3_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "stable_baselines3", None)
+    with pytest.raises(ImportError, match="pip install"):
+        study(agents=["sb3:ppo"]).specs()
+
+
+def test_exit_status_and_environment(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "scripts/benchmark.py"), "--out", str(tmp_path), "--agents", "nobody"]
+    command += ["--envs", "CartPole-v1", "--total-timesteps", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 1
+    assert "error: agent: expected one of" in done.stderr
