@@ -15,7 +15,7 @@ from torch import Tensor
 from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree
 from ccrl.data import Data
 from ccrl.experiment import config as configs
-from ccrl.experiment.callbacks import Callback, EvalCallback, StopOnReward
+from ccrl.experiment.callbacks import Callback, CheckpointCallback, EvalCallback, StopOnReward
 from ccrl.testing.clock import ClockEnv, Episode
 
 __all__ = ["AgentContract", "SpacesEnv", "prepare_rollout"]
@@ -205,6 +205,28 @@ class AgentContract:
         assert loaded.config == agent.config
         assert loaded.num_timesteps == agent.num_timesteps
         assert loaded.ep_rew_mean == agent.ep_rew_mean
+
+    def test_a_loaded_agent_goes_on_as_the_saved_one(self, tmp_path: Path) -> None:
+        agent = self.make_agent()
+        total = 4 * agent.batch_steps
+        agent.learn(total, lambda a: a.save(tmp_path / "a.pt") if a.iteration == 2 else None)
+        loaded = type(agent).load(tmp_path / "a.pt")
+        assert loaded.iteration == 2
+        loaded.learn(total)
+        assert torch.equal(_parameters(loaded), _parameters(agent))
+        assert loaded.num_timesteps == agent.num_timesteps
+        assert loaded.ep_rew_mean == agent.ep_rew_mean
+
+    def test_callback_state_waits_for_its_callback(self, tmp_path: Path) -> None:
+        """Also through a load and a save without training in between."""
+        agent, folder = self.make_agent(), tmp_path / "checkpoints"
+        agent.learn(2 * agent.batch_steps, CheckpointCallback(folder, every=10 * agent.batch_steps))
+        agent.save(tmp_path / "a.pt")
+        type(agent).load(tmp_path / "a.pt").save(tmp_path / "b.pt")
+        callback = CheckpointCallback(folder, every=1)
+        loaded = type(agent).load(tmp_path / "b.pt")
+        loaded.learn(3 * loaded.batch_steps, callback)
+        assert callback.next == 10 * agent.batch_steps
 
     def test_saving_changes_nothing(self, tmp_path: Path) -> None:
         plain, saved = self.make_agent(), self.make_agent()
