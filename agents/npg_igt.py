@@ -90,10 +90,10 @@ class Rule(NamedTuple):
 
 @dataclass(frozen=True)
 class NPGIGTConfig(TrajectoryConfig):
-    """One of the three update rules that need a single rollout per iteration."""
+    """One of the update rules that need a single rollout per iteration."""
 
     variant: str = "npg_igt"
-    """npg_igt, nmpg (no transport) or pg (neither momentum nor normalisation)."""
+    """npg_igt, nmpg (no transport), normalised (no momentum either) or pg (plain gradient)."""
     lookahead_eta: str = "current"
     """npg_igt: the weight in the look-ahead, current (eta_t, the paper) or previous (eta_{t-1}, released code)."""
 
@@ -149,11 +149,12 @@ class MomentumDirection(TrajectoryEstimator):
 
 
 class NPGIGTEstimator(MomentumDirection):
-    """N-PG-IGT, N-MPG and vanilla PG."""
+    """N-PG-IGT, N-MPG, and without momentum: normalised and vanilla PG."""
 
     rules: ClassVar[dict[str, Rule]] = {
         "npg_igt": Rule(1.0, 4 / 5, True),
         "nmpg": Rule(1.0, 2 / 3, True),
+        "normalised": Rule(1.0, None, True),
         "pg": Rule(2 / 3, None, False),
     }
 

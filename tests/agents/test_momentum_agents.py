@@ -70,7 +70,9 @@ def test_oracle_6_no_rewards_no_move(cls, config, variant, monkeypatch):
     assert not agent.estimator.d.any()
 
 
-@pytest.mark.parametrize(("cls", "config", "variant"), [METHODS[0], METHODS[3]], ids=["npg_igt", "nharpg"])
+@pytest.mark.parametrize(
+    ("cls", "config", "variant"), [METHODS[0], METHODS[len(NPGIGTEstimator.rules)]], ids=["npg_igt", "nharpg"]
+)
 def test_oracle_6_without_momentum_both_are_normalised_gradient(cls, config, variant, monkeypatch):
     agent = make(cls, config, variant)
     monkeypatch.setattr(type(agent.estimator), "eta", lambda self, k: torch.ones_like(k))
@@ -85,7 +87,7 @@ def test_oracle_6_without_momentum_both_are_normalised_gradient(cls, config, var
 @pytest.mark.parametrize(("cls", "config", "variant"), METHODS, ids=IDS)
 def test_oracle_6_a_bandit(cls, config, variant):
     """H = 1: a full turn on the best arm."""
-    step = 1.0 if variant in ("npg_igt", "nmpg", "nharpg") else 8.0
+    step = 1.0 if cls.Direction.rules[variant].normalised else 8.0
     agent = make(cls, config, variant, num_envs=64, n_steps=1, learning_rate=step, env_kwargs={"horizon": 1})
     start = agent.env.exact_return(agent.policy)
     train(agent, 30)
