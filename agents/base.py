@@ -242,9 +242,12 @@ class Agent:
             data = self.estimator.prepare(have, self.ctx)
         marks.append(time.perf_counter())
         if self.direction is None:
-            stats |= run_phases(self.estimator, data, self.ctx)
+            update, steps = run_phases(self.estimator, data, self.ctx)
+            stats |= update
+            self.n_updates += steps
         else:
             stats |= self._directed_step(points, data)
+            self.n_updates += 1
         self._check_finite()
         with torch.no_grad():
             self.estimator.after_update(data, stats)
@@ -313,7 +316,6 @@ class Agent:
     def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
         ended = self.collector.stats
         self.episodes.extend(zip(ended.returns.tolist(), ended.lengths.tolist()))
-        self.n_updates += self.gradient_steps()
         start, first = self._started
         elapsed, total = marks[-1] - start, marks[-1] - marks[0]
         share = {"env": self.collector.env_seconds, "policy": marks[1] - marks[0] - self.collector.env_seconds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -236,7 +237,9 @@ class Collector:
         self.fresh_generator.set_state(state["fresh_generator"].cpu())
         self.total_steps, self.fresh_steps = state["total_steps"], state.get("fresh_steps", 0)
         stream = self._stream
-        if "env" not in state:
+        if "env" in state and not self.exact:
+            warnings.warn("this environment cannot restore the saved state: it starts fresh episodes", stacklevel=2)
+        if "env" not in state or not self.exact:
             # a seed that depends on progress: restarting from the first seed would replay the first episodes
             stream.obs = self.env.reset(seed=self.seed + self.total_steps)
             for fact in (stream.step, stream.ended, stream.returns):
@@ -244,8 +247,6 @@ class Collector:
             return
         for name in ("step", "ended", "returns"):
             getattr(stream, name).copy_(state[name])
-        if not self.exact:
-            raise ValueError("the checkpoint holds environment state, but this environment has no load_state_dict")
         self.env.load_state_dict(state["env"])  # type: ignore[attr-defined]
         stream.obs = tree_map(torch.clone, state["obs"])
 

@@ -133,24 +133,27 @@ def check_terms(phases: tuple[Phase, ...], outputs: frozenset[str]) -> None:
                 )
 
 
-def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context) -> Stats:
+def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context) -> tuple[Stats, int]:
     """Every phase, epoch and minibatch on ``data["on"]``; statistics are means over the minibatches of their phase.
+    Also returns the number of gradient steps taken (fewer than planned after an early stop).
 
     With several phases the totals are told apart by name: ``policy_total_loss``, ``critic_grad_norm``.
     """
     stats: Stats = {}
+    steps = 0
     phases = estimator.phases()
     for phase in phases:
         if phase.skip is not None and phase.skip(data["on"]):
             continue
         rows = _run_phase(estimator, phase, data, ctx)
         total = sum(n for _, n in rows)
+        steps += total
         means = {k: torch.stack([r[k] * (n / total) for r, n in rows]).sum() for k in rows[0][0]}
         if len(phases) > 1:
             means[f"{phase.name}_total_loss"] = means.pop("loss")
             means[f"{phase.name}_grad_norm"] = means.pop("grad_norm")
         stats |= means
-    return stats
+    return stats, steps
 
 
 def _run_phase(estimator: Estimator, phase: Phase, data: dict[str, Data], ctx: Context) -> list[tuple[Stats, int]]:

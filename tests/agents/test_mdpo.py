@@ -40,7 +40,7 @@ def test_one_inner_step_is_a_policy_gradient_step(env: str) -> None:
     (-(data["advantage"].flatten() * log_prob).mean()).backward()
     norm = torch.nn.utils.clip_grad_norm_(twin.actor.parameters(), 0.5)
     optimiser.step()
-    stats = run_phases(agent.estimator, {"on": data}, agent.ctx)
+    stats, _ = run_phases(agent.estimator, {"on": data}, agent.ctx)
     torch.testing.assert_close(stats["policy_grad_norm"], norm)
     assert float(stats["kl"]) == pytest.approx(0.0, abs=1e-7)
     for name, value in agent.policy.actor.named_parameters():

@@ -57,7 +57,7 @@ def test_one_update_equals_sb3s(env: str, max_grad_norm: float) -> None:
     theirs.train()
     logged: dict[str, Any] = theirs.logger.name_to_value
 
-    stats = run_phases(ours.estimator, {"on": data}, ours.ctx)
+    stats, _ = run_phases(ours.estimator, {"on": data}, ours.ctx)
     assert 0.02 < stats["clip_fraction"] < 0.98
     for key in ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss"):
         np.testing.assert_allclose(float(stats[key]), logged[f"train/{key}"], rtol=1e-5, atol=1e-5, err_msg=key)
