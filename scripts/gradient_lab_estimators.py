@@ -70,12 +70,13 @@ def _from_paths(setting: Any, weights: Callable[[Data], Tensor]) -> Estimate:
     """``mean_i sum_t weight_ti score_ti`` with the covariance of that mean, from the spread between episodes."""
 
     def estimate(data: Data) -> GradientEstimate:
-        weight = torch.where(data["valid"] > 0, weights(data).double(), 0.0)
-        scores = setting.scores(setting.theta, data, "step").dense()  # [n, T M]
-        paths = (scores * weight.reshape(-1)).reshape(scores.shape[0], *data.shape).sum(1)
-        m = paths.shape[1]
-        matrix = torch.cov(paths) / m if m > 1 else torch.full((len(paths),) * 2, torch.nan, dtype=paths.dtype)
-        matrix = matrix.reshape(len(paths), len(paths))
+        row, column = (data["valid"] > 0).nonzero(as_tuple=True)
+        # valid rows alone: long horizons are mostly empty
+        rows = {name: data[name][row, column].unsqueeze(0) for name in ("obs", "action", "valid")}
+        scores = setting.scores(setting.theta, Data(rows), "step").dense()  # [n, K]
+        n, m = scores.shape[0], data.shape[1]
+        paths = scores.new_zeros(n, m).index_add_(1, column, scores * weights(data)[row, column].double())
+        matrix = torch.cov(paths).reshape(n, n) / m if m > 1 else paths.new_full((n, n), torch.nan)
         return GradientEstimate(paths.mean(1), covariance=lambda v: matrix @ v)
 
     return estimate
@@ -168,9 +169,11 @@ def _bac(setting: Any, episodes: int) -> Estimate:
     from agents.bac import BACConfig, BACEstimator
 
     p = setting.problem
-    config = BACConfig(num_envs=episodes, n_steps=p.horizon, gamma=p.gamma, **({"nu": None, "fisher": "mean"} | p.bac))
+    config = BACConfig(
+        num_envs=episodes, n_steps=p.horizon, gamma=p.gamma, **({"fisher": "mean", "discounted": True} | p.bac)
+    )
     estimator = BACEstimator(config, setting.policy, lambda obs: obs.reshape(obs.shape[0], -1).double())
-    # the integral of the kernel is c_F U if G belongs to the same measure as the gradient: the visits of an episode
+    # the integral of the kernel is c_F U if G belongs to the measure of the gradient: the discounted visits of an episode
     return _prepared(setting, estimator, lambda data, ready: _steps(data))
 
 
