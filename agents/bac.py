@@ -39,6 +39,9 @@ from ccrl.updaters import FlatUpdater, GradientEstimate
 
 __all__ = ["BAC", "BACConfig", "BACEstimator", "GridPolicy"]
 
+EXACT_UP_TO = 4000
+"""Transitions up to which ``solver="auto"`` factorises the kernel matrix."""
+
 
 @dataclass(frozen=True)
 class BACConfig(EpisodicConfig):
@@ -54,8 +57,12 @@ class BACConfig(EpisodicConfig):
     """grid: bumps per state dimension."""
     noise: float = 9.0
     """sigma^2: noise variance of a reward's model."""
-    nu: float | None = 0.1
-    """Threshold of the sparse, recursive posterior; None: the exact one of all transitions."""
+    solver: str = "auto"
+    """exact (Cholesky), cg (conjugate gradients) or sparse (recursion on a dictionary); auto: exact up to 4,000 points,
+    else cg."""
+    nu: float = 0.1
+    """sparse: threshold of the dictionary, in the unit of the kernel. Above the Fisher kernel's size (n / N with
+    fisher=sum) it keeps states and forgets what actions mean."""
     state_scale: float = 1.0
     """c_x: amplitude of the state kernel."""
     fisher_scale: float = 1.0
@@ -75,11 +82,11 @@ class BACConfig(EpisodicConfig):
             raise ValueError(f"policy: expected mlp or grid, got {self.policy!r}")
         if self.fisher not in ("sum", "mean"):
             raise ValueError(f"fisher: expected sum or mean, got {self.fisher!r}")
-        for name in ("noise", "state_scale", "fisher_scale", "lengthscale", "grid"):
+        for name in ("noise", "state_scale", "fisher_scale", "lengthscale", "grid", "nu"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
-        if self.nu is not None and self.nu <= 0.0:
-            raise ValueError(f"nu: expected > 0 or None, got {self.nu}")
+        if self.solver not in ("auto", "exact", "cg", "sparse"):
+            raise ValueError(f"solver: expected auto, exact, cg or sparse, got {self.solver!r}")
 
 
 class StateScale(nn.Module):
@@ -164,10 +171,13 @@ class BACEstimator(Estimator):
             self.kernel, states.shape[1], inverse, state_scale=c.state_scale, fisher_scale=c.fisher_scale
         )
         points = torch.cat([states, scores.T], 1)
-        if c.nu is None:
+        if c.solver == "sparse":
+            column = lambda i: kernel(points, points[i : i + 1]).to_dense()[:, 0]  # noqa: E731
+            return recursive_gptd(column, kernel(points, diag=True), chain, c.noise, c.nu)
+        if c.solver == "exact" or (c.solver == "auto" and len(points) <= EXACT_UP_TO):
             return gptd(kernel(points).to_dense(), chain, c.noise)
-        column = lambda i: kernel(points, points[i : i + 1]).to_dense()[:, 0]  # noqa: E731
-        return recursive_gptd(column, kernel(points, diag=True), chain, c.noise, c.nu)
+        matrix = kernel(points).evaluate_kernel()
+        return gptd(lambda x: matrix @ x, chain, c.noise)
 
 
 class GridPolicy(MLPPolicy):

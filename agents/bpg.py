@@ -55,7 +55,7 @@ class EpisodicConfig(OnPolicyConfig):
     """The longest episode, in steps; what goes on after it is not seen."""
     hidden: tuple[int, ...] = ()
     """Hidden layers of the policy (none: linear). Fisher matrices are n x n: keep it small."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.02
     """beta: size of the steps, which no optimiser rescales."""
     lr_decay: float | None = None
     """c: step j is beta c / (c + j); None: constant."""
@@ -85,8 +85,8 @@ class BPGConfig(EpisodicConfig):
     fisher_rate: float = 0.02
     """running: least weight of a new path; 0 forgets nothing, also not the scores of old policies."""
     damping: float = 1e-6
-    """mean, sum: added to the diagonal."""
-    noise: float = 0.1
+    """mean, sum: added to the diagonal; running: least share of the identity it started from."""
+    noise: float = 10.0
     """sigma^2: noise variance of a return, in the unit of the amplitude."""
     amplitude: float = 1.0
     """Prior variance that multiplies the kernel. The mean depends on noise / amplitude alone."""
@@ -175,5 +175,5 @@ class BPG(Agent):
 def make_fisher(config: Any, size: int) -> Fisher:
     """The estimate that ``config.fisher`` names, for ``size`` parameters."""
     if config.fisher == "running":
-        return RunningFisher(size, config.fisher_rate)
+        return RunningFisher(size, config.fisher_rate, config.damping)
     return BatchFisher(config.fisher, config.damping)

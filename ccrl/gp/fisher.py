@@ -85,21 +85,26 @@ class RunningFisher(Fisher):
     """``G <- (1 - z) G + z u u^T`` over every score ever seen, its inverse by Sherman-Morrison, from ``G = I``.
 
     ``z = max(rate, 1 / (i + 1))`` after ``i`` scores: the identity counts as one sample, and with ``rate > 0`` old
-    policies are forgotten. State is two buffers: checkpointed.
+    policies are forgotten. The identity's share stays at least ``damping``: where no score ever points (a softmax has
+    such directions) ``G`` would fall to 0 and its inverse overflow. State is buffers: checkpointed.
     """
 
     matrix: Tensor
     inverse: Tensor
     count: Tensor
+    share: Tensor
 
-    def __init__(self, size: int, rate: float = 0.0) -> None:
+    def __init__(self, size: int, rate: float = 0.0, damping: float = 1e-6) -> None:
         super().__init__()
         if not 0.0 <= rate < 1.0:
             raise ValueError(f"RunningFisher: expected a rate in [0, 1), got {rate}")
-        self.rate = rate
+        if damping <= 0.0:
+            raise ValueError(f"RunningFisher: expected damping > 0, got {damping}")
+        self.rate, self.damping = rate, damping
         self.register_buffer("matrix", torch.eye(size, dtype=torch.float64))
         self.register_buffer("inverse", torch.eye(size, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("share", torch.ones((), dtype=torch.float64))
 
     def estimate(self, scores: Tensor, weight: Tensor | None = None) -> FisherEstimate:
         if scores.shape[0] != self.matrix.shape[0]:
@@ -107,11 +112,16 @@ class RunningFisher(Fisher):
         scaled = scores if weight is None else scores * weight.sqrt()
         for u in scaled.to(self.matrix).unbind(1):
             self._add(u)
+        if bool(self.share < self.damping):
+            self.matrix.diagonal().add_(self.damping - self.share)
+            self.share.fill_(self.damping)
+            self.inverse.copy_(symmetric_inverse(self.matrix, rtol=0.0))
         return FisherEstimate(self.matrix.to(scores), self.inverse.to(scores))
 
     def _add(self, u: Tensor) -> None:
         self.count += 1.0
         z = (1.0 / (self.count + 1.0)).clamp_min(self.rate)
         v = self.inverse @ u
+        self.share.mul_(1.0 - z)
         self.matrix.mul_(1.0 - z).addr_(u, z * u)
         self.inverse.addr_(v, v * (-z / (1.0 - z + z * (u @ v)))).div_(1.0 - z)

@@ -35,13 +35,13 @@ class TestBPGNatural(TestBPG):
 
 class TestBAC(AgentContract):
     agent = BAC
-    config = BACConfig(normalise_obs=True, **EPISODIC)
+    config = BACConfig(solver="sparse", nu=1e-3, normalise_obs=True, **EPISODIC)
     env_id = "Pendulum-v1"
     single_env = partial(gymnasium.make, "Pendulum-v1")
 
 
-class TestBACExact(TestBAC):
-    config = BACConfig(nu=None, natural=True, discounted=True, fisher="mean", **EPISODIC)
+class TestBACNatural(TestBAC):
+    config = BACConfig(solver="cg", natural=True, discounted=True, fisher="mean", **EPISODIC)
     env_id = "CartPole-v1"
     single_env = partial(gymnasium.make, "CartPole-v1")
 

@@ -1,0 +1,168 @@
+"""BAC: the batch posterior it must equal, the random walk of the sheet, its policy on a grid."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("gpytorch")
+
+import envs  # noqa: F401  (registers ids)
+from agents.bac import BAC, BACConfig, GridPolicy, StateScale
+from ccrl.gp.fisher import BatchFisher
+from ccrl.gp.gptd import Chain, gptd
+from ccrl.policies import MLPPolicy
+from ccrl.testing import ClockEnv, Episode
+
+DOUBLE = torch.float64
+
+
+def rollout(agent: BAC) -> tuple[Tensor, object]:
+    theta = agent.updaters["policy"].flat
+    (request,) = agent.estimator.plan({"on": theta}, {}, agent.ctx)
+    return theta, agent.estimator.prepare({"on": agent.collector.collect(request, agent.policy)}, agent.ctx)["on"]
+
+
+def test_on_terminating_episodes_it_is_regression_on_returns() -> None:
+    """mean = c_F U (K + sigma^2 I)^-1 g with discounted returns to go g, by hand."""
+    config = BACConfig(num_envs=3, n_steps=20, gamma=0.9, noise=0.5, state_scale=2.0, fisher_scale=0.3, fisher="mean")
+    env = ClockEnv([[Episode(0, 4)], [Episode(1, 2)], [Episode(3, 5)]])
+    agent = BAC(env, config)
+    theta, data = rollout(agent)
+    estimate = agent.estimator.gradient(theta, data, agent.ctx)
+    u = agent.ctx.scores(theta.double(), data, "step").dense()
+    assert u.shape[1] == 4 + 2 + 5
+    fisher = BatchFisher("mean", 1e-6).estimate(u)
+    x = agent.estimator.states(data["obs"][0])
+    k = 2.0 * torch.exp(-0.5 * (x - x.T).square()) + 0.3 * u.T @ fisher.inverse @ u
+    returns = torch.tensor([sum(0.9**t for t in range(n - i)) for n in (4, 2, 5) for i in range(n)], dtype=DOUBLE)
+    weights = torch.linalg.inv(k + 0.5 * torch.eye(len(k), dtype=DOUBLE))
+    assert torch.allclose(estimate.mean, 0.3 * u @ weights @ returns, atol=1e-8)
+    covariance = 0.3 * fisher.matrix - 0.09 * u @ weights @ u.T
+    v = torch.randn(len(theta), dtype=DOUBLE)
+    assert torch.allclose(estimate.covariance(v), covariance @ v, atol=1e-8)
+    eigenvalues = torch.linalg.eigvalsh(covariance)
+    assert float(eigenvalues.min()) > -1e-10
+    assert float(torch.linalg.eigvalsh(0.3 * fisher.matrix - covariance).min()) > -1e-10
+
+
+def test_solvers_agree() -> None:
+    """On a rollout with a truncated episode; the dictionary spans at a tiny threshold."""
+    estimates = []
+    for solver in ("exact", "cg", "sparse"):
+        config = BACConfig(num_envs=2, n_steps=12, solver=solver, nu=1e-11, fisher="mean", noise=0.5)
+        agent = BAC("Pendulum-v1", config, seed=4)
+        theta, data = rollout(agent)
+        estimates.append(agent.estimator.gradient(theta, data, agent.ctx))
+    v = torch.randn(len(theta), dtype=DOUBLE)
+    for other in estimates[1:]:
+        assert torch.allclose(other.mean, estimates[0].mean, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(other.covariance(v), estimates[0].covariance(v), rtol=1e-4, atol=1e-5)
+
+
+def test_a_state_kernel_alone_changes_no_prior() -> None:
+    """It integrates to 0 against the scores: B and B0 stay c_F U and c_F G (oracle 9), the prior is c_F G."""
+    agent = BAC("CartPole-v1", BACConfig(num_envs=2, n_steps=5, noise=1e12, state_scale=50.0, fisher="mean"))
+    theta, data = rollout(agent)
+    estimate = agent.estimator.gradient(theta, data, agent.ctx)
+    u = agent.ctx.scores(theta.double(), data, "step").dense()[:, data["rewarded"][0]]
+    prior = BatchFisher("mean", 1e-6).estimate(u).matrix
+    v = torch.randn(len(theta), dtype=DOUBLE)
+    assert torch.allclose(estimate.covariance(v), prior @ v, atol=1e-8)
+    assert float(estimate.mean.norm()) < 1e-6
+
+
+def test_discounting_weights_late_scores_less() -> None:
+    agents = [
+        BAC("CartPole-v1", BACConfig(num_envs=2, n_steps=8, gamma=0.5, discounted=d, noise=1e12, fisher="sum"))
+        for d in (False, True)
+    ]
+    theta, data = rollout(agents[0])
+    u = agents[0].ctx.scores(theta.double(), data, "step").dense()
+    keep, t = data["rewarded"][0], data["t"][0].double()
+    v = torch.randn(len(theta), dtype=DOUBLE)
+    for agent, weight in zip(agents, (torch.ones_like(t), 0.5**t)):
+        prior = (u * weight)[:, keep] @ u[:, keep].T @ v + 1e-6 * v
+        assert torch.allclose(agent.estimator.gradient(theta, data, agent.ctx).covariance(v), prior, atol=1e-6)
+
+
+def test_angles_on_the_random_walk() -> None:
+    """bpg sheet, section 6, at theta = 0: BAC about 39 degrees at M = 5, Monte Carlo about 66."""
+    exact = torch.tensor(  # oracle 7
+        [2.788443, 7.104811, 10.018874, 11.767300, 12.492091, 12.252110, 11.027868, 8.719936, 5.140872], dtype=DOUBLE
+    )
+    generator = torch.Generator().manual_seed(0)
+
+    def angle(v: Tensor) -> float:
+        return float(torch.rad2deg(torch.acos((v @ exact / (v.norm() * exact.norm())).clamp(-1, 1))))
+
+    bac, mc = [], []
+    for _ in range(40):
+        states, right, follows, times = [], [], [], []
+        for _ in range(5):
+            x, t = 0, 0
+            while x < 9:
+                right.append(bool(torch.rand((), generator=generator) < 0.5))
+                states.append(x)
+                times.append(t)
+                x, t = (x + 1 if right[-1] else max(0, x - 1)), t + 1
+                follows.append(x < 9)
+        n, place = len(states), torch.tensor(states)
+        u = torch.zeros(9, n, dtype=DOUBLE)
+        u[place, torch.arange(n)] = torch.where(torch.tensor(right), 0.5, -0.5).double()
+        distance = (place[:, None] - place).double()
+        k = 100.0 * torch.exp(-distance.square() / 18.0) + u.T @ BatchFisher("sum").estimate(u).inverse @ u
+        flags = torch.ones(n, dtype=torch.bool), torch.tensor(follows)
+        steps = Chain(-torch.ones(n, dtype=DOUBLE), *flags, 0.99)
+        bac.append(angle(u @ gptd(k, steps, 1.0).alpha))
+        mc.append(angle(u @ (steps.returns() * 0.99 ** torch.tensor(times))))
+    assert sum(bac) / 40 == pytest.approx(39.0, abs=5.0)
+    assert sum(mc) / 40 > 55.0
+
+
+def test_the_grid_policy() -> None:
+    """4 x 4 bumps per action at (i - .5) / 4 of the scaled state, 1.3 * 0.25 wide; one at a centre is 1."""
+    space = gym.spaces.Box(torch.tensor([-1.2, -0.07]).numpy(), torch.tensor([0.5, 0.07]).numpy())
+    policy = GridPolicy(space, gym.spaces.Discrete(2), 4)
+    assert sum(p.numel() for p in policy.parameters()) == 32
+    centre = torch.tensor([[-1.2 + 1.7 * 0.125, -0.07 + 0.14 * 0.375]])
+    features = policy.features(centre, "actor")[0]
+    assert features.argmax() == 1
+    assert float(features[1]) == pytest.approx(1.0, abs=1e-6)
+    assert float(features[2]) == pytest.approx(float(torch.exp(torch.tensor(-0.5 / 1.3**2))), abs=1e-5)
+    assert torch.equal(policy.params(centre)["logits"], torch.zeros(1, 2))
+    with pytest.raises(ValueError, match="finite bounds"):
+        GridPolicy(gym.spaces.Box(-torch.inf, torch.inf, (2,)), gym.spaces.Discrete(2), 4)
+
+
+def test_states_are_scaled_by_their_bounds() -> None:
+    space = gym.spaces.Box(torch.tensor([-2.0, -torch.inf]).numpy(), torch.tensor([2.0, torch.inf]).numpy())
+    policy = MLPPolicy(space, gym.spaces.Discrete(2), hidden=())
+    assert StateScale(space, policy)(torch.tensor([[0.0, 7.0]])).tolist() == [[0.5, 7.0]]
+    discrete = gym.spaces.Discrete(3)
+    policy = MLPPolicy(discrete, gym.spaces.Discrete(2), hidden=())
+    assert StateScale(discrete, policy)(torch.tensor([2])).tolist() == [[0.0, 0.0, 1.0]]
+
+
+def test_it_learns_the_cart_pole() -> None:
+    agent = BAC("CartPole-v1", BACConfig(num_envs=5, noise=1.0, fisher="mean", learning_rate=2.0), seed=0)
+    agent.learn(500)
+    early = agent.ep_rew_mean
+    agent.learn(8000)
+    agent.episodes.clear()
+    agent.learn(agent.num_timesteps + 1)
+    assert agent.ep_rew_mean > 2.0 * early
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"policy": "tree"}, {"fisher": "running"}, {"solver": "svd"}, {"noise": 0.0}, {"nu": 0.0}, {"grid": 0},
+        {"lengthscale": 0.0}, {"state_scale": 0.0}, {"fisher_scale": -1.0},
+    ],
+)  # fmt: skip
+def test_wrong_settings(wrong: dict) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        BACConfig(**wrong)
