@@ -6,6 +6,7 @@ by the squared error of the value head. For the policy update everything here is
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -118,7 +119,7 @@ class DeepKernel(nn.Module):
         }
 
     def get_extra_state(self) -> Any:
-        return self._adam.state_dict()
+        return copy.deepcopy(self._adam.state_dict())  # the optimiser hands out, and takes, its own tensors
 
     def set_extra_state(self, state: Any) -> None:
         self._adam.load_state_dict(state)

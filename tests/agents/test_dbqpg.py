@@ -196,7 +196,7 @@ def test_fitting_explains_the_targets_and_the_returns() -> None:
     ]
     assert float(rows[-1]["log_likelihood"]) > float(rows[0]["log_likelihood"]) + 0.3
     assert float(rows[-1]["value_loss"]) < 0.3 * float(rows[0]["value_loss"])
-    assert float(deep.noise) >= deep.min_noise
+    assert deep.noise.item() >= deep.min_noise
     copy = DeepKernel(2, (16,), 3)
     copy.load_state_dict(deep.state_dict())  # with the moments of its optimiser
     for model in (deep, copy):
