@@ -149,12 +149,24 @@ class FlatUpdater:
     @torch.no_grad()
     def apply(self, estimate: GradientEstimate) -> Stats:
         """Clip and one Adam step along ``-estimate.mean``. A non-finite gradient changes nothing and clears
-        ``self.finite``, which the agent reads once per iteration."""
-        flat, m, v, norm, ok = self._adam(self.flat, self.exp_avg, self.exp_avg_sq, self.t, self.lr, estimate.mean)
-        for old, new in ((self.flat, flat), (self.exp_avg, m), (self.exp_avg_sq, v)):
-            old.copy_(new)
-        self.t.add_(ok)
-        self.finite.logical_and_(ok)
+        ``self.finite``, which the agent reads once per iteration.
+
+        In place, so on an accelerator the host waits three times a step; the compiled path never does.
+        """
+        grad = estimate.mean
+        norm = torch.linalg.vector_norm(grad)
+        if not bool(norm.isfinite()):
+            self.finite.fill_(False)
+            return estimate.stats | {"grad_norm": norm}
+        if self.max_grad_norm is not None:
+            grad = grad * (self.max_grad_norm / (norm + 1e-6)).clamp_max(1.0)
+        self.t.add_(1.0)
+        b1, b2 = self.betas
+        t, lr = float(self.t), float(self.lr)
+        self.exp_avg.lerp_(grad, 1.0 - b1)
+        self.exp_avg_sq.mul_(b2).addcmul_(grad, grad, value=1.0 - b2)
+        root = self.exp_avg_sq.sqrt().div_(math.sqrt(1.0 - b2**t)).add_(self.eps)
+        self.flat.addcdiv_(self.exp_avg, root, value=-lr / (1.0 - b1**t))
         return estimate.stats | {"grad_norm": norm}
 
     def _adam(
@@ -250,7 +262,9 @@ class FlatUpdater:
             assert out is not None
             return out
 
-        compiled: Callable[..., Tensor] = torch.compile(steps, dynamic=False)
+        # a graph of small kernels spends a fifth of its time in a wrapper written in Python
+        options: dict[str, Any] = {"cpp_wrapper": True} if self.flat.device.type == "cpu" else {}
+        compiled: Callable[..., Tensor] = torch.compile(steps, dynamic=False, options=options)
         return compiled
 
     # -- state --------------------------------------------------------------------------------------------------------

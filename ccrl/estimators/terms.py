@@ -74,6 +74,8 @@ def surrogate(terms: tuple[Term, ...], evaluation: Evaluation, batch: Data) -> t
     for term in terms:
         level = term.ratio(evaluation, batch)
         advantage = batch[term.advantage] if term.advantage is not None else torch.zeros_like(level.valid)
+        # a coefficient that is the constant 0 is there for its statistic: no backward pass through it
+        off = isinstance(term.coef, float | int) and term.coef == 0
         element = term.loss(level, advantage, evaluation, batch)
         if term.weight is not None:
             element = element * batch[term.weight]
@@ -84,6 +86,8 @@ def surrogate(terms: tuple[Term, ...], evaluation: Evaluation, batch: Data) -> t
             with torch.no_grad():
                 extra = term.stats(level, advantage, evaluation, batch)
                 stats |= {k: _weighted_sum(weights, v).detach() for k, v in extra.items()}
+        if off:
+            continue
         total = term.coef * value if total is None else total + term.coef * value
     if total is None:
         raise ValueError("surrogate: expected at least one term, got none")
@@ -92,4 +96,5 @@ def surrogate(terms: tuple[Term, ...], evaluation: Evaluation, batch: Data) -> t
 
 
 def _weighted_sum(weights: Tensor, element: Tensor) -> Tensor:
-    return torch.where(weights != 0, weights * element, torch.zeros_like(element)).sum()
+    # masked, not multiplied by 0: a garbage element may be infinite
+    return (weights * element.masked_fill(weights == 0, 0.0)).sum()
