@@ -37,21 +37,16 @@ from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.directions import line_search, natural_step, trust_region_step
 from ccrl.estimators.scores import Scores
 from ccrl.estimators.stages import Gae, Standardise, Values
-from ccrl.gp.lowrank import Eigen, randomised_eigh, randomised_right_svd
+from ccrl.gp.deep_quadrature import GradientSystem, StateGram
+from ccrl.gp.lowrank import Eigen, Product, randomised_eigh, randomised_right_svd
 from ccrl.gp.posterior import Covariance
-from ccrl.gp.solve import CG, MAX_TOLERANCE, Cholesky, LowRank, Solver, pivoted_cholesky
+from ccrl.gp.solve import MAX_TOLERANCE
 from ccrl.gp.uncertainty import shrink, stretch
 from ccrl.packages import require
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import FlatUpdater, GradientEstimate, Stats
 
-__all__ = ["DBQPG", "DBQPGConfig", "DBQPGEstimator", "GradientSystem"]
-
-EXACT_UP_TO = 2000
-"""Transitions up to which ``solver="auto"`` factorises the kernel matrix; above, it takes the low-rank solver."""
-NYSTROEM_RANK = 300
-"""Largest rank of the state kernel's factor in the low-rank solver."""
-PRECONDITIONER_RANK = 50
+__all__ = ["DBQPG", "DBQPGConfig", "DBQPGEstimator"]
 
 
 @dataclass(frozen=True)
@@ -87,7 +82,7 @@ class DBQPGConfig(OnPolicyConfig):
     stretch_limit: float = 3.0
     """eps: most that UAPG lengthens a direction."""
     solver: str = "auto"
-    """exact, cg, low_rank; auto: exact up to 2,000 transitions, else low_rank."""
+    """exact, cg, low_rank; auto: low_rank where its error is below 1e-4, else exact up to 4,000, else cg."""
     cg_tolerance: float = 1e-6
     """cg: relative residual, at most 1e-4."""
     kernel_hidden: tuple[int, ...] = (64, 48)
@@ -128,67 +123,6 @@ class DBQPGConfig(OnPolicyConfig):
             )
         if self.normalise_reward:
             raise ValueError("normalise_reward: targets are standardised; expected False, got True")
-
-
-class GradientSystem:
-    """The linear algebra of one batch: L, S and the inverse natural covariance, through products with the scores.
-
-    :param up, down: ``U w`` for ``w [N, k]`` and ``U^T v`` for ``v [n, k]``.
-    :param gram: ``K_s [N, N]``.
-    :param right: leading right singular vectors of U, ``[N, r]``; ``K_F = N V V^T``.
-    """
-
-    def __init__(
-        self,
-        up: Callable[[Tensor], Tensor],
-        down: Callable[[Tensor], Tensor],
-        gram: Tensor,
-        right: Tensor,
-        *,
-        c1: float,
-        c2: float,
-        noise: float,
-        solver: str = "exact",
-        tolerance: float = 1e-6,
-    ) -> None:
-        self.up, self.down, self.c1, self.c2, self.noise = up, down, c1, c2, noise
-        self.count = gram.shape[0]
-        self.gram, self.kind, self.tolerance = gram, solver, tolerance
-        self.fisher_root = right * math.sqrt(c2 * self.count)
-        self.solver = self._solver(self.fisher_root)
-
-    def weights(self, targets: Tensor) -> Tensor:
-        """``c2 W A [N]``: what takes the place of the advantages (over N)."""
-        return self.c2 * self.solver.solve(targets)
-
-    def covariance(self, v: Tensor) -> Tensor:
-        """``S v`` for ``v [n, k]``; positive semidefinite and below the prior ``c2 G``."""
-        along = self.down(v)
-        return self.up(self.c2 / self.count * along - self.c2**2 * self.solver.solve(along))
-
-    def natural_precision(self, v: Tensor) -> Tensor:
-        """``(G^-1 S G^-1)^-1 v`` for ``v [n, k]``."""
-        if not hasattr(self, "_state_solver"):
-            self._state_solver = self._solver(self.fisher_root[:, :0])
-        along = self.down(v)
-        return self.up(along / (self.c2 * self.count) + self._state_solver.solve(along))
-
-    def _solver(self, fisher_root: Tensor) -> Solver:
-        """Of ``c1 K_s + R R^T + sigma^2 I``."""
-        if self.kind == "exact":
-            matrix = self.c1 * self.gram + fisher_root @ fisher_root.T
-            matrix.diagonal().add_(self.noise)
-            return Cholesky(matrix)
-        rank = NYSTROEM_RANK if self.kind == "low_rank" else PRECONDITIONER_RANK
-        state_root = math.sqrt(self.c1) * pivoted_cholesky(lambda i: self.gram[:, i], self.gram.diagonal(), rank)
-        factored = LowRank(torch.cat([state_root, fisher_root], 1), self.noise)
-        if self.kind == "low_rank":
-            return factored
-
-        def matvec(x: Tensor) -> Tensor:
-            return self.c1 * (self.gram @ x) + fisher_root @ (fisher_root.T @ x) + self.noise * x
-
-        return CG(matvec, tolerance=self.tolerance, preconditioner=factored)
 
 
 class DBQPGEstimator(Estimator):
@@ -238,10 +172,9 @@ class DBQPGEstimator(Estimator):
         up, down = _products(self.scores, kept, data.shape)
         phi = self.deep.features(self._inputs(tree_map(rows, data["obs"])))
         count = kept.shape[0]
-        solver = c.solver if c.solver != "auto" else "exact" if count <= EXACT_UP_TO else "low_rank"
         self.system = GradientSystem(
-            up, down, self.deep.gram(phi), rows(data["whitened"]) / math.sqrt(count), c1=c.state_scale,
-            c2=c.fisher_scale, noise=float(self.deep.noise), solver=solver, tolerance=c.cg_tolerance,
+            up, down, StateGram(self.deep.kernel, phi), rows(data["whitened"]) / math.sqrt(count), c1=c.state_scale,
+            c2=c.fisher_scale, noise=float(self.deep.noise), solver=c.solver, tolerance=c.cg_tolerance,
         )  # fmt: skip
         weights = self.system.weights(rows(data["target"]).double())
         self.weight = _scatter(weights, kept, data.shape)
@@ -250,7 +183,7 @@ class DBQPGEstimator(Estimator):
         return GradientEstimate(mean, {"gradient_norm": mean.norm()}, covariance)
 
     @staticmethod
-    def _covariance(system: GradientSystem) -> Callable[[Tensor], Tensor]:
+    def _covariance(system: GradientSystem) -> Product:
         return lambda v: system.covariance(v.unsqueeze(-1)).squeeze(-1) if v.dim() == 1 else system.covariance(v)
 
     def _inputs(self, obs: Tree) -> Tensor:
@@ -287,9 +220,7 @@ def _scatter(x: Tensor, kept: Tensor, shape: tuple[int, int]) -> Tensor:
     return out.reshape(*shape, *x.shape[1:])
 
 
-def _products(
-    scores: Scores, kept: Tensor, shape: tuple[int, int]
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+def _products(scores: Scores, kept: Tensor, shape: tuple[int, int]) -> tuple[Product, Product]:
     """``U w`` and ``U^T v`` on matrices, over the kept rows."""
 
     def up(w: Tensor) -> Tensor:
@@ -333,7 +264,7 @@ class DBQPGDirection:
         estimate.stats["line_search"] = torch.tensor(share)
         return found
 
-    def _leading(self, product: Callable[[Tensor], Tensor], like: Tensor, ctx: Context) -> Eigen:
+    def _leading(self, product: Product, like: Tensor, ctx: Context) -> Eigen:
         return randomised_eigh(product, like.shape[0], self.config.rank, ctx.generator, like=like)
 
     def _surrogate(self, data: Data, ctx: Context) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

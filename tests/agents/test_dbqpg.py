@@ -9,9 +9,11 @@ from torch import Tensor
 pytest.importorskip("gpytorch")
 
 import envs  # noqa: F401  (registers ids)
-from agents.dbqpg import DBQPG, DBQPGConfig, GradientSystem
+from agents.dbqpg import DBQPG, DBQPGConfig
 from ccrl.data import Data
 from ccrl.gp.deep_kernel import DeepKernel, log_marginal_likelihood
+from ccrl.gp.deep_quadrature import GradientSystem, StateGram
+from ccrl.gp.kernels import rbf
 
 DOUBLE = torch.float64
 N, SIZE = 30, 4
@@ -24,12 +26,12 @@ def system(
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(SIZE, N, generator=generator, dtype=DOUBLE)
     x = torch.rand(N, generator=generator, dtype=DOUBLE)
-    gram = torch.exp(-0.5 * (x[:, None] - x).square())
+    gram = StateGram(rbf(1.0), x.unsqueeze(1))
     right = torch.linalg.svd(u, full_matrices=False).Vh.T
     made = GradientSystem(
         lambda w: u @ w, lambda v: u.T @ v, gram, right, c1=c1, c2=c2, noise=noise, solver=solver, tolerance=1e-10
     )
-    return made, u, gram
+    return made, u, torch.exp(-0.5 * (x[:, None] - x).square())
 
 
 def weights(u: Tensor, gram: Tensor, c1: float = 1.0, c2: float = 0.3, noise: float = 0.2) -> Tensor:
@@ -66,14 +68,38 @@ def test_the_inverse_natural_covariance(solver: str) -> None:
 
 def test_the_covariance_is_positive_and_below_the_prior() -> None:
     """Also with a Fisher kernel of lower rank than the scores."""
-    _, u, gram = system()
+    whole, u, _ = system()
     right = torch.linalg.svd(u, full_matrices=False).Vh.T[:, :2]
-    made = GradientSystem(lambda w: u @ w, lambda v: u.T @ v, gram, right, c1=1.0, c2=0.3, noise=0.2)
+    made = GradientSystem(lambda w: u @ w, lambda v: u.T @ v, whole.gram, right, c1=1.0, c2=0.3, noise=0.2)
     covariance = made.covariance(torch.eye(SIZE, dtype=DOUBLE))
     prior = 0.3 * u @ u.T / N
     assert float(torch.linalg.eigvalsh(prior - covariance).min()) > -1e-10
-    full = system()[0].covariance(torch.eye(SIZE, dtype=DOUBLE))
+    full = whole.covariance(torch.eye(SIZE, dtype=DOUBLE))
     assert float(torch.linalg.eigvalsh(full).min()) > -1e-10
+
+
+def test_the_low_rank_solver_never_sees_the_kernel_matrix() -> None:
+    made, _, _ = system(solver="low_rank")
+    made.weights(torch.randn(N, dtype=DOUBLE))
+    made.natural_precision(torch.eye(SIZE, dtype=DOUBLE))
+    assert "dense" not in vars(made.gram)
+    with pytest.raises(ValueError, match="solver"):
+        system(solver="lu")
+
+
+@pytest.mark.parametrize(("lengthscale", "kind"), [(1.0, "low_rank"), (1e-4, "exact")])
+def test_the_solver_is_chosen_by_the_rank_of_the_kernel(lengthscale: float, kind: str) -> None:
+    x = torch.rand(600, 1, dtype=DOUBLE)
+    gram, u = StateGram(rbf(lengthscale), x), torch.randn(2, 600, dtype=DOUBLE)
+    right = torch.linalg.svd(u, full_matrices=False).Vh.T
+    systems = [
+        GradientSystem(lambda w: u @ w, lambda v: u.T @ v, gram, right, c1=1.0, c2=0.1, noise=1e-3, solver=s)
+        for s in ("auto", "exact")
+    ]
+    assert systems[0].kind == kind
+    y = torch.randn(600, dtype=DOUBLE)
+    first, second = (each.weights(y) for each in systems)
+    assert float((first - second).norm()) <= 1e-4 * float(second.norm())
 
 
 # -- the agent --------------------------------------------------------------------------------------------------------
