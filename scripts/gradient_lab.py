@@ -186,12 +186,17 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def figure(rows: list[dict[str, Any]], title: str, command: str) -> Figure:
     """Angle, error, coverage and time against the number of episodes."""
-    panels = (("angle", False), ("rmse", True), ("coverage", False), ("ms", True))
+    panels = (
+        ("angle", False, "angle to the true gradient, degrees"),
+        ("rmse", True, "root mean squared error over |g|"),
+        ("coverage", False, "coverage of 95 % intervals"),
+        ("ms", True, "milliseconds per estimate"),
+    )
     names = list(dict.fromkeys(row["estimator"] for row in rows))
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         page = Figure(figsize=(9.0, 6.4), layout="constrained")
         axes = page.subplots(2, 2)
-        for axis, (column, log) in zip(axes.flat, panels):
+        for axis, (column, log, heading) in zip(axes.flat, panels):
             for i, name in enumerate(names):
                 mine = [row for row in rows if row["estimator"] == name and not math.isnan(row[column])]
                 x, y = [row["episodes"] for row in mine], [row[column] for row in mine]
@@ -208,7 +213,7 @@ def figure(rows: list[dict[str, Any]], title: str, command: str) -> Figure:
             axis.minorticks_off()
             if log:
                 axis.set_yscale("log")
-            axis.set_title(COLUMNS[column].split(" (")[0].split(",")[0], loc="left", fontsize=9)
+            axis.set_title(heading, loc="left", fontsize=9)
             axis.set_xlabel("episodes per estimate")
             axis.grid(color="#E6E6E6")
         axes[0, 0].set_ylim(bottom=0)

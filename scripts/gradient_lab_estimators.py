@@ -173,7 +173,7 @@ def _bac(setting: Any, episodes: int) -> Estimate:
         num_envs=episodes, n_steps=p.horizon, gamma=p.gamma, **({"fisher": "mean", "discounted": True} | p.bac)
     )
     estimator = BACEstimator(config, setting.policy, lambda obs: obs.reshape(obs.shape[0], -1).double())
-    # the integral of the kernel is c_F U if G belongs to the measure of the gradient: the discounted visits of an episode
+    # the kernel integrates to c_F U if G belongs to the measure of the gradient: the discounted visits of an episode
     return _prepared(setting, estimator, lambda data, ready: _steps(data))
 
 
