@@ -76,7 +76,7 @@ class EpisodicConfig(OnPolicyConfig):
 
 @dataclass(frozen=True)
 class BPGConfig(EpisodicConfig):
-    """Model 2 with a constant and a Fisher matrix that remembers past iterations."""
+    """Model 2 on returns less their mean, with a Fisher matrix that remembers past iterations."""
 
     model: int = 2
     """1: a process on R u; 2: on R."""
