@@ -326,3 +326,38 @@ def test_ship_leaves_the_harbour(dtype):
     env.reset(seed=0)
     results = [env.step(torch.zeros(1, 1)) for _ in range(84)]  # 1.8 per action, 150 / 1.8 = 83.3
     assert [r.reward.item() for r in results[-2:]] == [-1.0, -100.0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", envs.OWN)
+def test_steps_on_a_gpu(name):
+    """The torch half of the code: states, tables and rewards stay on the device."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    env = envs.make(f"ccrl/{name}", 8, device="cuda", seed=0)
+    shape = (8, *env.single_action_space.shape)
+    action = torch.zeros(shape, device="cuda", dtype=torch.float32 if len(shape) > 1 else torch.int64)
+    for _ in range(30):
+        result = env.step(action)
+    assert result.obs.is_cuda
+    assert result.reward.is_cuda
+    assert result.obs.isfinite().all()
+
+
+def test_the_torch_half_agrees_with_numpy():
+    """What a GPU runs, on the CPU: the transition as torch operations on the same state and noise."""
+    for make, actions in (
+        (LQR, torch.randn(6, 1)),
+        (RandomMDP, torch.arange(6) % 3),
+        (ShipSteering, torch.randn(6, 1)),
+    ):
+        ours, theirs = make(6), make(6)
+        theirs.xp, theirs._types = torch, (torch.float32, torch.float32)
+        for name in ("_next", "_first", "_rewards", "_ends"):
+            if hasattr(theirs, name):
+                setattr(theirs, name, torch.as_tensor(getattr(theirs, name)))
+        for env in (ours, theirs):
+            env.reset(seed=3)
+            results = [env.step(actions) for _ in range(10)]
+            env.last = torch.cat([results[-1].obs, results[-1].reward[:, None]], 1)
+        torch.testing.assert_close(ours.last, theirs.last)
