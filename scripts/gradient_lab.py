@@ -211,6 +211,7 @@ def figure(rows: list[dict[str, Any]], title: str, command: str) -> Figure:
             ticks = sorted({row["episodes"] for row in rows})
             axis.set_xticks(ticks, [str(t) for t in ticks])
             axis.minorticks_off()
+            axis.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
             if log:
                 axis.set_yscale("log")
             axis.set_title(heading, loc="left", fontsize=9)
