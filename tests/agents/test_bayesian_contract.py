@@ -51,7 +51,7 @@ STREAM = {"num_envs": 2, "n_steps": 15, "hidden": (4,), "compile": "off", "rank"
 
 class TestDBQPG(AgentContract):
     agent = DBQPG
-    config = DBQPGConfig(**STREAM)
+    config = DBQPGConfig(update="natural", **STREAM)
     env_id = "CartPole-v1"
     single_env = partial(gymnasium.make, "CartPole-v1")
 

@@ -159,6 +159,19 @@ def test_uncertainty_changes_the_step(update: str) -> None:
     assert float(flats[0] @ flats[1]) > 0.0, "it shapes the step, it does not turn it around"
 
 
+def test_the_natural_step_has_the_published_scale() -> None:
+    """lr (F + damping)^-1 mean(w_t grad log pi) with w = W A, whatever c2 is."""
+    agent, data = prepared(update="natural", learning_rate=0.5, state_scale=0.0, damping=0.3)
+    theta = agent.updaters["policy"].flat
+    u = agent.ctx.scores(theta.double(), data, "step").dense()
+    estimate = agent.estimator.gradient(theta, data, agent.ctx)
+    w = agent.estimator.weight.reshape(-1) / agent.config.fisher_scale
+    fisher = torch.stack([agent.estimator.scores.fvp(e) for e in torch.eye(len(theta), dtype=DOUBLE)], 1)
+    expected = 0.5 * torch.linalg.solve(fisher + 0.3 * torch.eye(len(theta), dtype=DOUBLE), u @ w / 40)
+    moved = agent.direction.step(theta, lambda tag: estimate, {"on": data}, agent.ctx) - theta
+    assert torch.allclose(moved.double(), expected, rtol=1e-3, atol=1e-6)
+
+
 def test_the_trust_region_is_kept() -> None:
     agent = DBQPG("Pendulum-v1", DBQPGConfig(**SMALL, update="trpo", max_kl=1e-3), seed=2)
     agent.learn(agent.batch_steps)
