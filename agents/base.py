@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,59 +24,13 @@ from ccrl.experiment import config as configs
 from ccrl.experiment.callbacks import Callback, as_callback
 from ccrl.experiment.progress import ProgressBar
 from ccrl.policies import MLPPolicy
+from ccrl.returns import explained_variance
 from ccrl.updaters import FlatUpdater, GradientEstimate, Stats, can_compile
 
-__all__ = ["Agent", "OnPolicyConfig"]
+__all__ = ["Agent"]
 
 COMPILE_FROM = 1_000
 """Gradient steps from which compiling pays: it costs seconds, an eager step about a millisecond."""
-
-
-@dataclass(frozen=True)
-class OnPolicyConfig:
-    """What every on-policy agent has."""
-
-    num_envs: int = 16
-    """Parallel environments."""
-    n_steps: int = 128
-    """Steps per environment and iteration; the rollout holds num_envs * n_steps."""
-    gamma: float = 0.99
-    """Discount."""
-    gae_lambda: float = 0.95
-    """GAE's lambda."""
-    time_limit: str = "bootstrap"
-    """A time limit has a value after it (bootstrap) or ends the task (terminal: older code, biased)."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Hidden layers of the actor and of the critic (which share nothing)."""
-    activation: str = "tanh"
-    """tanh, relu, elu or silu."""
-    log_std_init: float = 0.0
-    """Initial log standard deviation of Gaussian policies."""
-    orthogonal: bool = True
-    """Orthogonal initialisation (hidden sqrt 2, policy output 0.01, value output 1)."""
-    squash: bool = False
-    """Gaussian actions through tanh onto the bounds; else clipped for the environment only."""
-    normalise_obs: bool = False
-    """Running observation statistics, part of the policy, moved once per iteration."""
-    normalise_reward: bool = False
-    """Rewards divided by the running deviation of the discounted return (training only; logs stay raw)."""
-    clip_norm: float = 10.0
-    """Normalised observations and rewards are clipped to +- this."""
-    adam_eps: float = 1e-5
-    """Adam's epsilon."""
-    compile: str = "auto"
-    """Fuse updates into compiled graphs: auto (from 1,000 gradient steps, where a C++ compiler is), on, off."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_envs", "n_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
-        for name, allowed in (("compile", ("auto", "on", "off")), ("time_limit", ("bootstrap", "terminal"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
 
 
 class Agent:
@@ -338,7 +291,7 @@ class Agent:
         }
         on = data["on"]
         if "value" in on and "return" in on:
-            self.scalars["train/explained_variance"] = _explained_variance(on["value"], on["return"], on["valid"])
+            self.scalars["train/explained_variance"] = explained_variance(on["value"], on["return"], on["valid"])
         if hasattr(getattr(self.policy, "actor", None), "log_std"):
             self.scalars["train/std"] = self.policy.actor.log_std.detach().exp().mean()
         self.scalars |= {k: v for k, v in self.collector.log.items() if isinstance(v, int | float | Tensor)}
@@ -440,15 +393,3 @@ class Agent:
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
     return {name: list(x.shape) for name, x in tensors.items()}
-
-
-def _explained_variance(value: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """``1 - Var(R - V) / Var(R)`` over valid rows; NaN if the returns are constant (SB3)."""
-    n = valid.sum()
-
-    def var(x: Tensor) -> Tensor:
-        mean = (x * valid).sum() / n
-        return ((x - mean).square() * valid).sum() / n
-
-    total = var(target)
-    return torch.where(total > 0, 1.0 - var(target - value) / total, torch.nan)

@@ -25,7 +25,8 @@ from typing import Any
 
 from torch import Tensor
 
-from agents.base import Agent, OnPolicyConfig
+from agents.base import Agent
+from agents.on_policy import OnPolicyConfig
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context, Estimator

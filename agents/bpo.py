@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from agents.base import Agent, OnPolicyConfig
-from agents.ppo import VALUE, OnPolicyEstimator
+from agents.base import Agent
+from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase

@@ -29,7 +29,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from agents.base import Agent, OnPolicyConfig
+from agents.base import Agent
+from agents.on_policy import OnPolicyConfig
 from ccrl.batched_env import Tree
 from ccrl.collect import Request
 from ccrl.data import Data, tree_map

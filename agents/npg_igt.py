@@ -24,7 +24,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from agents.base import Agent, OnPolicyConfig
+from agents.base import Agent
+from agents.on_policy import OnPolicyConfig
 from ccrl.buffer import space_like
 from ccrl.data import Data
 from ccrl.estimators.base import Context

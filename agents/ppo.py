@@ -14,22 +14,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from agents.base import Agent, OnPolicyConfig
-from ccrl.collect import Request
+from agents.base import Agent
+from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
-from ccrl.estimators.base import Context, Estimator, Phase
-from ccrl.estimators.stages import Gae, RewardNorm, Standardise, Values, standardise
+from ccrl.estimators.base import Context, Phase
+from ccrl.estimators.stages import Standardise, standardise
 from ccrl.estimators.terms import Evaluation, Level, Loss, Term
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import FlatUpdater, Updater
 
-__all__ = ["PPO", "OnPolicyEstimator", "PPOConfig"]
-
-VALUE = frozenset({"value"})
+__all__ = ["PPO", "PPOConfig"]
 
 
 @dataclass(frozen=True)
@@ -67,41 +64,6 @@ class PPOConfig(OnPolicyConfig):
             raise ValueError(
                 f"normalise_advantage: expected minibatch, batch or none, got {self.normalise_advantage!r}"
             )
-
-
-class OnPolicyEstimator(Estimator):
-    """What PPO, MDPO and BPO share: one rollout, reward scaling, values, GAE, a learning-rate schedule."""
-
-    def __init__(self, config: Any, policy: MLPPolicy, updaters: dict[str, FlatUpdater]) -> None:
-        super().__init__()
-        self.config, self._updaters = config, updaters
-        self._values = Values(policy.values)  # a bound method: holding the module itself would save it twice
-        self.reward_norm = (
-            RewardNorm(config.num_envs, config.gamma, config.clip_norm) if config.normalise_reward else None
-        )
-        self._gae = Gae(
-            config.gamma, config.gae_lambda, config.time_limit,
-            reward="shaped_reward" if config.normalise_reward else "reward",
-        )  # fmt: skip
-
-    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
-        return [] if have else [Request(steps=self.config.n_steps)]
-
-    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
-        data = have["on"]
-        if self.reward_norm is not None:
-            data = self.reward_norm(data)
-        return have | {"on": self.advantages(data)}
-
-    @torch.no_grad()
-    def advantages(self, data: Data) -> Data:
-        """Values, GAE, returns."""
-        return self._gae(self._values(data))
-
-    def anneal(self, ctx: Context) -> None:
-        """Linear learning-rate decay: ``lr0 (1 - k / K)``."""
-        for updater in self._updaters.values():
-            updater.lr.copy_(self.config.learning_rate * (1.0 - ctx.progress).clamp_min(0.0))
 
 
 class PPOEstimator(OnPolicyEstimator):

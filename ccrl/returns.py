@@ -13,7 +13,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["backward_scan", "discounted_sum", "forward_scan", "gae", "lambda_returns", "n_step_returns"]
+__all__ = [
+    "backward_scan",
+    "discounted_sum",
+    "explained_variance",
+    "forward_scan",
+    "gae",
+    "lambda_returns",
+    "n_step_returns",
+]
 
 _NARROW = 512
 """Up to this many parallel streams the log-depth scan wins over the row loop (measured on CPU, ``bench.py gae``)."""
@@ -113,3 +121,15 @@ def n_step_returns(reward: Tensor, next_value: Tensor, discount: Tensor, carry: 
         go_on = carry * (1.0 - last)
         total = reward + discount * torch.where(go_on > 0, shifted, next_value)
     return total
+
+
+def explained_variance(value: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """``1 - Var(R - V) / Var(R)`` over valid rows; NaN if the returns are constant (SB3)."""
+    n = valid.sum()
+
+    def var(x: Tensor) -> Tensor:
+        mean = (x * valid).sum() / n
+        return ((x - mean).square() * valid).sum() / n
+
+    total = var(target)
+    return torch.where(total > 0, 1.0 - var(target - value) / total, torch.nan)

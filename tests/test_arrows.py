@@ -35,7 +35,7 @@ ON_DEMAND = {
 """Modules that need an extra as a whole, each with the reason. Nothing may import them with a module."""
 
 MAX_LINES = 400
-LONGER = {"agents/base.py": "one class: the interface of SB3, the loop and the state, which all read one another"}
+LONGER: dict[str, str] = {}
 """Files over MAX_LINES, each with the reason why it is not two files."""
 
 

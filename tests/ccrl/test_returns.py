@@ -163,3 +163,11 @@ def test_unmasked_dummy_rows_would_receive_the_wrong_numbers() -> None:
 def test_truncation_as_termination_is_the_wrong_number() -> None:
     data = Gae(0.9, 0.8, time_limit="terminal")(oracle_rollout(AutoresetMode.SAME_STEP))
     assert float(data["advantage"][1, 1]) == pytest.approx(-0.1, abs=1e-6)
+
+
+def test_explained_variance_by_hand() -> None:
+    # valid targets 1, 3, 5 (variance 8/3); residuals 1, 0, -1 (variance 2/3): 1 - 1/4
+    target, value = torch.tensor([[1.0, 3.0, 5.0, 100.0]]), torch.tensor([[0.0, 3.0, 6.0, 0.0]])
+    valid = torch.tensor([[1.0, 1.0, 1.0, 0.0]])
+    assert returns.explained_variance(value, target, valid).item() == pytest.approx(0.75)
+    assert returns.explained_variance(value, torch.ones_like(value), torch.ones_like(value)).isnan()
