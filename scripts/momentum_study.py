@@ -190,7 +190,9 @@ class CartPole:
     def figure(self, rows: Rows, command: str) -> Figure:
         """Mean over seeds against iterations and against steps, with every run in the background."""
         page = Figure(figsize=(9.0, 3.6), layout="constrained")
-        for axis, x, label in zip(page.subplots(1, 2), ("iteration", "steps"), ("iterations", "environment steps")):
+        rows = [row | {"steps": row["steps"] / 1000} for row in rows]
+        labels = ("iterations", "environment steps, thousands")
+        for axis, x, label in zip(page.subplots(1, 2), ("iteration", "steps"), labels):
             for i, method in enumerate(self.methods):
                 mine = [row for row in rows if row["method"] == method]
                 by = {}
