@@ -1,8 +1,8 @@
 """Simulators as pure functions, for agents that differentiate through them (pathwise gradients).
 
-A :class:`FunctionalEnv` has no memory: ``step`` maps a state, an action and the noise of the period to the next state and
-a cost, so autograd sees the whole horizon. A batch is a set of *scenarios* (initial state, noise, constants), drawn once
-and kept on the device. One rollout is::
+A :class:`FunctionalEnv` has no memory: ``step`` maps a state, an action and the noise of the period to the next state
+and a cost, so autograd sees the whole horizon. A batch is a set of *scenarios* (initial state, noise, constants), drawn
+once and kept on the device. One rollout is::
 
     state, costs = env.initial(scenarios), []
     for demand in env.noise(scenarios):                         # [T, B, K]
@@ -36,8 +36,8 @@ Split = Literal["train", "dev", "test"]
 class Network:
     """Who ships to whom. Nodes are numbered ``[echelons, warehouses, stores]``, echelon 0 being the most upstream.
 
-    An action is one quantity per edge, ``[B, E]``, in the order of ``edges``: first the internal edges, row by row of the
-    adjacency matrix (sorted by source, then target), then the edges of the outside supplier, sorted by target.
+    An action is one quantity per edge, ``[B, E]``, in the order of ``edges``: first the internal edges, row by row of
+    the adjacency matrix (sorted by source, then target), then the edges of the outside supplier, sorted by target.
 
     Raises:
         ValueError: edges out of order or twice, a node out of range, a lead time below one, a node without supply, a
@@ -66,8 +66,8 @@ class Network:
             raise ValueError(f"edges: expected two different nodes below {self.nodes}, or source -1; got {self.edges}")
         if len(self.lead_times) != len(self.edges) or any(lead < 1 for lead in self.lead_times):
             raise ValueError(
-                f"lead_times: expected {len(self.edges)} integers of at least 1 (an order never serves the demand of its "
-                f"own period), got {self.lead_times}"
+                f"lead_times: expected {len(self.edges)} integers of at least 1 (an order never serves the demand of "
+                f"its own period), got {self.lead_times}"
             )
         orphans = set(range(self.nodes)) - {target for _, target in self.edges}
         if orphans:
@@ -171,6 +171,6 @@ class FunctionalEnv(Protocol):
         ...
 
     def step(self, state: State, action: Tensor, noise: Tensor) -> tuple[State, Tensor]:
-        """One period: ``action`` ``[B, E]`` feasible quantities, ``noise`` ``[B, K]`` the demand. Returns the next state
-        and the cost ``[B]``, summed over nodes and edges."""
+        """One period: ``action`` ``[B, E]`` feasible quantities, ``noise`` ``[B, K]`` the demand. Returns the next
+        state and the cost ``[B]``, summed over nodes and edges."""
         ...
