@@ -45,6 +45,14 @@ NATIVE = (*CLASSIC, *MUJOCO)
 
 OWN = {
     "Bandit-v0": ("envs.classic", "Bandit"),
+    "InventoryManyWarehousesLost-v0": ("envs.inventory", "many_warehouses_lost_demand"),
+    "InventoryManyWarehousesRecorded-v0": ("envs.inventory", "many_warehouses_real_data"),
+    "InventoryOneStoreBacklogged-v0": ("envs.inventory", "one_store_backlogged"),
+    "InventoryOneStoreLost-v0": ("envs.inventory", "one_store_lost"),
+    "InventoryOneStoreRecorded-v0": ("envs.inventory", "one_store_real_data"),
+    "InventoryOneWarehouseLost-v0": ("envs.inventory", "one_warehouse_lost_demand"),
+    "InventorySerial-v0": ("envs.inventory", "serial_system"),
+    "InventoryTransshipment-v0": ("envs.inventory", "transshipment_backlogged"),
     "LQR-v0": ("envs.classic", "LQR"),
     "MountainCarTwoActions-v0": ("envs.classic", "MountainCarTwoActions"),
     "RandomMDP-v0": ("envs.classic", "RandomMDP"),

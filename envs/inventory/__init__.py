@@ -1,0 +1,39 @@
+"""Inventory networks: differentiable simulators, exact costs to check against, the same tasks for any agent.
+
+:func:`make_task` names an instance, :class:`InventoryEnv` is its simulator as pure functions, :class:`InventoryVector`
+the same as a batched environment, :mod:`envs.inventory.oracle` computes what is optimal.
+"""
+
+from functools import partial
+
+from envs.inventory.batched import InventoryVector
+from envs.inventory.demand import Normal, Poisson, Recorded, load_series, synthetic_series
+from envs.inventory.simulator import InventoryEnv, Policy, Trace, average_cost, simulate
+from envs.inventory.tasks import TASKS, Task, make_task
+
+__all__ = [
+    "TASKS",
+    "InventoryEnv",
+    "InventoryVector",
+    "Normal",
+    "Poisson",
+    "Policy",
+    "Recorded",
+    "Task",
+    "Trace",
+    "average_cost",
+    "load_series",
+    "make_task",
+    "simulate",
+    "synthetic_series",
+]
+
+# What the registered ids build.
+one_store_lost = partial(InventoryVector, "one_store_lost")
+one_store_backlogged = partial(InventoryVector, "one_store_backlogged")
+serial_system = partial(InventoryVector, "serial_system")
+transshipment_backlogged = partial(InventoryVector, "transshipment_backlogged")
+one_warehouse_lost_demand = partial(InventoryVector, "one_warehouse_lost_demand")
+many_warehouses_lost_demand = partial(InventoryVector, "many_warehouses_lost_demand")
+one_store_real_data = partial(InventoryVector, "one_store_real_data")
+many_warehouses_real_data = partial(InventoryVector, "many_warehouses_real_data")

@@ -1,0 +1,183 @@
+"""Demand of the stores: Poisson, (correlated) normal, or recorded series of weeks."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Demand", "Normal", "Poisson", "Recorded", "days_from_christmas", "load_series", "synthetic_series"]
+
+
+@dataclass(frozen=True)
+class Poisson:
+    """Independent Poisson demand of mean ``mean`` per store."""
+
+    mean: tuple[float, ...]
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """Standard deviation per store."""
+        return tuple(mean**0.5 for mean in self.mean)
+
+    def draw(self, count: int, periods: int, generator: torch.Generator) -> Tensor:
+        """``[count, periods, K]`` float32."""
+        rate = torch.tensor(self.mean).expand(count, periods, len(self.mean))
+        return torch.poisson(rate.contiguous(), generator=generator)
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal demand, every pair of stores correlated by ``correlation``, independent over periods; ``clip`` cuts it at
+    zero (``mean`` and ``std`` are those before).
+
+    Raises:
+        ValueError: a correlation outside [0, 1], or unequal numbers of means and deviations.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    correlation: float = 0.0
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not 0.0 <= self.correlation <= 1.0:
+            raise ValueError(
+                f"demand: expected one std per mean and a correlation in [0, 1], got {len(self.mean)} means, "
+                f"{len(self.std)} stds and correlation={self.correlation}"
+            )
+
+    def draw(self, count: int, periods: int, generator: torch.Generator) -> Tensor:
+        """``[count, periods, K]`` float32: one shared and ``K`` own factors."""
+        own = torch.randn(count, periods, len(self.mean), generator=generator) * (1.0 - self.correlation) ** 0.5
+        if self.correlation:
+            own = own + torch.randn(count, periods, 1, generator=generator) * self.correlation**0.5
+        demand = torch.tensor(self.mean) + torch.tensor(self.std) * own
+        return demand.clamp_min(0.0) if self.clip else demand
+
+
+@dataclass(frozen=True, eq=False)
+class Recorded:
+    """Recorded weekly demand, one scenario per series.
+
+    Args:
+        series: ``[S, W, K]`` demand of ``S`` series in ``W`` weeks at ``K`` stores, finite.
+        source: where it comes from, in words; shown wherever the data is named.
+        first_day: first day of week 0 (a calendar feature is counted from it).
+        history: weeks that policies see, and that precede the first simulated week of every split.
+
+    Raises:
+        ValueError: another shape, or values that are not finite.
+    """
+
+    series: Tensor
+    source: str
+    first_day: datetime.date = datetime.date(2013, 1, 1)
+    history: int = 16
+
+    def __post_init__(self) -> None:
+        if self.series.dim() != 3 or not bool(self.series.isfinite().all()):
+            raise ValueError(
+                f"series: expected finite demand [series, weeks, stores], got shape {tuple(self.series.shape)} with "
+                f"{int((~self.series.isfinite()).sum())} values that are not finite"
+            )
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """Mean over series and weeks, per store."""
+        return tuple(self.series.mean((0, 1)).tolist())
+
+
+Demand = Poisson | Normal | Recorded
+
+
+def days_from_christmas(first_day: datetime.date, weeks: int) -> Tensor:
+    """``[weeks]`` float32: signed days from the nearest Christmas day to the first day of each week."""
+    days = [first_day + datetime.timedelta(weeks=week) for week in range(weeks)]
+    near = [min(((day - datetime.date(y, 12, 25)).days for y in (day.year - 1, day.year)), key=abs) for day in days]
+    return torch.tensor(near, dtype=torch.float32)
+
+
+def load_series(path: str | Path) -> Recorded:
+    """Your own weekly demand.
+
+    * ``.npz``: an array ``demand`` ``[S, W]`` or ``[S, W, K]``, optionally ``first_day`` (``"2013-01-01"``).
+    * ``.csv`` with a header and the columns ``series, week, demand`` and optionally ``store``, in any order: one row
+      per observation. Weeks are whole numbers or days (``2013-01-01``); rows that are missing count as zero demand.
+
+    Raises:
+        ValueError: another ending, missing columns or arrays, weeks that are neither numbers nor days seven days apart,
+            an observation given twice.
+    """
+    path = Path(path)
+    if path.suffix == ".npz":
+        with np.load(path) as arrays:
+            if "demand" not in arrays:
+                raise ValueError(
+                    f"{path.name}: expected an array 'demand' [series, weeks(, stores)], got {arrays.files}"
+                )
+            demand = torch.from_numpy(np.asarray(arrays["demand"], dtype=np.float32))
+            first = str(arrays["first_day"]) if "first_day" in arrays else "2013-01-01"
+        demand = demand[..., None] if demand.dim() == 2 else demand
+        return Recorded(demand, path.name, datetime.date.fromisoformat(first))
+    if path.suffix != ".csv":
+        raise ValueError(f"series: expected a .npz or .csv file, got {path.name}")
+    with path.open(newline="") as file:
+        rows = csv.DictReader(file)
+        columns = set(rows.fieldnames or ())
+        if not {"series", "week", "demand"} <= columns:
+            raise ValueError(f"{path.name}: expected columns series, week, demand(, store), got {sorted(columns)}")
+        table = [(row["series"], row.get("store") or "", row["week"], float(row["demand"])) for row in rows]
+    return _from_table(table, path.name)
+
+
+def _from_table(table: list[tuple[str, str, str, float]], name: str) -> Recorded:
+    if not table:
+        raise ValueError(f"{name}: expected at least one row, got none")
+    first = datetime.date(2013, 1, 1)
+    texts = sorted({row[2] for row in table})
+    if all(text.isdigit() for text in texts):
+        origin = min(int(text) for text in texts)
+        week_of = {text: int(text) - origin for text in texts}
+    else:
+        days = {text: datetime.date.fromisoformat(text) for text in texts}
+        first = min(days.values())
+        if any((day - first).days % 7 for day in days.values()):
+            raise ValueError(f"{name}: expected weeks that start seven days apart, got {texts[:3]} ...")
+        week_of = {text: (day - first).days // 7 for text, day in days.items()}
+    series = {key: i for i, key in enumerate(dict.fromkeys(row[0] for row in table))}
+    stores = {key: i for i, key in enumerate(dict.fromkeys(row[1] for row in table))}
+    index = np.array([(series[s], week_of[w], stores[k]) for s, k, w, _ in table])
+    if len(np.unique(index, axis=0)) != len(index):
+        raise ValueError(f"{name}: expected one row per series, store and week, got {len(index)} rows with repetitions")
+    demand = np.zeros((len(series), max(week_of.values()) + 1, len(stores)), dtype=np.float32)
+    demand[tuple(index.T)] = [row[3] for row in table]
+    return Recorded(torch.from_numpy(demand), name, first)
+
+
+def synthetic_series(count: int, stores: int = 1, weeks: int = 171, seed: int = 0) -> Recorded:
+    """A stand-in for recorded sales, which are not distributed with this package: made-up weekly counts with a level
+    per series and store, a yearly and a monthly cycle, a December peak, a slow trend, over-dispersion and empty weeks.
+    Its ``source`` says that it is synthetic."""
+    rng = np.random.default_rng(seed)
+    first = datetime.date(2013, 1, 1)
+    distance = days_from_christmas(first, weeks).numpy()
+    week = np.arange(weeks)
+
+    def per_series(low: float, high: float) -> np.ndarray:
+        return rng.uniform(low, high, (count, 1, 1))
+
+    level = np.exp(rng.normal(1.8, 0.8, (count, 1, 1))) * np.exp(rng.normal(0.0, 0.4, (count, 1, stores)))
+    cycle = 1.0 + per_series(0.0, 0.3) * np.sin(2 * np.pi * (week / 52.18 + per_series(0, 1).squeeze(-1)))[..., None]
+    payday = 1.0 + per_series(0.0, 0.15) * np.cos(2 * np.pi * week / (52.18 / 12))[:, None]
+    peak = 1.0 + per_series(0.2, 1.5) * np.exp(-0.5 * ((distance + 8.0) / 9.0) ** 2)[:, None]
+    trend = np.exp(per_series(-0.25, 0.35) * week[:, None] / weeks)
+    rate = level * cycle * payday * peak * trend
+    counts = rng.poisson(rate * rng.gamma(5.0, 0.2, rate.shape)) * (rng.random(rate.shape) > per_series(0.0, 0.15))
+    text = f"synthetic stand-in ({count} series, {weeks} weeks, {stores} stores, seed {seed}), not recorded sales"
+    return Recorded(torch.from_numpy(counts.astype(np.float32)), text, first)

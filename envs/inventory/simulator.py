@@ -1,0 +1,252 @@
+"""The inventory network as pure functions: a :class:`ccrl.functional_env.FunctionalEnv`.
+
+Order of events in a period: observe; all nodes order and ship at once; demand meets what is on hand (an order of this
+period never serves it); costs; what is in transit moves up one slot and the orders enter at their lead time::
+
+    post     = on hand - demand           (stores)        post = on hand - shipments       (other nodes)
+    cost     = p max(-post, 0) + h max(post, 0)           with profit: -p min(on hand, demand) + h max(post, 0)
+    post     = max(post, 0)                               where demand is lost
+    x'_0     = post + x_1,   x'_j = x_{j+1},   then   x'_{L-1} += order
+
+Source: Alvo et al. 2023 (arXiv 2306.11246), section 3 of the hdpo_inventory sheet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ccrl.functional_env import Split, State
+from envs.inventory.demand import Recorded, days_from_christmas
+from envs.inventory.tasks import Task
+
+__all__ = ["InventoryEnv", "Policy", "Trace", "average_cost", "simulate"]
+
+
+class InventoryEnv:
+    """A task with the horizon of one split; see :class:`ccrl.functional_env.FunctionalEnv` for the shapes.
+
+    Beyond the protocol the state holds ``week`` ``[B]`` and ``past_demand`` where demand is recorded, and ``underage``
+    ``[B, 1]`` and ``lead_time`` ``[B, 1]`` where they differ by series.
+
+    Args:
+        task: from :func:`envs.inventory.make_task`, or your own.
+        split: ``"train"``, ``"dev"`` or ``"test"``: horizon, warm-up and weeks.
+        periods: another horizon than that of the split.
+        ignore: another warm-up.
+
+    Raises:
+        ValueError: an unknown split, no period after the warm-up, or more weeks than are recorded.
+    """
+
+    def __init__(
+        self, task: Task, split: Split = "train", *, periods: int | None = None, ignore: int | None = None
+    ) -> None:
+        if split not in task.split_horizons:
+            raise ValueError(f"split: expected one of {', '.join(task.split_horizons)}, got {split!r}")
+        self.task, self.network = task, task.network
+        self.first_week, self.periods, self.ignore = task.split_horizons[split]
+        self.periods = self.periods if periods is None else periods
+        self.ignore = min(self.ignore, self.periods - 1) if ignore is None else ignore
+        if not 0 <= self.ignore < self.periods:
+            raise ValueError(f"periods: expected more than the warm-up of {self.ignore}, got {self.periods}")
+        if isinstance(task.demand, Recorded):
+            longest = task.demand.series.shape[1] - self.first_week - task.demand.history
+            if self.periods > longest:
+                raise ValueError(f"periods: the series have {longest} weeks after the history, got {self.periods}")
+        self.recorded = isinstance(task.demand, Recorded)
+        edge_cost = task.edge_cost or (0.0,) * len(task.network.edges)
+        constants = {"holding": task.holding, "underage": task.underage, "edge_cost": edge_cost}
+        if not self.recorded:
+            constants |= {"mean": task.demand.mean, "std": task.demand.std}
+        self.static: State = {name: torch.tensor([value], dtype=torch.float64) for name, value in constants.items()}
+        self.static["lead_time"] = torch.tensor([task.network.lead_times], dtype=torch.float64)
+        if task.underage_by_series:
+            del self.static["underage"]
+        if task.lead_time_by_series:
+            del self.static["lead_time"]
+        self._tables: dict[tuple[torch.device, torch.dtype], State] = {}
+
+    def split(self, name: Split) -> InventoryEnv:
+        """The same task with the horizon of another split."""
+        return InventoryEnv(self.task, name)
+
+    def sample(
+        self,
+        count: int,
+        generator: torch.Generator,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> State:
+        """``count`` scenarios; recorded demand gives its first ``count`` series, and draws nothing.
+
+        Raises:
+            ValueError: no scenario, or more than there are series.
+        """
+        demand, net = self.task.demand, self.network
+        limit = len(demand.series) if isinstance(demand, Recorded) else count
+        if not 1 <= count <= limit:
+            raise ValueError(f"{self.task.name}: expected 1 to {max(limit, 1)} scenarios, got {count}")
+        scenarios: State = {}
+        stock = torch.zeros(count, net.nodes, net.slots)
+        if self.task.random_stock:
+            slots = max(net.node_slots[net.first_store :])
+            share = torch.rand(count, net.stores, slots, generator=generator)
+            filled = torch.arange(slots) < torch.tensor(net.node_slots[net.first_store :])[:, None]
+            stock[:, net.first_store :, :slots] = share * filled * torch.tensor(demand.mean)[:, None]
+        scenarios["inventory"] = stock
+        if isinstance(demand, Recorded):
+            weeks = slice(self.first_week, self.first_week + demand.history + self.periods)
+            scenarios["demand"] = demand.series[:count, weeks]
+        else:
+            scenarios["demand"] = demand.draw(count, self.periods, generator)
+        if self.task.underage_by_series:
+            scenarios["underage"] = torch.tensor(self.task.underage_by_series[:count])[:, None]
+        if self.task.lead_time_by_series:
+            scenarios["lead_time"] = torch.tensor(self.task.lead_time_by_series[:count], dtype=torch.float32)[:, None]
+        return {name: value.to(device=device, dtype=dtype) for name, value in scenarios.items()}
+
+    def initial(self, scenarios: State) -> State:
+        """The state before the first period."""
+        state = {name: value for name, value in scenarios.items() if name != "demand"}
+        demand = scenarios["demand"]
+        if self.recorded:
+            history = demand.shape[1] - self.periods
+            state["past_demand"] = demand[:, :history].transpose(1, 2)
+            state["week"] = torch.full(demand.shape[:1], self.first_week + history, device=demand.device)
+        self._on(state["inventory"])  # fills the table here, outside compiled periods
+        return state
+
+    def noise(self, scenarios: State) -> Tensor:
+        """``[T, B, K]`` contiguous demand of the periods."""
+        return scenarios["demand"][:, -self.periods :].transpose(0, 1).contiguous()
+
+    def observe(self, state: State) -> State:
+        """What policies may know; see the protocol."""
+        inventory, table = state["inventory"], self._on(state["inventory"])
+        seen = {name: table[name].expand(len(inventory), -1) for name in self.static}
+        seen |= {name: state[name] for name in ("inventory", "past_demand", "underage", "lead_time") if name in state}
+        if self.recorded:
+            seen["days_from_christmas"] = table["calendar"][state["week"]][:, None]
+        return seen
+
+    def on_hand(self, state: State) -> Tensor:
+        """``[B, N]``."""
+        return state["inventory"][:, :, 0]
+
+    def feasible(self, state: State, desired: Tensor) -> Tensor:
+        """``[B, E]`` quantities; see the protocol. The outside supplier delivers everything."""
+        inner, first = self.network.internal, self.network.first_store
+        if not inner:
+            return desired
+        leaves = self._on(state["inventory"])["leaves"]
+        wanted = desired[:, :inner]
+        share = state["inventory"][:, :first, 0].clamp_min(0.0) / (wanted @ leaves + 1e-10)
+        if self.network.keeps_stock:
+            share = share.clamp_max(1.0)
+        return torch.cat((wanted * (share @ leaves.T), desired[:, inner:]), 1)
+
+    def step(self, state: State, action: Tensor, noise: Tensor) -> tuple[State, Tensor]:
+        """One period; see the protocol and the head of this file."""
+        task, first, inner = self.task, self.network.first_store, self.network.internal
+        stock = state["inventory"]
+        table = self._on(stock)
+        holding, underage = table["holding"], state.get("underage", table.get("underage"))
+        on_hand = stock[:, first:, 0]
+        post = on_hand - noise
+        left = post.clamp_min(0.0)
+        missed = -underage * torch.minimum(on_hand, noise) if task.profit else underage * (-post).clamp_min(0.0)
+        cost = (missed + holding[:, first:] * left).sum(1)
+        if task.lost:
+            post = left
+        if first:
+            upstream = stock[:, :first, 0]
+            if inner:
+                upstream = upstream - action[:, :inner] @ table["leaves"]
+            cost = cost + (holding[:, :first] * upstream.clamp_min(0.0)).sum(1)
+            post = torch.cat((upstream, post), 1)
+        if task.edge_cost:
+            cost = cost + (table["edge_cost"] * action).sum(1)
+        moved = post[:, :, None]
+        if stock.shape[2] > 1:
+            moved = torch.cat((moved + stock[:, :, 1:2], stock[:, :, 2:], torch.zeros_like(moved)), 2)
+        if "lead_time" in state:
+            arriving = action[:, :, None] * (state["lead_time"][:, :, None] == table["slot"])
+        else:
+            arriving = (action @ table["enters"]).view(stock.shape)
+        following = state | {"inventory": moved + arriving}
+        if self.recorded:
+            following["past_demand"] = torch.cat((state["past_demand"][:, :, 1:], noise[:, :, None]), 2)
+            following["week"] = state["week"] + 1
+        return following, cost
+
+    def _on(self, like: Tensor) -> State:
+        """The constants and the routing matrices on the device and in the type of ``like``:
+
+        ``leaves`` ``[I, F]`` is 1 where internal edge ``i`` starts at node ``f``; ``enters`` ``[E, N * L]`` is 1 at the
+        target node and lead-time slot of an edge. Products with them are the scatter of orders, without index kernels.
+        """
+        key = (like.device, like.dtype)
+        if key not in self._tables:
+            net = self.network
+            table = dict(self.static)
+            leaves = torch.zeros(net.internal, net.first_store)
+            leaves[torch.arange(net.internal), net.source()[: net.internal]] = 1.0
+            enters = torch.zeros(len(net.edges), net.nodes, net.slots)
+            enters[torch.arange(len(net.edges)), net.target(), torch.tensor(net.lead_times) - 1] = 1.0
+            table |= {"leaves": leaves, "enters": enters.flatten(1), "slot": torch.arange(1.0, net.slots + 1)}
+            if isinstance(self.task.demand, Recorded):
+                table["calendar"] = days_from_christmas(
+                    self.task.demand.first_day, self.task.demand.series.shape[1] + 1
+                )
+            self._tables[key] = {name: value.to(like) for name, value in table.items()}
+        return self._tables[key]
+
+
+class Trace(NamedTuple):
+    """All of a simulation, time first."""
+
+    inventory: Tensor
+    """``[T + 1, B, N, L]``."""
+    action: Tensor
+    """``[T, B, E]``."""
+    demand: Tensor
+    """``[T, B, K]``."""
+    cost: Tensor
+    """``[T, B]``."""
+
+
+Policy = Callable[[State], Tensor]
+"""From an observation to feasible quantities ``[B, E]``."""
+
+
+@torch.no_grad()
+def average_cost(env: InventoryEnv, policy: Policy, scenarios: State) -> Tensor:
+    """``[B]`` cost per period and store after the warm-up: the reported metric, scenario by scenario. Keeps nothing
+    else, so horizons of thousands of periods fit into memory."""
+    state = env.initial(scenarios)
+    total = torch.zeros_like(state["inventory"][:, 0, 0])
+    for period, noise in enumerate(env.noise(scenarios)):
+        state, cost = env.step(state, env.feasible(state, policy(env.observe(state))), noise)
+        if period >= env.ignore:
+            total += cost
+    return total / ((env.periods - env.ignore) * env.network.stores)
+
+
+@torch.no_grad()
+def simulate(env: InventoryEnv, policy: Policy, scenarios: State) -> Trace:
+    """Play ``policy`` through all periods. What it asks for is made feasible by :meth:`InventoryEnv.feasible`."""
+    state = env.initial(scenarios)
+    inventory, actions, costs = [state["inventory"]], [], []
+    demand = env.noise(scenarios)
+    for noise in demand:
+        action = env.feasible(state, policy(env.observe(state)))
+        state, cost = env.step(state, action, noise)
+        inventory.append(state["inventory"])
+        actions.append(action)
+        costs.append(cost)
+    return Trace(torch.stack(inventory), torch.stack(actions), demand, torch.stack(costs))
