@@ -29,11 +29,17 @@ __all__ = [
 ]
 
 # What the registered ids build.
-one_store_lost = partial(InventoryVector, "one_store_lost")
-one_store_backlogged = partial(InventoryVector, "one_store_backlogged")
-serial_system = partial(InventoryVector, "serial_system")
-transshipment_backlogged = partial(InventoryVector, "transshipment_backlogged")
-one_warehouse_lost_demand = partial(InventoryVector, "one_warehouse_lost_demand")
-many_warehouses_lost_demand = partial(InventoryVector, "many_warehouses_lost_demand")
-one_store_real_data = partial(InventoryVector, "one_store_real_data")
-many_warehouses_real_data = partial(InventoryVector, "many_warehouses_real_data")
+one_store_lost = partial(InventoryVector, "one_store_lost", id="ccrl/InventoryOneStoreLost-v0")
+one_store_backlogged = partial(InventoryVector, "one_store_backlogged", id="ccrl/InventoryOneStoreBacklogged-v0")
+serial_system = partial(InventoryVector, "serial_system", id="ccrl/InventorySerial-v0")
+transshipment_backlogged = partial(InventoryVector, "transshipment_backlogged", id="ccrl/InventoryTransshipment-v0")
+one_warehouse_lost_demand = partial(
+    InventoryVector, "one_warehouse_lost_demand", id="ccrl/InventoryOneWarehouseLost-v0"
+)
+many_warehouses_lost_demand = partial(
+    InventoryVector, "many_warehouses_lost_demand", id="ccrl/InventoryManyWarehousesLost-v0"
+)
+one_store_real_data = partial(InventoryVector, "one_store_real_data", id="ccrl/InventoryOneStoreRecorded-v0")
+many_warehouses_real_data = partial(
+    InventoryVector, "many_warehouses_real_data", id="ccrl/InventoryManyWarehousesRecorded-v0"
+)

@@ -40,6 +40,7 @@ class InventoryVector:
         autoreset_mode: see :class:`ccrl.batched_env.BatchedEnv`.
         split: whose horizon and weeks.
         max_episode_steps: another horizon.
+        id: how messages call it; ``None`` is the name of the task.
         task_options: of the task's function, if ``task`` is a name.
 
     Raises:
@@ -56,6 +57,7 @@ class InventoryVector:
         autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
         split: Split = "train",
         max_episode_steps: int | None = None,
+        id: str | None = None,
         **task_options: Any,
     ) -> None:
         if num_envs < 1:
@@ -64,7 +66,7 @@ class InventoryVector:
             raise TypeError(f"{task.name} is built already; expected no options, got {sorted(task_options)}")
         built = task if isinstance(task, Task) else make_task(task, **task_options)
         self.env = InventoryEnv(built, split, periods=max_episode_steps)
-        self.id = built.name
+        self.id = id or built.name
         self.num_envs, self.device = num_envs, torch.device(device)
         self.autoreset_mode = AutoresetMode(autoreset_mode)
         self.provides_final_obs = self.autoreset_mode == AutoresetMode.SAME_STEP
