@@ -10,7 +10,7 @@ gamma-free masks, computed once at collection:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -125,6 +125,10 @@ class Data(Mapping[str, Tree]):
         )
         data.microbatch = self.microbatch
         return data
+
+    def keep(self, names: Iterable[str]) -> Data:
+        """Only these columns (those of them that there are): a shuffle then gathers nothing that is not read."""
+        return self._with({k: self._columns[k] for k in names if k in self._columns})
 
     def take(self, columns: Tensor) -> Data:
         """Keep (or repeat) whole columns: ``columns`` is an int64 index into N. ``next_obs`` does not survive it."""

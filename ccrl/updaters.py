@@ -43,6 +43,7 @@ class Updater(Protocol):
     def apply(self, estimate: GradientEstimate) -> Stats: ...
     def step(self, terms: tuple[Term, ...], batch: Data) -> Stats: ...
     def run(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats: ...
+    def columns(self, terms: tuple[Term, ...], batch: Data) -> list[str]: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
@@ -94,7 +95,16 @@ def _accumulate(
     return stats
 
 
-class FlatUpdater:
+class _Surrogates:
+    module: nn.Module
+
+    def columns(self, terms: tuple[Term, ...], batch: Data) -> list[str]:
+        """Data columns that the surrogate and the policy read, found by one evaluation on ``batch``."""
+        with torch.no_grad():
+            return columns_read(lambda b: _loss(self.module, terms, b), batch)
+
+
+class FlatUpdater(_Surrogates):
     """Adam on one flat vector whose views are the module's parameters.
 
     :param prefixes: names (or name prefixes) of the parameters owned; None: all of them.
@@ -279,7 +289,7 @@ class FlatUpdater:
         self.finite.fill_(True)
 
 
-class ModuleUpdater:
+class ModuleUpdater(_Surrogates):
     """Any module with any torch optimiser: ordinary autograd, micro-batches, frozen or shared parameters.
 
     Gradients live in ``p.grad``, so large models pay for no second copy; a flat vector is built only by ``gradient``.
@@ -370,8 +380,7 @@ class ModuleUpdater:
 
     def _build(self, terms: tuple[Term, ...], like: Data) -> Callable[[Data], tuple[Tensor, Stats]]:
         sequence, scalars = like.sequence, like.scalars
-        with torch.no_grad():
-            columns = columns_read(lambda b: _loss(self.module, terms, b), like)
+        columns = self.columns(terms, like)
 
         def loss(values: tuple[Any, ...]) -> tuple[Tensor, Stats]:
             return _loss(self.module, terms, Data(dict(zip(columns, values)), sequence=sequence, scalars=scalars))

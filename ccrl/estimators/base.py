@@ -86,6 +86,11 @@ class Estimator(nn.Module):
     fields: tuple[Field, ...] = ()
     heads: frozenset[str] = frozenset()
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.read: dict[tuple[Term, ...], set[str]] = {}
+        """Data columns that each phase's terms read."""
+
     def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
         """Rollouts wanted, given those already there; called until it asks for nothing."""
         raise NotImplementedError
@@ -161,7 +166,7 @@ def _run_phase(estimator: Estimator, phase: Phase, data: dict[str, Data], ctx: C
     for epoch in range(phase.batching.epochs):
         if epoch and phase.before_epoch is not None:
             data["on"] = phase.before_epoch(data["on"])
-        batches = data["on"].epoch(phase.batching, ctx.generator)
+        batches = _epoch(estimator, phase, data["on"], ctx.generator)
         if not estimator.per_minibatch and phase.stop is None:
             rows.append((phase.updater.run(phase.terms, batches), len(batches)))
             continue
@@ -172,3 +177,13 @@ def _run_phase(estimator: Estimator, phase: Phase, data: dict[str, Data], ctx: C
             if phase.stop is not None and phase.stop(row):
                 return rows
     return rows
+
+
+def _epoch(estimator: Estimator, phase: Phase, data: Data, generator: torch.Generator) -> list[Data]:
+    """The batches of one epoch, of the columns that the phase reads (known after its first batch): a shuffle of every
+    column there is costs more than a small network's forward pass."""
+    if phase.terms in estimator.read:
+        return data.keep(estimator.read[phase.terms]).epoch(phase.batching, generator)
+    batches = data.epoch(phase.batching, generator)
+    estimator.read[phase.terms] = {*phase.updater.columns(phase.terms, batches[0]), "valid", "group"}
+    return batches

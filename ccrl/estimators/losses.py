@@ -44,8 +44,7 @@ def clip(low: Number, high: Number) -> Loss:
 
     def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
         rho = level.ratio
-        clipped = torch.minimum(torch.maximum(rho, _like(1.0 - low, rho)), _like(1.0 + high, rho))
-        return -torch.minimum(rho * advantage, clipped * advantage)
+        return -torch.minimum(rho * advantage, _clamp(rho, 1.0 - low, 1.0 + high) * advantage)
 
     return loss
 
@@ -54,8 +53,7 @@ def cispo(low: Number, high: Number) -> Loss:
     """CISPO: ``-sg(clamp(rho)) A log pi``: clipped tokens keep a bounded gradient (hpt_upge, reading b)."""
 
     def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
-        rho = level.ratio.detach()
-        weight = torch.minimum(torch.maximum(rho, _like(1.0 - low, rho)), _like(1.0 + high, rho))
+        weight = _clamp(level.ratio.detach(), 1.0 - low, 1.0 + high)
         return -weight * advantage * level.log_prob
 
     return loss
@@ -129,8 +127,7 @@ def value_loss(*, scale: float = 1.0, clip_range: Number | None = None, head: st
         squared = (value - target).square()
         if clip_range is not None:
             old = batch["value"]
-            bound = _like(clip_range, old)
-            clipped = old + torch.minimum(torch.maximum(value - old, -bound), bound)
+            clipped = old + _clamp(value - old, -clip_range, clip_range)
             squared = torch.maximum(squared, (clipped - target).square())
         return scale * squared
 
@@ -161,12 +158,16 @@ def ratio_stats(low: Number, high: Number) -> Loss:
     """SB3's ``approx_kl`` (k3) and ``clip_fraction`` for a term's ``stats``."""
 
     def stats(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> dict[str, Tensor]:
-        rho = level.ratio
+        log_ratio = level.log_ratio
+        rho = log_ratio.exp()
         outside = (rho < 1.0 - low) | (rho > 1.0 + high)
-        return {"approx_kl": rho - 1.0 - level.log_ratio, "clip_fraction": outside.to(rho.dtype)}
+        return {"approx_kl": rho - 1.0 - log_ratio, "clip_fraction": outside.to(rho.dtype)}
 
     return stats  # type: ignore[return-value]
 
 
-def _like(x: Number, reference: Tensor) -> Tensor:
-    return torch.as_tensor(x, dtype=reference.dtype, device=reference.device)
+def _clamp(x: Tensor, low: Number, high: Number) -> Tensor:
+    if isinstance(low, Tensor) or isinstance(high, Tensor):
+        low, high = (torch.as_tensor(bound, dtype=x.dtype, device=x.device) for bound in (low, high))
+        return torch.minimum(torch.maximum(x, low), high)
+    return x.clamp(low, high)

@@ -93,14 +93,15 @@ class Standardise:
 
 def standardise(x: Tensor, valid: Tensor, ddof: int = 1, eps: float = 1e-8) -> Tensor:
     """Masked standardisation; invalid rows become 0. One valid row, or rows equal up to rounding: zeros."""
-    x = torch.where(valid > 0, x, torch.zeros_like(x))
+    invalid = valid == 0
+    x = x.masked_fill(invalid, 0.0)
     n = valid.sum()
     mean = x.sum() / n.clamp_min(1.0)
-    centred = torch.where(valid > 0, x - mean, torch.zeros_like(x))
-    std = (centred.square().sum() / (n - ddof).clamp_min(1.0)).sqrt()
+    centred = (x - mean).masked_fill(invalid, 0.0)
+    std = torch.linalg.vector_norm(centred) / (n - ddof).clamp_min(1.0).sqrt()
     # the rounded mean of n equal numbers may differ from them: dividing by that spread would give ones, not zeros
     noise = 8.0 * torch.finfo(x.dtype).eps * mean.abs()
-    return torch.where(std > noise, centred / (std + eps), torch.zeros_like(x))
+    return centred * torch.where(std > noise, 1.0 / (std + eps), torch.zeros_like(std))
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class Gaussian(_Singleton):
     noise: Literal["normal", "uniform"] = "normal"
 
     def sample(self, params: Params, noise: Tensor) -> Tensor:
-        return params["mean"] + params["log_std"].exp() * noise
+        return torch.addcmul(params["mean"], params["log_std"].exp(), noise)
 
     def mode(self, params: Params) -> Tensor:
         return params["mean"]

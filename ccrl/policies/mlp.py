@@ -203,7 +203,7 @@ class MLPPolicy(nn.Module):
     def to_env(self, action: Tensor) -> Tensor:
         """The action that the environment executes: clipped or squashed onto the bounds; Discrete unchanged."""
         if self.distribution is GAUSSIAN:
-            return torch.minimum(torch.maximum(action, self.low), self.high)
+            return action.clamp(self.low, self.high)
         if self.distribution is SQUASHED:
             return self.low + 0.5 * (action.tanh() + 1.0) * (self.high - self.low)
         return action
