@@ -12,11 +12,12 @@ if TYPE_CHECKING:
     from agents.bpo import BPO
     from agents.dbqpg import DBQPG
     from agents.harpg import HARPG
+    from agents.hdpo import HDPO
     from agents.mdpo import MDPO
     from agents.npg_igt import NPGIGT
     from agents.ppo import PPO
 
-__all__ = ["AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "MDPO", "NPGIGT", "PPO", "get_agent"]
+__all__ = ["AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "NPGIGT", "PPO", "get_agent"]
 
 AGENTS = {
     "bac": ("agents.bac", "BAC"),
@@ -24,6 +25,7 @@ AGENTS = {
     "bpo": ("agents.bpo", "BPO"),
     "dbqpg": ("agents.dbqpg", "DBQPG"),
     "harpg": ("agents.harpg", "HARPG"),
+    "hdpo": ("agents.hdpo", "HDPO"),
     "mdpo": ("agents.mdpo", "MDPO"),
     "npg_igt": ("agents.npg_igt", "NPGIGT"),
     "ppo": ("agents.ppo", "PPO"),

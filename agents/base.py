@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -126,6 +126,11 @@ class Agent:
         if self.env_id is None:
             raise ValueError("fresh episodes need an environment id: an agent cannot copy the environment it was given")
         return resolve_env(self.env_id, n, device=self.device, **self.env_kwargs)
+
+    @property
+    def spaces(self) -> str:
+        """The environment's spaces, in words."""
+        return f"{self.env.single_observation_space} and {self.env.single_action_space}"
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -381,15 +386,12 @@ class Agent:
             raise ValueError(f"{path} was trained on an environment object; pass env=")
         config = configs.from_dict(cls.Config, saved["config"])
         agent = cls(env, config, seed=saved["seed"], device=device, env_kwargs=saved["env_kwargs"])
-        theirs, ours = (_shapes(p) for p in (saved["state"]["policy"], agent.policy.state_dict()))
+        both = (saved["state"]["policy"], agent.policy.state_dict())
+        theirs, ours = ({name: list(x.shape) for name, x in tensors.items()} for tensors in both)
         if theirs != ours:
             raise ValueError(
                 f"{path}: expected an environment with the spaces it was trained on (policy shapes {theirs}), got "
-                f"{agent.env.single_observation_space} and {agent.env.single_action_space} (policy shapes {ours})"
+                f"{agent.spaces} (policy shapes {ours})"
             )
         agent.load_state_dict(saved["state"])
         return agent
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    return {name: list(x.shape) for name, x in tensors.items()}

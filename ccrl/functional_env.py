@@ -17,14 +17,17 @@ device, under autograd and inside ``torch.compile``.
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-__all__ = ["FunctionalEnv", "Network", "Split", "State"]
+from ccrl.packages import check_siblings
+
+__all__ = ["FunctionalEnv", "Network", "Split", "State", "resolve_functional_env"]
 
 State = dict[str, Tensor]
 """Tensors ``[B, ...]`` by name."""
@@ -174,3 +177,23 @@ class FunctionalEnv(Protocol):
         """One period: ``action`` ``[B, E]`` feasible quantities, ``noise`` ``[B, K]`` the demand. Returns the next
         state and the cost ``[B]``, summed over nodes and edges."""
         ...
+
+
+def resolve_functional_env(env: FunctionalEnv | str, **options: Any) -> FunctionalEnv:
+    """A ``FunctionalEnv`` from one (returned as it is) or from an id, built by the package ``envs``
+    (``envs.make_functional``), which is looked up by name at call time as ``resolve_env`` does.
+
+    Raises:
+        TypeError: ``env`` is neither a string nor has the members of the protocol, or options come with an object.
+    """
+    if isinstance(env, str):
+        check_siblings(("envs",))
+        made: FunctionalEnv = importlib.import_module("envs").make_functional(env, **options)
+        return made
+    missing = [m for m in ("network", "periods", "sample", "initial", "observe", "step") if not hasattr(env, m)]
+    if missing or options:
+        raise TypeError(
+            f"env: expected an id with options, or a FunctionalEnv without, got {type(env).__name__} without {missing} "
+            f"and with options {sorted(options)}"
+        )
+    return env

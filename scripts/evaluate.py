@@ -26,7 +26,7 @@ check_siblings()
 import agents
 import envs
 from ccrl.experiment import checkpoint
-from ccrl.experiment.evaluation import evaluate
+from ccrl.experiment.evaluation import evaluate_agent
 from ccrl.experiment.run import RunFolder
 from ccrl.experiment.video import record_video
 
@@ -69,7 +69,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
     env = envs.make(info["env"], config.episodes, device=config.device, **agent.env_kwargs)
     scalars: dict[str, float] = {"steps": float(agent.num_timesteps)}
     for kind in ("deterministic", "stochastic"):
-        result = evaluate(agent.act, env, config.episodes, config.seed, kind == "deterministic")
+        result = evaluate_agent(agent, env, config.episodes, config.seed, kind == "deterministic")
         scalars |= result.scalars(kind)
         returns, length = result.returns, result.lengths.mean()
         print(

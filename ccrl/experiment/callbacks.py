@@ -9,7 +9,7 @@ from typing import Any
 
 from ccrl.batched_env import BatchedEnv
 from ccrl.experiment import checkpoint
-from ccrl.experiment.evaluation import EvalLog, evaluate
+from ccrl.experiment.evaluation import EvalLog, evaluate_agent
 from ccrl.experiment.logger import Logger
 
 __all__ = [
@@ -139,7 +139,7 @@ class EvalCallback(_Periodic):
     def on_iteration(self, agent: Any) -> bool | None:
         if self.due(agent.num_timesteps):
             start, cpu_start = time.perf_counter(), time.process_time()
-            results = [evaluate(agent.act, self.env, self.episodes, self.seed, d) for d in (True, False)]
+            results = [evaluate_agent(agent, self.env, self.episodes, self.seed, d) for d in (True, False)]
             scalars = self.log.log(agent.num_timesteps, *results)
             if self.logger is not None:
                 self.logger.log(agent.num_timesteps, scalars)

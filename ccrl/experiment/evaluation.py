@@ -18,7 +18,7 @@ from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree
 from ccrl.experiment.checkpoint import write_atomic
 from ccrl.experiment.csv_table import CsvTable, read_rows
 
-__all__ = ["EvalLog", "Evaluation", "Predict", "evaluate"]
+__all__ = ["EvalLog", "Evaluation", "Predict", "evaluate", "evaluate_agent"]
 
 Predict = Callable[[Tree, bool], Tensor]
 """``(obs [N, ...], deterministic) -> action [N, ...]``, with the observation normaliser frozen."""
@@ -107,6 +107,18 @@ def evaluate(
                     break
     order = (torch.arange(episodes, device=device) // n, torch.arange(episodes, device=device) % n)
     return Evaluation(returns[order].cpu().numpy(), lengths[order].cpu().numpy())
+
+
+def evaluate_agent(
+    agent: Any, env: BatchedEnv, episodes: int = 10, seed: int = 0, deterministic: bool = True
+) -> Evaluation:
+    """``evaluate`` with the agent's ``act``; or the agent's own ``evaluate(env, episodes, seed, deterministic)``, which
+    agents have that do not play environments step by step."""
+    own = getattr(agent, "evaluate", None)
+    if own is None:
+        return evaluate(agent.act, env, episodes, seed, deterministic)
+    found: Evaluation = own(env, episodes, seed, deterministic)
+    return found
 
 
 class EvalLog:

@@ -34,18 +34,12 @@ def retention(desired: Tensor, keep: Tensor, on_hand: Tensor) -> Tensor:
     return desired * share.clamp_max(1.0).unsqueeze(-1)
 
 
-def softmax(logits: Tensor, on_hand: Tensor, *, hold: bool = True, connected: Tensor | None = None) -> Tensor:
+def softmax(logits: Tensor, on_hand: Tensor, *, hold: bool = True) -> Tensor:
     """``on_hand`` split by the softmax of ``logits`` ``[..., K]`` (any sign).
 
     :param hold: the node keeps the share of one more logit, the constant 1; False: all is shipped.
-    :param connected: ``[..., K]`` bool; successors without a link get exactly nothing. With ``hold=False`` every node
-        needs one link.
     """
-    if connected is not None:
-        logits = logits.masked_fill(~connected, -torch.inf)
     if hold:
-        stay = torch.ones_like(logits[..., :1])
-        share = torch.cat([logits, stay], -1).softmax(-1)[..., :-1]
-    else:
-        share = logits.softmax(-1)
-    return on_hand.unsqueeze(-1) * share
+        logits = torch.cat([logits, torch.ones_like(logits[..., :1])], -1)
+        return on_hand.unsqueeze(-1) * logits.softmax(-1)[..., :-1]
+    return on_hand.unsqueeze(-1) * logits.softmax(-1)

@@ -1,8 +1,8 @@
 """Message passing on one fixed graph, the same for every row of the batch.
 
-Plain index operations, not torch_geometric: the graph is known at construction and shared by the whole batch, so tensors
-are dense ``[B, N, H]`` and ``[B, E, H]``. A library for ragged graphs would flatten them to ``B * E`` rows and scatter,
-once per simulated period, with index tensors ``B`` times as long, and bring a compiled dependency.
+Plain index operations, not torch_geometric: the graph is known at construction and shared by the whole batch, so
+tensors are dense ``[B, N, H]`` and ``[B, E, H]``. A library for ragged graphs would flatten them to ``B * E`` rows and
+scatter, once per simulated period, with index tensors ``B`` times as long, and bring a dependency.
 
 Source: HDPO, arXiv 2306.11246, the topology-aligned network of its published code.
 """
