@@ -265,9 +265,9 @@ def serial_optimum(task: Task, *, step: float = 0.02) -> Serial:
         C_{j+1}(y) = E[ C_j(min(S_j, y - D)) ] + (h_{j+1} - h_{j+1}') y                D over L_{j+1} periods
 
     with ``y`` the echelon inventory position after ordering, ``S_j = argmin C_j`` and ``h'`` the holding cost one stage
-    up (0 above the last). Stage ``j`` has ``y_j - D - y_{j-1}`` on hand, ``D`` over ``L_j`` periods; the recursion leaves
-    out that demand, so ``E[D] sum_j h_j L_j`` over the stages above the store is taken off the minimum. Nothing in
-    transit costs anything.
+    up (0 above the last). Stage ``j`` has ``y_j - D - y_{j-1}`` on hand, ``D`` over ``L_j`` periods; the recursion
+    leaves out that demand, so ``E[D] sum_j h_j L_j`` over the stages above the store is taken off the minimum. Nothing
+    in transit costs anything.
 
     Raises:
         ValueError: a task that is no serial system with backlogged normal demand clipped at zero.

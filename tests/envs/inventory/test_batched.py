@@ -1,0 +1,133 @@
+"""The batched environment: contract, layout of observations and actions, what agents train on."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import envs
+from ccrl.testing import EnvContract
+from envs.inventory import TASKS, InventoryEnv, InventoryVector, make_task
+from envs.inventory.batched import mean_flow
+
+IDS = [name for name in envs.OWN if name.startswith("Inventory")]
+
+
+class TestOneStore(EnvContract):
+    time_limit = 6
+
+    def make_env(self, num_envs, autoreset_mode):
+        return InventoryVector("one_store_lost", num_envs, autoreset_mode=autoreset_mode, max_episode_steps=6)
+
+
+class TestManyWarehouses(EnvContract):
+    time_limit = 9
+
+    def make_env(self, num_envs, autoreset_mode):
+        return InventoryVector(
+            "many_warehouses_lost_demand", num_envs, autoreset_mode=autoreset_mode, max_episode_steps=9
+        )
+
+
+class TestRecorded(EnvContract):
+    time_limit = 8
+
+    def make_env(self, num_envs, autoreset_mode):
+        return InventoryVector(
+            "one_store_real_data", num_envs, autoreset_mode=autoreset_mode, max_episode_steps=8, count=50
+        )
+
+
+class TestTransshipmentId(EnvContract):
+    time_limit = 50
+
+    def make_env(self, num_envs, autoreset_mode):
+        return envs.make("ccrl/InventoryTransshipment-v0", num_envs, autoreset_mode=autoreset_mode, stores=10)
+
+
+def test_every_task_has_an_id():
+    assert len(IDS) == len(TASKS)
+    for name in IDS:
+        options = {"count": 5} if "Recorded" in name else {}
+        env = envs.make(f"ccrl/{name}", 2, seed=0, **options)
+        assert env.id == f"ccrl/{name}"
+        assert env.step(torch.zeros(2, *env.single_action_space.shape)).reward.isfinite().all()
+
+
+def test_a_step_is_that_of_the_simulator():
+    """Serial system: action 0 asks for the mean demand on every edge, 1 for four times as much."""
+    vector = InventoryVector("serial_system", 3, lead_time=2, underage=4.0)
+    obs = vector.reset(seed=4)
+    env = InventoryEnv(make_task("serial_system", lead_time=2, underage=4.0))
+    scenarios = env.sample(3, torch.Generator().manual_seed(4))
+    state, demand = env.initial(scenarios), env.noise(scenarios)
+    for period in range(5):
+        valid = torch.cat([state["inventory"][:, node, :slots] for node, slots in enumerate((2, 4, 3, 2))], 1)
+        assert torch.equal(obs, valid)
+        action = torch.tensor([[0.0, 1.0, -1.0, 0.0]] * 3) if period % 2 else torch.full((3, 4), 0.5)
+        wanted = 5.0 * torch.tensor([[1.0, 4, 0, 1]] * 3) if period % 2 else torch.full((3, 4), 5 * 2.25)
+        state, cost = env.step(state, env.feasible(state, wanted), demand[period])
+        result = vector.step(action)
+        obs = result.obs
+        assert torch.allclose(result.reward, -cost)
+    assert torch.equal(vector.step(torch.full((3, 4), 9.0)).reward, _twin(vector, obs, state, env, demand[5]))
+
+
+def _twin(vector, obs, state, env, demand):
+    """Actions beyond the bounds count as the bounds."""
+    return -env.step(state, env.feasible(state, torch.full((3, 4), 20.0)), demand)[1]
+
+
+def test_reward_is_per_store():
+    vector = InventoryVector("one_warehouse_lost_demand", 2, stores=4)
+    vector.reset(seed=0)
+    env = vector.env
+    scenarios = env.sample(2, torch.Generator().manual_seed(0))
+    state = env.initial(scenarios)
+    _, cost = env.step(state, torch.zeros(2, 5), env.noise(scenarios)[0])
+    assert torch.allclose(vector.step(torch.full((2, 5), -1.0)).reward, -cost / 4)
+
+
+def test_mean_flow():
+    """Store 0 is served by both warehouses, store 1 by the second."""
+    net = make_task("many_warehouses_lost_demand").network
+    flow = mean_flow(net)
+    served_by_both = {2, 3, 4, 7, 8}
+    for store in range(10):
+        edges = {e: flow[store, e].item() for e in range(17) if flow[store, e]}
+        assert sum(v for e, v in edges.items() if net.edges[e][1] == 2 + store) == 1.0
+        assert sum(v for e, v in edges.items() if net.edges[e][0] == -1) == 1.0
+        assert (set(edges.values()) == {0.5}) == (store in served_by_both)
+    serial = mean_flow(make_task("serial_system").network)
+    assert serial.tolist() == [[1, 1, 1, 1]]
+
+
+def test_recorded_copies_play_different_series():
+    env = InventoryVector("one_store_real_data", 40, count=100)
+    first = env.reset(seed=0)
+    assert len(first.unique(dim=0)) > 20
+    assert set(first[:, -1].tolist()) <= {4.0, 5.0, 6.0}
+    assert first[:, -2].min() >= 6.3
+    assert first[:, -2].max() <= 11.7
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        InventoryVector("one_store_lost", 0)
+    with pytest.raises(ValueError, match="no inventory task"):
+        InventoryVector("two_stores")
+    with pytest.raises(TypeError, match="built already"):
+        InventoryVector(make_task("one_store_lost"), lead_time=2)
+    env = InventoryVector("one_store_lost", 2)
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(torch.zeros(2, 1))
+    with pytest.raises(RuntimeError, match="no state before"):
+        env.state_dict()
+    with pytest.raises(ValueError, match="not at the first reset"):
+        env.reset(mask=torch.tensor([True, False]))
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match="floating-point actions of shape"):
+        env.step(torch.zeros(2, 1, dtype=torch.int64))
+    other = InventoryVector("one_store_lost", 3)
+    with pytest.raises(ValueError, match="expected inventory and demand of shapes"):
+        other.load_state_dict(env.state_dict())

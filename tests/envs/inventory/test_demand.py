@@ -1,0 +1,135 @@
+"""Demand: published parameters, moments, recorded series and the stand-in for them."""
+
+from __future__ import annotations
+
+import datetime
+
+import numpy as np
+import pytest
+import torch
+
+from envs.inventory import InventoryEnv, Normal, Poisson, Recorded, load_series, make_task, synthetic_series
+from envs.inventory.demand import days_from_christmas
+
+
+def test_published_stores():
+    demand = make_task("transshipment_backlogged", stores=10).demand
+    assert demand.mean == (3.743, 4.750, 4.555, 3.801, 6.852, 3.425, 2.598, 7.266, 5.902, 4.933)
+    assert demand.std == (1.765, 2.124, 1.622, 1.405, 1.714, 1.590, 0.879, 2.701, 2.127, 2.391)
+    assert make_task("one_warehouse_lost_demand", stores=3).demand.mean == demand.mean[:3]
+    net = make_task("many_warehouses_lost_demand").network
+    rows = ["".join(str(int((w, 2 + k) in net.edges)) for k in range(10)) for w in range(2)]
+    assert rows == ["0011101110", "1111110111"]
+    wide = make_task("many_warehouses_real_data", count=2).network
+    assert (wide.stores, wide.warehouses, wide.slots) == (21, 3, 6)
+
+
+def test_moments():
+    generator = torch.Generator().manual_seed(0)
+    poisson = Poisson((5.0, 2.0)).draw(2000, 50, generator)
+    assert torch.allclose(poisson.mean((0, 1)), torch.tensor([5.0, 2.0]), atol=0.04)
+    assert torch.allclose(poisson.var((0, 1)), torch.tensor([5.0, 2.0]), atol=0.1)
+    normal = Normal((5.0, 3.0, 4.0), (1.0, 1.5, 2.0), 0.5, clip=False).draw(2000, 50, generator).flatten(0, 1)
+    assert torch.allclose(normal.mean(0), torch.tensor([5.0, 3.0, 4.0]), atol=0.03)
+    assert torch.allclose(normal.std(0), torch.tensor([1.0, 1.5, 2.0]), atol=0.02)
+    assert torch.allclose(normal.T.corrcoef(), torch.eye(3) * 0.5 + 0.5, atol=0.02)
+    assert normal.min() < 0
+    assert Normal((1.0,), (2.0,)).draw(100, 10, generator).min() == 0
+
+
+def test_christmas():
+    """2013-01-01 is a week after it, 2013-06-25 is 182 days after it, the week after that 176 days before the next."""
+    days = days_from_christmas(datetime.date(2013, 1, 1), 53)
+    assert days[:2].tolist() == [7, 14]
+    assert days[25:27].tolist() == [182, -176]
+    assert days[51:].tolist() == [-1, 6]
+
+
+def test_splits_overlap_only_in_the_warm_up():
+    """Metric weeks 32-110, 120-140 and 150-170; the weeks before a split are the history of its policies."""
+    series = torch.arange(171.0).expand(2, 171)[:, :, None]
+    env = InventoryEnv(make_task("one_store_real_data", series=Recorded(series, "weeks")))
+    weeks = []
+    for split in ("train", "dev", "test"):
+        part = env.split(split)
+        scenarios = part.sample(2, torch.Generator())
+        state, demand = part.initial(scenarios), part.noise(scenarios)
+        assert state["past_demand"][0, 0].tolist() == [demand[0, 0, 0] - 16 + i for i in range(16)]
+        assert state["week"].tolist() == [demand[0, 0, 0]] * 2
+        weeks.append((demand[part.ignore, 0, 0].item(), demand[-1, 0, 0].item()))
+        following, _ = part.step(state, torch.zeros(2, 1), demand[0])
+        assert following["past_demand"][0, 0, -1] == demand[0, 0, 0]
+        assert following["week"].tolist() == [demand[1, 0, 0]] * 2
+        calendar = days_from_christmas(datetime.date(2013, 1, 1), 171)
+        assert part.observe(state)["days_from_christmas"][0, 0] == calendar[int(demand[0, 0, 0])]
+    assert weeks == [(32, 110), (120, 140), (150, 170)]
+
+
+def test_load_csv(tmp_path):
+    file = tmp_path / "sales.csv"
+    file.write_text("week,store,series,demand\n3,a,milk,5\n4,b,milk,2.5\n4,a,bread,1\n")
+    series = load_series(file)
+    assert series.series.tolist() == [[[5, 0], [0, 2.5]], [[0, 0], [1, 0]]]
+    assert series.source == "sales.csv"
+    file.write_text("series,week,demand\nmilk,2020-03-09,1\nmilk,2020-03-23,2\n")
+    dated = load_series(file)
+    assert dated.series.tolist() == [[[1], [0], [2]]]
+    assert dated.first_day == datetime.date(2020, 3, 9)
+
+
+def test_load_npz(tmp_path):
+    file = tmp_path / "sales.npz"
+    np.savez(file, demand=np.ones((3, 171)), first_day="2020-01-06")
+    series = load_series(file)
+    assert series.series.shape == (3, 171, 1)
+    assert series.first_day == datetime.date(2020, 1, 6)
+    env = InventoryEnv(make_task("one_store_real_data", series=series))
+    assert env.sample(3, torch.Generator())["demand"].shape == (3, 111, 1)
+    assert "sales.npz" in env.task.name
+
+
+def test_the_stand_in_says_what_it_is():
+    series = synthetic_series(200, 3)
+    assert "synthetic" in series.source
+    assert "synthetic" in make_task("one_store_real_data", count=2).name
+    assert "synthetic" in make_task("many_warehouses_real_data", count=2).name
+    demand = series.series
+    assert demand.shape == (200, 171, 3)
+    assert torch.equal(demand, demand.round())
+    assert demand.min() == 0
+    assert torch.equal(synthetic_series(200, 3).series, demand)
+    assert not torch.equal(synthetic_series(200, 3, seed=1).series, demand)
+    days = days_from_christmas(series.first_day, 171)
+    december, summer = (days > -15) & (days < 0), days.abs() > 150
+    assert demand[:, december].mean() > 1.3 * demand[:, summer].mean()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "match"),
+    [
+        ("a.csv", "week,demand\n1,2\n", "expected columns series, week, demand"),
+        ("a.csv", "series,week,demand\n", "at least one row"),
+        ("a.csv", "series,week,demand\nm,1,2\nm,1,3\n", "with repetitions"),
+        ("a.csv", "series,week,demand\nm,2020-03-09,1\nm,2020-03-12,2\n", "seven days apart"),
+        ("a.txt", "", "expected a .npz or .csv file"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, match):
+    file = tmp_path / name
+    file.write_text(content)
+    with pytest.raises(ValueError, match=match):
+        load_series(file)
+
+
+def test_bad_series(tmp_path):
+    with pytest.raises(ValueError, match="values that are not finite"):
+        Recorded(torch.full((1, 3, 1), torch.nan), "x")
+    np.savez(tmp_path / "a.npz", sales=np.ones(3))
+    with pytest.raises(ValueError, match="expected an array 'demand'"):
+        load_series(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match="the splits need 171 weeks, the series have 100"):
+        make_task("one_store_real_data", series=synthetic_series(2, weeks=100))
+    short = {"train": (0, 10, 2), "dev": (5, 10, 2), "test": (10, 10, 2)}
+    make_task("one_store_real_data", series=synthetic_series(2, weeks=36), horizons=short)
+    with pytest.raises(ValueError, match="expected demand of 21 stores"):
+        make_task("many_warehouses_real_data", series=synthetic_series(2))
