@@ -1,8 +1,7 @@
 """Optimisers of surrogates: each updater owns one parameter set, its Adam moments and its learning rate.
 
-``FlatUpdater`` keeps small networks in one flat vector: forward, backward, global-norm clip and Adam of one or several
-minibatches are ONE compiled graph. Its eager twin uses ordinary autograd on the same vector and the same numbers up to
-rounding. ``ModuleUpdater`` drives any module with any torch optimiser (large models, LoRA, pathwise losses).
+``FlatUpdater``: small networks in one flat vector; forward, backward, clip and Adam of several minibatches are ONE
+compiled graph, with an eager twin. ``ModuleUpdater``: any module, any torch optimiser (large models, pathwise losses).
 """
 
 from __future__ import annotations
@@ -212,8 +211,7 @@ class FlatUpdater(_Surrogates):
         if batches[0].microbatch is not None:
             raise ValueError("FlatUpdater: a compiled update takes whole batches; drop Batching.microbatch or compile")
         total: Tensor | None = None
-        names: list[str] = []
-        i = 0
+        i, names = 0, list[str]()
         while i < len(batches):
             count = self.unroll if len(batches) - i >= self.unroll else 1
             graph, columns, names = self._graph(terms, batches[i], count)
@@ -272,8 +270,11 @@ class FlatUpdater(_Surrogates):
             assert out is not None
             return out
 
-        # a graph of small kernels spends a fifth of its time in a wrapper written in Python
-        options: dict[str, Any] = {"cpp_wrapper": True} if self.flat.device.type == "cpu" else {}
+        # Graphs are kept per terms and count, so only shapes and types are checked at a call (a seventh of the time
+        # else). Compiled code is cached by code object: without one of its own, another updater's graph could run.
+        steps.__code__ = steps.__code__.replace()
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
+        options["cpp_wrapper"] = self.flat.device.type == "cpu"  # in Python it takes a fifth of a small graph's time
         compiled: Callable[..., Tensor] = torch.compile(steps, dynamic=False, options=options)
         return compiled
 

@@ -170,6 +170,23 @@ def test_compiled_updates_match_eager_and_do_not_recompile() -> None:
 
 
 @needs_compiler
+def test_compiled_graphs_of_equal_shapes_are_not_confused() -> None:
+    # compiled graphs are cached by code object and only tensors are guarded: two updaters whose inputs look alike must
+    # not run each other's graph (of the same terms on another module, or of other terms)
+    def surrogate_only(loss: object) -> tuple[Term, ...]:
+        return (Term("policy", loss, aggregates.mean, ratios.token),)
+
+    first, second = surrogate_only(losses.weighted_ratio), surrogate_only(losses.k2)
+    for t, seed in ((first, 0), (second, 0), (first, 1)):
+        eager = FlatUpdater(policy(seed), lr=3e-2)
+        compiled = FlatUpdater(policy(seed), lr=3e-2, compile=True, unroll=1)
+        for u in (eager, compiled):
+            u.run(t, batches(2))
+        close(compiled.flat, eager.flat)
+        assert not torch.equal(eager.flat, flat(policy(seed)))
+
+
+@needs_compiler
 def test_compiled_module_loss_matches_eager() -> None:
     one, two = policy(), policy()
     coefficient = torch.tensor(0.01, dtype=F64)
