@@ -275,8 +275,7 @@ class FlatUpdater(_Surrogates):
         steps.__code__ = steps.__code__.replace()
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
         options["cpp_wrapper"] = self.flat.device.type == "cpu"  # in Python it takes a fifth of a small graph's time
-        compiled: Callable[..., Tensor] = torch.compile(steps, dynamic=False, options=options)
-        return compiled
+        return torch.compile(steps, dynamic=False, options=options)
 
     # -- state --------------------------------------------------------------------------------------------------------
 
