@@ -39,6 +39,8 @@ class EdgeNet(nn.Module):
     never updated.
 
     :param edges: ``(source, destination)`` pairs, ``-1`` for a virtual end.
+    :param unread: so many edges, the last ones, send messages but have no output: their last update would be a waste (a
+        third of all work where every store has an edge to its customer).
     :param nodes: number of nodes ``N``.
     :param features: node features.
     :param rounds: rounds of message passing; weights are shared among them.
@@ -57,18 +59,19 @@ class EdgeNet(nn.Module):
         nodes: int,
         features: int,
         *,
+        unread: int = 0,
         hidden: int = 32,
         rounds: int = 1,
         bias: float = 5.0,
     ) -> None:
         super().__init__()
         bad = [e for e in edges if not all(-1 <= end < nodes for end in e)]
-        if bad or not edges or rounds < 1:
+        if bad or not 0 <= unread < len(edges) or rounds < 1:
             raise ValueError(
-                f"EdgeNet: expected edges between nodes -1..{nodes - 1} and rounds >= 1, got {bad or list(edges)}, "
-                f"{rounds} rounds"
+                f"EdgeNet: expected edges between nodes -1..{nodes - 1}, some of them read, and rounds >= 1, got "
+                f"{bad or list(edges)}, {unread} unread, {rounds} rounds"
             )
-        self.nodes, self.rounds = nodes, rounds
+        self.nodes, self.rounds, self.read = nodes, rounds, len(edges) - unread
         src, dst = (torch.tensor(end) % (nodes + 1) for end in zip(*edges))
         degree = (torch.bincount(end, minlength=nodes + 1).clamp_min(1)[end].rsqrt() for end in (src, dst))
         out_scale, in_scale = degree
@@ -83,18 +86,19 @@ class EdgeNet(nn.Module):
         nn.init.constant_(self.head[-1].bias, bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
-        """``[B, E]`` from node features ``[B, N, features]`` and one number per edge ``[B, E]`` (or ``[E]``)."""
+        """``[B, E - unread]`` from node features ``[B, N, features]`` and one number per edge, ``[B, E]``."""
         n = self.node_in(x)
-        ends = self._ends(n)
-        e = self.edge_in(torch.cat([*ends, weight.expand(x.shape[0], -1).unsqueeze(-1)], -1))
-        for _ in range(self.rounds):
+        e = self.edge_in(torch.cat([*self._ends(n, len(self.src)), weight.unsqueeze(-1)], -1))
+        for round in range(self.rounds):
             n = n + self.node(torch.cat([n, self._sum(e, self.dst, self.into), self._sum(e, self.src, self.outof)], -1))
-            e = e + self.edge(torch.cat([e, *self._ends(n)], -1))
+            e = e if round < self.rounds - 1 else e[:, : self.read]
+            e = e + self.edge(torch.cat([e, *self._ends(n, e.shape[1])], -1))
         return F.softplus(self.head(e).squeeze(-1))
 
-    def _ends(self, n: Tensor) -> tuple[Tensor, Tensor]:
+    def _ends(self, n: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """Embeddings at both ends of the first ``count`` edges."""
         padded = F.pad(n, (0, 0, 0, 1))
-        return padded.index_select(1, self.src), padded.index_select(1, self.dst)
+        return padded.index_select(1, self.src[:count]), padded.index_select(1, self.dst[:count])
 
     def _sum(self, e: Tensor, end: Tensor, scale: Tensor) -> Tensor:
         """Sum of edges at their end node, scaled; the virtual row is dropped. ``[B, N, H]``."""

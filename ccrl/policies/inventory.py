@@ -222,11 +222,11 @@ class GNNPolicy(OrderPolicy):
             )
         customers = [(node, -1) for node in range(network.first_store, network.nodes)]
         keeping = [(node, node) for node in self.shippers] if network.keeps_stock else []
-        edges = [*network.edges, *customers, *keeping]
+        edges = [*network.edges, *keeping, *customers]
         self.silent = len(edges) - len(network.edges)  # edges without a lead time
         width = like["inventory"].shape[2] + 1 + self._store_attributes(like).shape[-1]
         rounds = network.echelons + 1 if rounds is None else rounds
-        self.net = EdgeNet(edges, network.nodes, width, hidden=hidden, rounds=rounds)
+        self.net = EdgeNet(edges, network.nodes, width, hidden=hidden, rounds=rounds, unread=len(customers))
 
     @staticmethod
     def _store_attributes(obs: State) -> Tensor:
@@ -253,7 +253,7 @@ class GNNPolicy(OrderPolicy):
         lead = F.pad(obs["lead_time"].to(inventory.dtype), (0, self.silent))
         out: Tensor = self.net(self.features(obs), lead)
         if not network.internal:
-            return out[:, : len(network.edges)]
+            return out
         wanted, supply = out[:, : network.internal], out[:, network.internal : len(network.edges)]
         if not network.keeps_stock:
             return torch.cat([self.proportional(wanted, inventory), supply], -1)
