@@ -17,8 +17,9 @@ import torch
 
 from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
 from ccrl.batched_env import AutoresetMode, BatchedEnv
+from ccrl.functional_env import FunctionalEnv
 
-__all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_single_env", "make_vector_env"]
+__all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_functional", "make_single_env", "make_vector_env"]
 
 CLASSIC = {
     "Acrobot-v1": "Acrobot",
@@ -109,6 +110,25 @@ def make(
     if seed is not None:
         env.reset(seed=seed)
     return env
+
+
+def make_functional(id: str, **options: Any) -> FunctionalEnv:
+    """The simulator behind an id as pure functions, for agents that differentiate through it.
+
+    Args:
+        id: of an inventory task, ``"ccrl/InventoryOneStoreLost-v0"``.
+        options: of the task, as for :func:`make`.
+
+    Raises:
+        ValueError: an id that has no such simulator.
+    """
+    module, task = OWN.get(id.removeprefix("ccrl/"), ("", ""))
+    if module != "envs.inventory":
+        known = [f"ccrl/{name}" for name, (where, _) in OWN.items() if where == "envs.inventory"]
+        raise ValueError(f"{id!r} is no differentiable simulator; expected one of {', '.join(known)}")
+    inventory = importlib.import_module(module)
+    made: FunctionalEnv = inventory.InventoryEnv(inventory.make_task(task, **options))
+    return made
 
 
 def make_vector_env(task: str, num_envs: int = 1, **options: Any) -> TorchVectorEnv:
