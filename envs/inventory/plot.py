@@ -148,7 +148,9 @@ def _draw_network(axis: Any, env: InventoryEnv, summary: _Summary) -> None:
     box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
     for node, (x, y) in enumerate(zip(stages, rows)):
         aside = node >= net.first_store
-        place = {"ha": "left", "va": "center"} if aside else {"ha": "left", "va": "bottom"}
+        # Upstream the label goes where no line is: above, on the side that the goods do not come from or leave to.
+        across = "right" if not aside and (-1, node) in net.edges else "left"
+        place = {"ha": across, "va": "center" if aside else "bottom"}
         per_line = 2 if len(incoming[node]) > 2 else 1
         lines = [", ".join(incoming[node][i : i + per_line]) for i in range(0, len(incoming[node]), per_line)]
         text = "\n".join([names[node], *lines])

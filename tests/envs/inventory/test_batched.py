@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import envs
+from ccrl.batched_env import AutoresetMode
 from ccrl.testing import EnvContract
 from envs.inventory import TASKS, InventoryEnv, InventoryVector, make_task
 from envs.inventory.batched import mean_flow
@@ -70,12 +71,31 @@ def test_a_step_is_that_of_the_simulator():
         result = vector.step(action)
         obs = result.obs
         assert torch.allclose(result.reward, -cost)
-    assert torch.equal(vector.step(torch.full((3, 4), 9.0)).reward, _twin(vector, obs, state, env, demand[5]))
 
 
-def _twin(vector, obs, state, env, demand):
-    """Actions beyond the bounds count as the bounds."""
-    return -env.step(state, env.feasible(state, torch.full((3, 4), 20.0)), demand)[1]
+def test_actions_beyond_the_bounds_count_as_the_bounds():
+    for beyond, bound in ((9.0, 1.0), (-9.0, -1.0)):
+        observed = []
+        for action in (beyond, bound):
+            env = InventoryVector("one_store_lost", 3)
+            env.reset(seed=0)
+            observed.append(env.step(torch.full((3, 1), action)).obs)
+        assert torch.equal(*observed)
+        assert observed[0][:, 3].tolist() == [20.0 * (bound > 0)] * 3  # four times the mean, four periods away
+
+
+def test_a_reset_of_some_leaves_the_others_alone():
+    """The copies that go on meet the demand that they would have met."""
+    one, other = [InventoryVector("serial_system", 3, autoreset_mode=AutoresetMode.DISABLED) for _ in range(2)]
+    for env in (one, other):
+        env.reset(seed=0)
+        env.step(torch.zeros(3, 4))
+    one.reset(mask=torch.tensor([True, False, False]))
+    for _ in range(5):
+        left, right = one.step(torch.zeros(3, 4)), other.step(torch.zeros(3, 4))
+        assert torch.equal(left.reward[1:], right.reward[1:])
+        assert torch.equal(left.obs[1:], right.obs[1:])
+        assert left.reward[0] != right.reward[0]
 
 
 def test_reward_is_per_store():
