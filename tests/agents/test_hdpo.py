@@ -233,8 +233,11 @@ def test_a_loaded_agent_goes_on_bit_for_bit(tmp_path: Path, policy: str, task: s
 
 def test_the_best_parameters_act_and_training_ends_without_progress(tmp_path: Path) -> None:
     agent = make(dev_every=1, patience=3, learning_rate=1e-2)
-    agent.learn(2 * agent.batch_steps)
+    seen: list[list[Tensor]] = [parameters(agent)]
+    agent.learn(4 * agent.batch_steps, lambda a: seen.append(parameters(a)))
     best = [p.clone() for p in agent.ctx.bank.policy("best").parameters()]
+    assert agent.best_iteration > 0
+    assert all(torch.equal(a, b) for a, b in zip(best, seen[agent.best_iteration]))
     agent.policy.net[-1].bias.data.fill_(30.0)  # far too large orders: no later score is better
     agent.learn(100 * agent.batch_steps)
     assert agent.converged

@@ -75,6 +75,36 @@ def test_orders_are_feasible(cls: type[OrderPolicy], net: Network) -> None:
             torch.testing.assert_close(total, stock, rtol=1e-4, atol=1e-5)
 
 
+def test_the_gnn_holds_back_what_its_self_loops_ask_for() -> None:
+    torch.manual_seed(0)
+    obs = observation(FAN, 50)
+    obs["inventory"][:, 0, 0] = 1.0  # far less than the initial requests of about 5 each
+    shipped = GNNPolicy(FAN, obs)(obs)[:, :4].sum(1).detach()
+    assert float(shipped.max()) < 0.95
+    assert float(shipped.min()) > 0.5
+
+
+@pytest.mark.parametrize("net", [SERIAL, FAN, PASSING], ids=["serial", "fan", "passing"])
+def test_outputs_of_the_vanilla_network_by_hand(net: Network) -> None:
+    obs = observation(net, 3)
+    policy = VanillaPolicy(net, obs)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.zero_()
+    orders, mean = policy(obs).detach(), obs["mean"].sum(1)
+    torch.testing.assert_close(orders[:, -1], 0.5 * 4.0 * mean)  # half the bound
+    if net.echelons:
+        torch.testing.assert_close(orders[:, :3], 0.5 * obs["inventory"][:, :3, 0])
+    else:
+        stores, keep = net.internal, math.e if net.keeps_stock else 0.0
+        share = obs["inventory"][:, :1, 0] / (stores + keep)
+        torch.testing.assert_close(orders[:, :stores], share.expand(-1, stores))
+    alone = VanillaPolicy(STORE, observation(STORE))
+    torch.nn.init.zeros_(alone.net[-1].weight)
+    torch.nn.init.zeros_(alone.net[-1].bias)
+    torch.testing.assert_close(alone(observation(STORE)), torch.full((6, 1), math.log1p(math.e)))
+
+
 def reference(net: EdgeNet, edges: list[tuple[int, int]], x: Tensor, weight: Tensor) -> Tensor:
     """The published message passing, edge by edge in Python."""
     zero = x.new_zeros(x.shape[0], 32)
