@@ -81,7 +81,7 @@ class RolloutBuffer:
 
     def write(self, t: int, action: Tensor, result: StepResult, extra: dict[str, Tensor]) -> None:
         """Store step ``t``; ``result.obs`` becomes the start of row ``t + 1``."""
-        self.action[t].copy_(action)  # type: ignore[index]
+        self.action[t].copy_(action)
         self.reward[t].copy_(result.reward)
         self.terminated[t].copy_(result.terminated)
         self.truncated[t].copy_(result.truncated)
