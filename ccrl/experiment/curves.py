@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,8 +81,8 @@ class Study:
 
     @property
     def agents(self) -> list[str]:
-        """Names in alphabetical order."""
-        return sorted({curve.agent for curve in self.curves})
+        """Names in alphabetical order, numbers in them by value (m=2 before m=10)."""
+        return sorted({curve.agent for curve in self.curves}, key=_by_value)
 
     @property
     def shared_envs(self) -> list[str]:
@@ -280,6 +281,11 @@ def _read(run: RunFolder, metric: str, seen: set[str]) -> tuple[Array, Array]:
             if len(unique):
                 return unique, values[::-1][index]
     return np.empty(0), np.empty(0)
+
+
+def _by_value(name: str) -> list[tuple[bool, float, str]]:
+    parts = re.split(r"(\d+\.?\d*)", name)
+    return [(i % 2 == 1, float(part) if i % 2 else 0.0, part) for i, part in enumerate(parts)]
 
 
 def short(steps: float) -> str:

@@ -9,7 +9,7 @@ import pytest
 
 from ccrl.experiment import plots
 from ccrl.experiment.csv_table import CsvTable
-from ccrl.experiment.curves import load_study, short
+from ccrl.experiment.curves import Curve, Study, load_study, short
 from ccrl.experiment.statistics import iqm
 
 ROOT = Path(__file__).parents[2]
@@ -103,6 +103,12 @@ def test_sweep_by_a_config_key(tmp_path):
     assert study.notes == ()
     with pytest.raises(ValueError, match=r"expected the key m; received inner.steps"):
         load_study([tmp_path], by="m")
+
+
+def test_numbers_in_names_are_in_order_of_value():
+    names = ["mdpo m=10", "mdpo m=2", "ppo", "mdpo", "mdpo m=0.5"]
+    curves = tuple(Curve(Path("run"), "E", name, 0, np.array([0.0, 1.0]), np.array([0.0, 1.0])) for name in names)
+    assert Study("m", curves).agents == ["mdpo", "mdpo m=0.5", "mdpo m=2", "mdpo m=10", "ppo"]
 
 
 def test_table_by_hand(tmp_path):
