@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
@@ -34,13 +35,15 @@ from ccrl.gp.fisher import BatchFisher, Fisher
 from ccrl.gp.gptd import Chain, QPosterior, gptd, recursive_gptd
 from ccrl.gp.posterior import Covariance, Posterior
 from ccrl.packages import require
-from ccrl.policies import MLPPolicy
+from ccrl.policies import GibbsPolicy, MLPPolicy, RBFGrid
 from ccrl.updaters import FlatUpdater, GradientEstimate
 
-__all__ = ["BAC", "BACConfig", "BACEstimator", "GridPolicy"]
+__all__ = ["BAC", "BACConfig", "BACEstimator"]
 
 EXACT_UP_TO = 4000
 """Transitions up to which ``solver="auto"`` factorises the kernel matrix."""
+GRID_WIDTH = 1.3
+"""Width of the grid policy's bumps, in distances between neighbours."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class BACConfig(EpisodicConfig):
     learning_rate: float = 0.025
     """beta: size of the steps."""
     policy: str = "mlp"
-    """mlp (hidden layers as given; none: linear) or grid: linear in Gaussian bumps on a grid over the bounded state."""
+    """mlp (hidden layers as given; none: linear) or grid: softmax, linear in Gaussian bumps on a grid over the bounded
+    state."""
     grid: int = 4
     """grid: bumps per state dimension."""
     noise: float = 9.0
@@ -80,6 +84,8 @@ class BACConfig(EpisodicConfig):
         super().__post_init__()
         if self.policy not in ("mlp", "grid"):
             raise ValueError(f"policy: expected mlp or grid, got {self.policy!r}")
+        if self.policy == "grid" and self.normalise_obs:
+            raise ValueError("normalise_obs: the grid scales the bounded state itself; expected False, got True")
         if self.fisher not in ("sum", "mean"):
             raise ValueError(f"fisher: expected sum or mean, got {self.fisher!r}")
         for name in ("noise", "state_scale", "fisher_scale", "lengthscale", "grid", "nu"):
@@ -95,9 +101,9 @@ class StateScale(nn.Module):
     low: Tensor
     width: Tensor
 
-    def __init__(self, space: Any, policy: MLPPolicy) -> None:
+    def __init__(self, space: Any, policy: MLPPolicy | GibbsPolicy) -> None:
         super().__init__()
-        self._features = policy.features
+        self._policy = [policy]  # in a list: a module of its own would be saved twice
         low = torch.as_tensor(getattr(space, "low", [0.0]), dtype=torch.float64).flatten()
         high = torch.as_tensor(getattr(space, "high", [1.0]), dtype=torch.float64).flatten()
         bounded = low.isfinite() & high.isfinite() & (high - low < 1e6)
@@ -106,7 +112,7 @@ class StateScale(nn.Module):
 
     def forward(self, obs: Tree) -> Tensor:
         if isinstance(obs, dict) or not obs.is_floating_point():
-            return self._features(obs, "actor").double()
+            return self._policy[0].features(obs, "actor").double()
         return (obs.reshape(obs.shape[0], -1).double() - self.low) / self.width
 
 
@@ -119,7 +125,7 @@ class BACEstimator(Estimator):
     """
 
     def __init__(
-        self, config: BACConfig, policy: MLPPolicy, states: Any, kernel: Any = None, fisher: Fisher | None = None
+        self, config: BACConfig, policy: Any, states: Any, kernel: Any = None, fisher: Fisher | None = None
     ) -> None:
         super().__init__()
         from ccrl.gp.kernels import rbf
@@ -180,35 +186,6 @@ class BACEstimator(Estimator):
         return gptd(lambda x: matrix @ x, chain, c.noise)
 
 
-class GridPolicy(MLPPolicy):
-    """Linear (softmax or Gaussian) in Gaussian bumps on a regular grid over a bounded observation, without bias.
-
-    Centres are ``(i - 0.5) / grid`` of every coordinate scaled to [0, 1], widths 1.3 of their distance.
-    """
-
-    def __init__(self, observation_space: Any, action_space: Any, grid: int, **options: Any) -> None:
-        low, high = (torch.as_tensor(getattr(observation_space, k, torch.inf)).flatten() for k in ("low", "high"))
-        if not bool((low.isfinite() & high.isfinite()).all()):
-            raise ValueError(f"policy=grid: expected a Box observation with finite bounds, got {observation_space}")
-        self._bumps = grid ** low.shape[0]
-        super().__init__(observation_space, action_space, hidden=(), heads={}, **options)
-        self.actor.net = nn.Sequential(nn.Linear(self._bumps, self.n_out, bias=False))
-        nn.init.zeros_(self.actor.net[0].weight)
-        axes = [(torch.arange(grid) + 0.5) / grid] * low.shape[0]
-        self.register_buffer("centres", torch.cartesian_prod(*axes).reshape(self._bumps, -1))
-        self.register_buffer("floor", low.float())
-        self.register_buffer("extent", (high - low).float())
-        self.inverse_width = grid / 1.3
-
-    def _width(self, role: str) -> int:
-        return self._bumps
-
-    def features(self, obs: Tree, role: str) -> Tensor:
-        x = (obs.reshape(obs.shape[0], -1) - self.floor) / self.extent
-        square = (x.unsqueeze(1) - self.centres).square().sum(-1)
-        return torch.exp(-0.5 * self.inverse_width**2 * square)
-
-
 class BAC(Agent):
     """Bayesian actor-critic."""
 
@@ -221,13 +198,21 @@ class BAC(Agent):
         require("gpytorch", "gp")
         c: BACConfig = self.config
         space = self.env.single_observation_space
-        if c.policy == "grid":
-            self.policy = GridPolicy(space, self.env.single_action_space, c.grid, log_std_init=c.log_std_init)
-        else:
-            self.policy = self.make_policy({})
+        self.policy = self.make_grid_policy() if c.policy == "grid" else self.make_policy({})
         self.updaters = {"policy": FlatUpdater(self.policy, lr=c.learning_rate)}
         self.estimator = BACEstimator(c, self.policy, StateScale(space, self.policy))
         self.direction = Ascent(self.updaters["policy"].lr, c.lr_decay)
+
+    def make_grid_policy(self) -> GibbsPolicy:
+        """The softmax policy on the grid that the config describes.
+
+        :raises ValueError: for other actions than Discrete and other observations than a finite Box of one axis.
+        """
+        space, per_axis = self.env.single_observation_space, self.config.grid
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
+            raise ValueError(f"policy=grid: expected a Box observation of one axis with finite bounds, got {space}")
+        features = RBFGrid(space.low.tolist(), space.high.tolist(), per_axis, GRID_WIDTH / per_axis)
+        return GibbsPolicy(space, self.env.single_action_space, features=features)
 
     @classmethod
     def slots(cls) -> dict[str, str]:

@@ -8,15 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import gymnasium as gym
 import numpy as np
 import torch
 from torch import Tensor
 
+from ccrl.adapters.spaces import numpy_act
 from ccrl.bank import Bank
 from ccrl.batched_env import BatchedEnv, Tree, resolve_env
 from ccrl.collect import Collector
-from ccrl.data import Data, tree_map
+from ccrl.data import Data
 from ccrl.estimators.base import Context, Direction, Estimator, check_terms, run_phases
 from ccrl.estimators.scores import Scores
 from ccrl.experiment import checkpoint
@@ -50,6 +50,7 @@ class Agent:
     policy: MLPPolicy
     estimator: Estimator
     updaters: dict[str, FlatUpdater]
+    collector: Collector | None
     direction: Direction | None = None
     episodic: ClassVar[bool] = False
     """Every rollout is of fresh episodes: ``num_envs`` of them, of at most ``n_steps`` steps, on the agent's own
@@ -78,16 +79,20 @@ class Agent:
         if self.device.type != torch.device(device).type:
             raise ValueError(f"device: the environment is on {self.device}, the agent on {device}; make them equal")
         self.collector = Collector(self.env, seed=seed, make_env=self._fresh_envs)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Build networks and estimator under the agent's seed, and set every clock to zero."""
         with torch.random.fork_rng(devices=[]):  # building an agent must not move the caller's random numbers
-            torch.manual_seed(seed)
+            torch.manual_seed(self.seed)
             self.build()
         self.policy.to(self.device)
         self.estimator.to(self.device)
-        check_terms(self.estimator.phases(), self.policy.outputs())
+        check_terms(self.estimator.phases(), self.outputs())
         self.ctx = Context(
             k=torch.zeros((), dtype=torch.float64, device=self.device),
             K=torch.ones((), dtype=torch.float64, device=self.device),
-            generator=torch.Generator(self.device).manual_seed(seed + 7),
+            generator=torch.Generator(self.device).manual_seed(self.seed + 7),
             bank=Bank(self.policy),
             scores=lambda theta, data, level: Scores(self.policy, theta, data, level),
         )
@@ -99,6 +104,10 @@ class Agent:
         self.scalars: dict[str, float | Tensor] = {}
         self._pending_callback_state: dict[str, Any] = {}
         self.callbacks: list[Callback] = []
+
+    def outputs(self) -> frozenset[str]:
+        """Forward outputs that terms may want."""
+        return self.policy.outputs()
 
     # -- what a subclass fills in --------------------------------------------------------------------------------------
 
@@ -189,7 +198,7 @@ class Agent:
         self.healthy = False
         marks = [time.perf_counter()]
         self.collector.env_seconds = 0.0
-        points = {"on": self.updaters["policy"].flat} if self.direction is None else self._points()
+        points = self._points()
         have: dict[str, Data] = {}
         while requests := self.estimator.plan(points, have, self.ctx):
             for request in requests:
@@ -209,7 +218,7 @@ class Agent:
         self._check_finite()
         with torch.no_grad():
             self.estimator.after_update(data, stats)
-            if self.config.normalise_obs:
+            if getattr(self.config, "normalise_obs", False):
                 # after the update: moved before it, the ratio at the old parameters would not be 1
                 self.policy.update_normaliser(data["on"]["obs"], data["on"]["valid"])
         self.ctx.k += 1
@@ -219,8 +228,8 @@ class Agent:
         self.healthy = True
 
     def _points(self) -> dict[str, Tensor]:
-        assert self.direction is not None
-        return self.direction.points(self.updaters["policy"].flat, self.ctx)
+        theta = self.updaters["policy"].flat
+        return {"on": theta} if self.direction is None else self.direction.points(theta, self.ctx)
 
     def _directed_step(self, points: dict[str, Tensor], data: dict[str, Data]) -> Stats:
         assert self.direction is not None
@@ -319,15 +328,8 @@ class Agent:
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """SB3's signature: one observation or a batch in NumPy -> actions of the same kind, and ``state`` unchanged."""
-        space = self.env.single_observation_space
-        key = next(iter(space)) if isinstance(space, gym.spaces.Dict) else None
-        first = observation[key] if key is not None else observation
-        single = np.ndim(first) == len((space[key] if key is not None else space).shape)
-        batch = lambda x: torch.as_tensor(np.asarray(x)[None] if single else np.asarray(x))  # noqa: E731
-        tree = {k: batch(v) for k, v in observation.items()} if isinstance(observation, dict) else batch(observation)
-        tree = tree_map(lambda x: x.to(self.device, torch.float32 if x.is_floating_point() else x.dtype), tree)
-        action = self.act(tree, deterministic).cpu().numpy()
-        return (action[0] if single else action), state
+        act = lambda obs: self.act(obs, deterministic)  # noqa: E731
+        return numpy_act(act, self.env.single_observation_space, observation, self.device), state
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -338,7 +340,7 @@ class Agent:
             "estimator": self.estimator.state_dict(),
             "updaters": {k: u.state_dict() for k, u in self.updaters.items()},
             "bank": self.ctx.bank.state_dict(),
-            "collector": self.collector.state_dict(),
+            "collector": None if self.collector is None else self.collector.state_dict(),
             "generator": self.ctx.generator.get_state(),
             "k": self.ctx.k.clone(),
             "iteration": self.iteration,
@@ -356,7 +358,8 @@ class Agent:
         for name, updater in self.updaters.items():
             updater.load_state_dict(state["updaters"][name])
         self.ctx.bank.load_state_dict(state["bank"])
-        self.collector.load_state_dict(state["collector"])
+        if self.collector is not None:
+            self.collector.load_state_dict(state["collector"])
         self.ctx.generator.set_state(state["generator"].cpu())
         self.ctx.k.copy_(state["k"])
         self.iteration, self.n_updates = state["iteration"], state["n_updates"]

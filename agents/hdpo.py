@@ -28,13 +28,10 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from ccrl.bank import Bank
 from ccrl.batched_env import BatchedEnv, Tree
 from ccrl.data import Batching, Data
-from ccrl.estimators.base import Context, Estimator, Phase, check_terms, run_phases
+from ccrl.estimators.base import Context, Estimator, Phase, run_phases
 from ccrl.estimators.pathwise import Unrolled, average_cost, cost_term, scenario_data
-from ccrl.estimators.scores import Scores
-from ccrl.experiment import checkpoint
 from ccrl.experiment.callbacks import Callback, FunctionCallback, as_callback
 from ccrl.experiment.evaluation import Evaluation
 from ccrl.functional_env import FunctionalEnv, Network, Split, State, resolve_functional_env
@@ -189,27 +186,13 @@ class HDPO(Agent):
         train = self.scenarios("train", config.n_train, 2 * seed)
         self.data = scenario_data(self.simulator, train)
         self.dev = self.scenarios("dev", config.n_dev, 2 * seed + 1)
-        with torch.random.fork_rng(devices=[]):  # building an agent must not move the caller's random numbers
-            torch.manual_seed(seed)
-            self.build()
-        check_terms(self.estimator.phases(), self.unrolled.outputs())
-        self.ctx = Context(
-            k=torch.zeros((), dtype=torch.float64),
-            K=torch.ones((), dtype=torch.float64),
-            generator=torch.Generator(self.device).manual_seed(seed + 7),
-            bank=Bank(self.policy),
-            scores=lambda theta, data, level: Scores(self.policy, theta, data, level),
-        )
+        self.collector = None
+        self._begin()
         self.ctx.bank.refresh("best")
-        self.best_cost, self.best_iteration, self._dev_cost = float("inf"), 0, float("inf")
-        self.iteration, self.n_updates, self._steps = 0, 0, 0
-        self.healthy, self.last_checkpoint = True, None
-        self.episodes: deque[tuple[float, float]] = deque(maxlen=1)
+        self.best_cost, self.best_iteration, self._dev_cost, self._steps = float("inf"), 0, float("inf"), 0
+        self.episodes = deque(maxlen=1)
         """Mean return of the last epoch's scenarios (minus cost per store, as the batched environment pays) and the
         horizon."""
-        self.scalars: dict[str, float | Tensor] = {}
-        self._pending_callback_state: dict[str, Any] = {}
-        self.callbacks: list[Callback] = []
 
     def build(self) -> None:
         c: HDPOConfig = self.config
@@ -246,6 +229,9 @@ class HDPO(Agent):
         series, whatever the seed)."""
         generator = torch.Generator().manual_seed(seed)
         return self.simulator.split(split).sample(count, generator, device=self.device)
+
+    def outputs(self) -> frozenset[str]:
+        return self.unrolled.outputs()
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
@@ -368,32 +354,13 @@ class HDPO(Agent):
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that training reads; the scenarios are drawn again from the seed."""
-        return {
-            "policy": self.policy.state_dict(),
-            "estimator": self.estimator.state_dict(),
-            "updaters": {k: u.state_dict() for k, u in self.updaters.items()},
-            "bank": self.ctx.bank.state_dict(),
-            "generator": self.ctx.generator.get_state(),
-            "k": self.ctx.k.clone(),
-            "clock": [self.iteration, self.n_updates, self._steps],
+        return super().state_dict() | {
+            "steps": self._steps,
             "best": [self.best_cost, self.best_iteration, self._dev_cost],
-            "episodes": [list(e) for e in self.episodes],
-            "callbacks": self._pending_callback_state | {c.key: c.state_dict() for c in self.callbacks},
-            "rng": checkpoint.rng_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore ``state_dict`` in place."""
-        self.policy.load_state_dict(state["policy"])
-        self.estimator.load_state_dict(state["estimator"])
-        for name, updater in self.updaters.items():
-            updater.load_state_dict(state["updaters"][name])
-        self.ctx.bank.load_state_dict(state["bank"])
-        self.ctx.generator.set_state(state["generator"].cpu())
-        self.ctx.k.copy_(state["k"])
-        self.iteration, self.n_updates, self._steps = state["clock"]
+        super().load_state_dict(state)
+        self._steps = state["steps"]
         self.best_cost, self.best_iteration, self._dev_cost = state["best"]
-        self.episodes.clear()
-        self.episodes.extend((r, n) for r, n in state["episodes"])
-        self._pending_callback_state = dict(state["callbacks"])
-        checkpoint.set_rng_state(state["rng"])

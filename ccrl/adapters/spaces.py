@@ -6,16 +6,18 @@ Floating-point observations become float32, integers keep their type, and each i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import Space, spaces
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ccrl.batched_env import Tree
 
-__all__ = ["action_array", "batch_buffer", "check_action_space", "float32_space", "store", "to_numpy"]
+__all__ = ["action_array", "batch_buffer", "check_action_space", "float32_space", "numpy_act", "store", "to_numpy"]
 
 
 def float32_space(space: Space[Any], *, where: str, nested: bool = False) -> Space[Any]:
@@ -91,3 +93,28 @@ def action_array(action: Tensor, space: Space[Any], num_envs: int, *, where: str
             f"{action.dtype} of shape {tuple(action.shape)}"
         )
     return action.detach().cpu().numpy().astype(space.dtype, copy=False)
+
+
+def numpy_act(
+    act: Callable[[Tree], Tensor],
+    space: Space[Any],
+    observation: NDArray[Any] | dict[str, NDArray[Any]],
+    device: torch.device,
+) -> NDArray[Any]:
+    """Actions in NumPy for one observation of ``space`` or for a batch of them, whichever was given."""
+    first: Any = observation
+    leaf = space
+    if isinstance(observation, dict) and isinstance(space, spaces.Dict):
+        key = next(iter(space))
+        first, leaf = observation[key], space[key]
+    single = np.ndim(first) == len(leaf.shape or ())
+
+    def tensor(x: NDArray[Any]) -> Tensor:
+        batch = torch.as_tensor(np.asarray(x)[None] if single else np.asarray(x))
+        return batch.to(device, torch.float32 if batch.is_floating_point() else batch.dtype)
+
+    tree: Tree = (
+        {k: tensor(v) for k, v in observation.items()} if isinstance(observation, dict) else tensor(observation)
+    )
+    action: NDArray[Any] = act(tree).cpu().numpy()
+    return action[0] if single else action

@@ -38,14 +38,16 @@ class Unrolled(nn.Module):
     """A policy in its simulator, over a whole horizon.
 
     :param env: the simulator, at the split whose horizon is unrolled.
-    :param policy: a module, :class:`OrderModule`.
+    :param policy: an :class:`OrderModule`, or a function without parameters from observations to feasible quantities.
     :param compile_period: compile one period (policy and simulator) and call it ``T`` times. Only under gradients:
         evaluation has other batch sizes, and each would compile once more.
     """
 
     unit: Unit = "sequence"
 
-    def __init__(self, env: FunctionalEnv, policy: nn.Module, *, compile_period: bool = False) -> None:
+    def __init__(
+        self, env: FunctionalEnv, policy: nn.Module | Callable[[State], Tensor], *, compile_period: bool = False
+    ) -> None:
         super().__init__()
         self.env, self.policy = env, policy
         self.foresight = int(getattr(policy, "foresight", 0))

@@ -66,13 +66,15 @@ class Group:
 class Study:
     """Curves of agents on envs, and everything that is said about them.
 
-    ``notes`` says in plain words which runs were left out; figures and tables carry it.
+    ``notes`` says in plain words which runs were left out; figures and tables carry it. ``unit`` names, in the
+    singular, what curves are drawn against.
     """
 
     metric: str
     curves: tuple[Curve, ...]
     points: int = 200
     notes: tuple[str, ...] = ()
+    unit: str = "step"
 
     @property
     def envs(self) -> list[str]:
@@ -148,9 +150,9 @@ class Study:
             thresholds: env to one threshold in raw units, used instead there.
         """
         lines = [
-            f"Metric `{self.metric}`. Final: IQM of the runs' means over the last tenth of the steps, with its 95 % "
-            "bootstrap interval. Steps: median over runs of the first step at or above the threshold (runs that "
-            "reached it / all runs).",
+            f"Metric `{self.metric}`. Final: IQM of the runs' means over the last tenth of the {self.unit}s, with its 95 % "
+            f"bootstrap interval. {self.unit.capitalize()}s: median over runs of the first {self.unit} at or above the "
+            "threshold (runs that reached it / all runs).",
             "",
         ]
         long: list[list[object]] = []
@@ -162,9 +164,9 @@ class Study:
                 marks = [thresholds[env]]
             steps = self.compared[env, agents[0]].steps
             lines += [
-                f"**{env}**, to {steps[-1]:,.0f} steps",
+                f"**{env}**, to {steps[-1]:,.0f} {self.unit}s",
                 "",
-                "| agent | runs | final | " + " | ".join(f"steps to {mark:.4g}" for mark in marks) + " |",
+                "| agent | runs | final | " + " | ".join(f"{self.unit}s to {mark:.4g}" for mark in marks) + " |",
                 "|---|---|---|" + "---|" * len(marks),
             ]
             for agent in agents:
@@ -212,13 +214,13 @@ class Study:
         end, longest = shortest.steps[-1], max(curve.steps[-1] for curve in curves)
         if end <= start and len(curves) > 1:
             raise ValueError(
-                f"{what}: expected runs with steps in common; received one that ends at {end:,.0f} "
+                f"{what}: expected runs with {self.unit}s in common; received one that ends at {end:,.0f} "
                 f"({shortest.run}) and one that starts at {start:,.0f}. Leave out the short run."
             )
         note = ""
         if longest > 1.02 * end:  # two runs rarely end on the same step: a rollout's length is not news
             note = (
-                f"{what}: cut to {short(end)} steps, the length of the shortest run ({shortest.agent}, seed "
+                f"{what}: cut to {short(end)} {self.unit}s, the length of the shortest run ({shortest.agent}, seed "
                 f"{shortest.seed}); the longest has {short(longest)}"
             )
         grid = np.linspace(start, end, self.points)

@@ -85,7 +85,7 @@ def learning_curves(study: Study, title: str | None = None, command: str = "") -
         for axis in axes[len(envs) :]:
             axis.set_visible(False)
         for axis in axes[max(0, len(envs) - columns) : len(envs)]:
-            axis.set_xlabel("steps")
+            axis.set_xlabel(f"{study.unit}s")
         for axis in axes[::columns]:
             axis.set_ylabel(_LABELS.get(study.metric, study.metric))
         return page.finish(

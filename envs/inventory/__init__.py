@@ -8,7 +8,7 @@ from functools import partial
 
 from envs.inventory.batched import InventoryVector
 from envs.inventory.demand import Normal, Poisson, Recorded, load_series, synthetic_series
-from envs.inventory.simulator import InventoryEnv, Policy, Trace, average_cost, simulate
+from envs.inventory.simulator import InventoryEnv, Policy, Trace, simulate
 from envs.inventory.tasks import TASKS, Task, make_task
 
 __all__ = [
@@ -21,7 +21,6 @@ __all__ = [
     "Recorded",
     "Task",
     "Trace",
-    "average_cost",
     "load_series",
     "make_task",
     "simulate",

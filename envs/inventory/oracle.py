@@ -17,8 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ccrl.estimators.pathwise import Unrolled, average_cost
 from envs.inventory.demand import Normal, Poisson
-from envs.inventory.simulator import InventoryEnv, average_cost
+from envs.inventory.simulator import InventoryEnv
 from envs.inventory.tasks import Task
 
 __all__ = [
@@ -359,5 +360,5 @@ def search_base_stock(
             def order(seen: dict[str, Tensor], level: float = level, cap: float = cap) -> Tensor:
                 return (level - seen["inventory"].sum(2)).clamp(0.0, cap)
 
-            best = min(best, BaseStock(float(average_cost(env, order, scenarios).mean()), level, cap))
+            best = min(best, BaseStock(float(average_cost(Unrolled(env, order), scenarios).mean()), level, cap))
     return best

@@ -23,7 +23,7 @@ from ccrl.functional_env import Split, State
 from envs.inventory.demand import Recorded, days_from_christmas
 from envs.inventory.tasks import Task
 
-__all__ = ["InventoryEnv", "Policy", "Trace", "average_cost", "simulate"]
+__all__ = ["InventoryEnv", "Policy", "Trace", "simulate"]
 
 
 class InventoryEnv:
@@ -35,8 +35,9 @@ class InventoryEnv:
     Args:
         task: from :func:`envs.inventory.make_task`, or your own.
         split: ``"train"``, ``"dev"`` or ``"test"``: horizon, warm-up and weeks.
-        periods: another horizon than that of the split.
-        ignore: another warm-up.
+        periods: another horizon than that of the split; :meth:`split` keeps it for all splits. For horizons that differ
+            give the task its ``horizons``.
+        ignore: another warm-up, kept in the same way.
 
     Raises:
         ValueError: an unknown split, no period after the warm-up, or more weeks than are recorded.
@@ -48,6 +49,7 @@ class InventoryEnv:
         if split not in task.split_horizons:
             raise ValueError(f"split: expected one of {', '.join(task.split_horizons)}, got {split!r}")
         self.task, self.network = task, task.network
+        self._override = {"periods": periods, "ignore": ignore}
         self.first_week, self.periods, self.ignore = task.split_horizons[split]
         self.periods = self.periods if periods is None else periods
         self.ignore = min(self.ignore, self.periods - 1) if ignore is None else ignore
@@ -71,8 +73,13 @@ class InventoryEnv:
         self._tables: dict[tuple[torch.device, torch.dtype], State] = {}
 
     def split(self, name: Split) -> InventoryEnv:
-        """The same task with the horizon of another split."""
-        return InventoryEnv(self.task, name)
+        """The same task with the weeks and the horizon of another split; ``periods`` and ``ignore`` given at
+        construction stay.
+
+        Raises:
+            ValueError: as the constructor, where those do not fit the other split.
+        """
+        return InventoryEnv(self.task, name, **self._override)
 
     def sample(
         self,
@@ -222,19 +229,6 @@ class Trace(NamedTuple):
 
 Policy = Callable[[State], Tensor]
 """From an observation to feasible quantities ``[B, E]``."""
-
-
-@torch.no_grad()
-def average_cost(env: InventoryEnv, policy: Policy, scenarios: State) -> Tensor:
-    """``[B]`` cost per period and store after the warm-up: the reported metric, scenario by scenario. Keeps nothing
-    else, so horizons of thousands of periods fit into memory."""
-    state = env.initial(scenarios)
-    total = torch.zeros_like(state["inventory"][:, 0, 0])
-    for period, noise in enumerate(env.noise(scenarios)):
-        state, cost = env.step(state, env.feasible(state, policy(env.observe(state))), noise)
-        if period >= env.ignore:
-            total += cost
-    return total / ((env.periods - env.ignore) * env.network.stores)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("gpytorch")
 
 import envs  # noqa: F401  (registers ids)
-from agents.bac import BAC, BACConfig, GridPolicy, StateScale
+from agents.bac import BAC, BACConfig, StateScale
 from ccrl.gp.fisher import BatchFisher
 from ccrl.gp.gptd import Chain, gptd
 from ccrl.policies import MLPPolicy
@@ -124,17 +124,39 @@ def test_angles_on_the_random_walk() -> None:
 
 def test_the_grid_policy() -> None:
     """4 x 4 bumps per action at (i - .5) / 4 of the scaled state, 1.3 * 0.25 wide; one at a centre is 1."""
-    space = gym.spaces.Box(torch.tensor([-1.2, -0.07]).numpy(), torch.tensor([0.5, 0.07]).numpy())
-    policy = GridPolicy(space, gym.spaces.Discrete(2), 4)
+    policy = BAC("ccrl/MountainCarTwoActions-v0", BACConfig(policy="grid")).policy
     assert sum(p.numel() for p in policy.parameters()) == 32
     centre = torch.tensor([[-1.2 + 1.7 * 0.125, -0.07 + 0.14 * 0.375]])
-    features = policy.features(centre, "actor")[0]
+    features = policy.features(centre)[0]
     assert features.argmax() == 1
     assert float(features[1]) == pytest.approx(1.0, abs=1e-6)
     assert float(features[2]) == pytest.approx(float(torch.exp(torch.tensor(-0.5 / 1.3**2))), abs=1e-5)
     assert torch.equal(policy.params(centre)["logits"], torch.zeros(1, 2))
-    with pytest.raises(ValueError, match="finite bounds"):
-        GridPolicy(gym.spaces.Box(-torch.inf, torch.inf, (2,)), gym.spaces.Discrete(2), 4)
+    coarse = BAC("ccrl/MountainCarTwoActions-v0", BACConfig(policy="grid", grid=2)).policy
+    neighbour = coarse.features(torch.tensor([[-1.2 + 1.7 * 0.25, -0.07 + 0.14 * 0.25]]))[0, 1]
+    assert float(neighbour) == pytest.approx(float(torch.exp(torch.tensor(-0.5 / 1.3**2))), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("env", "message"),
+    [("CartPole-v1", "finite bounds"), ("FrozenLake-v1", "finite bounds"), ("Pendulum-v1", "Discrete")],
+)
+def test_where_the_grid_policy_does_not_fit(env: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BAC(env, BACConfig(policy="grid"))
+
+
+def test_the_grid_policy_learns_from_its_own_rollouts() -> None:
+    """The chain, the scores and the checkpoint of a policy that is no perceptron."""
+    agent = BAC("ccrl/MountainCarTwoActions-v0", BACConfig(policy="grid", num_envs=2, n_steps=20), seed=1)
+    agent.learn(80)
+    assert agent.iteration == 2
+    theta = agent.updaters["policy"].flat
+    assert bool(theta.isfinite().all())
+    assert float(theta.abs().max()) > 0
+    other = BAC("ccrl/MountainCarTwoActions-v0", BACConfig(policy="grid", num_envs=2, n_steps=20), seed=2)
+    other.load_state_dict(agent.state_dict())
+    assert torch.equal(other.learn(120).updaters["policy"].flat, agent.learn(120).updaters["policy"].flat)
 
 
 def test_states_are_scaled_by_their_bounds() -> None:
@@ -160,7 +182,7 @@ def test_it_learns_the_cart_pole() -> None:
     "wrong",
     [
         {"policy": "tree"}, {"fisher": "running"}, {"solver": "svd"}, {"noise": 0.0}, {"nu": 0.0}, {"grid": 0},
-        {"lengthscale": 0.0}, {"state_scale": 0.0}, {"fisher_scale": -1.0},
+        {"lengthscale": 0.0}, {"state_scale": 0.0}, {"fisher_scale": -1.0}, {"normalise_obs": True, "policy": "grid"},
     ],
 )  # fmt: skip
 def test_wrong_settings(wrong: dict) -> None:

@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
+from ccrl.estimators.pathwise import Unrolled, average_cost
 from ccrl.functional_env import FunctionalEnv, Network
-from envs.inventory import TASKS, InventoryEnv, Normal, Task, average_cost, make_task, simulate
+from envs.inventory import TASKS, InventoryEnv, Normal, Task, make_task, simulate
 
 F64 = torch.float64
 
@@ -213,7 +214,8 @@ def test_average_cost_is_the_mean_after_the_warm_up():
         return torch.full((4, 4), 5.0) + seen["mean"].sum()
 
     trace = simulate(env, policy, scenarios)
-    assert torch.allclose(average_cost(env, policy, scenarios), trace.cost[5:].mean(0) / 3)
+    feasible = Unrolled(env, lambda seen: env.feasible(seen, policy(seen)))
+    torch.testing.assert_close(average_cost(feasible, scenarios), trace.cost[5:].double().mean(0) / 3)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -247,6 +249,15 @@ def test_splits():
         (100, 60),
         (5000, 3000),
     ]
+
+
+def test_other_splits_keep_a_horizon_that_was_given():
+    env = InventoryEnv(make_task("one_store_lost"), periods=12, ignore=5)
+    assert [(e.periods, e.ignore) for e in (env.split("test"), env.split("dev").split("train"))] == [(12, 5)] * 2
+    shorter = InventoryEnv(make_task("one_store_lost"), "test", periods=70).split("train")
+    assert (shorter.periods, shorter.ignore) == (70, 30)
+    with pytest.raises(ValueError, match="37 weeks after the history, got 95"):
+        InventoryEnv(make_task("one_store_real_data", count=2), periods=95).split("test")
 
 
 def test_a_period_compiles():
