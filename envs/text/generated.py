@@ -1,0 +1,125 @@
+"""Tasks whose questions are drawn from a numbered set and whose answers are strings."""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+from ccrl.llm.task import Prompts, Score, Split, Vocabulary, pad_left, pad_right
+
+__all__ = ["GeneratedTask", "Question", "Verdict", "at_least", "columns", "fingerprint", "natural"]
+
+TEST_SHARE = 10
+"""One question in this many is a test question."""
+
+
+class Question(NamedTuple):
+    """One question: ``number`` is equal for equal texts only."""
+
+    number: int
+    text: str
+    truth: Any
+    demonstration: str
+
+
+class Verdict(NamedTuple):
+    """``components`` of one completion and its final ``answer`` as a number, -1 for none."""
+
+    components: tuple[float, ...]
+    answer: int
+
+
+def fingerprint(text: str) -> int:
+    """32 bits that are the same on every machine and in every process, unlike ``hash``."""
+    return zlib.crc32(text.encode())
+
+
+def natural(text: str) -> int:
+    """The number that ``text`` writes in digits, leading zeros allowed; -1 if it is none or has more than 18 digits."""
+    digits = text.lstrip("0") or text[-1:]
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 18 else -1
+
+
+def columns(tokens: Tensor, length: Tensor) -> list[list[int]]:
+    """The completions as lists: ``tokens`` ``[T, N]``, of which the first ``length[n]`` of column ``n`` count."""
+    return [column[:end] for column, end in zip(tokens.t().tolist(), length.tolist())]
+
+
+class GeneratedTask(ABC):
+    """A text task with questions made on the fly.
+
+    The questions are split by a hash of their text: the test questions (a tenth) never come up in training. A
+    completion that does not end with the end token is unfinished and scores 0.
+    """
+
+    name: str
+    vocab: Vocabulary
+    components: tuple[str, ...] = ("accuracy",)
+    max_new_tokens: int
+
+    @abstractmethod
+    def draw(self, n: int, generator: Generator | None) -> list[Question]:
+        """``n`` questions of either split."""
+
+    @abstractmethod
+    def judge(self, truth: Any, text: str) -> Verdict:
+        """What a finished completion is worth."""
+
+    def check(self) -> None:
+        """Call it at the end of the constructor.
+
+        Raises:
+            ValueError: there are so few questions that one of the splits is empty.
+        """
+        for split in ("train", "test"):
+            self.prompts(1, Generator().manual_seed(0), split)
+
+    def prompts(self, n: int, generator: Generator | None, split: Split = "train") -> Prompts:
+        """``n`` questions of ``split``, drawn independently of each other."""
+        if split not in ("train", "test"):
+            raise ValueError(f"expected the split 'train' or 'test', got {split!r}")
+        chosen: list[Question] = []
+        rounds = 0
+        while len(chosen) < n:
+            drawn = self.draw(n - len(chosen) if split == "train" else TEST_SHARE * (n - len(chosen)), generator)
+            chosen += [q for q in drawn if (fingerprint(q.text) % TEST_SHARE == 0) == (split == "test")]
+            rounds += 1
+            if rounds > 1000 and not chosen:
+                raise ValueError(f"{self.name} has no question in the split {split!r}; its options leave too few")
+        del chosen[n:]
+        vocab = self.vocab
+        tokens, valid = pad_left([[vocab.bos, *vocab.encode(q.text)] for q in chosen], vocab.pad)
+        shown = pad_right([[*vocab.encode(q.demonstration), vocab.eos] for q in chosen], vocab.pad)
+        index = torch.tensor([q.number for q in chosen], dtype=torch.int64)
+        return Prompts(tokens, valid, index, tuple(q.truth for q in chosen), shown)
+
+    def score(self, prompts: Prompts, question: Tensor, tokens: Tensor, length: Tensor) -> Score:
+        """Verify completions; see :class:`ccrl.llm.task.TextTask`."""
+        verdicts = self.verdicts([prompts.truth[q] for q in question.tolist()], columns(tokens, length))
+        components = torch.tensor([v.components for v in verdicts], device=tokens.device)
+        return Score(components, torch.tensor([v.answer for v in verdicts], device=tokens.device))
+
+    def verdicts(self, truths: Sequence[Any], completions: Sequence[Sequence[int]]) -> list[Verdict]:
+        """One verdict per completion; a task that judges many of them at once replaces it."""
+        decode, judge, eos = self.vocab.decode, self.judge, self.vocab.eos
+        unfinished = Verdict((0.0,) * len(self.components), -1)
+        return [
+            judge(truth, decode(completion)) if completion and completion[-1] == eos else unfinished
+            for truth, completion in zip(truths, completions)
+        ]
+
+
+def at_least(name: str, value: int, least: int) -> int:
+    """``value``, checked.
+
+    Raises:
+        ValueError: it is no whole number or below ``least``.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+    return value
