@@ -16,6 +16,16 @@ __all__ = ["TASKS", "make_task"]
 
 TASKS = {
     "arithmetic": ("envs.text.arithmetic", "Arithmetic"),
+    "format_accuracy": ("envs.text.format_accuracy", "FormatAccuracy"),
+    "countdown": ("envs.text.countdown", "Countdown"),
+    "sorting": ("envs.text.sorting", "Sorting"),
+    "guessing": ("envs.text.guessing", "Guessing"),
+    "modsum": ("envs.text.bandits", "ModSum"),
+    "sum_rule": ("envs.text.bandits", "SumRule"),
+    "dead_prompts": ("envs.text.bandits", "DeadPrompts"),
+    "easy_hard": ("envs.text.bandits", "EasyHard"),
+    "sequence_match": ("envs.text.bandits", "SequenceMatch"),
+    "arms": ("envs.text.bandits", "Arms"),
 }
 """Name -> module and class."""
 

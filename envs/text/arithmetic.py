@@ -29,6 +29,8 @@ class Arithmetic(GeneratedTask):
     """
 
     name = "arithmetic"
+    mark = ""
+    """What stands before and after the number of a demonstration."""
 
     def __init__(
         self, operands: int = 2, digits: int = 2, operators: str = "+", modulus: int = 100, max_new_tokens: int = 6
@@ -39,12 +41,12 @@ class Arithmetic(GeneratedTask):
         if not operators or set(operators) - set("+-*") or len(set(operators)) < len(operators):
             raise ValueError(f"operators: expected some of '+-*', each once, got {operators!r}")
         self.operators = operators
-        needed = len(str(modulus - 1)) + 1
+        needed = len(str(modulus - 1)) + 2 * len(self.mark) + 1
         self.max_new_tokens = at_least("max_new_tokens", max_new_tokens, needed)
         self.questions = self.base**operands * len(operators) ** (operands - 1)
         if self.questions >= 2**62:
             raise ValueError(f"expected fewer than 2^62 questions, got {self.questions}; take fewer operands or digits")
-        self.vocab = CharVocabulary("0123456789+-*%=")
+        self.vocab = CharVocabulary("0123456789+-*%=" + self.mark)
         self.check()
 
     def draw(self, n: int, generator: Generator | None) -> list[Question]:
@@ -67,4 +69,4 @@ class Arithmetic(GeneratedTask):
             else:
                 total, product = total + product, operand if operator == "+" else -operand
         truth = (total + product) % self.modulus
-        return Question(number, f"{text}%{self.modulus}=", truth, str(truth))
+        return Question(number, f"{text}%{self.modulus}=", truth, f"{self.mark}{truth}{self.mark}")

@@ -24,7 +24,7 @@ class Question(NamedTuple):
     number: int
     text: str
     truth: Any
-    demonstration: str
+    demonstration: str | None
 
 
 class Verdict(NamedTuple):
@@ -61,6 +61,8 @@ class GeneratedTask(ABC):
     vocab: Vocabulary
     components: tuple[str, ...] = ("accuracy",)
     max_new_tokens: int
+    disjoint: bool = True
+    """Whether the splits are; a task that wants the same questions in both says no."""
 
     @abstractmethod
     def draw(self, n: int, generator: Generator | None) -> list[Question]:
@@ -87,16 +89,20 @@ class GeneratedTask(ABC):
         rounds = 0
         while len(chosen) < n:
             drawn = self.draw(n - len(chosen) if split == "train" else TEST_SHARE * (n - len(chosen)), generator)
-            chosen += [q for q in drawn if (fingerprint(q.text) % TEST_SHARE == 0) == (split == "test")]
+            chosen += [q for q in drawn if not self.disjoint or self._is_test(q) == (split == "test")]
             rounds += 1
             if rounds > 1000 and not chosen:
                 raise ValueError(f"{self.name} has no question in the split {split!r}; its options leave too few")
         del chosen[n:]
         vocab = self.vocab
         tokens, valid = pad_left([[vocab.bos, *vocab.encode(q.text)] for q in chosen], vocab.pad)
-        shown = pad_right([[*vocab.encode(q.demonstration), vocab.eos] for q in chosen], vocab.pad)
+        shown = [[] if q.demonstration is None else [*vocab.encode(q.demonstration), vocab.eos] for q in chosen]
         index = torch.tensor([q.number for q in chosen], dtype=torch.int64)
-        return Prompts(tokens, valid, index, tuple(q.truth for q in chosen), shown)
+        return Prompts(tokens, valid, index, tuple(q.truth for q in chosen), pad_right(shown, vocab.pad))
+
+    @staticmethod
+    def _is_test(question: Question) -> bool:
+        return fingerprint(question.text) % TEST_SHARE == 0
 
     def score(self, prompts: Prompts, question: Tensor, tokens: Tensor, length: Tensor) -> Score:
         """Verify completions; see :class:`ccrl.llm.task.TextTask`."""
