@@ -150,9 +150,9 @@ class Study:
             thresholds: env to one threshold in raw units, used instead there.
         """
         lines = [
-            f"Metric `{self.metric}`. Final: IQM of the runs' means over the last tenth of the {self.unit}s, with its 95 % "
-            f"bootstrap interval. {self.unit.capitalize()}s: median over runs of the first {self.unit} at or above the "
-            "threshold (runs that reached it / all runs).",
+            f"Metric `{self.metric}`. Final: IQM of the runs' means over the last tenth of the {self.unit}s, with its "
+            f"95 % bootstrap interval. {self.unit.capitalize()}s: median over runs of the first {self.unit} at or "
+            "above the threshold (runs that reached it / all runs).",
             "",
         ]
         long: list[list[object]] = []

@@ -1,0 +1,341 @@
+"""Gradients with a posterior against Monte-Carlo gradients: BAC at equal episodes, DBQPG and UAPG at equal samples.
+
+    python scripts/bayesian_study.py mountaincar --out results/bayesian --jobs 2
+    python scripts/bayesian_study.py dbqpg --out results/bayesian --jobs 2
+    python scripts/bayesian_study.py report --out results/bayesian --figures docs/figures
+
+Every finished run is added to ``OUT/mountaincar.csv``, ``OUT/mountaincar_search.csv`` or ``OUT/dbqpg.csv``; the same
+command again runs what is missing. ``report`` writes ``FIGURES/bayesian_*`` from what is there.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import itertools
+import multiprocessing
+import os
+import shlex
+import statistics
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import tyro
+
+from ccrl.packages import check_siblings
+
+check_siblings()
+
+from ccrl.experiment import plots
+from ccrl.experiment.checkpoint import write_atomic
+from ccrl.experiment.csv_table import read_rows
+from ccrl.experiment.curves import Curve, Study
+
+runs = importlib.import_module(f"{__package__}.bayesian_study_runs" if __package__ else "bayesian_study_runs")
+
+__all__ = ["DBQPG", "MountainCar", "Report", "main"]
+
+Rows = list[dict[str, Any]]
+NAMES = ("env", "method", "seed", "settings")
+"""Columns that tell runs apart; a run is never repeated with other settings in one file."""
+
+
+@dataclass(frozen=True)
+class MountainCar:
+    """BAC against Monte Carlo and PPO, 5 episodes per update. Step sizes that the literature does not give are those
+    with the highest mean return over the whole curve on the search seeds."""
+
+    out: Path
+    """Folder of the CSV files."""
+    seeds: tuple[int, ...] = tuple(range(10))
+    """Seeds that are reported."""
+    search_seeds: tuple[int, ...] = (1000, 1001)
+    """Seeds that step sizes are chosen on."""
+    methods: tuple[str, ...] = tuple(runs.RATES)
+    """bac, mc, mc-baseline (a linear baseline from the previous update's episodes), ppo."""
+    updates: int = 200
+    """Policy updates per run."""
+    evaluate_every: int = 10
+    """Updates between evaluations."""
+    start_speed: float = 1.0
+    """Episodes begin with a velocity within this share of the speed limit; 0: at rest."""
+    jobs: int = 1
+    """Runs at a time, each a process with one thread."""
+
+    def __post_init__(self) -> None:
+        _check(self, "methods", runs.RATES)
+        if common := set(self.seeds) & set(self.search_seeds):
+            raise ValueError(f"search_seeds: expected other seeds than the reported ones, got {sorted(common)} in both")
+        if self.updates < 1 or self.evaluate_every < 1 or not 0.0 <= self.start_speed <= 1.0:
+            got = (self.updates, self.evaluate_every, self.start_speed)
+            raise ValueError(f"expected updates, evaluate_every >= 1 and start_speed in [0, 1], got {got}")
+
+    def run(self) -> Rows:
+        """Search, then the reported runs; the rows of the latter."""
+        search = self.out / "mountaincar_search.csv"
+        open_rates = {m: runs.RATES[m] for m in self.methods if len(runs.RATES[m]) > 1}
+        tries = [
+            self._run(f"{method} rate={rate:g}", method, rate, seed)
+            for seed in self.search_seeds
+            for method, rates in open_rates.items()
+            for rate in rates
+        ]
+        rows = complete(search, tries, self.jobs)
+        best = {m: runs.RATES[m][0] for m in self.methods}
+        for method, rates in open_rates.items():
+            scores = {rate: _mean(rows, "return", method=f"{method} rate={rate:g}") for rate in rates}
+            best[method] = max(scores, key=lambda rate: scores[rate])
+            print(f"[bayesian] {method}: step size {best[method]:g} of {scores}", flush=True)
+        final = [self._run(m, m, best[m], seed) for seed in self.seeds for m in self.methods]
+        return complete(self.out / "mountaincar.csv", final, self.jobs)
+
+    def _run(self, label: str, method: str, rate: float, seed: int) -> dict[str, Any]:
+        settings = {
+            "rate": rate, "updates": self.updates, "evaluate_every": self.evaluate_every,
+            "start_speed": self.start_speed,
+        }  # fmt: skip
+        return {"env": runs.CAR, "method": label, "seed": seed, "kind": method, "settings": settings}
+
+
+@dataclass(frozen=True)
+class DBQPG:
+    """DBQPG and UAPG against the same agent without state kernel, whose direction is the Monte-Carlo gradient's."""
+
+    out: Path
+    """Folder of the CSV file."""
+    envs: tuple[str, ...] = ("InvertedPendulum-v5", "Swimmer-v5")
+    """Environment ids."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds."""
+    methods: tuple[str, ...] = tuple(runs.GRADIENTS)
+    """mc, dbqpg, uapg."""
+    timesteps: tuple[int, ...] = (30_000, 120_000)
+    """Environment steps of a run, per environment id."""
+    batch: tuple[int, ...] = (1_000, 3_000)
+    """Transitions per iteration, per environment id (the paper: 15,000)."""
+    update: str = "trpo"
+    """vanilla, natural or trpo."""
+    targets: str = "returns"
+    """returns (the paper on these tasks) or gae."""
+    jobs: int = 1
+    """Runs at a time, each a process with one thread."""
+
+    def __post_init__(self) -> None:
+        _check(self, "methods", runs.GRADIENTS)
+        if not len(self.envs) == len(self.timesteps) == len(self.batch):
+            got = (len(self.envs), len(self.timesteps), len(self.batch))
+            raise ValueError(f"envs, timesteps, batch: expected one entry each per environment, got {got}")
+        for name in ("timesteps", "batch"):
+            if wrong := [x for x in getattr(self, name) if x < runs.STREAMS]:
+                raise ValueError(f"{name}: expected at least {runs.STREAMS}, one per parallel environment, got {wrong}")
+
+    def run(self) -> Rows:
+        """All rows."""
+        tasks = list(zip(self.envs, self.timesteps, self.batch))
+        wanted = [
+            {
+                "env": env, "method": method, "seed": seed, "kind": "dbqpg",
+                "settings": {"timesteps": steps, "batch": size, "update": self.update, "targets": self.targets},
+            }
+            for seed, (env, steps, size), method in itertools.product(self.seeds, tasks, self.methods)
+        ]  # fmt: skip
+        return complete(self.out / "dbqpg.csv", wanted, self.jobs)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables and figures of the runs that are there."""
+
+    out: Path
+    """Folder of the CSV files."""
+    figures: Path = Path("docs/figures")
+    """Folder that bayesian_* is written to."""
+
+    def run(self) -> Rows:
+        """The rows that were reported."""
+        found: Rows = []
+        for name, unit, metric, title in REPORTS:
+            path = self.out / f"{name}.csv"
+            if not path.exists():
+                continue
+            rows = read_rows(path)
+            found += rows
+            command = (self.out / f"{name.removesuffix('_search')}.command").read_text(encoding="utf-8")
+            study = curves(path, rows, unit, metric)
+            stem = self.figures / f"bayesian_{name}"
+            plots.save(plots.learning_curves(study, title, command), stem)
+            text, table = study.table()
+            if "gp_seconds" in rows[0]:
+                text += f"\n{costs(rows)}"
+            text = f"`{command}`\n\n{text}\nSettings:\n\n{settings(rows)}"
+            stem.with_suffix(".md").write_text(text, encoding="utf-8")
+            stem.with_suffix(".csv").write_text(table, encoding="utf-8")
+            print(text)
+        if not found:
+            names = ", ".join(f"{name}.csv" for name, *_ in REPORTS)
+            raise ValueError(f"out: expected a folder with {names}, received {self.out} with none of them")
+        return found
+
+
+REPORTS = (
+    ("mountaincar", "episode", "return of 100 episodes", "Two-action mountain car, at most 200 steps"),
+    ("mountaincar_search", "episode", "return of 100 episodes", "Mountain car: search for step sizes"),
+    ("dbqpg", "step", "training return", "Bayesian quadrature and Monte Carlo, the same agent"),
+)
+"""Name, what curves are drawn against, what they show, title."""
+
+
+# -- runs that a file lacks -------------------------------------------------------------------------------------------
+
+
+def complete(path: Path, wanted: Rows, jobs: int) -> Rows:
+    """All rows of ``wanted``, from ``path`` where it has them, else from new runs, which are added to it.
+
+    Raises:
+        ValueError: ``path`` has one of the runs with other settings.
+    """
+    if jobs < 1:
+        raise ValueError(f"jobs: expected >= 1, got {jobs}")
+    rows: Rows = read_rows(path) if path.exists() else []
+    have = {_key(row): row["settings"] for row in rows}
+    for run in wanted:
+        there, here = have.get(_key(run)), _words(run["settings"])
+        if there not in (None, here):
+            raise ValueError(f"{path}: {' '.join(_key(run))} was run with {there}, not {here}; choose another --out")
+    left = [run for run in wanted if _key(run) not in have]
+    print(f"[bayesian] {path}: {len(wanted)} runs, {len(wanted) - len(left)} of them finished before", flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for count, (run, points) in enumerate(_here(left) if jobs == 1 else _processes(left, jobs), 1):
+        names = dict(zip(NAMES, (*_key(run), _words(run["settings"]))))
+        rows += [names | {k: str(v) for k, v in point.items()} for point in points]
+        # the whole file at once: a run is in it with all its points or not at all
+        _write(path, rows)
+        print(f"[{count}/{len(left)}] {' '.join(_key(run))}: last return {points[-1]['return']:.1f}", flush=True)
+    keys = {_key(run) for run in wanted}
+    return [row for row in rows if _key(row) in keys]
+
+
+def _here(left: Rows) -> Iterator[tuple[dict[str, Any], Rows]]:
+    for run in left:
+        yield run, runs.play(run)
+
+
+def _processes(left: Rows, jobs: int) -> Iterator[tuple[dict[str, Any], Rows]]:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin) as pool:
+        futures = {pool.submit(runs.play, run): run for run in left}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C the rest must not start
+
+
+def _begin() -> None:
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    # a killed study must not leave processes behind
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(130)
+
+
+def _key(run: dict[str, Any]) -> tuple[str, str, str]:
+    return run["env"], run["method"], str(run["seed"])
+
+
+def _words(values: dict[str, Any]) -> str:
+    return " ".join(f"{name}={value}" for name, value in values.items())
+
+
+def _write(path: Path, rows: Rows) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _check(study: Any, name: str, known: Any) -> None:
+    if wrong := [x for x in getattr(study, name) if x not in known]:
+        raise ValueError(f"{name}: expected some of {', '.join(known)}, got {', '.join(wrong)}")
+    if study.jobs < 1 or not study.seeds:
+        raise ValueError(f"expected jobs >= 1 and at least one seed, got {study.jobs} and {study.seeds}")
+
+
+def _mean(rows: Rows, column: str, **which: str) -> float:
+    return statistics.fmean(float(row[column]) for row in rows if all(row[k] == v for k, v in which.items()))
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def curves(path: Path, rows: Rows, unit: str, metric: str) -> Study:
+    """The learning curves in a file."""
+    found = []
+    for key in dict.fromkeys(_key(row) for row in rows):
+        mine = [row for row in rows if _key(row) == key]
+        x, y = (np.array([float(row[name]) for row in mine]) for name in (f"{unit}s", "return"))
+        found.append(Curve(path, key[0], key[1], int(key[2]), x, y))
+    return Study(metric, tuple(found), unit=unit)
+
+
+def costs(rows: Rows) -> str:
+    """Processor seconds per 1,000 transitions: mean over runs of the medians over their iterations."""
+    lines = [
+        "Processor seconds per 1,000 transitions, one thread (mean over runs of the median iteration): kernel = its "
+        "training step and the Fisher kernel's decomposition, solve = weights and gradient, step = the rest of the "
+        "update; all = with the simulator. GP: kernel and solve.",
+        "",
+        "| env | method | kernel | solve | GP | step | all |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    columns = ("kernel_seconds", "solve_seconds", "gp_seconds", "step_seconds", "all_seconds")
+    for env, method in dict.fromkeys((row["env"], row["method"]) for row in rows):
+        mine = [row for row in rows if (row["env"], row["method"]) == (env, method)]
+        seeds = {row["seed"] for row in mine}
+        cells = [
+            statistics.fmean(statistics.median(float(r[c]) for r in mine if r["seed"] == seed) for seed in seeds)
+            for c in columns
+        ]
+        lines.append(f"| {env} | {method} | " + " | ".join(f"{x:.3f}" for x in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def settings(rows: Rows) -> str:
+    """One line per env and method."""
+    lines = dict.fromkeys(f"* {row['method']} on {row['env']}: {row['settings']}" for row in rows)
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str]) -> Rows:
+    """Run one of the commands; its rows."""
+    torch.set_num_threads(1)
+    commands = {"mountaincar": MountainCar, "dbqpg": DBQPG, "report": Report}
+    study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
+    if not isinstance(study, Report):
+        study.out.mkdir(parents=True, exist_ok=True)
+        command = "python scripts/bayesian_study.py " + shlex.join(argv)
+        (study.out / f"{argv[0]}.command").write_text(command, encoding="utf-8")
+    return study.run()
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
