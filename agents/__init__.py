@@ -6,6 +6,8 @@ import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from agents.llm import METHODS
+
 if TYPE_CHECKING:
     from agents.bac import BAC
     from agents.bpg import BPG
@@ -30,7 +32,7 @@ AGENTS = {
     "npg_igt": ("agents.npg_igt", "NPGIGT"),
     "ppo": ("agents.ppo", "PPO"),
 }
-"""Command-line name -> module and class."""
+"""Command-line name -> module and class; those for language models are ``agents.llm.METHODS``."""
 
 
 def get_agent(name: str) -> Any:
@@ -38,12 +40,13 @@ def get_agent(name: str) -> Any:
 
     :raises ValueError: an unknown name, with near matches.
     """
-    if name not in AGENTS:
-        near = difflib.get_close_matches(name, AGENTS, n=3)
+    known = AGENTS | METHODS
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3)
         raise ValueError(
-            f"agent: expected one of {sorted(AGENTS)}, got {name!r}" + (f"; did you mean {near}?" if near else "")
+            f"agent: expected one of {sorted(known)}, got {name!r}" + (f"; did you mean {near}?" if near else "")
         )
-    module, cls = AGENTS[name]
+    module, cls = known[name]
     return getattr(importlib.import_module(module), cls)
 
 

@@ -66,6 +66,8 @@ class HDPOConfig:
     """Scenarios per backward pass, where a batch does not fit in memory; the gradients add up exactly."""
     learning_rate: float | None = None
     """Adam's step size; None: the published one of this policy and network."""
+    anneal_lr: bool = False
+    """The step size falls linearly to 0 over the epochs of ``learn``'s total."""
     max_grad_norm: float | None = None
     """Global gradient norm; None: 1 for the GNN (its first orders cost thousands), no clipping otherwise."""
     hidden: tuple[int, ...] | None = None
@@ -202,13 +204,19 @@ class HDPO(Agent):
         self.unrolled = Unrolled(self.simulator, self.policy, compile_period=c.compile == "period" and can_compile()[0])
         self.updaters = {}
         if any(p.requires_grad for p in self.policy.parameters()):
-            lr = published_rate(c.policy, self.simulator.network) if c.learning_rate is None else c.learning_rate
+            lr = self.step_size
             clip = 1.0 if c.max_grad_norm is None and c.policy == "gnn" else c.max_grad_norm
             self.updaters["policy"] = ModuleUpdater(
                 self.unrolled, lambda params: torch.optim.Adam(params, lr=lr), max_grad_norm=clip,
                 compile=c.compile == "horizon" and can_compile()[0],
             )  # fmt: skip
         self.estimator = PathwiseEstimator(c, self.unrolled, self.updaters.get("policy")).to(self.device)
+
+    @property
+    def step_size(self) -> float:
+        """Adam's step size at the start."""
+        rate: float | None = self.config.learning_rate
+        return published_rate(self.config.policy, self.simulator.network) if rate is None else rate
 
     @classmethod
     def slots(cls) -> dict[str, str]:
@@ -274,6 +282,9 @@ class HDPO(Agent):
         self.healthy = False
         start = time.perf_counter()
         have = {"on": self.data}
+        if self.config.anneal_lr:
+            for updater in self.updaters.values():
+                updater.lr.copy_(self.step_size * (1.0 - self.ctx.progress).clamp_min(0.0))
         stats = self.estimator.fit(have, self.ctx)
         update, steps = run_phases(self.estimator, have, self.ctx)
         stats |= update

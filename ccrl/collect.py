@@ -32,7 +32,11 @@ class Request:
     """Or: so many fresh episodes on environments and random numbers of their own."""
     horizon: int | None = None
     counts: Tensor | None = None
-    """Completions per prompt (language models)."""
+    """Completions per prompt ``[Q]`` int64 (language models)."""
+    source: str | None = None
+    """Language models: the prompts of the rollout with this tag, instead of new ones."""
+    demonstrations: bool = False
+    """Language models: the prompts' demonstrations in place of samples."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.episodes is None and self.counts is None):

@@ -8,7 +8,7 @@ from torch import Tensor
 from ccrl.data import Data
 from ccrl.estimators.terms import Evaluation, Level
 
-__all__ = ["plain", "sequence", "sequence_token", "token", "unweighted"]
+__all__ = ["plain", "reference", "sequence", "sequence_token", "token", "unweighted"]
 
 
 def token(evaluation: Evaluation, batch: Data) -> Level:
@@ -19,6 +19,12 @@ def token(evaluation: Evaluation, batch: Data) -> Level:
 def plain(evaluation: Evaluation, batch: Data) -> Level:
     """Denominator = the policy itself: ratio 1 with the score as gradient (REINFORCE, SFT)."""
     return Level(evaluation["log_prob"], evaluation["log_prob"].detach(), batch["valid"])
+
+
+def reference(evaluation: Evaluation, batch: Data) -> Level:
+    """The reference policy over the policy, gradient in the denominator: ``k1``, ``k2``, ``k3`` of this level are those
+    of ``KL(pi || ref)`` under the policy's own samples (llm_baselines, section 4)."""
+    return Level(batch["ref_log_prob"], evaluation["log_prob"], batch["valid"])
 
 
 def sequence(evaluation: Evaluation, batch: Data) -> Level:

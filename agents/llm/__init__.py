@@ -1,0 +1,10 @@
+"""Methods for language models by name, one file per paper. Importing this package loads none of them."""
+
+from __future__ import annotations
+
+__all__ = ["METHODS"]
+
+METHODS = {
+    "grpo": ("agents.llm.baselines", "GRPO"),
+}
+"""Command-line name -> module and class."""

@@ -1,0 +1,263 @@
+"""One agent for all language-model methods: generate, score, prepare, update, log. A method is a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from agents.base import Agent
+from agents.llm.recipe import Parts, Recipe, RecipeConfig
+from ccrl.batched_env import BatchedEnv, Tree
+from ccrl.collect import Request
+from ccrl.data import Batching, Data, Field
+from ccrl.estimators import aggregates, losses, ratios
+from ccrl.estimators.terms import Term
+from ccrl.experiment.callbacks import Callback
+from ccrl.experiment.evaluation import Evaluation
+from ccrl.llm.models import WithoutAdapters, build_policy
+from ccrl.llm.rollouts import pass_at_k
+from ccrl.llm.sampler import TokenCollector
+from ccrl.llm.task import Prompts, TextTask, pad_left, resolve_task
+from ccrl.updaters import ModuleUpdater
+
+__all__ = ["LLM", "LLMConfig"]
+
+
+@dataclass(frozen=True)
+class LLMConfig(RecipeConfig):
+    """What every language-model agent has. The defaults suit the tiny model; give a real one its own step size."""
+
+    model: str = "tiny"
+    """tiny (a Llama of the size below, from scratch), tabular (bandit tasks), or a local model directory."""
+    model_layers: int = 4
+    """Layers of the tiny model."""
+    model_width: int = 128
+    """Hidden size of the tiny model."""
+    model_heads: int = 4
+    """Attention heads of the tiny model."""
+    lora_rank: int = 0
+    """Train low-rank adapters of this rank instead of the model (needs peft); 0: the model."""
+    chunk: int = 0
+    """Tokens per piece of the vocabulary projection (memory of large vocabularies); 0: in one piece."""
+    n_prompts: int = 16
+    """Prompts per iteration."""
+    max_new_tokens: int = 0
+    """Length cap of completions; 0: the task's."""
+    temperature: float = 1.0
+    """Of sampling and scoring."""
+    second_temperature: float = 1.0
+    """Of the second log-probability, for methods that want one."""
+    bucket: int = 1
+    """Completions are padded to a multiple of it."""
+    learning_rate: float = 3e-4
+    """Step size of the optimiser."""
+    optimiser: str = "adamw"
+    """adamw or sgd."""
+    weight_decay: float = 0.0
+    """AdamW's."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0: never."""
+    anneal_lr: bool = False
+    """Linear decay of the step size to 0 over the run."""
+    warm_start_steps: int = 0
+    """Supervised steps on the task's demonstrations before the first rollout."""
+    warm_start_batch: int = 64
+    """Demonstrations per supervised step."""
+    warm_start_lr: float = 1e-3
+    """Their step size."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("n_prompts", "model_layers", "model_width", "model_heads", "bucket", "warm_start_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        for name in ("lora_rank", "chunk", "max_new_tokens", "warm_start_steps", "max_grad_norm", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
+        for name in ("temperature", "second_temperature", "learning_rate", "warm_start_lr"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
+        if self.optimiser not in OPTIMISERS:
+            raise ValueError(f"optimiser: expected one of {sorted(OPTIMISERS)}, got {self.optimiser!r}")
+
+
+OPTIMISERS: dict[str, Callable[[list[nn.Parameter], LLMConfig], torch.optim.Optimizer]] = {
+    "adamw": lambda params, c: torch.optim.AdamW(
+        params, lr=c.learning_rate, betas=(0.9, 0.999), weight_decay=c.weight_decay, fused=True
+    ),
+    "sgd": lambda params, c: torch.optim.SGD(params, lr=c.learning_rate),
+}
+
+
+class LLM(Agent):
+    """Trains a language model on a task with the recipe that a subclass names.
+
+    :param env: a task's name (``"arithmetic"``, options in ``env_kwargs``) or a ``TextTask``.
+    """
+
+    Recipe: ClassVar[type[Recipe]] = Recipe
+    Config: ClassVar[type[Any]] = LLMConfig
+    text: ClassVar[bool] = True
+    """Trained on text tasks: there is no environment to build or to step."""
+
+    def __init__(
+        self, env: str | TextTask, config: Any = None, *, seed: int = 0, device: torch.device | str = "cpu",
+        env_kwargs: dict[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        config = self.Config() if config is None else config
+        if not isinstance(config, self.Config):
+            raise TypeError(f"config: expected {self.Config.__name__}, got {type(config).__name__}")
+        self.config, self.seed, self.env_kwargs = config, seed, dict(env_kwargs or {})
+        self.env_id, self.env = env if isinstance(env, str) else None, None
+        self.task = resolve_task(env, **(self.env_kwargs if isinstance(env, str) else {}))
+        self.device = torch.device(device)
+        self.collector = self._collector(seed, self.Recipe.fields)
+        self.warm = False
+        """Whether the supervised phase (if any) is over."""
+        self._begin()
+
+    def _collector(self, seed: int, fields: tuple[Any, ...] = ()) -> Any:
+        c = self.config
+        return TokenCollector(self.task, seed=seed, device=self.device, fields=fields, bucket=c.bucket,
+                              max_new_tokens=c.max_new_tokens or None)  # fmt: skip
+
+    def build(self) -> None:
+        c = self.config
+        self.policy = build_policy(c, self.task).to(self.device)
+        self.updaters = {
+            "policy": ModuleUpdater(
+                self.policy, lambda params: OPTIMISERS[c.optimiser](params, c), max_grad_norm=c.max_grad_norm or None
+            )
+        }
+        counts = torch.full((c.n_prompts,), c.group_size, dtype=torch.int64, device=self.device)
+        parts = Parts(
+            self.policy, self.updaters["policy"], Request(counts=counts), self.collector.steps,
+            components=self.task.components,
+            reference=(lambda ctx: WithoutAdapters(self.policy)) if c.lora_rank else None,
+        )  # fmt: skip
+        self.estimator = self.Recipe(c, parts)
+
+    @property
+    def spaces(self) -> str:
+        """The task, in words."""
+        return f"task {self.task.name!r} with {self.task.vocab.size} tokens"
+
+    # -- learning -----------------------------------------------------------------------------------------------------
+
+    @property
+    def batch_steps(self) -> int:
+        """Completions per iteration."""
+        return int(self.config.n_prompts * self.config.group_size)
+
+    def learn(
+        self,
+        total_timesteps: int,
+        callback: Callback | Callable[[Any], bool | None] | Sequence[Callback] | None = None,
+        progress_bar: bool = False,
+    ) -> LLM:
+        """Train until the clock shows ``total_timesteps`` completions, after the supervised phase if there is one."""
+        if not self.warm:
+            if self.config.warm_start_steps:
+                self.warm_start(self.config.warm_start_steps)
+            if self.estimator.wants_reference and not self.config.lora_rank:
+                self.ctx.bank.refresh("ref")
+            self.warm = True
+        super().learn(total_timesteps, callback, progress_bar)
+        return self
+
+    def warm_start(self, steps: int) -> float:
+        """Maximum likelihood on demonstrations, which are drawn from a stream of their own; returns the last loss."""
+        c = self.config
+        collector = self._collector(self.seed + 2_000_003)
+        request = Request(counts=torch.ones(c.warm_start_batch, dtype=torch.int64), demonstrations=True)
+        updater = ModuleUpdater(
+            self.policy, lambda params: torch.optim.AdamW(params, lr=c.warm_start_lr, weight_decay=0.0, fused=True),
+            max_grad_norm=1.0,
+        )  # fmt: skip
+        terms = (Term("sft_loss", losses.neg_log_prob, aggregates.mean, ratios.plain, advantage=None),)
+        loss = torch.zeros(())
+        for i in range(steps):
+            updater.lr.fill_(c.warm_start_lr * (1.0 - i / steps))
+            batch = collector.collect(request, self.policy).epoch(Batching("sequence", "full"), None)[0]
+            loss = updater.step(terms, batch)["sft_loss"]
+        return float(loss)
+
+    def _points(self) -> dict[str, Tensor]:
+        return {}
+
+    def _choose_compile(self, total_timesteps: int) -> None:
+        """Shapes change with every rollout: updates are ordinary autograd."""
+
+    def _iterate(self) -> None:
+        if self.config.anneal_lr:
+            self.updaters["policy"].lr.copy_(self.config.learning_rate * (1.0 - self.ctx.progress).clamp_min(0.0))
+        super()._iterate()
+
+    def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
+        super()._record(data, stats, marks)
+        on = data["on"]
+        self.scalars |= {
+            "rollout/success": (on["scores"][:, 0] >= 1.0).float().mean(),
+            "rollout/capped": on["capped"].float().mean(),
+            "time/tokens": self.collector.tokens,
+            **{f"rollout/{name}": on["scores"][:, i].mean() for i, name in enumerate(self.task.components)},
+        }
+
+    # -- acting -------------------------------------------------------------------------------------------------------
+
+    def act(self, obs: Tree, deterministic: bool = False) -> Tensor:
+        raise TypeError("act: a language model completes text; use predict(prompt) or complete(prompts)")
+
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> tuple[Any, Any]:
+        """One prompt or a list of prompts -> their completions as text, and ``state`` unchanged."""
+        single = isinstance(observation, str)
+        texts = self.complete([observation] if single else list(observation), deterministic)
+        return (texts[0] if single else texts), state
+
+    @torch.no_grad()
+    def complete(self, prompts: Sequence[str], deterministic: bool = False, seed: int | None = None) -> list[str]:
+        """One completion per prompt, as text; ``seed=None`` draws from torch's global generator."""
+        tokens, valid = pad_left([self.task.vocab.encode(p) for p in prompts], self.task.vocab.pad)
+        seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
+        asked = Prompts(tokens, valid, torch.arange(len(prompts)), (None,) * len(prompts))
+        found = self._collector(seed).complete(self.policy, asked, deterministic)
+        return [self.task.vocab.decode(row) for row in found]
+
+    @torch.no_grad()
+    def pass_at(self, ks: Sequence[int], questions: int = 64, samples: int = 16, seed: int = 0) -> dict[str, float]:
+        """``pass@k`` (first component at least 1) of ``samples`` completions of each of ``questions`` test questions,
+        their mean score, entropy per token (nats) and length. Decided by ``seed``; training does not move it."""
+        collector = self._collector(seed, (Field("entropy"),))
+        prompts = collector.test_prompts(questions, seed)
+        question = torch.arange(len(prompts), device=self.device).repeat_interleave(samples)
+        data = collector.sample(self.policy, prompts, question)
+        right = (data["scores"][:, 0] >= 1.0).float().view(-1, samples).sum(1)
+        found = {f"pass@{k}": float(pass_at_k(samples, right, k).mean()) for k in ks}
+        entropy = (data["entropy"] * data["valid"]).sum() / data["valid"].sum().clamp_min(1.0)
+        return found | {"score": float(data["score"].mean()), "entropy": float(entropy),
+                        "length": float(data["length"].float().mean())}  # fmt: skip
+
+    @torch.no_grad()
+    def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> Evaluation:
+        """Scores and lengths of one completion for each of ``episodes`` test questions; ``env`` is not needed."""
+        collector = self._collector(seed)
+        prompts = collector.test_prompts(episodes, seed)
+        question = torch.arange(len(prompts), device=self.device)
+        data = collector.sample(self.policy, prompts, question, deterministic=deterministic)
+        return Evaluation(data["score"].double().cpu().numpy(), data["length"].cpu().numpy())
+
+    # -- state --------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"warm": self.warm}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore ``state_dict`` in place."""
+        super().load_state_dict(state)
+        self.warm = state["warm"]

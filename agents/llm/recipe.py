@@ -1,0 +1,190 @@
+"""A method for language models as a recipe: stages, terms, batching. The same recipe trains a cart-pole with grouped
+episodes: it reads columns, not tokens.
+
+    completions -> [reference] -> stages (reward, advantage, selection, weights) -> terms (ratio, loss, aggregate)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ccrl.collect import Request
+from ccrl.data import Batching, Data, Unit
+from ccrl.estimators import aggregates, losses, ratios
+from ccrl.estimators.base import Context, Estimator, Phase, Stage
+from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
+from ccrl.estimators.terms import Aggregate, Loss, Ratio, Term
+from ccrl.llm.rollouts import evaluate_columns
+from ccrl.updaters import Updater
+
+__all__ = ["Parts", "Recipe", "RecipeConfig"]
+
+
+@dataclass(frozen=True)
+class RecipeConfig:
+    """What every recipe reads, whatever it trains."""
+
+    group_size: int = 8
+    """Completions (or episodes from one start) per group."""
+    batch_size: int = 0
+    """Sequences (or groups, where a loss compares inside groups) per optimiser step; 0: all of the rollout."""
+    n_epochs: int = 1
+    """Passes over a rollout."""
+    microbatch: int = 0
+    """Columns per forward pass; gradients add up exactly. 0: the whole batch."""
+    clip_low: float = 0.2
+    """Ratios below 1 - clip_low are clipped."""
+    clip_high: float = 0.2
+    """Ratios above 1 + clip_high are clipped."""
+    kl_coef: float = 0.0
+    """Weight of KL(policy || reference); 0: no reference is kept."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus."""
+    aggregate: str = "token_mean"
+    """token_mean (DAPO), sequence_mean_token_mean (GRPO), sequence_mean (sums over tokens), fixed (Dr.GRPO: sums over
+    tokens divided by sequences times the length cap)."""
+
+    def __post_init__(self) -> None:
+        for name in ("group_size", "n_epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        for name in ("batch_size", "microbatch"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected >= 0 (0: everything), got {getattr(self, name)}")
+        if not 0.0 <= self.clip_low <= 1.0 or self.clip_high < 0.0:
+            raise ValueError(f"expected 0 <= clip_low <= 1 and clip_high >= 0, got {self.clip_low}, {self.clip_high}")
+        if self.kl_coef < 0:
+            raise ValueError(f"kl_coef: expected >= 0, got {self.kl_coef}")
+        if self.aggregate not in AGGREGATES:
+            raise ValueError(f"aggregate: expected one of {sorted(AGGREGATES)}, got {self.aggregate!r}")
+
+
+AGGREGATES: dict[str, Aggregate | None] = {
+    "token_mean": aggregates.mean,
+    "sequence_mean_token_mean": aggregates.sequence_mean_token_mean,
+    "sequence_mean": aggregates.sequence_mean,
+    "fixed": None,
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an agent hands its recipe."""
+
+    policy: nn.Module
+    updater: Updater
+    request: Request
+    """The rollout of an iteration."""
+    max_length: int
+    """Longest sequence: the length constant of ``aggregate="fixed"``."""
+    components: tuple[str, ...] = ("reward",)
+    """Names of the reward's components, the last axis of the column ``scores``."""
+    reference: Callable[[Context], nn.Module] | None = None
+    """The reference policy; None: the bank's version ``ref``."""
+
+
+class Recipe(Estimator):
+    """Override ``stages`` and ``terms`` (or ``ratio`` and ``loss``); the defaults are GRPO's without its KL.
+
+    A stage maps ``Data`` to ``Data`` over the WHOLE rollout: batch statistics belong there. A loss sees a minibatch.
+    State that a method keeps between iterations is a buffer (``register_buffer``), written in place.
+    """
+
+    Config: ClassVar[type[RecipeConfig]] = RecipeConfig
+    unit: ClassVar[Unit] = "sequence"
+    """What a minibatch may not split: ``group`` where a loss compares inside groups."""
+    ratio: Ratio = staticmethod(ratios.token)
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        super().__init__()
+        self.config = config
+        self._parts = (parts,)  # in a tuple: an nn.Module attribute would be saved a second time
+        self._prepared = self.stages()
+        size = config.batch_size or "full"
+        batching = Batching(self.unit, size, config.n_epochs, config.microbatch or None)
+        self._phases = (Phase("policy", self.terms(), batching, parts.updater),)
+
+    @property
+    def parts(self) -> Parts:
+        return self._parts[0]
+
+    # -- slots --------------------------------------------------------------------------------------------------------
+
+    def stages(self) -> tuple[Stage, ...]:
+        """From ``score`` ``[N]`` (and ``scores`` ``[N, C]``) to ``advantage`` ``[T, N]``."""
+        return (GroupBaseline(scale="std", eps=1e-6, single="zero"),)
+
+    def loss(self) -> Loss:
+        """Per element of the ratio's level."""
+        return losses.clip(self.config.clip_low, self.config.clip_high)
+
+    def terms(self) -> tuple[Term, ...]:
+        """The surrogate."""
+        return (self.policy_term(self.loss()), *self.penalties())
+
+    # -- what recipes compose -----------------------------------------------------------------------------------------
+
+    def aggregate(self) -> Aggregate:
+        """The configured aggregation of token losses."""
+        found = AGGREGATES[self.config.aggregate]
+        if found is None:
+            length = self.parts.max_length
+            return lambda valid, batch: valid / (batch["n_sequences"] * length)
+        return found
+
+    def policy_term(
+        self, loss: Loss, ratio: Ratio | None = None, aggregate: Aggregate | None = None, **options: Any
+    ) -> Term:
+        """The policy-gradient term with SB3's ratio statistics; ``ratio`` and ``aggregate`` default to the recipe's."""
+        c = self.config
+        return Term(
+            "policy_gradient_loss", loss, aggregate or self.aggregate(), ratio or type(self).ratio,
+            stats=losses.ratio_stats(c.clip_low, c.clip_high), **options,
+        )  # fmt: skip
+
+    def penalties(self) -> tuple[Term, ...]:
+        """KL to the reference (k3) and entropy bonus, where their weights are not 0."""
+        c, found = self.config, list[Term]()
+        if c.kl_coef:
+            found.append(Term("kl", losses.k3, self.aggregate(), ratios.reference, advantage=None, coef=c.kl_coef))
+        if c.entropy_coef:
+            found.append(Term(
+                "entropy_loss", losses.neg_entropy, self.aggregate(), ratios.unweighted, frozenset({"entropy"}),
+                advantage=None, coef=c.entropy_coef,
+            ))  # fmt: skip
+        return tuple(found)
+
+    @property
+    def wants_reference(self) -> bool:
+        """Whether ``ref_log_prob`` is computed."""
+        return bool(self.config.kl_coef)
+
+    # -- life cycle ---------------------------------------------------------------------------------------------------
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        return [] if have else [self.parts.request]
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        data = self.start(have["on"], ctx)
+        for stage in self._prepared:
+            data = stage(data)
+        return have | {"on": data}
+
+    def start(self, data: Data, ctx: Context) -> Data:
+        """``score`` where the rollout has none (control tasks), ``ref_log_prob`` where the recipe wants it."""
+        if "score" not in data:
+            data = EpisodeReturn()(data)
+        if self.wants_reference:
+            reference = ctx.bank.policy("ref") if self.parts.reference is None else self.parts.reference(ctx)
+            columns = self.config.microbatch or None
+            found = evaluate_columns(reference, data, frozenset({"log_prob"}), columns)["log_prob"]
+            data = data.derive(ref_log_prob=torch.where(data["valid"] > 0, found, torch.zeros_like(found)))
+        return data
+
+    def phases(self) -> tuple[Phase, ...]:
+        return self._phases

@@ -1,0 +1,44 @@
+"""The papers' small experiments, one module per paper with ``run(seeds) -> list[Measurement]``.
+
+``python scripts/reproduce.py`` runs them and writes ``docs/llm_reproductions.md``.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+__all__ = ["PAPERS", "Measurement"]
+
+PAPERS: dict[str, str] = {}
+"""Slug -> what the experiment shows, in a few words; the module has the slug's name."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One number of an experiment beside the one that is expected."""
+
+    quantity: str
+    """What is measured, with its unit."""
+    expected: str
+    """The expected number, and where it is from (paper, or the sheet's own run)."""
+    accept: tuple[float, float]
+    """The range that counts as agreement; infinite where one side is open."""
+    values: tuple[float, ...]
+    """One per seed; exact results have one."""
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def error(self) -> float:
+        """Standard error over seeds; nan with one."""
+        n = len(self.values)
+        if n < 2:
+            return math.nan
+        return math.sqrt(sum((v - self.mean) ** 2 for v in self.values) / (n - 1) / n)
+
+    @property
+    def agrees(self) -> bool:
+        return self.accept[0] <= self.mean <= self.accept[1]
