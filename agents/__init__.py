@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from agents.npg_igt import NPGIGT
     from agents.ppo import PPO
 
-__all__ = ["AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "NPGIGT", "PPO", "get_agent"]
+__all__ = ["AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO", "get_agent"]
 
 AGENTS = {
     "bac": ("agents.bac", "BAC"),

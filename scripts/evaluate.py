@@ -45,6 +45,8 @@ class EvaluateConfig:
     """Episodes of each kind."""
     seed: int = 20_000
     """Seeds the evaluation environments; training and its evaluations use others."""
+    samples: int = 16
+    """Language models: completions per test question for pass@k."""
     video: bool = False
     """Also record one deterministic episode (mp4), headless."""
     video_format: str = "mp4"
@@ -66,7 +68,10 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         raise FileNotFoundError(f"{run.path}: expected a checkpoint {config.checkpoint!r}, found none")
     info = run.info
     agent = agents.get_agent(info["agent"]).load(path, device=config.device)
-    env = envs.make(info["env"], config.episodes, device=config.device, **agent.env_kwargs)
+    text = getattr(agent, "text", False)
+    if text and config.video:
+        raise ValueError("video: a language model has nothing to film; leave --video out")
+    env = None if text else envs.make(info["env"], config.episodes, device=config.device, **agent.env_kwargs)
     scalars: dict[str, float] = {"steps": float(agent.num_timesteps)}
     for kind in ("deterministic", "stochastic"):
         result = evaluate_agent(agent, env, config.episodes, config.seed, kind == "deterministic")
@@ -76,7 +81,13 @@ def main(config: EvaluateConfig) -> dict[str, float]:
             f"{kind:>13}: {returns.mean():10.2f} +- {returns.std():.2f}  (episodes {config.episodes}, "
             f"length {length:.1f}, min {returns.min():.2f}, max {returns.max():.2f})"
         )
-    env.close()
+    if env is not None:
+        env.close()
+    if text:
+        ks = (1, config.samples // 4, config.samples) if config.samples >= 8 else (1, config.samples)
+        found = agent.pass_at(ks, config.episodes, config.samples, config.seed)
+        print("       sampled: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        scalars |= found
     (run.path / "evaluation.json").write_text(json.dumps(scalars | {"checkpoint": str(path.name)}, indent=2) + "\n")
     if config.video:
         # render_mode is an option of the environment: without it a window or a renderer may never be made

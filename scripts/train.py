@@ -4,6 +4,7 @@ python scripts/train.py mdpo --env HalfCheetah-v5
 python scripts/train.py ppo --env Hopper-v5 --total-timesteps 300000 --num-envs 8 --learning-rate 1e-4
 python scripts/train.py ppo --env Hopper-v5 --config my.yaml        # flags win over the file
 python scripts/train.py --resume runs/HalfCheetah-v5__mdpo__0__...  # continues bit for bit
+python scripts/train.py llm --method grpo --task arithmetic         # a language model on a text task
 """
 
 from __future__ import annotations
@@ -71,13 +72,35 @@ class TrainConfig:
     """Constructor options of the environment, under Gymnasium's names."""
 
 
+@dataclass(frozen=True)
+class TextConfig(TrainConfig):
+    """One training run of a language model. Its clock counts completions."""
+
+    env: str = "arithmetic"
+    """Text task (``--task``); its options go into env_kwargs."""
+    total_timesteps: int = 20_000
+    """Completions."""
+    checkpoint_every: int = 5_000
+    """Completions between checkpoints (one more at the end)."""
+    eval_every: int = 2_000
+    """Completions between evaluations; 0: none."""
+    eval_episodes: int = 256
+    """Test questions per evaluation, one greedy and one sampled completion each."""
+
+
 def run_config(agent: str) -> type[Any]:
-    """``TrainConfig`` with the settings of ``agent`` nested under ``agent``."""
-    cls = agents.get_agent(agent).Config
+    """``TrainConfig`` (of language models ``TextConfig``) with the settings of ``agent`` nested under ``agent``."""
+    found = agents.get_agent(agent)
+    cls, base = found.Config, TextConfig if is_text(found) else TrainConfig
     nested = (tyro.conf.OmitArgPrefixes[cls], field(default_factory=cls))
-    made = make_dataclass("RunConfig", [("agent", *nested)], bases=(TrainConfig,), frozen=True)
-    made.__doc__ = f"Train {agent}: {TrainConfig.__doc__}"
+    made = make_dataclass("RunConfig", [("agent", *nested)], bases=(base,), frozen=True)
+    made.__doc__ = f"Train {agent}: {base.__doc__}"
     return made
+
+
+def is_text(cls: type[Any]) -> bool:
+    """Whether an agent trains on text tasks: there is then no environment to build."""
+    return getattr(cls, "text", False)
 
 
 @contextmanager
@@ -118,7 +141,8 @@ def train(agent_name: str, config: Any, resume: Path | None = None) -> RunFolder
     callbacks: list[Callback] = [LogCallback(logger, config.log_interval)]
     evaluation = eval_env = None
     if config.eval_every:
-        eval_env = envs.make(config.env, config.eval_episodes, device=config.device, **config.env_kwargs)
+        if not is_text(cls):
+            eval_env = envs.make(config.env, config.eval_episodes, device=config.device, **config.env_kwargs)
         evaluation = EvalCallback(eval_env, run.path, config.eval_every, config.eval_episodes, logger=logger,
                                   resume_step=step)  # fmt: skip
         callbacks.append(evaluation)
@@ -137,6 +161,15 @@ def train(agent_name: str, config: Any, resume: Path | None = None) -> RunFolder
     return run
 
 
+def text_arguments(argv: list[str]) -> list[str]:
+    """``--method M --task T [flags]`` as the arguments of the agent M with the environment T."""
+    if "--method" not in argv or argv.index("--method") + 1 == len(argv):
+        sys.exit(f"usage: train.py llm --method {{{','.join(sorted(agents.METHODS))}}} [--task TASK] [flags]")
+    index = argv.index("--method")
+    rest = argv[:index] + argv[index + 2 :]
+    return [argv[index + 1], *("--env" if word == "--task" else word for word in rest)]
+
+
 def main(argv: list[str]) -> RunFolder:
     """Command line: ``AGENT [flags]`` or ``--resume RUN``."""
     if "--resume" in argv:
@@ -146,8 +179,11 @@ def main(argv: list[str]) -> RunFolder:
         run = RunFolder.open(argv[1])
         name = run.info["agent"]
         return train(name, configs.from_dict(run_config(name), run.config()), Path(argv[1]))
-    if not argv or argv[0] not in agents.AGENTS:
-        sys.exit(f"usage: train.py {{{','.join(sorted(agents.AGENTS))}}} [flags] | --resume RUN; received "
+    if argv[:1] == ["llm"]:
+        argv = text_arguments(argv[1:])
+    if not argv or argv[0] not in agents.AGENTS | agents.METHODS:
+        sys.exit(f"usage: train.py {{{','.join(sorted(agents.AGENTS))}}} [flags] | llm --method "
+                 f"{{{','.join(sorted(agents.METHODS))}}} [flags] | --resume RUN; received "
                  f"{argv[:1] or 'nothing'}")  # fmt: skip
     name, rest = argv[0], argv[1:]
     overlay = None

@@ -177,7 +177,7 @@ class CausalLMPolicy(nn.Module):
         out = self.model(
             input_ids=prompts.tokens, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1
         )
-        cache = out.past_key_values
+        cache = getattr(out, self._cache)
         cache.batch_select_indices(question)
         attention = torch.cat([mask, mask.new_ones(mask.shape[0], steps)], 1)[question]
         return (cache, attention, position[question, -1]), out.logits[question, -1]
