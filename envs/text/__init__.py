@@ -20,6 +20,8 @@ TASKS = {
     "countdown": ("envs.text.countdown", "Countdown"),
     "sorting": ("envs.text.sorting", "Sorting"),
     "guessing": ("envs.text.guessing", "Guessing"),
+    "code": ("envs.text.code", "Code"),
+    "jsonl": ("envs.text.jsonl", "JsonLines"),
     "modsum": ("envs.text.bandits", "ModSum"),
     "sum_rule": ("envs.text.bandits", "SumRule"),
     "dead_prompts": ("envs.text.bandits", "DeadPrompts"),

@@ -205,10 +205,11 @@ class SequenceMatch(TokenBandit):
     def __init__(self, questions: int = 1, fixed_length: int = 6, symbols: int = 8, seed: int = 0) -> None:
         super().__init__(questions, fixed_length, symbols)
         generator = Generator().manual_seed(seed)
-        self.demonstrations = torch.randint(symbols, (questions, fixed_length), generator=generator)
+        self.targets = torch.randint(symbols, (questions, fixed_length), generator=generator)
+        self.demonstrations = self.targets
 
     def reward(self, question: Tensor, tokens: Tensor) -> Tensor:
-        return (self.demonstrations.to(tokens.device)[question].t() == tokens).float().mean(0)
+        return (self.targets.to(tokens.device)[question].t() == tokens).float().mean(0)
 
 
 class Arms(TokenBandit):

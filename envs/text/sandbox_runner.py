@@ -64,7 +64,7 @@ def main() -> None:
 def isolate() -> bool:
     """Namespaces of our own for network, processes and shared memory, where the kernel allows it."""
     flags = NEW_IPC | NEW_PID | NEW_NET | (0 if os.geteuid() == 0 else NEW_USER)
-    return libc.unshare(flags) == 0
+    return bool(libc.unshare(flags) == 0)
 
 
 def run_one(limits: dict[str, Any]) -> bytes:
