@@ -127,7 +127,7 @@ class LLM(Agent):
 
     def build(self) -> None:
         c = self.config
-        self.policy = build_policy(c, self.task).to(self.device)
+        self.policy = self.make_model().to(self.device)
         self.updaters = {
             "policy": ModuleUpdater(
                 self.policy, lambda params: OPTIMISERS[c.optimiser](params, c), max_grad_norm=c.max_grad_norm or None
@@ -140,6 +140,10 @@ class LLM(Agent):
             reference=(lambda ctx: WithoutAdapters(self.policy)) if c.lora_rank else None,
         )  # fmt: skip
         self.estimator = self.Recipe(c, parts)
+
+    def make_model(self) -> nn.Module:
+        """The token policy; override it to train one of your own."""
+        return build_policy(self.config, self.task)
 
     @property
     def spaces(self) -> str:
