@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ccrl.llm.task import ConversationTask, TextTask
 from ccrl.testing.text_contract import TextTaskContract
 from envs.text import TASKS, make_task
+
+PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
 
 class TestArithmetic(TextTaskContract):
@@ -41,6 +44,16 @@ class TestGuessing(TextTaskContract):
 
     def test_it_replies(self) -> None:
         assert isinstance(self.make_task(), ConversationTask)
+
+
+class TestCode(TextTaskContract):
+    def make_task(self) -> TextTask:
+        return make_task("code", cpu_seconds=0.2, degree=2)
+
+
+class TestJsonLines(TextTaskContract):
+    def make_task(self) -> TextTask:
+        return make_task("jsonl", path=PROMPTS, max_new_tokens=8)
 
 
 class BanditContract(TextTaskContract):
