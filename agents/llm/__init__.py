@@ -6,5 +6,6 @@ __all__ = ["METHODS"]
 
 METHODS = {
     "grpo": ("agents.llm.baselines", "GRPO"),
+    "mhpo": ("agents.llm.mhpo", "MHPO"),
 }
 """Command-line name -> module and class."""

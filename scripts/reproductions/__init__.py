@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 __all__ = ["PAPERS", "Measurement"]
 
-PAPERS: dict[str, str] = {}
+PAPERS: dict[str, str] = {
+    "mhpo": "how large the gradient multiplier can be; parity with GRPO on ModSum",
+}
 """Slug -> what the experiment shows, in a few words; the module has the slug's name."""
 
 
