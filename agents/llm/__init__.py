@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = ["METHODS"]
 
 METHODS = {
+    "bnpo": ("agents.llm.bnpo", "BNPO"),
     "grpo": ("agents.llm.baselines", "GRPO"),
     "mhpo": ("agents.llm.mhpo", "MHPO"),
 }

@@ -39,12 +39,19 @@ def neg_log_prob(level: Level, advantage: Tensor, evaluation: Evaluation, batch:
     return -level.log_prob
 
 
-def clip(low: Number, high: Number) -> Loss:
-    """PPO: ``-min(rho A, clamp(rho, 1 - low, 1 + high) A)`` (Schulman et al. 2017, eq. 7; DAPO: high > low)."""
+def clip(low: Number, high: Number, dual: Number | None = None) -> Loss:
+    """PPO: ``-min(rho A, clamp(rho, 1 - low, 1 + high) A)`` (Schulman et al. 2017, eq. 7; DAPO: high > low).
+
+    :param dual: for ``A < 0`` the loss is at most ``-dual A`` (dual clip, Ye et al. 2020): a huge ratio on a bad action
+        has no gradient. None: unbounded.
+    """
 
     def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
         rho = level.ratio
-        return -torch.minimum(rho * advantage, _clamp(rho, 1.0 - low, 1.0 + high) * advantage)
+        element = -torch.minimum(rho * advantage, _clamp(rho, 1.0 - low, 1.0 + high) * advantage)
+        if dual is None:
+            return element
+        return torch.where(advantage < 0, torch.minimum(element, -dual * advantage), element)
 
     return loss
 
