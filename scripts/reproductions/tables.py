@@ -26,7 +26,7 @@ class StateTable(nn.Module):
     """Logits ``[questions, length, states, symbols]``; the state starts at 0 and ``move(state, token)`` is the next."""
 
     unit = "sequence"
-    temperature = 1.0
+    temperature = second_temperature = 1.0
 
     def __init__(
         self, questions: int, length: int, states: int, symbols: int, move: Callable[[Tensor, Tensor], Tensor]
@@ -45,7 +45,8 @@ class StateTable(nn.Module):
         for token in tokens[:-1]:
             states.append(self.move(states[-1], token))
         place = torch.arange(len(tokens)).unsqueeze(1)
-        return token_outputs(self.logits[row, place, torch.stack(states)], tokens, want, 1.0, 1.0, 16)
+        logits = self.logits[row, place, torch.stack(states)]
+        return token_outputs(logits, tokens, want, self.temperature, self.second_temperature, 16)
 
     def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[Any, Tensor]:
         row = prompts.tokens[question, -1]
