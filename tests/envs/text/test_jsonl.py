@@ -1,0 +1,173 @@
+"""A user's own prompts and reward: what works, and what the errors say."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator
+
+from ccrl.llm.task import TextTask, pad_right
+from envs.text import make_task
+from envs.text.vocabulary import CharVocabulary, HFVocabulary
+
+RECORDS = [{"prompt": f"say {i}!", "answer": str(i)} for i in range(40)]
+Write = Callable[..., Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write(records: list[Any], name: str = "prompts.jsonl") -> Path:
+        path = tmp_path / name
+        path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records) + "\n")
+        return path
+
+    return write
+
+
+def rewards(task: TextTask, text: str, n: int = 3) -> list[list[float]]:
+    prompts = task.prompts(n, Generator().manual_seed(0))
+    tokens = pad_right([[*task.vocab.encode(text), task.vocab.eos]] * n, task.vocab.pad).t()
+    return task.score(prompts, torch.arange(n), tokens, torch.full((n,), len(tokens))).components.tolist()
+
+
+def length_of(prompt: str, completion: str, record: dict[str, Any]) -> float:
+    return len(completion) + record["bonus"]
+
+
+def test_a_function_gets_prompt_completion_and_record(write: Write) -> None:
+    task = make_task("jsonl", path=write([{"prompt": "a7", "bonus": 0.5}] * 3), reward=length_of)
+    assert rewards(task, "7a7") == [[3.5]] * 3
+
+
+def test_a_function_by_name(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_rewards.py").write_text("def same(prompt, completion, record):\n    return completion in prompt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    task = make_task("jsonl", path=write([{"prompt": "say 7"}]), reward="my_rewards:same")
+    assert rewards(task, "7") == [[1.0]] * 3
+    assert rewards(task, "77") == [[0.0]] * 3
+
+
+def test_without_a_function_the_answer_decides(write: Write) -> None:
+    task = make_task("jsonl", path=write([{"prompt": "1+1 =", "answer": " 2"}] * 2))
+    assert rewards(task, "2") == rewards(task, " 2 ") == [[1.0]] * 3
+    assert rewards(task, "1") == [[0.0]] * 3
+
+
+def test_components(write: Write) -> None:
+    path = write(RECORDS)
+    both = make_task("jsonl", path=path, reward=lambda p, c, r: {"b": 2, "a": True}, components=("a", "b"))
+    assert rewards(both, "1") == [[1.0, 2.0]] * 3
+    with pytest.raises(
+        ValueError, match=r"prompts\.jsonl:\d+: the reward of '1': expected the components \('a',\), got"
+    ):
+        rewards(make_task("jsonl", path=path, reward=lambda p, c, r: {"b": 2}, components=("a",)), "1")
+    with pytest.raises(ValueError, match=r"expected a mapping with the components \('a', 'b'\), got 1.0"):
+        rewards(make_task("jsonl", path=path, reward=lambda p, c, r: 1.0, components=("a", "b")), "1")
+    with pytest.raises(ValueError, match="expected a list of at least one name, got 'accuracy'"):
+        make_task("jsonl", path=path, components="accuracy")
+
+
+@pytest.mark.parametrize(
+    ("reward", "error"), [(float("nan"), ValueError), (float("inf"), ValueError), (None, TypeError)]
+)
+def test_rewards_that_are_no_numbers(write: Write, reward: Any, error: type[Exception]) -> None:
+    task = make_task("jsonl", path=write(RECORDS), reward=lambda p, c, r: reward)
+    with pytest.raises(error, match=rf"prompts\.jsonl:\d+: the reward of '7': expected .*, got {reward}"):
+        rewards(task, "7")
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (['{"prompt": "a"'], r"prompts\.jsonl:1: expected a JSON object, got '\{\"prompt\": \"a\"' \("),
+        ([RECORDS[0], "", "[1]"], r"prompts\.jsonl:3: expected a JSON object, got list"),
+        ([{"promt": "a", "answer": "b"}], r":1: expected the field 'prompt', got \['answer', 'promt'\] \(did you mean"),
+        ([{"prompt": "a"}], r":1: expected the field 'answer', got \['prompt'\]; add it or give a reward function"),
+        ([{"prompt": 3, "answer": "b"}], ":1: expected a string as 'prompt', got 3"),
+        ([{"prompt": "a", "answer": 3}], ":1: expected a string as 'answer', got 3"),
+        ([{"prompt": "a", "answer": "b", "demonstration": None}], ":1: expected a string as 'demonstration', got None"),
+        (
+            [{"prompt": "a", "answer": "b", "demonstration": "b" * 64}],
+            ":1: expected a demonstration of at most 64 tokens",
+        ),
+        ([""], "expected one JSON object per line, got an empty file"),
+    ],
+)
+def test_bad_lines(write: Write, lines: list[Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_task("jsonl", path=write(lines))
+
+
+def test_bad_rewards(write: Write) -> None:
+    path = write(RECORDS)
+    with pytest.raises(ValueError, match="expected 'module:function', got 'json'"):
+        make_task("jsonl", path=path, reward="json")
+    with pytest.raises(ValueError, match="got 'no_such_module:f': No module named 'no_such_module'"):
+        make_task("jsonl", path=path, reward="no_such_module:f")
+    with pytest.raises(ValueError, match=r"expected a function 'load_' in .*; did you mean load"):
+        make_task("jsonl", path=path, reward="json:load_")
+    with pytest.raises(TypeError, match="expected a function or 'module:function', got int"):
+        make_task("jsonl", path=path, reward=3)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        make_task("jsonl", path=path.with_name("nowhere"))
+
+
+def test_splits(write: Write) -> None:
+    path = write(RECORDS)
+    own = make_task("jsonl", path=path, test_path=write([{"prompt": "say 99", "answer": "99"}], "test.jsonl"))
+    assert set(own.prompts(400, Generator().manual_seed(0)).index.tolist()) == set(range(40))
+    assert set(own.prompts(5, Generator().manual_seed(0), "test").index.tolist()) == {40}
+    hashed = make_task("jsonl", path=path)
+    train, test = (set(hashed.prompts(400, Generator().manual_seed(0), s).index.tolist()) for s in ("train", "test"))
+    assert train | test == set(range(40))
+    assert not train & test
+    with pytest.raises(ValueError, match=r"no question in the split 'test'; .* give a test_path"):
+        make_task("jsonl", path=write([{"prompt": "say 7", "answer": "7"}])).prompts(1, None, "test")
+
+
+def test_vocabularies(write: Write) -> None:
+    path = write(RECORDS)
+    with pytest.raises(TypeError, match=r"got object without size, pad, .*wrap a Hugging Face tokenizer"):
+        make_task("jsonl", path=path, vocab=object())
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: expected text of the characters '01', got 'say 0!' with"):
+        make_task("jsonl", path=path, vocab=CharVocabulary("01"))
+    with pytest.raises(ValueError, match="expected different single characters"):
+        CharVocabulary("aba")
+
+
+class Words:
+    """A tokenizer as Hugging Face has them, of words."""
+
+    eos_token_id, pad_token_id, bos_token_id = 1, None, None
+    words = ("<unk>", "<end>", "say")
+
+    def __len__(self) -> int:
+        return 50
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        assert not add_special_tokens
+        return [2 if word == "say" else 3 + int(word.strip("!")) for word in text.split()]
+
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return " ".join("say" if t == 2 else str(t - 3) for t in tokens if t > 1)
+
+
+def test_a_tokenizer(write: Write) -> None:
+    vocab = HFVocabulary(Words())
+    assert (vocab.size, vocab.pad, vocab.bos, vocab.eos) == (50, 1, -1, 1)
+    task = make_task("jsonl", path=write(RECORDS), vocab=vocab)
+    prompts = task.prompts(4, Generator().manual_seed(0))
+    assert prompts.tokens.tolist() == [[2, 3 + int(record["answer"])] for _, record in prompts.truth]
+    assert rewards(task, prompts.truth[0][1]["answer"])[0] == [1.0]
+    endless = Words()
+    endless.eos_token_id = None
+    with pytest.raises(ValueError, match="with an end token, got Words with eos_token_id=None"):
+        HFVocabulary(endless)
+    with pytest.raises(ValueError, match=r":1: expected a prompt of at least one token, got ' '"):
+        make_task("jsonl", path=write([{"prompt": " ", "answer": "1"}]), vocab=vocab)
