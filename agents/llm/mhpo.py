@@ -125,7 +125,7 @@ def _stats(hazard: Hazard) -> Loss:
 
 
 class MHPO(LLM):
-    """Modulated Hazard-aware Policy Optimization: a smooth bounded ratio with a survival weight in place of the clip."""
+    """Modulated Hazard-aware Policy Optimization: a bounded ratio with a survival weight, no clip."""
 
     name = "mhpo"
     paper = "Wang et al. 2026, arXiv 2603.16929"
