@@ -120,7 +120,7 @@ class DBQPG:
     """Seeds."""
     methods: tuple[str, ...] = tuple(runs.GRADIENTS)
     """mc, dbqpg, uapg."""
-    timesteps: tuple[int, ...] = (30_000, 120_000)
+    timesteps: tuple[int, ...] = (30_000, 150_000)
     """Environment steps of a run, per environment id."""
     batch: tuple[int, ...] = (1_000, 3_000)
     """Transitions per iteration, per environment id (the paper: 15,000)."""
@@ -165,35 +165,43 @@ class Report:
     def run(self) -> Rows:
         """The rows that were reported."""
         found: Rows = []
-        for name, unit, metric, title in REPORTS:
+        for name, (unit, metric, title, panels) in REPORTS.items():
             path = self.out / f"{name}.csv"
             if not path.exists():
                 continue
             rows = read_rows(path)
             found += rows
             command = (self.out / f"{name.removesuffix('_search')}.command").read_text(encoding="utf-8")
-            study = curves(path, rows, unit, metric)
+            parts = [curves(path, rows, column, label) for column, label in panels.items()]
+            study = Study(metric, tuple(itertools.chain(*parts)), unit=unit)
             stem = self.figures / f"bayesian_{name}"
             plots.save(plots.learning_curves(study, title, command), stem)
-            text, table = study.table()
+            # one table per panel: the same runs from another start are no further task
+            tables = [Study(metric, part, unit=unit).table() for part in parts]
+            text = "\n".join(text for text, _ in tables)
             if "gp_seconds" in rows[0]:
                 text += f"\n{costs(rows)}"
             text = f"`{command}`\n\n{text}\nSettings:\n\n{settings(rows)}"
             stem.with_suffix(".md").write_text(text, encoding="utf-8")
-            stem.with_suffix(".csv").write_text(table, encoding="utf-8")
+            lines = [line for _, table in tables for line in table.splitlines()]
+            stem.with_suffix(".csv").write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
             print(text)
         if not found:
-            names = ", ".join(f"{name}.csv" for name, *_ in REPORTS)
+            names = ", ".join(f"{name}.csv" for name in REPORTS)
             raise ValueError(f"out: expected a folder with {names}, received {self.out} with none of them")
         return found
 
 
-REPORTS = (
-    ("mountaincar", "episode", "return of 100 episodes", "Two-action mountain car, at most 200 steps"),
-    ("mountaincar_search", "episode", "return of 100 episodes", "Mountain car: search for step sizes"),
-    ("dbqpg", "step", "training return", "Bayesian quadrature and Monte Carlo, the same agent"),
-)
-"""Name, what curves are drawn against, what they show, title."""
+TRAINED = {"return": "starts as in training"}
+REPORTS: dict[str, tuple[str, str, str, dict[str, str | None]]] = {
+    "mountaincar": (
+        "episode", "return of 100 episodes", "Two-action mountain car, at most 200 steps",
+        TRAINED | {"rest_return": "starts near rest"},
+    ),
+    "mountaincar_search": ("episode", "return of 100 episodes", "Mountain car: search for step sizes", {**TRAINED}),
+    "dbqpg": ("step", "training return", "Bayesian quadrature and Monte Carlo, the same agent", {"return": None}),
+}  # fmt: skip
+"""Name -> what curves are drawn against, what they show, title, columns and what they are called (None: as the env)."""
 
 
 # -- runs that a file lacks -------------------------------------------------------------------------------------------
@@ -284,14 +292,15 @@ def _mean(rows: Rows, column: str, **which: str) -> float:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def curves(path: Path, rows: Rows, unit: str, metric: str) -> Study:
-    """The learning curves in a file."""
-    found = []
-    for key in dict.fromkeys(_key(row) for row in rows):
+def curves(path: Path, rows: Rows, column: str, label: str | None) -> tuple[Curve, ...]:
+    """One learning curve per run, of a column, against episodes where they are counted, else against steps."""
+    found, x = [], "episodes" if "episodes" in rows[0] else "steps"
+    # in the order of the seeds: intervals must not depend on which run was ready first
+    for key in sorted({_key(row) for row in rows}, key=lambda key: (key[0], key[1], int(key[2]))):
         mine = [row for row in rows if _key(row) == key]
-        x, y = (np.array([float(row[name]) for row in mine]) for name in (f"{unit}s", "return"))
-        found.append(Curve(path, key[0], key[1], int(key[2]), x, y))
-    return Study(metric, tuple(found), unit=unit)
+        xs, ys = (np.array([float(row[name]) for row in mine]) for name in (x, column))
+        found.append(Curve(path, label or key[0], key[1], int(key[2]), xs, ys))
+    return tuple(found)
 
 
 def costs(rows: Rows) -> str:
@@ -337,5 +346,5 @@ def main(argv: list[str]) -> Rows:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -12,6 +12,7 @@ from typing import Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,19 +38,19 @@ __all__ = ["CAR", "GRADIENTS", "RATES", "STREAMS", "Car", "EpisodicPPO", "MonteC
 CAR = MountainCarTwoActions.id
 RATES = {
     "bac": (0.025,),  # the authors' code (bpg sheet, section 5)
-    "mc": (0.001, 0.003, 0.01, 0.03),
-    "mc-baseline": (0.003, 0.01, 0.03, 0.1),
+    "mc": (0.0001, 0.0003, 0.001, 0.003),
+    "mc-baseline": (0.0001, 0.0003, 0.001, 0.003),
     "ppo": (0.003, 0.01, 0.03, 0.1),
 }
 """Method -> step sizes; of several, a search picks one."""
 GRADIENTS = {"mc": {"state_scale": 0.0}, "dbqpg": {}, "uapg": {"uncertainty": True}}
 """Method -> settings of the DBQPG agent."""
 EPISODES, HORIZON, JUDGED = 5, 200, 100
-"""Episodes per update, their longest length, episodes of an evaluation (bpg sheet, section 5)."""
+"""Episodes per update, their longest length, episodes of an evaluation from either start (bpg sheet, section 5)."""
 STREAMS = 6
 """Parallel environments of the DBQPG agent."""
-JUDGE_SPEED = 0.02 / MAX_SPEED
-"""Evaluations begin within this share of the speed limit."""
+NEAR_REST = 0.02 / MAX_SPEED
+"""The second evaluation begins within this share of the speed limit."""
 
 
 class Car(MountainCarTwoActions):
@@ -57,18 +58,21 @@ class Car(MountainCarTwoActions):
 
     At rest a policy of coin flips never reaches the goal within 200 steps, and there is nothing to learn from. A public
     MATLAB implementation of BAC (lionkt/RL_platoon, commit 106ab6b) trains from any velocity and evaluates within
-    +-0.02; so do we.
+    +-0.02; here both are evaluated.
+
+    Args:
+        speed: one number, or one per copy ``[N]``.
     """
 
     uniforms = 2
 
-    def __init__(self, num_envs: int, speed: float) -> None:
+    def __init__(self, num_envs: int, speed: Any) -> None:
         super().__init__(num_envs, max_episode_steps=HORIZON)
-        self.speed, self.episodes = speed, 0
+        self.most, self.episodes = self.real(np.asarray(speed) * MAX_SPEED), 0
 
     def initial_state(self, uniform: Any) -> Any:
         start = super().initial_state(uniform[:1])
-        return self.xp.concatenate((start[:1], (2.0 * uniform[1:] - 1.0) * (self.speed * MAX_SPEED)))
+        return self.xp.concatenate((start[:1], (2.0 * uniform[1:] - 1.0) * self.most))
 
     def reset(self, seed: int | None = None, mask: Tensor | None = None) -> Tensor:
         # those that a copy begins by itself while it waits for slower ones are not seen by any method
@@ -133,7 +137,7 @@ def play(run: dict[str, Any]) -> list[dict[str, Any]]:
 def _mountain_car(
     method: str, seed: int, rate: float, updates: int, evaluate_every: int, start_speed: float
 ) -> list[dict[str, Any]]:
-    env, judge_env = Car(EPISODES, start_speed), Car(JUDGED, JUDGE_SPEED)
+    env, judge_env = Car(EPISODES, start_speed), Car(2 * JUDGED, np.repeat((start_speed, NEAR_REST), JUDGED))
     sizes = {"num_envs": EPISODES, "n_steps": HORIZON, "learning_rate": rate}
     if method == "ppo":
         agent: Any = EpisodicPPO(env, PPOConfig(**sizes, compile="off"), seed=seed)
@@ -148,11 +152,13 @@ def _mountain_car(
 
     def evaluate() -> None:
         seconds = time.process_time() - start
-        judge.collect(Request(episodes=JUDGED, horizon=HORIZON), agent.policy)
+        judge.collect(Request(episodes=2 * JUDGED, horizon=HORIZON), agent.policy)
         returns, lengths = judge.stats.returns, judge.stats.lengths
+        reached = lengths.double() + returns  # the step that reaches the goal costs nothing
         points.append({
-            "episodes": env.episodes, "steps": agent.num_timesteps, "return": float(returns.mean()),
-            "reached": float((lengths.double() + returns).mean()), "cpu_seconds": round(seconds, 2),
+            "episodes": env.episodes, "steps": agent.num_timesteps, "return": float(returns[:JUDGED].mean()),
+            "reached": float(reached[:JUDGED].mean()), "rest_return": float(returns[JUDGED:].mean()),
+            "rest_reached": float(reached[JUDGED:].mean()), "cpu_seconds": round(seconds, 2),
         })  # fmt: skip
 
     def watch(agent: Any) -> bool:
