@@ -6,7 +6,21 @@ __all__ = ["METHODS"]
 
 METHODS = {
     "bnpo": ("agents.llm.bnpo", "BNPO"),
+    "cispo": ("agents.llm.baselines", "CISPO"),
+    "copg": ("agents.llm.copg", "CoPG"),
+    "dapo": ("agents.llm.baselines", "DAPO"),
+    "dpo": ("agents.llm.preferences", "DPO"),
+    "dr_grpo": ("agents.llm.baselines", "DrGRPO"),
     "grpo": ("agents.llm.baselines", "GRPO"),
+    "gspo": ("agents.llm.baselines", "GSPO"),
+    "hpt": ("agents.llm.hpt", "HPT"),
+    "ipo": ("agents.llm.preferences", "IPO"),
     "mhpo": ("agents.llm.mhpo", "MHPO"),
+    "ppo_llm": ("agents.llm.reinforce", "PPO"),
+    "real": ("agents.llm.real", "REAL"),
+    "reinforce": ("agents.llm.reinforce", "REINFORCE"),
+    "rloo": ("agents.llm.reinforce", "RLOO"),
+    "sapo": ("agents.llm.baselines", "SAPO"),
+    "sft": ("agents.llm.preferences", "SFT"),
 }
 """Command-line name -> module and class."""

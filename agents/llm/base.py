@@ -203,7 +203,7 @@ class LLM(Agent):
 
     def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
         super()._record(data, stats, marks)
-        on = data["on"]
+        on = data.get("sampled", data["on"])
         self.scalars |= {
             "rollout/success": (on["scores"][:, 0] >= 1.0).float().mean(),
             "rollout/capped": on["capped"].float().mean(),

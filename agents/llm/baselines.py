@@ -1,18 +1,47 @@
-"""The policy-gradient baselines for language models (sheet ``llm_baselines``): each fills one or two slots."""
+"""GRPO and what followed it, the baselines for language models: each fills one or two slots of the recipe.
+
+    name       advantage                         ratio       loss                       aggregate
+    grpo       group z-score                     token       clip, k3 in the loss       mean of sequence means
+    dr_grpo    R - group mean                    token       clip                       sums / longest length
+    dapo       group z-score, groups redrawn     token       clip, higher above         token mean
+    gspo       group z-score                     sequence    clip                       sequence mean
+    cispo      group z-score                     token       -sg(clip(rho)) A log pi    token mean
+    sapo       group z-score                     token       -gate(rho) A               mean of sequence means
+
+A group of one has advantage 0: it is compared with nothing. The reference's KL (k3) is in the loss, and off unless
+``kl_coef`` says otherwise. REINFORCE, RLOO and PPO are in ``agents.llm.reinforce``.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
+from agents.llm.recipe import Parts, Recipe
+from agents.llm.reinforce import one_of
+from ccrl.collect import Request
+from ccrl.data import Data
+from ccrl.estimators import aggregates, losses, ratios
+from ccrl.estimators.base import Context, Stage
+from ccrl.estimators.clipping import capped_weight, sigmoid_gate
+from ccrl.estimators.outcomes import OverlongPenalty, SequenceAdvantage, informative
+from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
+from ccrl.estimators.terms import Loss, Term
+from ccrl.llm.rollouts import concatenate
 
-__all__ = ["GRPO"]
+__all__ = ["CISPO", "DAPO", "GRPO", "GSPO", "SAPO", "DrGRPO"]
+
+
+# -- groups -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class GRPOConfig(LLMConfig):
-    """GRPO as published: sequence means of token means, k3 to the reference (the coefficient is later work's)."""
+    """GRPO as published, but for the KL (0.04 there, 0 or 0.001 in later work)."""
 
     aggregate: str = "sequence_mean_token_mean"
 
@@ -28,3 +57,240 @@ class GRPO(LLM):
     @classmethod
     def slots(cls) -> dict[str, str]:
         return {"advantage": "group z-score", "ratio": "token", "loss": "clip (+ k3)", "aggregate": "sequence means"}
+
+
+@dataclass(frozen=True)
+class DrGRPOConfig(LLMConfig):
+    """Dr. GRPO: neither the deviation of a group nor the length of a completion weighs it."""
+
+    aggregate: str = "fixed"
+
+
+class DrGRPORecipe(Recipe):
+    """Centred scores."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (GroupBaseline(single="zero"),)
+
+
+class DrGRPO(LLM):
+    """GRPO Done Right (Liu et al. 2025)."""
+
+    name = "dr_grpo"
+    paper = "Liu et al. 2025, arXiv 2503.20783"
+    Config = DrGRPOConfig
+    Recipe = DrGRPORecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {"advantage": "score - group mean", "ratio": "token", "loss": "clip", "aggregate": "length constant"}
+
+
+@dataclass(frozen=True)
+class DAPOConfig(LLMConfig):
+    """DAPO as published: its buffer is a fifth of the longest completion."""
+
+    clip_high: float = 0.28
+    max_tries: int = 4
+    """Rollouts per iteration at most, until there are enough groups whose outcomes differ; 1: no dynamic sampling."""
+    overlong_share: float = 0.2
+    """Share of the longest completion over which the length penalty grows to 1; 0: no penalty."""
+    overlong_floor: bool = True
+    """The penalty of a completion beyond the limit is 1 (paper); False: it goes on growing (verl)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_tries < 1:
+            raise ValueError(f"max_tries: expected >= 1, got {self.max_tries}")
+        if not 0.0 <= self.overlong_share <= 1.0:
+            raise ValueError(f"overlong_share: expected a share from 0 to 1, got {self.overlong_share}")
+
+
+class DAPORecipe(Recipe):
+    """Dynamic sampling and the length penalty before GRPO's advantages."""
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        super().__init__(config, parts)
+        # a zero gradient would still move Adam's moments
+        self._phases = tuple(replace(phase, skip=self._idle) for phase in self._phases)
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        """Rollouts of the usual size, until the groups whose outcomes differ fill one of them."""
+        if not have:
+            return [self.parts.request]
+        if len(have) >= self.config.max_tries:
+            return []
+        found = sum(_count(data["group"][informative(data)]) for data in map(_scored, have.values()))
+        if found >= _count(have["on"]["group"]):
+            return []
+        return [replace(self.parts.request, tag=f"on{len(have)}")]
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        """Of all rollouts as many informative groups as the first one has groups; without any, no update."""
+        joined = _scored(concatenate(list(have.values())) if len(have) > 1 else have["on"])
+        if self.config.max_tries > 1:
+            kept = informative(joined)
+            wanted = torch.unique(joined["group"][kept])[: _count(have["on"]["group"])]
+            columns = torch.isin(joined["group"], wanted).nonzero().squeeze(-1)
+            if columns.numel():
+                joined = joined.take(columns)
+        return super().prepare({"sampled": have["on"], "on": joined}, ctx)
+
+    def _idle(self, data: Data) -> bool:
+        # without an informative group the length penalty would be all there is to learn from
+        return not bool((informative(data) if self.config.max_tries > 1 else data["advantage"]).any())
+
+    def stages(self) -> tuple[Stage, ...]:
+        c, limit = self.config, self.parts.max_length
+        if not c.overlong_share:
+            return super().stages()
+        penalty = OverlongPenalty(limit, max(1, round(c.overlong_share * limit)), c.overlong_floor)
+        return penalty, GroupBaseline("shaped_score", scale="std", single="zero")
+
+
+def _scored(data: Data) -> Data:
+    return data if "score" in data else EpisodeReturn()(data)
+
+
+def _count(group: Tensor) -> int:
+    return int(torch.unique(group).numel())
+
+
+class DAPO(LLM):
+    """Decoupled Clip and Dynamic Sampling Policy Optimization (Yu et al. 2025).
+
+    The clock counts every completion, those of dropped groups too: an iteration takes up to ``max_tries`` rollouts.
+    """
+
+    name = "dapo"
+    paper = "Yu et al. 2025, arXiv 2503.14476"
+    Config = DAPOConfig
+    Recipe = DAPORecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {"data": "groups whose outcomes differ", "reward": "length penalty", "advantage": "group z-score",
+                "ratio": "token", "loss": "clip, higher above", "aggregate": "token mean"}  # fmt: skip
+
+
+# -- other ratios and bounds ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class GSPOConfig(LLMConfig):
+    """GSPO's bounds are those of a ratio that is averaged over the sequence."""
+
+    clip_low: float = 3e-4
+    clip_high: float = 4e-4
+    level: str = "sequence"
+    """sequence, or token (GSPO-token: the sequence's ratio on every token; the same gradient unless advantages differ
+    inside a sequence)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("level", self.level, ("sequence", "token"))
+
+
+class GSPORecipe(Recipe):
+    """The aggregates belong to the level: sequence mean, or mean of sequence means; ``aggregate`` is the penalties'."""
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (*super().stages(), SequenceAdvantage())
+
+    def terms(self) -> tuple[Term, ...]:
+        if self.config.level == "token":
+            term = self.policy_term(self.loss(), ratios.sequence_token, aggregates.sequence_mean_token_mean)
+        else:
+            term = self.policy_term(
+                self.loss(), ratios.sequence, aggregates.sequence_mean, advantage="sequence_advantage"
+            )
+        return (term, *self.penalties())
+
+
+class GSPO(LLM):
+    """Group Sequence Policy Optimization (Zheng et al. 2025)."""
+
+    name = "gspo"
+    paper = "Zheng et al. 2025, arXiv 2507.18071"
+    Config = GSPOConfig
+    Recipe = GSPORecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {"advantage": "group z-score", "ratio": "sequence mean", "loss": "clip", "aggregate": "sequence mean"}
+
+
+@dataclass(frozen=True)
+class CISPOConfig(LLMConfig):
+    """CISPO: weights are clipped, gradients never vanish. Two readings of the bound."""
+
+    clip_high: float = 0.28
+    bound: str = "band"
+    """band (verl: weights within 1 - clip_low and 1 + clip_high) or cap (TRL: weights of at most cap)."""
+    cap: float = 5.0
+    """Largest weight of bound = cap."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("bound", self.bound, ("band", "cap"))
+        if self.cap <= 0:
+            raise ValueError(f"cap: expected > 0, got {self.cap}")
+
+
+class CISPORecipe(Recipe):
+    """A clipped weight on the score."""
+
+    def loss(self) -> Loss:
+        c = self.config
+        return capped_weight(c.cap) if c.bound == "cap" else losses.cispo(c.clip_low, c.clip_high)
+
+
+class CISPO(LLM):
+    """Clipped Importance Sampling Policy Optimization (MiniMax 2025)."""
+
+    name = "cispo"
+    paper = "MiniMax 2025, arXiv 2506.13585"
+    Config = CISPOConfig
+    Recipe = CISPORecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {"advantage": "group z-score", "ratio": "token, clipped, detached", "loss": "-w A log pi",
+                "aggregate": "token mean"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class SAPOConfig(LLMConfig):
+    """SAPO's temperatures: bad tokens fade sooner. ``clip_low`` and ``clip_high`` only serve the statistics."""
+
+    tau_positive: float = 1.0
+    """Temperature of the gate where A > 0."""
+    tau_negative: float = 1.05
+    """Temperature of the gate elsewhere."""
+    aggregate: str = "sequence_mean_token_mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("tau_positive", "tau_negative"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
+
+
+class SAPORecipe(Recipe):
+    """A sigmoid gate in the place of the clip."""
+
+    def loss(self) -> Loss:
+        return sigmoid_gate(self.config.tau_positive, self.config.tau_negative)
+
+
+class SAPO(LLM):
+    """Soft Adaptive Policy Optimization (Gao et al. 2025)."""
+
+    name = "sapo"
+    paper = "Gao et al. 2025, arXiv 2511.20347"
+    Config = SAPOConfig
+    Recipe = SAPORecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {"advantage": "group z-score", "ratio": "token", "loss": "sigmoid gate", "aggregate": "sequence means"}

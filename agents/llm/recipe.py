@@ -133,8 +133,7 @@ class Recipe(Estimator):
         """The configured aggregation of token losses."""
         found = AGGREGATES[self.config.aggregate]
         if found is None:
-            length = self.parts.max_length
-            return lambda valid, batch: valid / (batch["n_sequences"] * length)
+            return aggregates.length_constant(self.parts.max_length)
         return found
 
     def policy_term(
@@ -170,10 +169,11 @@ class Recipe(Estimator):
         return [] if have else [self.parts.request]
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        """``on`` is trained on; ``sampled`` is what the log describes, whatever the stages select."""
         data = self.start(have["on"], ctx)
         for stage in self._prepared:
             data = stage(data)
-        return have | {"on": data}
+        return {"sampled": have["on"]} | have | {"on": data}
 
     def start(self, data: Data, ctx: Context) -> Data:
         """``score`` where the rollout has none (control tasks), ``ref_log_prob`` where the recipe wants it."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from ccrl.data import Data
 from ccrl.estimators.terms import Aggregate
 
-__all__ = ["fixed", "mean", "sequence_mean", "sequence_mean_token_mean"]
+__all__ = ["fixed", "length_constant", "mean", "sequence_mean", "sequence_mean_token_mean"]
 
 
 def mean(valid: Tensor, batch: Data) -> Tensor:
@@ -33,3 +33,10 @@ def fixed(count: float) -> Aggregate:
     if count <= 0:
         raise ValueError(f"fixed: expected a positive count, got {count}")
     return lambda valid, batch: valid / count
+
+
+def length_constant(length: int) -> Aggregate:
+    """Sum over tokens divided by a constant, mean over sequences (Dr.GRPO: the longest completion there can be)."""
+    if length < 1:
+        raise ValueError(f"length_constant: expected >= 1, got {length}")
+    return lambda valid, batch: valid / (batch["n_sequences"] * length)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ccrl.data import Data
 from ccrl.estimators.terms import Evaluation, Level
 
-__all__ = ["plain", "reference", "sequence", "sequence_token", "token", "unweighted"]
+__all__ = ["plain", "reference", "sequence", "sequence_product", "sequence_token", "token", "unweighted"]
 
 
 def token(evaluation: Evaluation, batch: Data) -> Level:
@@ -37,6 +37,16 @@ def sequence(evaluation: Evaluation, batch: Data) -> Level:
     )
 
 
+def sequence_product(evaluation: Evaluation, batch: Data) -> Level:
+    """The ratio of whole sequences ``exp(sum_t log-ratio)``, one element per column ``[1, B]`` (TRL's RLOO)."""
+    valid = batch["valid"]
+    return Level(
+        _masked_sum(evaluation["log_prob"], valid),
+        _masked_sum(batch["log_prob"], valid),
+        (valid.sum(0, keepdim=True) > 0).to(valid.dtype),
+    )
+
+
 def sequence_token(evaluation: Evaluation, batch: Data) -> Level:
     """The sequence ratio's value on every token, gradient through the token only (GSPO-token; hpt_upge, Seq-Clip)."""
     valid, log_prob = batch["valid"], evaluation["log_prob"]
@@ -51,6 +61,9 @@ def unweighted(evaluation: Evaluation, batch: Data) -> Level:
     return Level(zero, zero, valid)
 
 
+def _masked_sum(x: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid > 0, x, torch.zeros_like(x)).sum(0, keepdim=True)
+
+
 def _masked_mean(x: Tensor, valid: Tensor) -> Tensor:
-    total = torch.where(valid > 0, x, torch.zeros_like(x)).sum(0, keepdim=True)
-    return total / valid.sum(0, keepdim=True).clamp_min(1.0)
+    return _masked_sum(x, valid) / valid.sum(0, keepdim=True).clamp_min(1.0)

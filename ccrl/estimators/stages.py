@@ -148,7 +148,9 @@ class GroupBaseline:
         zeros = torch.zeros(int(index.max()) + 1, dtype=score.dtype, device=score.device)
         n = zeros.index_add(0, index, ones)[index]
         mean = zeros.index_add(0, index, score)[index] / n
-        centred = score - mean
+        # the rounded mean of n equal numbers may differ from them: dividing by that spread would not give zeros
+        lowest, highest = (zeros.scatter_reduce(0, index, score, how, include_self=False) for how in ("amin", "amax"))
+        centred = torch.where((lowest < highest)[index], score - mean, torch.zeros_like(score))
         if self.baseline == "leave_one_out":
             result = centred * n / (n - 1.0).clamp_min(1.0)
         elif self.scale == "std":

@@ -1,0 +1,249 @@
+"""Learning from what is better: DPO and IPO on pairs, SFT on demonstrations.
+
+    D = (log pi(w) - log ref(w)) - (log pi(l) - log ref(l))          preferred w, rejected l, sums over tokens
+    dpo   -log sigmoid(beta D)          ipo   (D - 1 / (2 tau))^2          sft   -log pi(demonstration)
+
+Pairs are made online, one per prompt: the best and the worst of a group's samples (``pairs="samples"``), or the task's
+demonstration and the worst sample (``pairs="demonstrations"``). Prompts whose completions score alike make none, and an
+iteration without pairs changes nothing. These methods read tokens: they have no meaning for control episodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agents.llm.base import LLM, LLMConfig
+from agents.llm.recipe import Parts, Recipe
+from agents.llm.reinforce import one_of
+from ccrl.collect import Request
+from ccrl.data import Data
+from ccrl.estimators import losses, ratios
+from ccrl.estimators.base import Context, Stage
+from ccrl.estimators.preferences import best_and_worst, dpo, ipo, pair, per_pair
+from ccrl.estimators.terms import Loss, Term
+from ccrl.llm.rollouts import concatenate
+
+__all__ = ["DPO", "IPO", "SFT"]
+
+
+@dataclass(frozen=True)
+class PreferenceConfig(LLMConfig):
+    """What methods on pairs share."""
+
+    pairs: str = "samples"
+    """samples (a group's best and worst) or demonstrations (the task's against the group's worst)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("pairs", self.pairs, ("samples", "demonstrations"))
+        if self.microbatch % 2:
+            raise ValueError(f"microbatch: expected an even number (pairs stay together), got {self.microbatch}")
+        if self.pairs == "samples" and self.group_size < 2:
+            raise ValueError(f"group_size: expected >= 2 to make pairs of samples, got {self.group_size}")
+
+
+class PreferenceRecipe(Recipe):
+    """Pairs from groups, the reference's log-probabilities of both members, a loss on the pair's log-ratio.
+
+    ``batch_size`` counts pairs.
+    """
+
+    unit = "group"
+    mean: bool = False
+    """Whether log-probabilities are averaged over tokens."""
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        super().__init__(config, parts)
+        self._phases = tuple(replace(phase, skip=_no_pair) for phase in self._phases)
+
+    @property
+    def wants_reference(self) -> bool:
+        return True
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        if not have:
+            return [self.parts.request]
+        if self.config.pairs == "samples" or len(have) > 1:
+            return []
+        assert self.parts.request.counts is not None
+        ones = torch.ones_like(self.parts.request.counts)
+        return [Request(tag="demonstrations", counts=ones, source="on", demonstrations=True)]
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        return super().prepare({"sampled": have["on"], "on": self.pairs(list(have.values()))}, ctx)
+
+    def pairs(self, rollouts: list[Data]) -> Data:
+        """The members of the pairs side by side, ``preferred`` ``[N]`` +1 or -1; without any pair one group of 0."""
+        score = rollouts[0]["score"]
+        data, rank = rollouts[0], score
+        if len(rollouts) > 1:
+            data = concatenate(rollouts, same_prompts=True)
+            score, shown = data["score"], (data["demonstration"] > 0) & (data["valid"] > 0).any(0)
+            # a demonstration is the best whatever the samples score; a prompt without one makes no pair
+            rank = torch.where(shown, torch.inf, score)
+            rank = torch.where((data["demonstration"] > 0) & ~shown, -torch.inf, rank)
+        best, worst = best_and_worst(rank, data["group"])
+        good = score[best] > score[worst]
+        if len(rollouts) > 1:
+            good &= shown[best]
+        columns = torch.stack([best[good], worst[good]], 1).flatten()
+        sign = torch.tensor([1.0, -1.0], device=score.device).repeat(columns.shape[0] // 2)
+        if not columns.numel():
+            columns, sign = torch.zeros_like(data["group"][:2]), torch.zeros_like(score[:2])
+        return data.take(columns).derive_sequence(preferred=sign)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return ()
+
+    def terms(self) -> tuple[Term, ...]:
+        term = Term("preference_loss", self.loss(), per_pair, pair(self.mean), advantage=None, stats=_margin)
+        return (term, *self.penalties())
+
+
+def _no_pair(data: Data) -> bool:
+    return not bool(data["preferred"].any())
+
+
+def _margin(level: Any, advantage: Tensor, evaluation: Any, batch: Data) -> dict[str, Tensor]:
+    return {"margin": level.log_ratio, "pair_accuracy": (level.log_ratio > 0).to(level.log_ratio.dtype)}
+
+
+@dataclass(frozen=True)
+class DPOConfig(PreferenceConfig):
+    """DPO."""
+
+    beta: float = 0.1
+    """Inverse strength of the preference: of the implied KL penalty."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta <= 0:
+            raise ValueError(f"beta: expected > 0, got {self.beta}")
+
+
+class DPORecipe(PreferenceRecipe):
+    """``-log sigmoid(beta D)``."""
+
+    def loss(self) -> Loss:
+        return dpo(self.config.beta)
+
+
+class DPO(LLM):
+    """Direct Preference Optimization (Rafailov et al. 2023)."""
+
+    name = "dpo"
+    paper = "Rafailov et al. 2023, arXiv 2305.18290"
+    Config = DPOConfig
+    Recipe = DPORecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {
+            "data": "pairs of a group",
+            "ratio": "pair, to the reference",
+            "loss": "-log sigmoid",
+            "aggregate": "pairs",
+        }
+
+
+@dataclass(frozen=True)
+class IPOConfig(PreferenceConfig):
+    """IPO as published; ``length_normalised`` is TRL's."""
+
+    tau: float = 0.1
+    """The margin to reach is 1 / (2 tau)."""
+    length_normalised: bool = False
+    """Average log-ratios over the tokens of a sequence before they are compared."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tau <= 0:
+            raise ValueError(f"tau: expected > 0, got {self.tau}")
+
+
+class IPORecipe(PreferenceRecipe):
+    """``(D - 1 / (2 tau))^2``."""
+
+    @property
+    def mean(self) -> bool:  # type: ignore[override]
+        return bool(self.config.length_normalised)
+
+    def loss(self) -> Loss:
+        return ipo(self.config.tau)
+
+
+class IPO(LLM):
+    """Identity Preference Optimization (Azar et al. 2023)."""
+
+    name = "ipo"
+    paper = "Azar et al. 2023, arXiv 2310.12036"
+    Config = IPOConfig
+    Recipe = IPORecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {
+            "data": "pairs of a group",
+            "ratio": "pair, to the reference",
+            "loss": "squared margin",
+            "aggregate": "pairs",
+        }
+
+
+# -- demonstrations ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SFTConfig(LLMConfig):
+    """Every prompt's demonstration once per iteration."""
+
+    group_size: int = 1
+    n_prompts: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size != 1:
+            raise ValueError(f"group_size: expected 1 (a prompt has one demonstration), got {self.group_size}")
+
+
+class SFTRecipe(Recipe):
+    """Maximum likelihood."""
+
+    ratio = staticmethod(ratios.plain)
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        return [] if have else [replace(self.parts.request, demonstrations=True)]
+
+    def stages(self) -> tuple[Stage, ...]:
+        return ()
+
+    def terms(self) -> tuple[Term, ...]:
+        term = Term("sft_loss", losses.neg_log_prob, self.aggregate(), type(self).ratio, advantage=None)
+        return (term, *self.penalties())
+
+
+class SFT(LLM):
+    """Supervised fine-tuning on the task's demonstrations. The clock counts demonstrations; nothing is sampled, so
+    there is no training score: evaluate."""
+
+    name = "sft"
+    paper = "maximum likelihood"
+    Config = SFTConfig
+    Recipe = SFTRecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {"data": "demonstrations", "ratio": "none", "loss": "-log pi", "aggregate": "token mean"}
+
+    @property
+    def num_timesteps(self) -> int:
+        """Demonstrations so far."""
+        return self.iteration * self.batch_steps
+
+    def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
+        super()._record(data, stats, marks)
+        self.scalars = {name: x for name, x in self.scalars.items() if not name.startswith("rollout/")}
