@@ -1,0 +1,186 @@
+"""R2VPO: Ratio-Variance Regularised Policy Optimisation (Luo et al. 2026, arXiv 2601.03320 and 2605.26784).
+
+The trust region is a bound on the variance of the policy ratio, enforced by a primal-dual loop; no ratio is clipped:
+
+    maximise E_old[r A]  subject to  V = E_old[(r - 1)^2] <= delta
+    L(theta; lambda) = E[ -r A + lambda ((r - 1)^2 - delta) ],   gradient in log pi: -r (A - 2 lambda (r - 1))
+    lambda <- clip(lambda + eta (V - delta), 0, lambda_max)
+
+so the effective advantage ``A - 2 lambda (r - 1)`` shrinks smoothly and changes sign at ``r = 1 + A / (2 lambda)``,
+which also lets stale samples take part: the last ``replay`` rollouts, with the advantages and log-probabilities they
+were collected with, join every update. Slots: loss = Lagrangian; state = dual variable, ring of old rollouts.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from agents.llm.base import LLM, LLMConfig
+from agents.llm.recipe import Parts, Recipe
+from ccrl.data import Data
+from ccrl.estimators import aggregates, ratios
+from ccrl.estimators.base import Context
+from ccrl.estimators.terms import Evaluation, Level, Loss, Term
+from ccrl.llm.rollouts import concatenate, evaluate_columns
+from ccrl.updaters import Stats
+
+__all__ = ["R2VPO", "R2VPOConfig", "R2VPORecipe", "RolloutRing", "dual_step", "ratio_variance"]
+
+LARGEST = 20.0
+"""Log-ratios are cut there: the square of a larger ratio overflows."""
+
+
+@dataclass(frozen=True)
+class R2VPOConfig(LLMConfig):
+    """The paper's numbers are not public: these follow from PPO's clip range (``delta = eps^2``)."""
+
+    variance_budget: float = 0.04
+    """delta: bound on the mean of (r - 1)^2."""
+    dual_init: float = 0.5
+    """First lambda."""
+    dual_rate: float = 5.0
+    """eta, per dual step."""
+    dual_max: float = 100.0
+    """Largest lambda."""
+    dual_every: str = "rollout"
+    """rollout: one dual step per iteration, with V after its last epoch; minibatch: one after every gradient step, with
+    the V that the step saw."""
+    replay: int = 0
+    """Old rollouts kept and trained on beside the fresh one; 0: on-policy."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.variance_budget <= 0.0 or self.dual_rate <= 0.0:
+            raise ValueError(f"expected variance_budget, dual_rate > 0, got {self.variance_budget}, {self.dual_rate}")
+        if not 0.0 <= self.dual_init <= self.dual_max:
+            raise ValueError(f"expected 0 <= dual_init <= dual_max, got {self.dual_init}, {self.dual_max}")
+        if self.dual_every not in ("rollout", "minibatch"):
+            raise ValueError(f"dual_every: expected rollout or minibatch, got {self.dual_every!r}")
+        if self.replay < 0:
+            raise ValueError(f"replay: expected >= 0 rollouts, got {self.replay}")
+
+
+def dual_step(dual: Tensor, variance: Tensor, budget: float, rate: float, largest: float) -> Tensor:
+    """The next lambda (0-d). A variance that is not finite doubles it."""
+    moved = torch.where(variance.isfinite(), dual + rate * (variance - budget), 2.0 * dual)
+    return moved.clamp(0.0, largest)
+
+
+def ratio_variance(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    """``(r - 1)^2``, about 1 and not about the batch's mean ratio: that would hide a drift of all ratios."""
+    return (_ratio(level) - 1.0).square()
+
+
+def _ratio(level: Level) -> Tensor:
+    return level.log_ratio.clamp(-LARGEST, LARGEST).exp()
+
+
+class RolloutRing(nn.Module):
+    """The last ``size`` rollouts, copied: the sampler writes the next one over its columns.
+
+    They differ in length, so they are no buffers of fixed shape; the checkpoint holds them as the module's extra state.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.rollouts: deque[Data] = deque(maxlen=size)
+
+    def push(self, data: Data, columns: set[str]) -> None:
+        """Keep those of ``columns`` that are per step or per sequence."""
+        kept = {name: data[name].clone() for name in sorted(columns) if name in data and name not in data.scalars}
+        self.rollouts.append(Data(kept, raw=data.raw & kept.keys(), sequence=data.sequence & kept.keys()))
+
+    def get_extra_state(self) -> list[dict[str, Any]]:
+        return [
+            {"columns": dict(r), "raw": sorted(r.raw), "sequence": sorted(r.sequence)} for r in self.rollouts
+        ]  # fmt: skip
+
+    def set_extra_state(self, state: list[dict[str, Any]]) -> None:
+        self.rollouts.clear()
+        self.rollouts.extend(
+            Data(r["columns"], raw=frozenset(r["raw"]), sequence=frozenset(r["sequence"])) for r in state
+        )
+
+
+class R2VPORecipe(Recipe):
+    """The Lagrangian, its dual variable, and the mix of fresh and old rollouts.
+
+    Works for grouped episodes whose observations are tensors.
+    """
+
+    dual: Tensor
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        super().__init__(config, parts)
+        device = next(parts.policy.parameters()).device
+        self.register_buffer("dual", torch.tensor(config.dual_init, device=device))
+        self.ring = RolloutRing(config.replay)
+
+    def loss(self) -> Loss:
+        """``-r A + lambda ((r - 1)^2 - delta)``."""
+        budget = self.config.variance_budget
+
+        def lagrangian(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+            r = _ratio(level)
+            return -r * advantage + self.dual * ((r - 1.0).square() - budget)
+
+        return lagrangian
+
+    def terms(self) -> tuple[Term, ...]:
+        # of no weight: V is the mean over tokens, whatever the loss averages
+        variance = Term("ratio_variance", ratio_variance, aggregates.mean, ratios.token, advantage=None, coef=0.0)
+        return (self.policy_term(self.loss()), variance, *self.penalties())
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        """``fresh``: this iteration's rollout; ``on``: what is trained on."""
+        found = super().prepare(have, ctx)
+        fresh = found["on"]
+        return found | {
+            "fresh": fresh,
+            "on": concatenate([fresh, *self.ring.rollouts]) if self.ring.rollouts else fresh,
+        }
+
+    def after_minibatch(self, stats: Stats) -> None:
+        if self.config.dual_every == "minibatch":
+            self._move(stats["ratio_variance"])
+
+    def after_update(self, data: dict[str, Data], stats: Stats) -> None:
+        on, read = data["on"], self.read[self.phases()[0].terms]
+        if self.config.dual_every == "rollout":
+            columns = self.config.microbatch or None
+            log_prob = evaluate_columns(self.parts.policy, on, frozenset({"log_prob"}), columns)["log_prob"]
+            level = Level(log_prob, on["log_prob"], on["valid"])
+            element = ratio_variance(level, level.valid, {}, on)
+            stats["variance_after"] = (element * on["valid"]).sum() / on["valid"].sum()
+            self._move(stats["variance_after"])
+        stats["dual"] = self.dual.clone()
+        if self.config.replay:
+            self.ring.push(data["fresh"], read | {"valid", "group"})
+
+    def _move(self, variance: Tensor) -> None:
+        c = self.config
+        self.dual.copy_(dual_step(self.dual, variance, c.variance_budget, c.dual_rate, c.dual_max))
+
+
+class R2VPO(LLM):
+    """Ratio-Variance Regularised Policy Optimisation."""
+
+    name = "r2vpo"
+    paper = "Luo et al. 2026, arXiv 2601.03320"
+    Config = R2VPOConfig
+    Recipe = R2VPORecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {
+            "plan": "fresh and old rollouts", "advantage": "group z-score", "ratio": "token",
+            "loss": "-r A + lambda (r - 1)^2", "dual": "ratio variance", "aggregate": "token mean",
+        }  # fmt: skip
+
+    def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
+        super()._record(data | {"on": data["fresh"]}, stats, marks)
