@@ -13,19 +13,23 @@ if TYPE_CHECKING:
     from agents.bpg import BPG
     from agents.bpo import BPO
     from agents.dbqpg import DBQPG
+    from agents.grouped import Grouped
     from agents.harpg import HARPG
     from agents.hdpo import HDPO
     from agents.mdpo import MDPO
     from agents.npg_igt import NPGIGT
     from agents.ppo import PPO
 
-__all__ = ["AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO", "get_agent"]
+__all__ = [
+    "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO", "Grouped", "get_agent",
+]  # fmt: skip
 
 AGENTS = {
     "bac": ("agents.bac", "BAC"),
     "bpg": ("agents.bpg", "BPG"),
     "bpo": ("agents.bpo", "BPO"),
     "dbqpg": ("agents.dbqpg", "DBQPG"),
+    "grouped": ("agents.grouped", "Grouped"),
     "harpg": ("agents.harpg", "HARPG"),
     "hdpo": ("agents.hdpo", "HDPO"),
     "mdpo": ("agents.mdpo", "MDPO"),

@@ -31,6 +31,8 @@ class Request:
     episodes: int | None = None
     """Or: so many fresh episodes on environments and random numbers of their own."""
     horizon: int | None = None
+    groups: int | None = None
+    """Of fresh episodes: columns ``i`` and ``i + groups`` are one group (from one start, with ``StackedEnv``)."""
     counts: Tensor | None = None
     """Completions per prompt ``[Q]`` int64 (language models)."""
     source: str | None = None
@@ -122,7 +124,13 @@ class Collector:
             return data
         if request.episodes is None or request.horizon is None:
             raise ValueError(f"Collector: expected a request with steps or episodes, got {request}")
-        return self._episodes(request.episodes, request.horizon, policy, request.tag)
+        data = self._episodes(request.episodes, request.horizon, policy, request.tag)
+        if request.groups is None:
+            return data
+        if request.episodes % request.groups:
+            raise ValueError(f"Request: expected episodes to be a multiple of groups, got {request}")
+        columns = {k: data[k] for k in data} | {"group": data["group"] % request.groups}
+        return Data(columns, sequence=data.sequence, successors=data._successors)
 
     def _episodes(self, episodes: int, horizon: int, policy: Actor, tag: str) -> Data:
         """``[horizon, episodes]``: one fresh episode per column, ``valid = 0`` after its end."""

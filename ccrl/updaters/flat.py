@@ -1,109 +1,31 @@
-"""Optimisers of surrogates: each updater owns one parameter set, its Adam moments and its learning rate.
-
-``FlatUpdater``: small networks in one flat vector; forward, backward, clip and Adam of several minibatches are ONE
-compiled graph, with an eager twin. ``ModuleUpdater``: any module, any torch optimiser (large models, pathwise losses).
-"""
+"""Adam on one flat vector, compiled or eager."""
 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ccrl.data import Data, columns_read
 from ccrl.estimators.terms import Term, surrogate
+from ccrl.updaters.common import (
+    GradientEstimate,
+    Stats,
+    Surrogates,
+    accumulate,
+    owned_parameters,
+    surrogate_loss,
+    wanted,
+)
 
-__all__ = ["FlatUpdater", "GradientEstimate", "ModuleUpdater", "Stats", "Updater", "can_compile"]
-
-Stats = dict[str, Tensor]
-
-
-@dataclass
-class GradientEstimate:
-    """A flat gradient ``[n]`` of the surrogate's loss, and where there is one its covariance as a matvec."""
-
-    mean: Tensor
-    stats: Stats = field(default_factory=dict)
-    covariance: Callable[[Tensor], Tensor] | None = None
+__all__ = ["FlatUpdater"]
 
 
-class Updater(Protocol):
-    """What phases and agents need of an updater."""
-
-    lr: Tensor
-
-    def gradient(self, terms: tuple[Term, ...], batch: Data) -> GradientEstimate: ...
-    def apply(self, estimate: GradientEstimate) -> Stats: ...
-    def step(self, terms: tuple[Term, ...], batch: Data) -> Stats: ...
-    def run(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats: ...
-    def columns(self, terms: tuple[Term, ...], batch: Data) -> list[str]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-def can_compile() -> tuple[bool, str]:
-    """Whether ``torch.compile`` has a C++ compiler here, and the line that says why not."""
-    compiler = next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    if compiler is None:
-        return False, "no C++ compiler (g++ or clang++) on PATH: updates run eagerly; install one to compile them"
-    return True, f"updates are compiled with {compiler}; the first one takes some seconds"
-
-
-def wanted(terms: tuple[Term, ...]) -> frozenset[str]:
-    """Forward outputs that the terms read."""
-    return frozenset().union(*(t.want for t in terms))
-
-
-def owned_parameters(module: nn.Module, prefixes: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """Parameters by name, in the module's order; with ``prefixes`` those whose names start with one of them.
-
-    :raises ValueError: if there are none.
-    """
-    named = {k: p for k, p in module.named_parameters() if prefixes is None or k.startswith(tuple(prefixes))}
-    if not named:
-        names = [k for k, _ in module.named_parameters()]
-        raise ValueError(f"expected parameters whose names start with {prefixes}, got a module with {names}")
-    return named
-
-
-def _loss(module: nn.Module, terms: tuple[Term, ...], batch: Data) -> tuple[Tensor, Stats]:
-    return surrogate(terms, module.forward(batch, wanted(terms)), batch)
-
-
-def _accumulate(
-    terms: tuple[Term, ...],
-    batch: Data,
-    params: list[nn.Parameter],
-    loss: Callable[[tuple[Term, ...], Data], tuple[Tensor, Stats]],
-) -> Stats:
-    """Add the gradient of ``loss`` to ``p.grad``, micro-batch by micro-batch.
-
-    Plain sums are exact for gradients and statistics: the terms divide by counts of the whole batch.
-    """
-    stats: Stats = {}
-    for piece in batch.microbatches(batch.microbatch):
-        total, row = loss(terms, piece)
-        total.backward(inputs=params)  # type: ignore[no-untyped-call]
-        stats = {k: stats[k] + v for k, v in row.items()} if stats else row
-    return stats
-
-
-class _Surrogates:
-    module: nn.Module
-
-    def columns(self, terms: tuple[Term, ...], batch: Data) -> list[str]:
-        """Data columns that the surrogate and the policy read, found by one evaluation on ``batch``."""
-        with torch.no_grad():
-            return columns_read(lambda b: _loss(self.module, terms, b), batch)
-
-
-class FlatUpdater(_Surrogates):
+class FlatUpdater(Surrogates):
     """Adam on one flat vector whose views are the module's parameters.
 
     :param prefixes: names (or name prefixes) of the parameters owned; None: all of them.
@@ -153,7 +75,7 @@ class FlatUpdater(_Surrogates):
     def gradient(self, terms: tuple[Term, ...], batch: Data) -> GradientEstimate:
         """Gradient of the surrogate at the current parameters; the vector is only valid until the next call."""
         self._grad.zero_()
-        return GradientEstimate(self._grad, _accumulate(terms, batch, self.params, partial(_loss, self.module)))
+        return GradientEstimate(self._grad, accumulate(terms, batch, self.params, partial(surrogate_loss, self.module)))
 
     @torch.no_grad()
     def apply(self, estimate: GradientEstimate) -> Stats:
@@ -238,7 +160,7 @@ class FlatUpdater(_Surrogates):
         """Columns that the surrogate reads (only those enter the graph) and the names of its statistics."""
         stats: Stats = {}
         with torch.no_grad():
-            columns = columns_read(lambda b: stats.update(_loss(self.module, terms, b)[1]), batch)
+            columns = columns_read(lambda b: stats.update(surrogate_loss(self.module, terms, b)[1]), batch)
         return columns, [*stats, "grad_norm"]
 
     def _build(
@@ -286,115 +208,4 @@ class FlatUpdater(_Surrogates):
         """In place: parameters stay views of the flat vector and compiled graphs stay valid."""
         for name, value in state.items():
             getattr(self, name).copy_(value)
-        self.finite.fill_(True)
-
-
-class ModuleUpdater(_Surrogates):
-    """Any module with any torch optimiser: ordinary autograd, micro-batches, frozen or shared parameters.
-
-    Gradients live in ``p.grad``, so large models pay for no second copy; a flat vector is built only by ``gradient``.
-
-    :param optimiser: builds it from the owned parameters, learning rate included, e.g.
-        ``lambda params: torch.optim.AdamW(params, lr=1e-5)``. One learning rate for all parameter groups.
-    :param prefixes: names (or name prefixes) of the parameters owned, of those that require gradients; None: all.
-    :param compile: compile the loss of a (micro-)batch; backward and optimiser stay ordinary.
-    :raises ValueError: if no parameter matches, or parameter groups have different learning rates.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        optimiser: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
-        *,
-        prefixes: Sequence[str] | None = None,
-        max_grad_norm: float | None = None,
-        compile: bool = False,
-    ) -> None:
-        self.module, self.max_grad_norm = module, max_grad_norm
-        self.params = [p for p in owned_parameters(module, prefixes).values() if p.requires_grad]
-        if not self.params:
-            raise ValueError("ModuleUpdater: every owned parameter is frozen; set requires_grad or other prefixes")
-        self.optimiser = optimiser(self.params)
-        rates = {float(group["lr"]) for group in self.optimiser.param_groups}
-        if len(rates) > 1:
-            raise ValueError(f"ModuleUpdater: expected one learning rate, got {sorted(rates)}; use an updater for each")
-        device = self.params[0].device
-        self.lr = torch.tensor(rates.pop(), dtype=torch.float64, device=device)
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
-        self._lr_version = self.lr._version
-        self._compile = compile
-        self._losses: dict[int, tuple[tuple[Term, ...], Callable[[Data], tuple[Tensor, Stats]]]] = {}
-
-    def gradient(self, terms: tuple[Term, ...], batch: Data) -> GradientEstimate:
-        """Gradient of the surrogate at the current parameters (a copy); micro-batches add up exactly."""
-        stats = self._backward(terms, batch)
-        grads = [p.grad for p in self.params if p.grad is not None]
-        return GradientEstimate(torch.cat([g.reshape(-1) for g in grads]), stats)
-
-    @torch.no_grad()
-    def apply(self, estimate: GradientEstimate) -> Stats:
-        """Clip and one optimiser step along ``-estimate.mean``. A non-finite gradient changes nothing and clears
-        ``self.finite``."""
-        pieces = torch.split(estimate.mean, [p.numel() for p in self.params])
-        for p, piece in zip(self.params, pieces):
-            p.grad = piece.view_as(p).clone()
-        return estimate.stats | {"grad_norm": self._optimise()}
-
-    def step(self, terms: tuple[Term, ...], batch: Data) -> Stats:
-        """One update on one batch: ``gradient`` and ``apply`` without the flat copy."""
-        stats = self._backward(terms, batch)
-        return stats | {"grad_norm": self._optimise()}
-
-    def run(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats:
-        """One update per batch, in order; statistics are means over the batches."""
-        rows = [self.step(terms, batch) for batch in batches]
-        return {k: torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
-
-    def _backward(self, terms: tuple[Term, ...], batch: Data) -> Stats:
-        for p in self.params:
-            # zeros, not None: optimisers skip None, and a parameter would miss the moments' decay of that step
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-        loss = self._compiled_loss if self._compile else partial(_loss, self.module)
-        return _accumulate(terms, batch, self.params, loss)
-
-    @torch.no_grad()
-    def _optimise(self) -> Tensor:
-        norm = nn.utils.get_total_norm([p.grad for p in self.params if p.grad is not None])
-        if not bool(norm.isfinite()):
-            self.finite.fill_(False)
-            return norm
-        if self.max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self.params, self.max_grad_norm, norm)
-        if self._lr_version != self.lr._version:
-            # optimisers want a number; reading the tensor only after it was written keeps the device unsynchronised
-            self._lr_version = self.lr._version
-            for group in self.optimiser.param_groups:
-                group["lr"] = float(self.lr)
-        self.optimiser.step()
-        return norm
-
-    def _compiled_loss(self, terms: tuple[Term, ...], batch: Data) -> tuple[Tensor, Stats]:
-        if id(terms) not in self._losses:
-            self._losses[id(terms)] = (terms, self._build(terms, batch))
-        return self._losses[id(terms)][1](batch)
-
-    def _build(self, terms: tuple[Term, ...], like: Data) -> Callable[[Data], tuple[Tensor, Stats]]:
-        sequence, scalars = like.sequence, like.scalars
-        columns = self.columns(terms, like)
-
-        def loss(values: tuple[Any, ...]) -> tuple[Tensor, Stats]:
-            return _loss(self.module, terms, Data(dict(zip(columns, values)), sequence=sequence, scalars=scalars))
-
-        compiled = torch.compile(loss)
-        return lambda batch: compiled(tuple(batch[c] for c in columns))
-
-    # -- state --------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Optimiser state and learning rate; the parameters are saved with their module."""
-        return {"optimiser": self.optimiser.state_dict(), "lr": self.lr.clone()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.lr.copy_(state["lr"])
         self.finite.fill_(True)

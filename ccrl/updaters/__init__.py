@@ -1,0 +1,11 @@
+"""Optimisers of surrogates: each updater owns one parameter set, its Adam moments and its learning rate.
+
+``FlatUpdater``: small networks in one flat vector; forward, backward, clip and Adam of several minibatches are ONE
+compiled graph, with an eager twin. ``ModuleUpdater``: any module, any torch optimiser (large models, pathwise losses).
+"""
+
+from ccrl.updaters.common import GradientEstimate, Stats, Updater, can_compile, owned_parameters
+from ccrl.updaters.flat import FlatUpdater
+from ccrl.updaters.module import ModuleUpdater
+
+__all__ = ["FlatUpdater", "GradientEstimate", "ModuleUpdater", "Stats", "Updater", "can_compile", "owned_parameters"]

@@ -1,0 +1,112 @@
+"""Language-model recipes on control tasks: groups from one start, the recipe unchanged, the agent's contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gymnasium
+import numpy as np
+import pytest
+import torch
+from stable_baselines3.common.evaluation import evaluate_policy
+
+import envs  # noqa: F401  (registers ids)
+from agents.grouped import Grouped, GroupedConfig
+from ccrl.adapters.stacked import StackedEnv
+from ccrl.batched_env import resolve_env
+from ccrl.collect import Collector, Request
+
+SMALL = {"n_groups": 2, "group_size": 3, "n_steps": 12, "hidden": (8,), "compile": "off"}
+
+
+def test_stacked_environments_are_their_parts() -> None:
+    parts = [resolve_env("CartPole-v1", 2) for _ in range(3)]
+    env, alone = StackedEnv(parts), resolve_env("CartPole-v1", 2)
+    first = alone.reset(seed=5)
+    assert torch.equal(env.reset(seed=5), first.repeat(3, 1))
+    action = torch.tensor([0, 1])
+    for _ in range(30):
+        mine, theirs = env.step(action.repeat(3)), alone.step(action)
+        for name in ("obs", "reward", "terminated", "truncated", "final_obs"):
+            one = getattr(theirs, name)
+            assert torch.equal(getattr(mine, name), one.repeat(3, *[1] * (one.dim() - 1))), name
+    state = env.state_dict()
+    after = env.step(action.repeat(3))
+    env.load_state_dict(state)
+    assert torch.equal(env.step(action.repeat(3)).obs, after.obs)
+
+
+def test_signatures_resume_and_evaluation(tmp_path: Path) -> None:
+    agent, whole = (Grouped("CartPole-v1", GroupedConfig(**SMALL, normalise_obs=True), seed=1) for _ in range(2))
+    agent.learn(40)
+    agent.save(tmp_path / "agent.pt")
+    loaded = Grouped.load(tmp_path / "agent.pt")
+    loaded.learn(150)
+    whole.learn(40)
+    whole.learn(150)
+    for mine, theirs in zip(loaded.policy.state_dict().values(), whole.policy.state_dict().values(), strict=True):
+        assert torch.equal(mine, theirs)
+    action, state = loaded.predict(np.zeros(4, dtype=np.float32), deterministic=True)
+    assert action in (0, 1)
+    assert state is None
+    mean, _ = evaluate_policy(loaded, gymnasium.make("CartPole-v1"), 2)
+    assert mean > 0
+
+
+def test_a_group_is_episodes_from_one_start() -> None:
+    agent = Grouped("CartPole-v1", GroupedConfig(**SMALL), seed=3)
+    data = agent.collector.collect(agent.estimator.parts.request, agent.policy)
+    assert data["group"].tolist() == [0, 1, 0, 1, 0, 1]
+    start = data["obs"][0]
+    assert torch.equal(start[0], start[2])
+    assert torch.equal(start[1], start[5])
+    assert not torch.equal(start[0], start[1])
+
+
+def test_the_recipe_sees_returns_compared_inside_groups() -> None:
+    agent = Grouped("CartPole-v1", GroupedConfig(**SMALL, method="grpo"), seed=0)
+    have = {"on": agent.collector.collect(agent.estimator.parts.request, agent.policy)}
+    data = agent.estimator.prepare(have, agent.ctx)["on"]
+    returns = have["on"]["valid"].sum(0)  # a cart-pole is paid 1 per step
+    assert torch.equal(data["score"], returns)
+    for group in (0, 1):
+        scores = returns[group::2]
+        expected = (scores - scores.mean()) / (scores.std() + 1e-6)
+        assert torch.allclose(data["advantage"][0, group::2], expected, atol=1e-5)
+
+
+def test_episodes_that_groups_do_not_divide_are_refused() -> None:
+    env = resolve_env("CartPole-v1", 4)
+    collector = Collector(env, make_env=lambda n: resolve_env("CartPole-v1", n))
+    agent = Grouped("CartPole-v1", GroupedConfig(**SMALL))
+    with pytest.raises(ValueError, match="multiple of groups"):
+        collector.collect(Request(episodes=4, horizon=3, groups=3), agent.policy)
+
+
+def test_stacked_environments_are_of_one_task() -> None:
+    with pytest.raises(ValueError, match="one task"):
+        StackedEnv([resolve_env("CartPole-v1", 1), resolve_env("Pendulum-v1", 1)])
+    with pytest.raises(ValueError, match="at least one"):
+        StackedEnv([])
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"method": "grop"}, "expected one of"),
+        ({"settings": {"lerning_rate": 1.0}}, "has no"),
+        ({"settings": {"clip_low": 2.0}}, "clip_low"),
+        ({"n_groups": 0}, "n_groups"),
+        ({"compile": "maybe"}, "compile"),
+    ],
+)
+def test_bad_settings_are_named(settings: dict, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        GroupedConfig(**settings)
+
+
+def test_grpo_learns_to_balance() -> None:
+    config = GroupedConfig(n_groups=4, group_size=8, n_epochs=4, batch_size=8, n_steps=100, compile="off")
+    agent = Grouped("CartPole-v1", config, seed=0)
+    agent.learn(20_000)
+    assert agent.ep_rew_mean > 60  # a random policy: about 20
