@@ -12,6 +12,7 @@ __all__ = ["PAPERS", "Measurement"]
 
 PAPERS: dict[str, str] = {
     "mhpo": "how large the gradient multiplier can be; parity with GRPO on ModSum",
+    "real": "the shape of its gradient weights; REAL and GRPO on ModSum",
 }
 """Slug -> what the experiment shows, in a few words; the module has the slug's name."""
 
