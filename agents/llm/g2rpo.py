@@ -2,7 +2,7 @@
 
     reward  R = score + w_len trapezoid_task(length)
     rank    p_i = (rank(R_i) - 1/2) / G, rank 1 the smallest of the group
-    A_i     = mean of Phi^-1(p) over the ranks of the rewards equal to R_i      (Gaussian optimal transport, ties averaged)
+    A_i     = mean of Phi^-1(p) over the ranks of the rewards equal to R_i  (optimal transport to N(0, 1))
     loss    = -min(rho A, clip(rho) A), mean over each sequence's tokens, then over sequences
               + c_ent mean over tasks of [max(0, H_task - H_max) + max(0, H_min - H_task)]
 
@@ -81,8 +81,10 @@ class G2RPOConfig(LLMConfig):
 
 
 def trapezoid(length: Tensor, bounds: Tensor) -> Tensor:
-    """0 up to ``L_min``, rising to 1 at ``L_low``, 1 up to ``L_high``, falling to 0 at ``L_max``; ``bounds`` ``[..., 4]``.
-    Equal bounds are a step, whose edge counts as inside."""
+    """0 up to ``L_min``, rising to 1 at ``L_low``, 1 up to ``L_high``, falling to 0 at ``L_max``.
+
+    :param bounds: these four, ``[..., 4]``; equal ones are a step, whose edge counts as inside.
+    """
     least, low, high, most = bounds.unbind(-1)
     rise = (length - least) / torch.where(low > least, low - least, 1.0)
     fall = (most - length) / torch.where(most > high, most - high, 1.0)

@@ -20,7 +20,11 @@ class Groups:
     """
 
     def __init__(self, label: Tensor) -> None:
-        _, self.index, count = torch.unique(label, return_inverse=True, return_counts=True)
+        index: Tensor
+        count: Tensor
+        _, index, count = torch.unique(label, return_inverse=True, return_counts=True)
+        self.index = index
+        """``[N]``: number of each column's group."""
         self.count = count.double()
         """``[Q]``: columns per group."""
 

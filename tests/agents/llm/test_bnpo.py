@@ -32,7 +32,8 @@ def advantages(rewards: list[list[float]], **options: float) -> Tensor:
 def test_the_fit_and_the_weights_of_four_prompts() -> None:
     rewards = [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 1, 0, 0]]
     p = torch.tensor(rewards, dtype=torch.float64).mean(1)
-    assert p.mean() == 0.5 and float(p.var()) == pytest.approx(0.0416667, abs=1e-7)
+    assert p.mean() == 0.5
+    assert float(p.var()) == pytest.approx(0.0416667, abs=1e-7)
     a, b = fit_beta(p)  # s = 0.25 / 0.0416667 - 1 = 5
     assert (float(a), float(b)) == (pytest.approx(2.5), pytest.approx(2.5))
     alpha, beta = optimal_normaliser(a, b)
@@ -74,7 +75,8 @@ def test_rates_that_vary_more_than_a_beta_give_reinforce() -> None:
     a, b = fit_beta(torch.tensor([1.0, 0.0, 1.0, 0.0], dtype=torch.float64))  # v = 1/3 > m (1 - m) = 1/4
     assert (float(a), float(b)) == (pytest.approx(-0.125), pytest.approx(-0.125))
     data = BetaNormaliser()(rollout(rewards))
-    assert data["normaliser"].eq(1.0).all() and data["advantage"].eq(0.0).all()
+    assert data["normaliser"].eq(1.0).all()
+    assert data["advantage"].eq(0.0).all()
 
 
 @pytest.mark.parametrize("rewards", [[[1, 0, 0]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]]], ids=["one prompt", "equal rates"])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from agents.llm.g2rpo import (
+    G2RPO,
     Corridor,
     DropUnanimous,
-    G2RPO,
     G2RPOConfig,
     LengthReward,
     RankNormal,
@@ -50,7 +50,8 @@ def test_quantiles(rewards: list[float], expected: list[float]) -> None:
 
 
 def test_equal_rewards_and_groups_of_one_are_exactly_zero() -> None:
-    assert ranks(*[0.3] * 7).eq(0.0).all() and ranks(5.0).tolist() == [0.0]
+    assert ranks(*[0.3] * 7).eq(0.0).all()
+    assert ranks(5.0).tolist() == [0.0]
 
 
 def test_symmetry_and_monotone_invariance() -> None:
@@ -180,7 +181,8 @@ def test_the_corridor_term_is_the_hinge(estimate: str, bounds: tuple[float, floa
 def test_the_corridor_of_one_kind_without_a_column() -> None:
     data = rollout([0.0, 0.0], [0, 0], log_prob=-torch.ones(3, 2))
     found = Corridor(((0.2, 0.8),), lambda d: -d["log_prob"])(data)
-    assert found["side"].tolist() == [1.0, 1.0] and found["share"].tolist() == [1.0, 1.0]
+    assert found["side"].tolist() == [1.0, 1.0]
+    assert found["share"].tolist() == [1.0, 1.0]
     np.testing.assert_allclose(found["edge"], 0.8)
 
 
