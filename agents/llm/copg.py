@@ -1,0 +1,212 @@
+"""CoPG: contrastive policy gradient. Flet-Berliac et al. 2024, "Contrastive Policy Gradient: Aligning LLMs on
+sequence-level scores in a supervised-friendly fashion", EMNLP, arXiv 2406.19185.
+
+The optimum of ``J = E_pi[R - beta log(pi / ref)]`` is ``pi* = ref exp(R / beta) / Z``. With the regularised reward
+``R_beta(y) = R(y) - beta log(pi(y) / ref(y))``, constant over ``y`` exactly at ``pi*``, pairs of completions of one
+prompt, drawn from anything, give
+
+    gradient   E[ (R_beta(y) - R_beta(y')) (grad log pi(y) - grad log pi(y')) ]
+
+with no importance weights: ``pi*`` is its zero whatever policies the pair came from, where a baseline-free policy
+gradient needs its own samples. On policy it is ``2 grad J``. Three losses have this gradient:
+
+    square            1/(2 beta) E[ (R_beta(y) - R_beta(y'))^2 ]
+    bilinear         -E[ (R_{beta/2}(y) - R_{beta/2}(y')) (log pi/ref(y) - log pi/ref(y')) ]
+    policy_gradient  -E[ sg(R_beta(y) - R_beta(y')) (log pi(y) - log pi(y')) ]
+
+Over all pairs of ``k`` completions a mean of products of differences is twice the sample covariance, so no pair is
+formed: the square form is the within-prompt variance of ``R_beta`` over ``beta``, the last one RLOO on ``R_beta``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from agents.llm.base import LLM, LLMConfig
+from agents.llm.recipe import Recipe
+from ccrl.collect import Request
+from ccrl.data import Data
+from ccrl.estimators.base import Context, Stage
+from ccrl.estimators.terms import Evaluation, Level, Term
+from ccrl.llm.rollouts import concatenate
+
+__all__ = ["CoPG", "CoPGConfig", "CoPGRecipe", "Form", "Pairs", "contrast", "pair_mean", "sequence_sum"]
+
+Form = Literal["square", "bilinear", "policy_gradient"]
+
+
+@dataclass(frozen=True)
+class CoPGConfig(LLMConfig):
+    """The paper's settings for language models are unknown; these are for small ones."""
+
+    group_size: int = 4
+    """Completions per prompt and behaviour policy."""
+    beta: float = 0.5
+    """Weight of KL(pi || ref) in the objective."""
+    form: str = "square"
+    """square, bilinear or policy_gradient: one gradient, three values."""
+    behaviours: tuple[str, ...] = ("live",)
+    """Versions of the policy that sample, each group_size completions per prompt: live (on policy), ref (off policy,
+    from the first iteration on), or any version put into the agent's bank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta <= 0:
+            raise ValueError(f"beta: expected > 0, got {self.beta}")
+        if self.form not in get_args(Form):
+            raise ValueError(f"form: expected one of {get_args(Form)}, got {self.form!r}")
+        if not self.behaviours:
+            raise ValueError("behaviours: expected at least one version of the policy, got none")
+        if self.group_size * len(self.behaviours) < 2:
+            raise ValueError("group_size: expected at least two completions per prompt (there is no pair else), got 1")
+        if self.kl_coef:
+            raise ValueError(f"kl_coef: expected 0 (beta weighs the KL to the reference), got {self.kl_coef}")
+        if self.microbatch:
+            raise ValueError(f"microbatch: expected 0 (pairs must not be split), got {self.microbatch}; lower "
+                             "batch_size, the number of prompts per optimiser step")  # fmt: skip
+
+
+# -- the loss -------------------------------------------------------------------------------------------------------
+
+
+class Pairs:
+    """Who is compared with whom: members (``present`` ``[B]`` > 0) of one ``group`` ``[B]`` (labels below B)."""
+
+    def __init__(self, group: Tensor, present: Tensor) -> None:
+        self.group, self.present = group, present
+        self.count = self._sum(present)
+        """``[B]``: members per label."""
+        self.paired = present * (self.count[group] > 1)
+        """``[B]``: members with somebody to be compared with."""
+        self.groups = (self.count > 1).sum().clamp_min(1)
+        """Groups of two and more."""
+
+    def _sum(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x).index_add(0, self.group, x)
+
+    def centre(self, x: Tensor) -> Tensor:
+        """``x`` minus its group's mean, 0 outside the pairs."""
+        x = torch.where(self.paired > 0, x, 0.0)
+        return torch.where(self.paired > 0, x - (self._sum(x) / self.count.clamp_min(1.0))[self.group], 0.0)
+
+    @property
+    def degrees(self) -> Tensor:
+        """``[B]``: members of one's group minus one, at least 1."""
+        return (self.count[self.group] - 1.0).clamp_min(1.0)
+
+
+def contrast(
+    log_prob: Tensor,
+    log_ref: Tensor,
+    reward: Tensor,
+    group: Tensor,
+    present: Tensor,
+    beta: float,
+    form: Form = "square",
+) -> Tensor:
+    """``[B]``: summed over a group, the loss's mean over its (unordered) pairs.
+
+    :param log_prob, log_ref: of whole completions ``[B]`` (sums over tokens: means would move the optimum).
+    :param group: labels ``[B]`` below ``B``; groups of one contribute nothing.
+    :param present: ``[B]``, 0 on padding.
+    """
+    pairs, log_ratio = Pairs(group, present), log_prob - log_ref
+    if form == "square":
+        return pairs.centre(reward - beta * log_ratio).square() / (beta * pairs.degrees)
+    if form == "bilinear":
+        # half of beta: the product rule doubles it
+        return -2.0 * pairs.centre(reward - 0.5 * beta * log_ratio) * pairs.centre(log_ratio) / pairs.degrees
+    return -2.0 * pairs.centre(reward - beta * log_ratio).detach() * pairs.centre(log_prob) / pairs.degrees
+
+
+def sequence_sum(evaluation: Evaluation, batch: Data) -> Level:
+    """Whole completions against the reference ``[1, B]``, sums over tokens."""
+    valid = batch["valid"]
+    present = (valid.sum(0, keepdim=True) > 0).to(valid.dtype)
+    return Level(_sum(evaluation["log_prob"], valid), _sum(batch["ref_log_prob"], valid), present)
+
+
+def pair_mean(valid: Tensor, batch: Data) -> Tensor:
+    """Mean over the prompts that have pairs, of elements that sum to each prompt's mean over pairs."""
+    pairs = Pairs(batch["group"], valid[0])
+    return (pairs.paired / pairs.groups).unsqueeze(0)
+
+
+def _sum(x: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid > 0, x, 0.0).sum(0, keepdim=True)
+
+
+# -- the method -----------------------------------------------------------------------------------------------------
+
+
+class CoPGRecipe(Recipe):
+    """The advantage column is the reward itself: what is compared depends on the policy and lives in the loss."""
+
+    config: CoPGConfig
+    unit = "group"
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        """``group_size`` completions of every behaviour policy, to the same prompts."""
+        if have:
+            return []
+        request = self.parts.request
+        first, *others = self.config.behaviours
+        return [
+            replace(request, params=first),
+            *(replace(request, tag=f"on/{i}", params=name, source="on") for i, name in enumerate(others, 2)),
+        ]
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        joined = have["on"] if len(have) == 1 else concatenate(list(have.values()), same_prompts=True)
+        return have | super().prepare({"on": joined}, ctx)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return ()
+
+    def terms(self) -> tuple[Term, ...]:
+        loss = Term("contrastive_loss", self.contrastive, pair_mean, sequence_sum, advantage="score", stats=self.stats)
+        return (loss, *self.penalties())
+
+    def contrastive(self, level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+        """``[1, B]``."""
+        c = self.config
+        return contrast(
+            level.log_prob[0], level.log_ref[0], advantage, batch["group"], level.valid[0], c.beta, c.form
+        ).unsqueeze(0)
+
+    def stats(self, level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> dict[str, Tensor]:
+        """Means over prompts: regularised reward, its variance inside a prompt (0 at the optimum), log-ratio to the
+        reference (their KL, on policy)."""
+        pairs = Pairs(batch["group"], level.valid[0])
+        members = pairs.count[pairs.group].clamp_min(1.0)
+        regularised = advantage - self.config.beta * level.log_ratio[0]
+        found = {
+            "regularised_reward": regularised / members,
+            "regularised_variance": pairs.centre(regularised).square() / pairs.degrees,
+            "reference_log_ratio": level.log_ratio[0] / members,
+        }
+        return {name: value.unsqueeze(0) for name, value in found.items()}
+
+    @property
+    def wants_reference(self) -> bool:
+        return True
+
+
+class CoPG(LLM):
+    """Off-policy alignment on scores: contrasts between completions of one prompt."""
+
+    name = "copg"
+    paper = "Flet-Berliac et al. 2024, arXiv 2406.19185"
+    Config = CoPGConfig
+    Recipe = CoPGRecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {
+            "plan": "any behaviour policies", "advantage": "reward minus beta log-ratio, against the others'",
+            "ratio": "sequence to reference", "loss": "square of differences", "aggregate": "mean over pairs",
+        }  # fmt: skip

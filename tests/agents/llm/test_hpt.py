@@ -1,0 +1,429 @@
+"""HPT: the unified gradient's identities, the gate, weights by hand, limits, edge cases, learning, resume."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from agents.llm.hpt import HPT, HPTConfig, HPTRecipe, Mix, self_rewarded, uncertainty_weighted
+from ccrl.collect import Request
+from ccrl.data import Batching, Data
+from ccrl.estimators import losses, ratios
+from ccrl.estimators.modulations import cispo_mask, clip_mask, clipped_weight, modulated, shaping
+from ccrl.estimators.stages import GroupBaseline
+from ccrl.estimators.terms import Level, Loss, Ratio, surrogate
+from ccrl.llm.policy import token_outputs
+from ccrl.llm.task import Prompts
+
+F64 = torch.float64
+LOGITS = torch.tensor([[0.2, -0.1, 0.4, 0.0], [1.0, 0.0, -0.5, 0.3], [-0.2, 0.6, 0.1, 0.0]], dtype=F64)
+ACTION = torch.tensor([[2], [0], [1]])
+OLD = torch.tensor([[-1.40], [-0.50], [-1.30]], dtype=F64)
+"""Three tokens of one sequence, ``[T, 1]``."""
+
+
+# -- the unified gradient -------------------------------------------------------------------------------------------
+
+
+def log_prob(logits: Tensor) -> Tensor:
+    return logits.log_softmax(-1).gather(-1, ACTION)
+
+
+def unified(loss: Loss, ratio: Ratio, advantage: float = 1.0, old: Tensor = OLD) -> Tensor:
+    """Gradient of the summed loss with respect to the logits."""
+    logits = LOGITS.clone().requires_grad_()
+    batch = Data({"log_prob": old, "valid": torch.ones_like(old)})
+    evaluation = {"log_prob": log_prob(logits)}
+    level = ratio(evaluation, batch)
+    return torch.autograd.grad(loss(level, torch.full_like(old, advantage), evaluation, batch).sum(), logits)[0]
+
+
+def classic(objective: Any) -> Tensor:
+    logits = LOGITS.clone().requires_grad_()
+    return torch.autograd.grad(objective(log_prob(logits)), logits)[0]
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-15, rtol=0)
+
+
+ONE = modulated(lambda level, advantage, batch: torch.ones_like(level.valid))
+NO_REFERENCE = torch.zeros_like(OLD)
+
+
+def test_log_probs_ratios_and_masks() -> None:
+    level = ratios.token({"log_prob": log_prob(LOGITS)}, Data({"log_prob": OLD, "valid": torch.ones_like(OLD)}))
+    expected = torch.tensor([-1.129976, -0.736013, -0.957306], dtype=F64)
+    torch.testing.assert_close(level.log_prob[:, 0], expected, atol=6e-7, rtol=0)
+    expected = torch.tensor([1.309996, 0.789771, 1.408737], dtype=F64)
+    torch.testing.assert_close(level.ratio[:, 0], expected, atol=6e-7, rtol=0)
+    mask = clip_mask(0.2, 0.2)
+    assert mask(level, torch.ones_like(OLD), Data({}))[:, 0].tolist() == [0.0, 1.0, 0.0]
+    assert mask(level, -torch.ones_like(OLD), Data({}))[:, 0].tolist() == [1.0, 0.0, 1.0]
+    row = unified(modulated(mask), ratios.token, -1.0)[0]
+    expected = torch.tensor([-0.346473, -0.256673, 0.886814, -0.283668], dtype=F64)
+    torch.testing.assert_close(row, expected, atol=6e-7, rtol=0)
+
+
+def test_supervised_and_reinforce() -> None:
+    same(unified(ONE, ratios.plain), classic(lambda lp: -lp.sum()))
+    same(unified(ONE, ratios.plain, -0.7), classic(lambda lp: 0.7 * lp.sum()))
+
+
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_ppo_and_gspo(advantage: float) -> None:
+    found = unified(modulated(clip_mask(0.2, 0.2)), ratios.token, advantage)
+    same(found, unified(losses.clip(0.2, 0.2), ratios.token, advantage))
+
+    def clipped(s: Tensor) -> Tensor:
+        return -torch.minimum(s * advantage, s.clamp(0.8, 1.2) * advantage)
+
+    same(found, classic(lambda lp: clipped((lp - OLD).exp()).sum()))
+    found = unified(modulated(clip_mask(0.2, 0.2)), ratios.sequence_token, advantage)
+    same(found, classic(lambda lp: 3 * clipped((lp - OLD).mean().exp())))
+    assert float((log_prob(LOGITS) - OLD).mean().exp()) == pytest.approx(1.133793, abs=6e-7)
+
+
+def test_two_readings_of_cispo() -> None:
+    published = unified(modulated(clipped_weight(0.2, 0.2)), ratios.plain)
+    same(published, unified(losses.cispo(0.2, 0.2), ratios.token))
+    same(published, classic(lambda lp: -((lp - OLD).exp().clamp(0.8, 1.2).detach() * lp).sum()))
+    masked = unified(modulated(cispo_mask(0.2, 0.2)), ratios.token)
+    # all three tokens are saturated: the table's reading loses them, clip(r) (1 - pi) at most
+    assert not masked.any()
+    assert float((published - masked).abs().max()) == pytest.approx(1.2 * (1 - math.exp(-1.129976)), abs=1e-6)
+
+
+def test_demonstrations_of_luffy_and_srft() -> None:
+    same(unified(ONE, ratios.token, 0.6, NO_REFERENCE), classic(lambda lp: -0.6 * lp.exp().sum()))
+    found = unified(modulated(shaping(0.1)), ratios.token, 0.6, NO_REFERENCE)
+    same(found, classic(lambda lp: -0.6 * (lp.exp() / (lp.exp() + 0.1)).sum()))
+    level = Level(log_prob(LOGITS), NO_REFERENCE, torch.ones_like(OLD))
+    expected = torch.tensor([0.558772, 0.298272, 0.427015], dtype=F64)
+    found = shaping(0.1)(level, OLD, Data({}))[:, 0]
+    torch.testing.assert_close(found, expected, atol=6e-7, rtol=0)
+
+
+def test_one_objective_on_three_arms() -> None:
+    mu, reward = 0.4, torch.tensor([1.0, 0.0, 0.5], dtype=F64)
+    shown = torch.tensor([0.1, 0.6, 0.3], dtype=F64)
+    logits = torch.tensor([0.3, -0.2, 0.5], dtype=F64, requires_grad=True)
+    pi = logits.softmax(0)
+    objective = (pi * reward).sum() - mu * (shown * (shown.log() - pi.log())).sum()
+    assert float(objective.detach()) == pytest.approx(0.4169281613, abs=6e-11)
+    (expected,) = torch.autograd.grad(objective, logits, retain_graph=True)
+    numbers = torch.tensor([0.050761, 0.032049, -0.082810], dtype=F64)
+    torch.testing.assert_close(expected, numbers, atol=6e-7, rtol=0)
+    valid = torch.ones(1, 3, dtype=F64)
+
+    def ascent(loss: Loss, advantage: Tensor, weight: Tensor) -> Tensor:
+        """Expectation over arms drawn with ``weight``."""
+        evaluation, batch = {"log_prob": logits.log_softmax(0).unsqueeze(0)}, Data({"valid": valid})
+        element = loss(ratios.plain(evaluation, batch), advantage, evaluation, batch)
+        return -torch.autograd.grad((weight * element).sum(), logits)[0]
+
+    pi = pi.detach()
+    parts = ascent(losses.weighted_ratio, reward, pi) + mu * ascent(losses.neg_log_prob, reward, shown)
+    same(parts, expected)
+    united = reward + mu * shown / pi
+    numbers = torch.tensor([1.113117, 1.118994, 0.777838], dtype=F64)
+    torch.testing.assert_close(united, numbers, atol=6e-7, rtol=0)
+    same(ascent(losses.weighted_ratio, united, pi), expected)
+    # mu = 0 is reinforcement alone; no reward and mu = 1 imitation alone, whose gradient is pi_beta - pi
+    same(ascent(losses.neg_log_prob, reward, shown), shown - pi)
+    same(ascent(losses.weighted_ratio, reward, pi), pi * (reward - (pi * reward).sum()))
+
+
+def test_without_clip_and_on_policy_everything_is_reinforce() -> None:
+    now = log_prob(LOGITS)
+    found = unified(losses.clip(1.0, math.inf), ratios.token, -0.4, now)
+    same(found, unified(ONE, ratios.plain, -0.4, now))
+
+
+# -- the gate -------------------------------------------------------------------------------------------------------
+
+
+def mixed(rollout: Any, samples: list[list[float]], shown: list[bool], steps: int = 2, **columns: Any) -> Data:
+    """Questions with samples of the given rewards, then a demonstration each (an empty one where not ``shown``)."""
+    score = [r for rewards in samples for r in rewards] + [1.0 if s else 0.0 for s in shown]
+    group = [q for q, rewards in enumerate(samples) for _ in rewards] + list(range(len(shown)))
+    n, demo = len(score), len(shown)
+    demonstration = [0.0] * (n - demo) + [1.0] * demo
+    mask = [[1.0] * steps] * (n - demo) + [[1.0 if s else 0.0] * steps for s in shown]
+    old = [[-1.0] * steps] * (n - demo) + [[0.0] * steps] * demo
+    score = torch.tensor(score, dtype=F64)
+    return rollout(old, mask, score=score, scores=score.unsqueeze(1).t(), group=torch.tensor(group),
+                   demonstration=torch.tensor(demonstration, dtype=F64), **columns)  # fmt: skip
+
+
+def with_scores(data: Data) -> Data:
+    """``scores`` as per-sequence column ``[N, 1]``."""
+    columns = {k: data[k] for k in data} | {"scores": data["score"].unsqueeze(1)}
+    return Data(columns, sequence=data.sequence | {"scores"})
+
+
+def mix(rollout: Any, samples: list[list[float]], shown: list[bool], **settings: Any) -> Data:
+    return Mix(HPTConfig(**settings))(with_scores(mixed(rollout, samples, shown)))
+
+
+@pytest.mark.parametrize(("solved", "gate", "imitated"), [(0, 0.0, 1), (1, 0.0, 0), (2, 0.25, 1), (3, 0.25, 0)])
+def test_the_gate(rollout: Any, solved: int, gate: float, imitated: int) -> None:
+    data = mix(rollout, [[1.0] * solved + [0.0] * (8 - solved)], [True], gate=gate)
+    assert data.shape == (2, 1 if imitated else 8)
+    assert data["demonstration"].tolist() == ([1.0] if imitated else [0.0] * 8)
+    assert (data["sft_weight"] > 0).sum() == imitated
+
+
+def test_a_gate_of_a_fifth_in_single_precision() -> None:
+    config, n = HPTConfig(gate=0.2), torch.tensor([10.0])
+    assert config.coefficients(torch.tensor([2.0]), n).tolist() == [[0.0, 0.0, 1.0]]
+    assert config.coefficients(torch.tensor([3.0]), n).tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_coefficients_of_the_other_mixtures() -> None:
+    solved, n = torch.arange(9.0), torch.full((9,), 8.0)
+    soft = HPTConfig(mixture="soft").coefficients(solved, n)
+    expected = [
+        [0, 1, 1],
+        [0.125, 1, 0.5],
+        [0.25, 1, 0.25],
+        [0.5, 1, 0.125],
+        [1, 1, 0],
+        [1, 1, 0],
+        [1, 1, 0],
+        [1, 1, 0],
+    ]
+    assert soft[1:].tolist() == expected
+    assert HPTConfig(mixture="switch_off").coefficients(solved, n)[:2].tolist() == [[0, 1, 0], [1, 0, 0]]
+    assert HPTConfig(mixture="fixed", rl_share=0.25).coefficients(solved, n)[0].tolist() == [0.25, 0, 0.75]
+    assert HPTConfig(mixture="luffy").coefficients(solved, n)[0].tolist() == [1, 1, 0]
+
+
+def test_advantages_of_two_of_eight(rollout: Any) -> None:
+    rewards = [1.0, 0, 0, 0, 1, 0, 0, 0]
+    plain = mix(rollout, [rewards], [True])["advantage"][0]
+    torch.testing.assert_close(plain, torch.tensor([0.75 if r else -0.25 for r in rewards], dtype=F64))
+    scaled = mix(rollout, [rewards], [True], std=True)["advantage"][0]
+    expected = torch.tensor([1.620182 if r else -0.540061 for r in rewards], dtype=F64)
+    torch.testing.assert_close(scaled, expected, atol=5e-6, rtol=0)
+    # the demonstration's reward is in the group where it is reinforced, and in nobody's where it is imitated
+    union = GroupBaseline(scale="std").advantages(torch.tensor([*rewards, 1.0], dtype=F64), torch.zeros(9).long())
+    torch.testing.assert_close(mix(rollout, [rewards], [True], mixture="luffy")["advantage"][0], union)
+
+
+def test_edge_cases_of_groups(rollout: Any) -> None:
+    # one sample: mean 0, deviation 1; all right or (not gated) all wrong: advantage 0, also over the deviation
+    assert mix(rollout, [[1.0]], [True])["advantage"][0].tolist() == [1.0]
+    data = mix(rollout, [[1.0, 1.0, 1.0], [0.0, 0.0, 0.0]], [True, True], gate=-1.0, std=True)
+    assert data.shape == (2, 6)
+    assert not data["advantage"].any()
+    # no demonstration: the samples stay, and imitation is a mean over the other question's
+    data = mix(rollout, [[0.0, 0.0], [0.0, 0.0]], [False, True])
+    assert data["demonstration"].tolist() == [0.0, 0.0, 1.0]
+    assert data["group"].tolist() == [0, 0, 1]
+    assert data["sft_weight"].tolist() == [0.0, 0.0, 3.0]
+
+
+def value_of(recipe: Any, data: Data, seen: Tensor, config: HPTConfig, entropy: float = 0.5) -> tuple[float, Tensor]:
+    made = recipe(HPTRecipe, config)
+    prepared = made.prepare({"on": data}, None)["on"].epoch(Batching("sequence", "full"), None)[0]
+    leaf = seen[: prepared.shape[0], : prepared.shape[1]].clone().requires_grad_()
+    evaluation = {"log_prob": leaf, "entropy": torch.full_like(leaf, entropy)}
+    total, _ = surrogate(made.phases()[0].terms, evaluation, prepared)
+    return float(total.detach()), torch.autograd.grad(total, leaf, allow_unused=True)[0]
+
+
+def test_both_parts_by_hand(recipe: Any, rollout: Any) -> None:
+    """Question 0 is imitated; question 1 is reinforced with advantages 2/3, -1/3, -1/3; two tokens each."""
+    data = with_scores(mixed(rollout, [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], [True, True]))
+    seen = torch.full((2, 4), -1.0, dtype=F64)
+    seen[:, 3] = torch.tensor([-2.0, -3.0])
+    config = HPTConfig(entropy_coef=0.0, sft_coef=0.3)
+    value, gradient = value_of(recipe, data, seen, config)
+    assert value == pytest.approx(0.0 + 0.3 * 2.5, abs=1e-12)
+    expected = torch.tensor([[-2 / 18, 1 / 18, 1 / 18, -0.15]] * 2, dtype=F64)
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
+    _, gradient = value_of(recipe, data, seen, replace(config, rl_norm="seq_mean"))
+    torch.testing.assert_close(gradient, expected, atol=1e-12, rtol=0)
+    _, gradient = value_of(recipe, data, seen, replace(config, rl_norm="len_const"))  # the cap is 8
+    released = torch.tensor([[-2 / 24, 1 / 24, 1 / 24, -0.15]] * 2, dtype=F64)
+    torch.testing.assert_close(gradient, released, atol=1e-12, rtol=0)
+    with_bonus, _ = value_of(recipe, data, seen, replace(config, entropy_coef=0.1))
+    assert with_bonus == pytest.approx(value - 0.1 * 0.5, abs=1e-12)
+
+
+def test_parts_that_are_empty(recipe: Any, rollout: Any) -> None:
+    """No demonstrations in a batch: no mean over nothing; and the other way round."""
+    config, seen = HPTConfig(entropy_coef=0.0), torch.full((2, 8), -1.0, dtype=F64)
+    solved = with_scores(mixed(rollout, [[1.0, 0.0]], [True]))
+    value, gradient = value_of(recipe, solved, seen, config)
+    assert value == pytest.approx(0.0, abs=1e-12)
+    torch.testing.assert_close(gradient, torch.tensor([[-0.125, 0.125]] * 2, dtype=F64))
+    failed = with_scores(mixed(rollout, [[0.0, 0.0]], [True]))
+    assert value_of(recipe, failed, seen, config)[0] == pytest.approx(1.0, abs=1e-12)
+
+
+def test_srft_weights() -> None:
+    level = Level(torch.tensor([[-1.0, -1.0]], dtype=F64), torch.tensor([[-1.0, -1.0]], dtype=F64), torch.ones(1, 2))
+    batch = Data({"valid": torch.ones(1, 2, dtype=F64), "verified": torch.tensor([True, False])})
+    evaluation = {"entropy": torch.full((1, 2), 0.5, dtype=F64)}
+    imitation = uncertainty_weighted(level, level.valid, evaluation, batch)
+    assert float(imitation[0, 0]) == pytest.approx(0.303265, abs=6e-7)
+    samples = self_rewarded(level, level.valid, evaluation, batch)
+    assert float(samples[0, 0]) == pytest.approx(-0.164872, abs=6e-7)
+    assert float(samples[0, 1]) == 1.0
+
+
+@pytest.mark.parametrize("mixture", ["switch", "switch_off", "soft", "fixed", "luffy", "srft"])
+def test_padding_permutation_and_microbatches_change_nothing(recipe: Any, rollout: Any, mixture: str) -> None:
+    config = HPTConfig(mixture=mixture, entropy_coef=0.01)
+    data = with_scores(mixed(rollout, [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]], [True, False, True]))
+    made = recipe(HPTRecipe, config)
+    prepared = made.prepare({"on": data}, None)["on"]
+    terms, (steps, width) = made.phases()[0].terms, prepared.shape
+    seen = -0.1 - torch.rand(steps, width, dtype=F64)
+
+    def gradient(batch: Data, log_prob: Tensor) -> Tensor:
+        leaf = log_prob.clone().requires_grad_()
+        entropy = torch.full_like(leaf, 0.5)
+        total = surrogate(terms, {"log_prob": leaf, "entropy": entropy}, batch)[0]
+        return torch.autograd.grad(total, leaf)[0]
+
+    whole = prepared.epoch(Batching("sequence", "full"), None)[0]
+    expected = gradient(whole, seen)
+    order = torch.randperm(width)
+    shuffled = prepared.take(order).epoch(Batching("sequence", "full"), None)[0]
+    torch.testing.assert_close(gradient(shuffled, seen[:, order]), expected[:, order], atol=1e-12, rtol=0)
+    pieces = [gradient(p, s) for p, s in zip(whole.microbatches(2), seen.split(2, 1))]
+    torch.testing.assert_close(torch.cat(pieces, 1), expected, atol=1e-12, rtol=0)
+    longer = with_scores(mixed(rollout, [[0.0] * 3, [1.0, 0.0, 0.0], [1.0] * 3], [True, False, True], steps=3))
+    valid = longer["valid"].clone()
+    valid[2] = 0.0
+    longer = Data({k: longer[k] for k in longer} | {"valid": valid}, sequence=longer.sequence)
+    padded = made.prepare({"on": longer}, None)["on"].epoch(Batching("sequence", "full"), None)[0]
+    garbage = torch.cat([seen, torch.full((1, width), -torch.inf, dtype=F64)])
+    found = gradient(padded, garbage)
+    torch.testing.assert_close(found[:2], expected, atol=1e-12, rtol=0)
+    assert not found[2].any()
+
+
+# -- the agent ------------------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {"model": "tabular", "n_prompts": 8, "group_size": 8, "learning_rate": 0.2}
+DEAD: dict[str, Any] = {"questions": 8, "fixed_length": 4, "symbols": 12, "smallest": 5, "largest": 6}
+
+
+def test_demonstrations_are_asked_for_once(recipe: Any) -> None:
+    made = recipe(HPTRecipe, HPTConfig())
+    first = made.plan({}, {}, None)
+    assert first == [made.parts.request]
+    (second,) = made.plan({}, {"on": Data({})}, None)
+    assert (second.tag, second.source, second.demonstrations) == ("demo", "on", True)
+    assert isinstance(second, Request)
+    assert second.counts.tolist() == [1]
+    assert made.plan({}, {"on": Data({}), "demo": Data({})}, None) == []
+    assert recipe(HPTRecipe, HPTConfig(gate=-1.0)).plan({}, {"on": Data({})}, None) == []
+
+
+def test_solves_what_exploration_does_not() -> None:
+    found = {}
+    for gate in (0.0, -1.0):
+        agent = HPT("dead_prompts", HPTConfig(**SMALL, gate=gate), seed=1, env_kwargs=DEAD)
+        agent.learn(agent.batch_steps)
+        first = float(agent.scalars["train/sft_share"])
+        agent.learn(60 * agent.batch_steps)
+        found[gate] = agent.pass_at([1], questions=8, samples=64)["pass@1"]
+        assert float(agent.scalars["train/sft_share"]) < max(first, 1e-9)
+        assert 0.0 <= float(agent.scalars["rollout/success"]) <= 1.0
+    assert found[0.0] > 0.85
+    assert found[-1.0] < 0.75  # 3 of 8 questions are dead
+
+
+def test_large_gradients_are_skipped() -> None:
+    agent = HPT("dead_prompts", HPTConfig(**SMALL, skip_grad_norm=1e-6), seed=1, env_kwargs=DEAD)
+    agent.learn(2 * agent.batch_steps)
+    assert not agent.policy.logits.any()
+    assert float(agent.scalars["train/grad_norm"]) > 1e-6
+
+
+@pytest.mark.parametrize("mixture", ["switch", "srft"])
+def test_resumes_exactly(resumes: Any, tmp_path: Any, mixture: str) -> None:
+    resumes(HPT, "dead_prompts", HPTConfig(**SMALL, mixture=mixture, batch_size=16), tmp_path / "agent.pt")
+
+
+class Bigram(nn.Module):
+    """Logits from the last token alone: completions of different lengths without a language model's start-up time."""
+
+    unit, temperature = "sequence", 1.0
+
+    def __init__(self, symbols: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(symbols, symbols))
+
+    def outputs(self) -> frozenset[str]:
+        return frozenset({"log_prob", "entropy"})
+
+    def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
+        token = batch["action"]
+        before = torch.cat([batch["prompt"][:, -1].unsqueeze(0), token[:-1]])
+        return token_outputs(self.logits[before], token, want, 1.0, 1.0, 1)
+
+    def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[None, Tensor]:
+        return None, self.logits[prompts.tokens[question, -1]]
+
+    def step(self, state: None, token: Tensor, present: Tensor) -> tuple[None, Tensor]:
+        return None, self.logits[token]
+
+    def keep(self, state: None, rows: Tensor) -> None:
+        return None
+
+
+class OnBigrams(HPT):
+    def make_model(self) -> nn.Module:
+        return Bigram(self.task.vocab.size)
+
+
+def test_imitation_of_texts_of_different_lengths() -> None:
+    """Everything gated: the loss is the mean negative log-likelihood of the demonstrations' tokens."""
+    config = HPTConfig(n_prompts=16, group_size=2, gate=1.0, entropy_coef=0.0, learning_rate=0.1, max_grad_norm=0.0)
+    agent = OnBigrams("arithmetic", config, seed=0)
+    agent.learn(agent.batch_steps)
+    assert float(agent.scalars["train/sft_loss"]) == pytest.approx(math.log(agent.task.vocab.size), rel=1e-5)
+    agent.learn(60 * agent.batch_steps)
+    prompts = agent.task.prompts(64, torch.Generator().manual_seed(5), "train")
+    tokens = prompts.demonstration
+    assert tokens is not None
+    before = torch.cat([prompts.tokens[:, -1:], tokens[:, :-1]], 1)
+    counted = (tokens == agent.task.vocab.eos).cumsum(1) - (tokens == agent.task.vocab.eos).long() == 0
+    nll = -agent.policy.logits.log_softmax(-1)[before, tokens][counted].mean()
+    nll = nll.detach()
+    assert float(nll) == pytest.approx(float(agent.scalars["train/sft_loss"]), abs=0.3)
+    assert float(nll) < 0.7 * math.log(agent.task.vocab.size)
+
+
+def test_bad_settings_are_refused() -> None:
+    for settings, message in (
+        ({"mixture": "half"}, "mixture: expected one of"),
+        ({"rl_norm": "batch"}, "rl_norm: expected"),
+        ({"rl_share": 1.5}, "rl_share: expected 0 to 1"),
+        ({"gate": 2.0}, "gate: expected"),
+        ({"sft_coef": -1.0}, "sft_coef: expected >= 0"),
+        ({"skip_grad_norm": -1.0}, "skip_grad_norm: expected >= 0"),
+        ({"shape": 0.0}, "shape: expected > 0"),
+        ({"kl_coef": 0.1}, "kl_coef: expected 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            HPTConfig(**settings)
+    with pytest.raises(ValueError, match="expected gamma > 0"):
+        shaping(0.0)
+
+
+def test_tasks_without_demonstrations_are_refused() -> None:
+    with pytest.raises(ValueError, match="no demonstrations"):
+        HPT("modsum", HPTConfig(**SMALL))
+    HPT("modsum", HPTConfig(**SMALL, gate=-1.0)).learn(64)
