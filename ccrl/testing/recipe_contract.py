@@ -1,0 +1,339 @@
+"""The contract of language-model recipes as a test class: what section 5 of the baselines' sheet asks of every loss.
+
+Recipes are driven through the whole life cycle (plan, collect, fit, prepare, terms) of the agent that has them, with a
+table of logits in float64 as policy.
+"""
+
+from __future__ import annotations
+
+import copy
+import unittest
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from ccrl.data import Batching, Data
+from ccrl.estimators import losses, ratios
+from ccrl.estimators.terms import Aggregate, Term, surrogate
+from ccrl.llm.rollouts import evaluate_columns
+from ccrl.llm.task import Prompts, Score, Split
+from ccrl.packages import require
+
+__all__ = ["RaggedTask", "RecipeContract"]
+
+SMALL: dict[str, Any] = {"n_prompts": 3, "group_size": 4, "learning_rate": 0.05}
+TINY: dict[str, Any] = {
+    "model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2, "warm_start_steps": 20,
+    "warm_start_batch": 16, "warm_start_lr": 0.02,
+}  # fmt: skip
+
+
+class _Symbols:
+    """Four symbols and an end token."""
+
+    size, pad, bos, eos = 5, -1, -1, 4
+
+    def encode(self, text: str) -> list[int]:
+        return [int(c) for c in text]
+
+    def decode(self, tokens: Any) -> str:
+        return "".join(str(t) for t in tokens if t < self.eos)
+
+
+class RaggedTask:
+    """A bandit for tables whose completions differ in length: they end at the end token, at the latest after six of the
+    eight positions, so that there is room for padding.
+
+    ``accuracy``: the first token is the question's number. :param graded: a second component that differs between
+    nearly all completions; else it is 0.
+    """
+
+    name = "ragged"
+    components = ("accuracy", "grade")
+    questions, fixed_length, max_new_tokens = 3, 8, 8
+    vocab = _Symbols()
+
+    def __init__(self, graded: bool = True) -> None:
+        self.graded = graded
+
+    def initial_logits(self) -> Tensor:
+        """``[3, 8, 5]``: never the end first, always from the sixth position on."""
+        logits = torch.zeros(self.questions, self.fixed_length, self.vocab.size)
+        logits[:, 0, self.vocab.eos] = -40.0
+        logits[:, 5:, self.vocab.eos] = 40.0
+        return logits
+
+    def prompts(self, n: int, generator: Generator | None, split: Split = "train") -> Prompts:
+        index = torch.arange(n) % self.questions
+        end = torch.full_like(index, self.vocab.eos)
+        shown = torch.stack([index, (index + 1) % 4, end], 1)
+        return Prompts(index[:, None], torch.ones(n, 1), index, tuple(index.tolist()), shown)
+
+    def score(self, prompts: Prompts, question: Tensor, tokens: Tensor, length: Tensor) -> Score:
+        number = prompts.index[question]
+        place = torch.arange(tokens.shape[0])[:, None]
+        counted = torch.where(place < length, tokens + 1, 0)
+        accuracy = (tokens[0] == number).float()
+        grade = (counted * (place + 1) ** 2).sum(0) / 500.0 if self.graded else torch.zeros_like(accuracy)
+        answer = (counted * 6 ** place.clamp_max(7)).sum(0)
+        return Score(torch.stack([accuracy, grade], 1), answer)
+
+
+class RecipeContract:
+    """Subclass it, name the class ``Test...``, set ``agent``.
+
+    Every test of a recipe that promises something else is left out by name in ``exceptions``, with the reason.
+    """
+
+    agent: ClassVar[Any]
+    """Class of the agent: ``agent(task, config, seed=...)`` with ``Config``, ``estimator``, ``collector``, ..."""
+    options: ClassVar[Mapping[str, Any]] = {}
+    """Settings of its config, on top of ``SMALL``."""
+    graded: ClassVar[bool] = True
+    """Whether it takes scores other than 0 and 1."""
+    on_policy: ClassVar[Aggregate | None] = None
+    """On the policy that sampled, the gradient is REINFORCE's with the same advantages and this aggregation."""
+    exceptions: ClassVar[Mapping[str, str]] = {}
+    """Name of a test -> why it does not hold for this method."""
+
+    def setup_method(self, method: Callable[..., None]) -> None:
+        if method.__name__ in self.exceptions:
+            raise unittest.SkipTest(self.exceptions[method.__name__])
+
+    # -- invariants ---------------------------------------------------------------------------------------------------
+
+    def test_padded_steps_change_nothing(self) -> None:
+        agent = self.made()
+        have = self.collected(agent)
+        self.same(agent, have, {tag: _longer(data) for tag, data in have.items()})
+
+    def test_padded_columns_change_nothing(self) -> None:
+        agent = self.made()
+        prepared = self.prepared(agent, self.collected(agent))
+        for phase, batch in _batches(agent, prepared):
+            wider = batch.take(torch.tensor([*range(batch.shape[1]), batch.shape[1] - 1]))
+            valid = wider["valid"].clone()
+            valid[:, -1] = 0.0
+            wider = _with(wider, valid=valid)
+            _close(_gradient(phase, wider), _gradient(phase, batch))
+
+    def test_order_of_the_sequences_does_not_matter(self) -> None:
+        agent = self.made()
+        have = self.collected(agent)
+        order = {tag: torch.randperm(data.shape[1], generator=Generator().manual_seed(1)) for tag, data in have.items()}
+        self.same(agent, have, {tag: data.take(order[tag]) for tag, data in have.items()})
+
+    def test_equal_rewards_have_no_gradient(self) -> None:
+        for value in (0.0, 1.0):
+            agent = self.made()
+            have = {tag: _rewarded(data, value) for tag, data in self.collected(agent).items()}
+            for gradient in self.gradients(agent, have):
+                assert gradient.abs().max() <= 1e-12, f"all rewards {value}"
+
+    def test_on_policy_gradient_is_reinforce(self) -> None:
+        aggregate = type(self).on_policy
+        if aggregate is None:
+            raise unittest.SkipTest("promises no such thing: set on_policy to the aggregation if it does")
+        agent = self.made()
+        prepared = self.prepared(agent, self.collected(agent, moved=False))
+        phase, batch = _batches(agent, prepared)[0]
+        score = Term("score", losses.weighted_ratio, aggregate, ratios.plain)
+        expected = phase.updater.gradient((score,), batch).mean.clone()
+        assert expected.abs().max() > 1e-3
+        _close(_gradient(phase, batch, phase.terms[:1]), expected)
+
+    def test_finite_differences(self) -> None:
+        agent = self.made()
+        prepared = self.prepared(agent, self.collected(agent))
+        for phase, batch in _batches(agent, prepared):
+            params = list(agent.policy.parameters())
+            slope = _gradient(phase, batch)
+            generator = Generator().manual_seed(2)
+            direction = torch.randn(slope.shape, generator=generator, dtype=slope.dtype)
+            eps, values = 1e-6, list[Tensor]()
+            for sign in (1.0, -1.0):
+                _shift(params, sign * eps * direction)
+                with torch.no_grad():
+                    evaluation = agent.policy(batch, frozenset().union(*(t.want for t in phase.terms)))
+                    values.append(surrogate(phase.terms, evaluation, batch)[0])
+                _shift(params, -sign * eps * direction)
+            measured = float((values[0] - values[1]) / (2.0 * eps))
+            expected = float(slope @ direction)
+            assert abs(measured - expected) <= 1e-6 * max(abs(expected), 1e-2), f"{measured} and {expected}"
+
+    def test_micro_batches_add_up(self) -> None:
+        agent = self.made()
+        prepared = self.prepared(agent, self.collected(agent))
+        for phase, batch in _batches(agent, prepared):
+            whole = _gradient(phase, batch)
+            batch.microbatch = 4
+            _close(_gradient(phase, batch), whole)
+
+    def test_only_the_live_policy_gets_gradients(self) -> None:
+        agent = self.made()
+        prepared = self.prepared(agent, self.collected(agent))
+        for phase, batch in _batches(agent, prepared):
+            _gradient(phase, batch)
+        assert not any(prepared[name].requires_grad for name in prepared if isinstance(prepared[name], Tensor))
+        bank = agent.ctx.bank
+        assert all(p.grad is None for version in bank.names() for p in bank.policy(version).parameters())
+
+    # -- training -----------------------------------------------------------------------------------------------------
+
+    def test_trains_and_resumes_on_a_bandit(self, tmp_path: Path) -> None:
+        options = {"questions": 3} if self.graded else {"questions": 3, "fixed_length": 1, "symbols": 2}
+        self.resumes("sequence_match", options, {"model": "tabular"}, tmp_path / "a.pt")
+
+    def test_trains_and_resumes_on_arithmetic(self, tmp_path: Path) -> None:
+        try:
+            require("transformers", "llm")
+        except ImportError as error:
+            raise unittest.SkipTest(str(error)) from error
+        self.resumes("arithmetic", {"operands": 1, "digits": 1, "modulus": 10}, TINY, tmp_path / "a.pt")
+
+    def resumes(self, task: str, env_kwargs: dict[str, Any], options: dict[str, Any], path: Path) -> None:
+        """Two iterations, a checkpoint, two more: as without it."""
+        config = self.agent.Config(**SMALL | dict(self.options) | options)
+
+        def make() -> Any:
+            return self.agent(task, config, seed=1, env_kwargs=env_kwargs)
+
+        def stop(at: int) -> Callable[[Any], bool]:
+            return lambda agent: agent.iteration < at
+
+        total = 100 * make().batch_steps
+        whole, half = make(), make()
+        start = [p.detach().clone() for p in whole.policy.parameters()]
+        whole.learn(total, stop(4))
+        half.learn(total, stop(2))
+        half.save(path)
+        loaded = self.agent.load(path)
+        loaded.learn(total, stop(4))
+        assert loaded.iteration == whole.iteration == 4
+        assert any(not torch.equal(a, b) for a, b in zip(start, whole.policy.parameters())), "nothing was learned"
+        _equal(loaded.state_dict(), whole.state_dict())
+
+    # -- the life cycle -----------------------------------------------------------------------------------------------
+
+    def made(self) -> Any:
+        """The agent on the ragged bandit, all in float64."""
+        config = self.agent.Config(**SMALL | {"model": "tabular"} | dict(self.options))
+        agent = self.agent(RaggedTask(self.graded), config, seed=3)
+        agent.policy.double()
+        agent.estimator.double()
+        if agent.estimator.wants_reference:
+            with torch.no_grad():
+                _shift(list(agent.policy.parameters()), 0.1 * _noise(agent, 4))
+                agent.ctx.bank.refresh("ref")
+                _shift(list(agent.policy.parameters()), -0.1 * _noise(agent, 4))
+        return agent
+
+    def collected(self, agent: Any, moved: bool = True) -> dict[str, Data]:
+        """What the recipe asks for, in float64; then (``moved``) the policy leaves the one that sampled."""
+        have: dict[str, Data] = {}
+        while requests := agent.estimator.plan({}, have, agent.ctx):
+            for request in requests:
+                data = agent.collector.collect(request, agent.ctx.bank.policy(request.params))
+                wide = {k: v.double() if v.is_floating_point() else v.clone() for k, v in data.items()}  # type: ignore[union-attr]
+                data = Data(wide, sequence=data.sequence)
+                exact = evaluate_columns(agent.policy, data, frozenset({"log_prob"}))["log_prob"]
+                sampled = (data["valid"] > 0) & (data["demonstration"] == 0)
+                have[request.tag] = _with(data, log_prob=torch.where(sampled, exact, 0.0))
+        if moved:
+            _shift(list(agent.policy.parameters()), 0.2 * _noise(agent, 5))
+        return have
+
+    def prepared(self, agent: Any, have: dict[str, Data]) -> Data:
+        """The recipe's columns. Its state is as before: two preparations of one agent can be compared."""
+        state = copy.deepcopy(agent.estimator.state_dict())
+        agent.estimator.fit(have, agent.ctx)
+        with torch.no_grad():
+            data: Data = agent.estimator.prepare(dict(have), agent.ctx)["on"]
+        agent.estimator.load_state_dict(state)
+        return data
+
+    def gradients(self, agent: Any, have: dict[str, Data]) -> list[Tensor]:
+        """Of every phase on the whole rollout; zeros for a phase that is left out."""
+        prepared = self.prepared(agent, have)
+        return [_gradient(phase, batch) for phase, batch in _batches(agent, prepared)]
+
+    def same(self, agent: Any, have: dict[str, Data], other: dict[str, Data]) -> None:
+        """The gradients of two sets of rollouts are equal, and not zero."""
+        first, second = self.gradients(agent, have), self.gradients(agent, other)
+        assert any(g.abs().max() > 1e-6 for g in first), "there is nothing to compare"
+        for a, b in zip(first, second):
+            _close(b, a)
+
+
+def _batches(agent: Any, prepared: Data) -> list[tuple[Any, Data]]:
+    return [
+        (phase, prepared.epoch(Batching(phase.batching.unit, "full"), None)[0]) for phase in agent.estimator.phases()
+    ]
+
+
+def _gradient(phase: Any, batch: Data, terms: tuple[Term, ...] | None = None) -> Tensor:
+    gradient: Tensor = phase.updater.gradient(phase.terms if terms is None else terms, batch).mean.clone()
+    skipped = phase.skip is not None and phase.skip(batch)
+    return torch.zeros_like(gradient) if skipped else gradient
+
+
+def _with(data: Data, **columns: Tensor) -> Data:
+    """With other facts, which ``derive`` refuses to change."""
+    return Data({**data, **columns}, raw=data.raw, sequence=data.sequence, scalars=data.scalars)
+
+
+def _longer(data: Data) -> Data:
+    """Two more steps that are neither present nor valid, full of rubbish."""
+    columns: dict[str, Tensor] = {}
+    for name in data:
+        value = data[name]
+        if name not in data.sequence:
+            value = F.pad(value, (0, 0) * (value.dim() - 1) + (0, 2))
+        columns[name] = value
+    columns["log_prob"][-2:], columns["action"][-2:] = 1e3, 1
+    return _with(data, **columns)
+
+
+def _rewarded(data: Data, value: float) -> Data:
+    """All sequences score the same, in the first component."""
+    scores = torch.zeros_like(data["scores"])
+    scores[:, 0] = value
+    reward = torch.zeros_like(data["reward"])
+    reward[data["length"] - 1, torch.arange(data.shape[1])] = value
+    return _with(data, scores=scores, score=scores.sum(1), reward=reward)
+
+
+def _noise(agent: Any, seed: int) -> Tensor:
+    size = sum(p.numel() for p in agent.policy.parameters())
+    return torch.randn(size, generator=Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@torch.no_grad()
+def _shift(params: list[Any], by: Tensor) -> None:
+    for p, piece in zip(params, torch.split(by, [p.numel() for p in params])):
+        p.add_(piece.view_as(p))
+
+
+def _close(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def _equal(found: Any, expected: Any, where: str = "state") -> None:
+    """Bit for bit, whatever is inside."""
+    if isinstance(expected, Tensor):
+        assert torch.equal(found, expected), where
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys(), where
+        for key in expected:
+            if key != "rng":  # the global generators: what else runs in the process moves them
+                _equal(found[key], expected[key], f"{where}/{key}")
+    elif isinstance(expected, list | tuple):
+        assert len(found) == len(expected), where
+        for i, (a, b) in enumerate(zip(found, expected)):
+            _equal(a, b, f"{where}/{i}")
+    else:
+        assert found == expected or type(found) is not type(expected), where
