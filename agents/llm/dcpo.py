@@ -88,7 +88,7 @@ class DCPORecipe(Recipe):
     def __init__(self, config: Any, parts: Parts) -> None:
         super().__init__(config, parts)
         # 0 as released: the first update raises the entropy by all that the cap allows
-        self.register_buffer("entropy", torch.zeros((), device=next(parts.policy.parameters()).device))
+        self.register_buffer("entropy", torch.zeros(()))
 
     def stages(self) -> tuple[Stage, ...]:
         return (*super().stages(), self.control)

@@ -39,8 +39,8 @@ class GBPOConfig(LLMConfig):
     target_temperature: float = 1e-4
     """T of the ratio target, in standard deviations of the group's scores; towards 0 the targets are the bounds."""
     threshold: str = "quantile"
-    """quantile: the (1 - kappa)-quantile, whose target ratios average to 1; median: as released. The same for equal
-    bounds."""
+    """quantile: the (1 - kappa)-quantile, whose target ratios average to 1 but for ties at it; median: as released. The
+    same for equal bounds."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

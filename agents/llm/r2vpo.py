@@ -117,8 +117,7 @@ class R2VPORecipe(Recipe):
 
     def __init__(self, config: Any, parts: Parts) -> None:
         super().__init__(config, parts)
-        device = next(parts.policy.parameters()).device
-        self.register_buffer("dual", torch.tensor(config.dual_init, device=device))
+        self.register_buffer("dual", torch.tensor(config.dual_init))
         self.ring = RolloutRing(config.replay)
 
     def loss(self) -> Loss:

@@ -1,0 +1,114 @@
+"""R2VPO: the exact solution on a bandit, and the ratio's variance held at its budget on ModSum."""
+
+from __future__ import annotations
+
+import math
+from statistics import mean
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ccrl.collect import Request
+from ccrl.data import Batching, Data
+from ccrl.estimators.terms import Level
+from ccrl.llm.tabular import TabularTokenPolicy
+from ccrl.packages import check_siblings
+from ccrl.updaters import ModuleUpdater
+from scripts.reproductions import Measurement
+from scripts.reproductions.modsum import modsum_shape
+from scripts.reproductions.tables import History, partial_sums, train
+
+check_siblings()
+
+from agents.llm.base import LLM
+from agents.llm.baselines import GRPO
+from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, ratio_variance
+from agents.llm.recipe import Parts
+from envs.text import make_task
+
+OLD, ADVANTAGE = (0.5, 0.3, 0.2), (1.0, 0.0, -2.0)
+UPDATES = 60
+
+
+class Solution(NamedTuple):
+    """Of the constrained problem on a three-armed bandit."""
+
+    ratio: Tensor
+    dual: float
+    gain: float
+
+
+def bandit(steps: int, learning_rate: float, **options: float | str) -> Solution:
+    """Exact expectations: ten columns in the old policy's proportions; SGD on the recipe's own terms."""
+    old = torch.tensor(OLD, dtype=torch.float64)
+    arm = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
+    policy = TabularTokenPolicy(1, 1, 3, init=old.log().view(1, 1, 3))
+    updater = ModuleUpdater(policy, lambda params: torch.optim.SGD(params, lr=learning_rate))
+    config = R2VPOConfig(dual_every="minibatch", **options)  # type: ignore[arg-type]
+    recipe = R2VPORecipe(config, Parts(policy, updater, Request(counts=torch.ones(1, dtype=torch.int64)), 1))
+    recipe.double()
+    advantage = torch.tensor(ADVANTAGE, dtype=torch.float64)[arm].unsqueeze(0)
+    columns = {
+        "action": arm.unsqueeze(0), "log_prob": old.log()[arm].unsqueeze(0), "valid": torch.ones_like(advantage),
+        "advantage": advantage, "prompt": torch.zeros(10, 1, dtype=torch.int64), "group": torch.zeros_like(arm),
+    }  # fmt: skip
+    batch = Data(columns, sequence=frozenset({"prompt", "group"})).epoch(Batching("sequence", "full"), None)[0]
+    for _ in range(steps):
+        recipe.after_minibatch(updater.step(recipe.phases()[0].terms, batch))
+    new = policy.logits.detach().softmax(-1).flatten()
+    gain = float((new - old) @ torch.tensor(ADVANTAGE, dtype=torch.float64))
+    return Solution(new / old, float(recipe.dual), gain)
+
+
+def _variances(method: type[LLM], seed: int, **options: object) -> tuple[list[float], History]:
+    """``V`` of every rollout after its inner epochs, by the policy that they made."""
+    found: list[float] = []
+
+    class Measured(method.Recipe):  # type: ignore[name-defined, misc]
+        def after_update(self, data: dict[str, Data], stats: dict[str, Tensor]) -> None:
+            super().after_update(data, stats)
+            on, policy = data["on"], self.parts.policy
+            assert isinstance(policy, nn.Module)
+            level = Level(policy(on, frozenset({"log_prob"}))["log_prob"], on["log_prob"], on["valid"])
+            found.append(float(ratio_variance(level, level.valid, {}, on).mean()))
+
+    measured = type(method.__name__, (method,), {"Recipe": Measured})
+    config = method.Config(**modsum_shape(learning_rate=0.2, n_epochs=8, **options))
+    return found, train(measured, make_task("modsum"), config, UPDATES, seed, partial_sums)
+
+
+def run(seeds: list[int]) -> list[Measurement]:
+    """R1 and R2 of the sheet."""
+    exact = bandit(600, 0.3, dual_rate=2.0, dual_init=2.0)
+    rows = [
+        Measurement(f"bandit: ratio of arm {i}", f"{r} (closed form)", (r - 1e-4, r + 1e-4), (float(exact.ratio[i]),))
+        for i, r in enumerate((1.158481, 0.982391, 0.630211))
+    ]
+    rows += [
+        Measurement("bandit: lambda", "2.839454 (closed form)", (2.8385, 2.8405), (exact.dual,)),
+        Measurement("bandit: gain", "0.227156 (closed form)", (0.22706, 0.22726), (exact.gain,)),
+    ]
+    free = {"clip_low": 1.0, "clip_high": math.inf}
+    no_clip = [_variances(GRPO, s, **free)[0] for s in seeds]
+    clipped = [_variances(GRPO, s)[0] for s in seeds]
+    slow = [_variances(R2VPO, s, dual_rate=1.0)[0] for s in seeds]
+    fast = [_variances(R2VPO, s, dual_rate=5.0) for s in seeds]
+    replay = [_variances(R2VPO, s, replay=2)[1] for s in seeds]
+    rows += [
+        Measurement("ModSum: V, updates 1-20, no clip", "0.37-0.41 (sheet)", (0.30, math.inf),
+                    tuple(mean(v[:20]) for v in no_clip)),
+        Measurement("ModSum: V, updates 1-20, GRPO, eps 0.2", "0.20-0.26 (sheet)", (0.15, 0.35),
+                    tuple(mean(v[:20]) for v in clipped)),
+        Measurement("ModSum: V, updates 1-20, R2VPO, eta 1", "0.10 (sheet)", (0.07, 0.13),
+                    tuple(mean(v[:20]) for v in slow)),
+        Measurement("ModSum: V, updates 1-20, R2VPO, eta 5", "0.055 (sheet)", (0.04, 0.07),
+                    tuple(mean(v[:20]) for v, _ in fast)),
+        Measurement("ModSum: V, updates 21-40, R2VPO, eta 5", "0.039-0.040 (sheet): the budget 0.04", (0.035, 0.045),
+                    tuple(mean(v[20:40]) for v, _ in fast)),
+        Measurement("ModSum: final reward, R2VPO, eta 5", "0.94-0.98 (sheet)", (0.90, 1.0),
+                    tuple(h.final(10) for _, h in fast)),
+        Measurement("ModSum: mean reward over training, 2 old rollouts minus none", "> 0: half the rollouts (paper)",
+                    (0.0, 1.0), tuple(a.area - h.area for a, (_, h) in zip(replay, fast))),
+    ]  # fmt: skip
+    return rows
