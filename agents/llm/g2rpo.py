@@ -27,7 +27,8 @@ from agents.llm.recipe import Recipe
 from ccrl.data import Data
 from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.base import Stage
-from ccrl.estimators.groups import Groups, components, per_step
+from ccrl.estimators.groups import Groups, per_step
+from ccrl.estimators.outcomes import informative
 from ccrl.estimators.terms import Evaluation, Level, Term
 from ccrl.llm.rollouts import evaluate_columns
 
@@ -108,14 +109,14 @@ def per_kind(rows: tuple[tuple[float, ...], ...], kind: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LengthReward:
-    """``total`` ``[N]``: the score plus ``coef`` times the trapezoid of the number of valid steps."""
+    """``shaped_score`` ``[N]``: the score plus ``coef`` times the trapezoid of the number of valid steps."""
 
     bounds: tuple[tuple[float, float, float, float], ...]
     coef: float = 1.0
 
     def __call__(self, data: Data) -> Data:
         bonus = trapezoid(data["valid"].double().sum(0), per_kind(self.bounds, kinds(data)))
-        return data.derive_sequence(total=data["score"] + self.coef * bonus)
+        return data.derive_sequence(shaped_score=data["score"] + self.coef * bonus)
 
 
 # -- advantage --------------------------------------------------------------------------------------------------------
@@ -144,14 +145,15 @@ def rank_normal(reward: Tensor, groups: Groups, tie: float = 1e-6) -> Tensor:
 
 @dataclass(frozen=True)
 class RankNormal:
-    """``advantage`` ``[T, N]`` from the ranks of ``total`` (or ``score``) in each group, or in each task."""
+    """``advantage`` ``[T, N]`` from the ranks of ``shaped_score`` (or ``score``) in each group, or in each task."""
 
     pool: str = "group"
     tie: float = 1e-6
 
     def __call__(self, data: Data) -> Data:
         label = data["group"] if self.pool == "group" else kinds(data)
-        return per_step(data, rank_normal(data["total" if "total" in data else "score"], Groups(label), self.tie))
+        reward = data["shaped_score" if "shaped_score" in data else "score"]
+        return per_step(data, rank_normal(reward, Groups(label), self.tie))
 
 
 @dataclass(frozen=True)
@@ -163,8 +165,7 @@ class DropUnanimous:
     """
 
     def __call__(self, data: Data) -> Data:
-        groups = Groups(data["group"])
-        kept = ~groups.constant(components(data)[:, 0])[groups.index]
+        kept = informative(data)
         scale = kept.to(data["score"].dtype) * (len(kept) / kept.sum().clamp_min(1))
         return data.derive(advantage=data["advantage"] * scale)
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass
 __all__ = ["PAPERS", "Measurement"]
 
 PAPERS: dict[str, str] = {
+    "bnpo": "variance of the gradient under three normalisers",
+    "empg": "a chain of ten decisions: gradient norms by the kind of state",
+    "g2rpo": "Figure 2; two tasks of different reward scales",
+    "gdpo": "a reward of small scale beside a large one",
     "mhpo": "how large the gradient multiplier can be; parity with GRPO on ModSum",
     "real": "the shape of its gradient weights; REAL and GRPO on ModSum",
 }

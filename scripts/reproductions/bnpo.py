@@ -7,16 +7,19 @@ import math
 import torch
 from torch import Tensor
 
+from ccrl.data import Batching
+from ccrl.estimators.stages import GroupBaseline
 from ccrl.packages import check_siblings
+from scripts.reproductions import Measurement
 
 check_siblings()
 
-from agents.llm.bnpo import log_density, optimal_normaliser
-from scripts.reproductions import Measurement
+from agents.llm.bnpo import BNPO, BetaNormaliser, BNPOConfig, log_density, optimal_normaliser
+from envs.text.bandits import TokenBandit
 
 __all__ = ["run", "variance"]
 
-SAMPLES = 2_000_000
+SAMPLES, ROLLOUTS = 2_000_000, 200
 RATES = {(3.0, 3.0): (0.13889, 0.15421, 0.21429), (2.0, 6.0): (0.07764, 0.15421, 0.16667)}
 """(a, b) of the success rates -> expected variance under BNPO's normaliser, GRPO's shape and none."""
 
@@ -28,9 +31,53 @@ def variance(a: Tensor, b: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     return (2 * log_beta(alpha, beta) + log_beta(a + 3 - 2 * alpha, b + 3 - 2 * beta) - log_beta(a, b)).exp()
 
 
+class Rates(TokenBandit):
+    """One token of ten, symbol 0 is right; the initial success rates of the questions are from Beta(2, 6)."""
+
+    name = "rates"
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(questions=64, fixed_length=1, symbols=10)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.rate = torch.distributions.Beta(2.0, 6.0).sample((self.questions,))
+
+    def reward(self, question: Tensor, tokens: Tensor) -> Tensor:
+        return (tokens[0] == 0).float()
+
+    def initial_logits(self) -> Tensor:
+        """The other symbols share the rest."""
+        rest = ((1.0 - self.rate) / (self.symbols - 1)).log()
+        return torch.cat([self.rate.log()[:, None], rest[:, None].expand(-1, self.symbols - 1)], 1).unsqueeze(1)
+
+
+NORMALISERS = {
+    "BNPO": BetaNormaliser(),
+    "GRPO": GroupBaseline(scale="std", ddof=0),
+    "REINFORCE": GroupBaseline(),
+}
+
+
+def norm_variation(seed: int) -> dict[str, float]:
+    """Coefficient of variation of the gradient's norm over ``ROLLOUTS`` rollouts of the initial policy, advantages of
+    every rollout scaled to the same mean size."""
+    config = BNPOConfig(model="tabular", n_prompts=64, group_size=16, max_grad_norm=0.0)
+    agent = BNPO(Rates(seed), config, seed=seed)
+    norms: dict[str, list[Tensor]] = {name: [] for name in NORMALISERS}
+    for _ in range(ROLLOUTS):
+        raw = agent.collector.collect(agent.estimator.parts.request, agent.policy)
+        for name, stage in NORMALISERS.items():
+            on = stage(raw)
+            on = on.derive(advantage=on["advantage"] / on["advantage"].abs().mean())
+            batch = on.epoch(Batching("sequence", "full"), None)[0]
+            norms[name].append(agent.updaters["policy"].gradient(agent.estimator.phases()[0].terms, batch).mean.norm())
+    stacked = {name: torch.stack(found) for name, found in norms.items()}
+    return {name: float(norm.std() / norm.mean()) for name, norm in stacked.items()}
+
+
 def run(seeds: list[int]) -> list[Measurement]:
-    """Closed form and a Monte-Carlo mean of ``SAMPLES`` success rates per seed."""
-    found = []
+    """Closed form, a Monte-Carlo mean of ``SAMPLES`` success rates per seed, and gradients of a table."""
+    found = list[Measurement]()
     for shape, expected in RATES.items():
         a, b = torch.tensor(shape, dtype=torch.float64)
         normalisers = {
@@ -49,9 +96,14 @@ def run(seeds: list[int]) -> list[Measurement]:
             found.append(Measurement(f"{where}, closed form", f"{number} (sheet)", near, (exact,)))
             terms = [p * (1 - p) * torch.exp(-2 * log_density(p, alpha, beta)) for p in draws]
             # four standard errors of the mean over seeds
-            width = 4 * float(terms[0].std()) / math.sqrt(SAMPLES * len(seeds))
+            width = 6e-6 + 4 * float(terms[0].std()) / math.sqrt(SAMPLES * len(seeds))
             sampled = tuple(float(t.mean()) for t in terms)
             found.append(
                 Measurement(f"{where}, sampled", f"{number} (sheet)", (number - width, number + width), sampled)
             )
+    variations = [norm_variation(seed) for seed in seeds]
+    for other in ("GRPO", "REINFORCE"):
+        gap = tuple(v["BNPO"] - v[other] for v in variations)
+        what = f"variation of the gradient norm, rates from Beta(2, 6), BNPO minus {other}"
+        found.append(Measurement(what, "< 0 (sheet, not measured there)", (-math.inf, 0.0), gap))
     return found

@@ -131,7 +131,7 @@ def test_length_reward_by_kind() -> None:
     valid = (torch.arange(4)[:, None] < torch.tensor([1, 4, 1, 4])).float()
     data = rollout([1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1], valid=valid, kind=torch.tensor([0, 0, 1, 1]))
     bounds = ((0.0, 1.0, 2.0, 6.0), (1.0, 4.0, 8.0, 9.0))
-    found = LengthReward(bounds, coef=0.5)(data)["total"]
+    found = LengthReward(bounds, coef=0.5)(data)["shaped_score"]
     np.testing.assert_allclose(found, [1.5, 1.25, 0.0, 0.5])  # (6 - 4) / (6 - 2) = 0.5
     with pytest.raises(ValueError, match="each of 3 kinds, got 2"):
         LengthReward(bounds)(rollout([1.0], [0], kind=torch.tensor([2])))
