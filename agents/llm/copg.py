@@ -31,10 +31,21 @@ from agents.llm.recipe import Recipe
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context, Stage
+from ccrl.estimators.groups import Groups
 from ccrl.estimators.terms import Evaluation, Level, Term
 from ccrl.llm.rollouts import concatenate
 
-__all__ = ["CoPG", "CoPGConfig", "CoPGRecipe", "Form", "Pairs", "contrast", "pair_mean", "sequence_sum"]
+__all__ = [
+    "CoPG",
+    "CoPGConfig",
+    "CoPGRecipe",
+    "DropSingles",
+    "Form",
+    "Pairs",
+    "contrast",
+    "prompt_mean",
+    "sequence_sum",
+]
 
 Form = Literal["square", "bilinear", "policy_gradient"]
 
@@ -61,42 +72,50 @@ class CoPGConfig(LLMConfig):
             raise ValueError(f"form: expected one of {get_args(Form)}, got {self.form!r}")
         if not self.behaviours:
             raise ValueError("behaviours: expected at least one version of the policy, got none")
-        if self.group_size * len(self.behaviours) < 2:
-            raise ValueError("group_size: expected at least two completions per prompt (there is no pair else), got 1")
         if self.kl_coef:
             raise ValueError(f"kl_coef: expected 0 (beta weighs the KL to the reference), got {self.kl_coef}")
-        if self.microbatch:
-            raise ValueError(f"microbatch: expected 0 (pairs must not be split), got {self.microbatch}; lower "
-                             "batch_size, the number of prompts per optimiser step")  # fmt: skip
+        together = self.group_size * len(self.behaviours)
+        if together < 2:
+            raise ValueError("group_size: expected at least two completions per prompt (there is no pair else), got 1")
+        if self.microbatch % together:
+            raise ValueError(f"microbatch: expected a multiple of the {together} completions per prompt (pairs must "
+                             f"not be split), got {self.microbatch}")  # fmt: skip
 
 
 # -- the loss -------------------------------------------------------------------------------------------------------
 
 
 class Pairs:
-    """Who is compared with whom: members (``present`` ``[B]`` > 0) of one ``group`` ``[B]`` (labels below B)."""
+    """Who is compared with whom: columns that are ``present`` ``[B]`` and have one label ``group`` ``[B]``.
+
+    As a matrix ``[B, B]``: a micro-batch holds whatever labels of the batch, and there are few sequences in it.
+    """
 
     def __init__(self, group: Tensor, present: Tensor) -> None:
-        self.group, self.present = group, present
-        self.count = self._sum(present)
-        """``[B]``: members per label."""
-        self.paired = present * (self.count[group] > 1)
-        """``[B]``: members with somebody to be compared with."""
-        self.groups = (self.count > 1).sum().clamp_min(1)
-        """Groups of two and more."""
-
-    def _sum(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x).index_add(0, self.group, x)
+        present = present > 0
+        self._together = ((group.unsqueeze(1) == group) & present.unsqueeze(1) & present).to(torch.float32)
+        self.count = self._together.sum(1)
+        """``[B]``: members of one's group, oneself included."""
+        self.paired = self.count > 1
+        """``[B]``: those with somebody to be compared with."""
+        self.degrees = (self.count - 1.0).clamp_min(1.0)
+        """``[B]``: the others, at least 1."""
 
     def centre(self, x: Tensor) -> Tensor:
         """``x`` minus its group's mean, 0 outside the pairs."""
-        x = torch.where(self.paired > 0, x, 0.0)
-        return torch.where(self.paired > 0, x - (self._sum(x) / self.count.clamp_min(1.0))[self.group], 0.0)
+        x = torch.where(self.paired, x, 0.0)
+        mean = self._together.to(x.dtype) @ x / self.count.clamp_min(1.0).to(x.dtype)
+        return torch.where(self.paired, x - mean, 0.0)
 
-    @property
-    def degrees(self) -> Tensor:
-        """``[B]``: members of one's group minus one, at least 1."""
-        return (self.count[self.group] - 1.0).clamp_min(1.0)
+
+@dataclass(frozen=True)
+class DropSingles:
+    """Leave out columns whose prompt has no second one: they have no pair, and prompts with pairs are counted."""
+
+    def __call__(self, data: Data) -> Data:
+        groups = Groups(data["group"])
+        paired = (groups.count[groups.index] > 1).nonzero().squeeze(-1)
+        return data.take(paired) if 0 < len(paired) < len(groups.index) else data
 
 
 def contrast(
@@ -111,12 +130,12 @@ def contrast(
     """``[B]``: summed over a group, the loss's mean over its (unordered) pairs.
 
     :param log_prob, log_ref: of whole completions ``[B]`` (sums over tokens: means would move the optimum).
-    :param group: labels ``[B]`` below ``B``; groups of one contribute nothing.
+    :param group: labels ``[B]``; groups of one contribute nothing.
     :param present: ``[B]``, 0 on padding.
     """
     pairs, log_ratio = Pairs(group, present), log_prob - log_ref
     if form == "square":
-        return pairs.centre(reward - beta * log_ratio).square() / (beta * pairs.degrees)
+        return pairs.centre(reward - beta * log_ratio).square() / pairs.degrees / beta
     if form == "bilinear":
         # half of beta: the product rule doubles it
         return -2.0 * pairs.centre(reward - 0.5 * beta * log_ratio) * pairs.centre(log_ratio) / pairs.degrees
@@ -130,10 +149,9 @@ def sequence_sum(evaluation: Evaluation, batch: Data) -> Level:
     return Level(_sum(evaluation["log_prob"], valid), _sum(batch["ref_log_prob"], valid), present)
 
 
-def pair_mean(valid: Tensor, batch: Data) -> Tensor:
-    """Mean over the prompts that have pairs, of elements that sum to each prompt's mean over pairs."""
-    pairs = Pairs(batch["group"], valid[0])
-    return (pairs.paired / pairs.groups).unsqueeze(0)
+def prompt_mean(valid: Tensor, batch: Data) -> Tensor:
+    """Sum over a prompt's completions, mean over prompts."""
+    return valid / batch["n_groups"]
 
 
 def _sum(x: Tensor, valid: Tensor) -> Tensor:
@@ -165,10 +183,12 @@ class CoPGRecipe(Recipe):
         return have | super().prepare({"on": joined}, ctx)
 
     def stages(self) -> tuple[Stage, ...]:
-        return ()
+        return (DropSingles(),)
 
     def terms(self) -> tuple[Term, ...]:
-        loss = Term("contrastive_loss", self.contrastive, pair_mean, sequence_sum, advantage="score", stats=self.stats)
+        loss = Term(
+            "contrastive_loss", self.contrastive, prompt_mean, sequence_sum, advantage="score", stats=self.stats
+        )
         return (loss, *self.penalties())
 
     def contrastive(self, level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
@@ -182,7 +202,7 @@ class CoPGRecipe(Recipe):
         """Means over prompts: regularised reward, its variance inside a prompt (0 at the optimum), log-ratio to the
         reference (their KL, on policy)."""
         pairs = Pairs(batch["group"], level.valid[0])
-        members = pairs.count[pairs.group].clamp_min(1.0)
+        members = pairs.count.clamp_min(1.0)
         regularised = advantage - self.config.beta * level.log_ratio[0]
         found = {
             "regularised_reward": regularised / members,
