@@ -142,8 +142,8 @@ class DAPORecipe(Recipe):
 
     def stages(self) -> tuple[Stage, ...]:
         c, limit = self.config, self.parts.max_length
-        if not c.overlong_share:
-            return super().stages()
+        if not c.overlong_share or self.parts.request.counts is None:
+            return super().stages()  # a control episode may be long for a good reason
         penalty = OverlongPenalty(limit, max(1, round(c.overlong_share * limit)), c.overlong_floor)
         return penalty, GroupBaseline("shaped_score", scale="std", single="zero")
 
