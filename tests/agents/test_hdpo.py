@@ -317,6 +317,15 @@ def test_published_rates() -> None:
     assert make().updaters["policy"].max_grad_norm is None
 
 
+def test_the_step_size_falls_linearly_to_zero() -> None:
+    agent, rates = make("base_stock", anneal_lr=True, learning_rate=0.4), list[float]()
+    agent.learn(4 * agent.batch_steps, lambda a: rates.append(float(a.updaters["policy"].lr)))
+    assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
+    agent = make("base_stock", learning_rate=0.4)
+    agent.learn(2 * agent.batch_steps)
+    assert float(agent.updaters["policy"].lr) == 0.4
+
+
 def test_bad_input_is_refused_at_construction(tmp_path: Path) -> None:
     for bad, message in (
         ({"policy": "mlp"}, "policy: expected one of"),

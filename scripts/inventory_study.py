@@ -1,0 +1,357 @@
+"""HDPO on inventory networks, measured: gaps to computed optima, data efficiency, other methods, speed.
+
+    python scripts/inventory_study.py gaps --out results/inventory --jobs 2
+    python scripts/inventory_study.py data --out results/inventory --jobs 2
+    python scripts/inventory_study.py methods --out results/inventory --jobs 2
+    python scripts/inventory_study.py speed --out results/inventory
+    python scripts/inventory_study.py report --out results/inventory --figures docs/figures
+
+Every measurement is a cell (an instance, its settings, a seed), and becomes a row of ``OUT/NAME.csv`` when it is done.
+The same command again measures what is left; other settings are other cells. Each cell runs on one torch thread.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import tyro
+
+from ccrl.packages import check_siblings
+
+check_siblings()
+
+from ccrl.experiment.checkpoint import write_atomic
+from ccrl.experiment.csv_table import read_rows
+
+cells, methods, reports = (
+    importlib.import_module(f"{__package__}.inventory_study_{name}" if __package__ else f"inventory_study_{name}")
+    for name in ("cells", "methods", "report")
+)
+
+__all__ = ["Data", "Gaps", "Methods", "Report", "Speed", "main", "run_study"]
+
+Cell = dict[str, Any]
+SHOWN = ("env", "options", "policy", "method", "learning_rate", "n_train", "batch_size", "compile", "seed")
+MEASURES = {"gaps": cells.gap, "data": cells.data_efficiency, "methods": methods.compare, "speed": cells.speed}
+
+
+@dataclass(frozen=True)
+class Gaps:
+    """Gap of HDPO to the optimum (transshipment: to a lower bound)."""
+
+    out: Path
+    """Folder of the CSV files."""
+    jobs: int = 1
+    """Cells at a time, each a process."""
+    only: tuple[str, ...] = ("lost", "serial", "backlog", "transshipment")
+    """Kinds of instances."""
+    seeds: tuple[int, ...] = ()
+    """Agent seeds; none: 0, for transshipment 0 1 2. The report takes the seed with the best development cost."""
+    budget: int | None = None
+    """Epochs; None: those of the kind, twice as many from lead time 10 on (only the orders of the first periods of a
+    training horizon meet demand in it)."""
+    learning_rate: float | None = None
+    """First step size; None: that of the kind."""
+    tests: int | None = None
+    """Test scenarios; None: those of the kind."""
+
+    def __post_init__(self) -> None:
+        _some("only", self.only, tuple(cells.KINDS))
+        _positive(jobs=self.jobs, budget=self.budget, tests=self.tests)
+
+    def cells(self) -> dict[str, list[Cell]]:
+        return {f"gaps_{name}": list(self._of(cells.KINDS[name])) for name in self.only}
+
+    def _of(self, kind: Any) -> Iterator[Cell]:
+        # seeds first: a study that is cut short has every instance once
+        for seed, policy, instance in itertools.product(self.seeds or kind.seeds, kind.policies, kind.instances):
+            epochs = kind.epochs * (2 if instance["lead_time"] >= 10 else 1)
+            yield {
+                    "env": kind.env, "options": json.dumps(instance), "policy": policy, "seed": seed,
+                    "epochs": self.budget or epochs, "batch_size": kind.batch_size, "n_train": kind.n_train,
+                    "n_dev": kind.n_dev, "dev_every": 5, "anneal_lr": True, "whole_units": kind.whole_units,
+                    "learning_rate": self.learning_rate or kind.learning_rate, "tests": self.tests or kind.tests,
+                }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Data:
+    """The GNN and the vanilla network on few and many training scenarios, one warehouse, equal numbers of updates."""
+
+    out: Path
+    """Folder of the CSV files."""
+    jobs: int = 1
+    """Cells at a time, each a process."""
+    stores: int = 3
+    """Stores of the network."""
+    sizes: tuple[int, ...] = (16, 256, 8192)
+    """Numbers of training scenarios."""
+    policies: tuple[str, ...] = ("gnn", "vanilla")
+    """Policies, each with its published step size."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Agent seeds: networks and training scenarios."""
+    budget: int = 1024
+    """Updates, a multiple of every size over the batch."""
+    batch_size: int = 128
+    """Scenarios per update; all of them where there are fewer."""
+    n_dev: int = 256
+    """Development scenarios that choose the parameters."""
+    tests: int = 256
+    """Test scenarios."""
+
+    def __post_init__(self) -> None:
+        _positive(jobs=self.jobs, budget=self.budget, batch_size=self.batch_size, tests=self.tests)
+        for size in self.sizes:
+            per_epoch = -(-size // self.batch_size)
+            if size < 1 or self.budget % per_epoch:
+                raise ValueError(
+                    f"budget: expected a multiple of the {per_epoch} updates per epoch of {size} scenarios (all get "
+                    f"equally many), got {self.budget}"
+                )
+
+    def cells(self) -> dict[str, list[Cell]]:
+        return {"data": [self._cell(*x) for x in itertools.product(self.seeds, self.sizes, self.policies)]}
+
+    def _cell(self, seed: int, size: int, policy: str) -> Cell:
+        per_epoch = -(-size // self.batch_size)
+        epochs = self.budget // per_epoch
+        return {
+            "env": "ccrl/InventoryOneWarehouseLost-v0", "options": json.dumps({"stores": self.stores}),
+            "policy": policy, "seed": seed, "n_train": size, "epochs": epochs, "batch_size": min(size, self.batch_size),
+            "n_dev": self.n_dev, "dev_every": max(1, epochs // 16), "anneal_lr": True, "learning_rate": None,
+            "tests": self.tests,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Methods:
+    """HDPO, PPO and REINFORCE on four instances, each for a minute or two of one core."""
+
+    out: Path
+    """Folder of the CSV files."""
+    jobs: int = 1
+    """Cells at a time, each a process."""
+    methods: tuple[str, ...] = ("hdpo", "ppo", "reinforce")
+    """Which of them."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Agent seeds."""
+    hdpo_samples: int = 25_600_000
+    """Scenario periods of training."""
+    ppo_samples: int = 3_200_000
+    """The same for PPO: environment steps."""
+    reinforce_samples: int = 12_800_000
+    """The same for REINFORCE."""
+    hdpo_rates: tuple[float, ...] = ()
+    """Step sizes, falling to 0; none: the published one. The report takes the best by mean development cost."""
+    ppo_rates: tuple[float, ...] = (3e-4, 1e-3)
+    """Step sizes, falling to 0."""
+    reinforce_rates: tuple[float, ...] = (1e-3, 3e-3)
+    """Step sizes."""
+    tests: int = 500
+    """Test scenarios."""
+    n_train: int = 8192
+    """Training scenarios of HDPO; the others see new demand in every episode."""
+
+    def __post_init__(self) -> None:
+        _some("methods", self.methods, ("hdpo", "ppo", "reinforce"))
+        samples = {name: getattr(self, name) for name in ("hdpo_samples", "ppo_samples", "reinforce_samples")}
+        _positive(jobs=self.jobs, tests=self.tests, n_train=self.n_train, **samples)
+
+    def cells(self) -> dict[str, list[Cell]]:
+        rates = {"hdpo": self.hdpo_rates or (None,), "ppo": self.ppo_rates, "reinforce": self.reinforce_rates}
+        instances = (
+            ("ccrl/InventoryOneStoreLost-v0", {"lead_time": 4, "underage": 9.0}),
+            ("ccrl/InventoryOneStoreBacklogged-v0", {"lead_time": 4, "underage": 9.0}),
+            ("ccrl/InventorySerial-v0", {"lead_time": 4, "underage": 9.0}),
+            ("ccrl/InventoryTransshipment-v0", {"stores": 3, "lead_time": 2, "underage": 4.0, "correlation": 0.5}),
+        )
+        found = [
+            {
+                "env": env, "options": json.dumps(options), "method": method, "learning_rate": rate, "seed": seed,
+                "samples": getattr(self, f"{method}_samples"),
+                "n_train": self.n_train, "n_dev": 512, "scores": 16, "tests": self.tests,
+            }
+            for seed in self.seeds
+            for env, options in instances
+            for method in self.methods
+            for rate in rates[method]
+        ]  # fmt: skip
+        return {"methods": found}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Store-periods per second of HDPO's rollouts, forward and backward. One process; leave the machine alone."""
+
+    out: Path
+    """Folder of the CSV files."""
+    threads: int = 2
+    """Torch threads."""
+    batches: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    """Scenarios per update of the one-store network."""
+    stores: tuple[int, ...] = (3, 5, 10, 20, 30, 50)
+    """Stores of the one-warehouse network."""
+    store_batch: int = 64
+    """Scenarios per update there."""
+    compiled: bool = True
+    """Also with the compiled period (half a minute for every shape)."""
+    rounds: int = 5
+    """Measurements; the median counts."""
+    jobs: int = field(default=1, init=False)
+
+    def __post_init__(self) -> None:
+        _positive(threads=self.threads, rounds=self.rounds, store_batch=self.store_batch)
+
+    def cells(self) -> dict[str, list[Cell]]:
+        one = ("ccrl/InventoryOneStoreLost-v0", {"lead_time": 4})
+        shapes = [(*one, "vanilla", batch) for batch in self.batches]
+        many = "ccrl/InventoryOneWarehouseLost-v0"
+        shapes += [(many, {"stores": k}, p, self.store_batch) for p in ("gnn", "vanilla") for k in self.stores]
+        devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        found = [
+            {
+                "env": env, "options": json.dumps(options), "policy": policy, "batch_size": batch, "device": device,
+                "compile": mode, "threads": self.threads, "rounds": self.rounds,
+            }
+            for device in devices
+            for env, options, policy, batch in shapes
+            for mode in ("off", *(("period",) if self.compiled and (env, options) == one else ()))
+        ]  # fmt: skip
+        return {"speed": found}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables and figures from the CSV files that are there."""
+
+    out: Path
+    """Folder of the CSV files."""
+    figures: Path
+    """Folder of the tables (Markdown) and figures; they are called inventory_*."""
+
+
+def run_study(study: Any) -> int:
+    """Measure the cells that are not in the CSV files yet; returns how many failed."""
+    start, failed = time.perf_counter(), 0
+    for name, wanted in study.cells().items():
+        path = study.out / f"{name}.csv"
+        done = {_key(cell, row) for row in _rows(path) for cell in wanted[:1]}
+        left = [cell for cell in wanted if _key(cell, cell) not in done]
+        print(f"[{name}] {len(wanted)} cells, {len(wanted) - len(left)} of them measured before; {path}", flush=True)
+        for count, (cell, found) in enumerate(_measure(name, left, study.jobs), 1):
+            what = ", ".join(f"{k} {cell[k]}" for k in SHOWN if k in cell)
+            if isinstance(found, str):
+                failed += 1
+                print(f"[{count}/{len(left)}] {what}: FAILED\n{found}", flush=True)
+                continue
+            append(path, cell | found)
+            shown = {k: v for k, v in found.items() if k != "curve"}
+            text = ", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+            print(f"[{count}/{len(left)}] {what}: {text}", flush=True)
+    print(f"{(time.perf_counter() - start) / 60:.1f} minutes, {failed} cells failed", flush=True)
+    return failed
+
+
+def append(path: Path, row: Cell) -> None:
+    """One more row, and columns where it has new ones. The file is replaced whole: a kill leaves the old or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = [*_rows(path), row]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for r in rows for name in r)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return read_rows(path) if path.exists() else []
+
+
+def _key(names: Cell, row: Cell) -> tuple[str, ...]:
+    """The settings of a cell as text, as they are in the file."""
+    return tuple("" if row.get(name) is None else str(row[name]) for name in names)
+
+
+def _measure(name: str, left: list[Cell], jobs: int) -> Iterator[tuple[Cell, Cell | str]]:
+    if jobs == 1:
+        for cell in left:
+            yield cell, _one(name, cell)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=(os.getpid(),)) as pool:
+        futures = {pool.submit(_one, name, cell): cell for cell in left}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C the rest must not start
+
+
+def _one(name: str, cell: Cell) -> Cell | str:
+    """The results of a cell, or the traceback."""
+    torch.set_num_threads(1)
+    try:
+        found: Cell = MEASURES[name.split("_")[0]](cell, json.loads(cell["options"]))
+        return found
+    except Exception:
+        return traceback.format_exc()
+
+
+def _begin(parent: int) -> None:
+    """A killed study must not leave workers behind."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _some(name: str, got: tuple[str, ...], known: tuple[str, ...]) -> None:
+    if not got or set(got) - set(known):
+        raise ValueError(f"{name}: expected some of {', '.join(known)}, got {' '.join(got) or 'none'}")
+
+
+def _positive(**numbers: int | None) -> None:
+    for name, value in numbers.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: expected >= 1, got {value}")
+
+
+def main(argv: list[str]) -> int:
+    """Run one of the studies, or report; returns the number of cells that failed."""
+    commands = {"gaps": Gaps, "data": Data, "methods": Methods, "speed": Speed, "report": Report}
+    study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
+    if isinstance(study, Report):
+        for path in reports.write(study.out, study.figures):
+            print(path)
+        return 0
+    return run_study(study)
+
+
+if __name__ == "__main__":
+    try:
+        status = main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    sys.exit(1 if status else 0)
