@@ -1,0 +1,278 @@
+"""Methods for language models from one warm start, at equal rollouts: pass@1, pass@k and entropy over training.
+
+python scripts/llm_study.py run --out results/llm --jobs 2      # resumable: warm starts, then every method and seed
+python scripts/llm_study.py report --out results/llm            # tables and figures in docs/figures/llm_*
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import torch
+import tyro
+from matplotlib import pyplot as plt
+
+from ccrl.packages import ROOT, check_siblings
+
+check_siblings()
+
+import agents
+from ccrl.experiment.cells import complete
+from ccrl.experiment.checkpoint import write_atomic
+from ccrl.experiment.csv_table import read_rows
+
+__all__ = ["METHODS", "Report", "Run", "interval", "main", "play", "warm_start"]
+
+METHODS = (
+    "grpo", "hpt", "bnpo", "gdpo", "g2rpo", "empg", "mhpo", "real", "gbpo", "dcpo", "r2vpo", "d3s", "riskpo", "copg",
+)  # fmt: skip
+"""The baseline, then the papers."""
+
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""0.975 quantile of Student's t for so many runs (one degree of freedom less)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Train every method from the same warm start, seed by seed."""
+
+    out: Path
+    """Folder of ``runs.csv`` and of the warm starts."""
+    methods: tuple[str, ...] = METHODS
+    """Names of ``agents.llm.METHODS``; each runs its own default settings but for those below."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seed of warm start, sampling and shuffling."""
+    task: str = "arithmetic"
+    """Text task."""
+    layers: int = 4
+    """Layers of the model."""
+    width: int = 160
+    """Its hidden size (1.3 M parameters with 4 layers)."""
+    warm_steps: int = 1200
+    """Supervised steps of the warm start, 64 demonstrations each."""
+    iterations: int = 80
+    """Rollouts of 16 prompts x 8 completions (methods that ask for more than one rollout count what they use)."""
+    learning_rate: float = 2e-4
+    """AdamW's, for all methods."""
+    max_grad_norm: float = 0.1
+    """Gradients are scaled down to this norm, which is below most methods' gradients: losses of different scale then
+    move the model alike."""
+    eval_every: int = 20
+    """Iterations between evaluations (128 test questions x 8 samples)."""
+    jobs: int = 1
+    """Processes."""
+
+    def __post_init__(self) -> None:
+        unknown = set(self.methods) - set(agents.METHODS)
+        if unknown:
+            raise ValueError(f"methods: expected some of {sorted(agents.METHODS)}, got {sorted(unknown)}")
+        for name in ("layers", "width", "warm_steps", "iterations", "eval_every", "jobs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+
+    def run(self) -> list[dict[str, str]]:
+        """Warm starts that are missing, then the runs that ``runs.csv`` lacks."""
+        model = {"task": self.task, "layers": self.layers, "width": self.width, "warm_steps": self.warm_steps}
+        starts = [{"seed": seed, **model} for seed in self.seeds]
+        make = partial(warm_start, out=str(self.out))
+        complete(self.out / "warm.csv", starts, make, jobs=min(self.jobs, len(starts)), name="warm start")
+        cells = [
+            {"method": method, "seed": seed, **model, "iterations": self.iterations, "lr": self.learning_rate,
+             "max_grad_norm": self.max_grad_norm, "eval_every": self.eval_every}
+            for seed in self.seeds for method in self.methods
+        ]  # fmt: skip
+        rows = complete(self.out / "runs.csv", cells, partial(play, out=str(self.out)), jobs=self.jobs, name="llm")
+        write_atomic(self.out / "command.txt", lambda file: file.write(self.command().encode()))
+        return rows
+
+    def command(self) -> str:
+        """The command that makes these rows, with what differs from the defaults."""
+        words = ["python scripts/llm_study.py run --out results/llm"]
+        for name in ("seeds", "task", "layers", "width", "warm_steps", "iterations", "learning_rate", "max_grad_norm",
+                     "eval_every"):  # fmt: skip
+            value, default = getattr(self, name), getattr(Run(self.out), name)
+            if value != default:
+                words.append(f"--{name.replace('_', '-')} {' '.join(map(str, value)) if name == 'seeds' else value}")
+        return " ".join(words)
+
+
+def _folder(cell: dict[str, Any], out: str) -> Path:
+    names = ("task", "layers", "width", "warm_steps", "seed")
+    return Path(out) / "warm" / "_".join(str(cell[name]) for name in names)
+
+
+def warm_start(cell: dict[str, Any], out: str) -> list[dict[str, float]]:
+    """Supervised training from scratch; the model goes into a folder that any method can start from."""
+    cls = agents.get_agent("sft")
+    agent = cls(cell["task"], cls.Config(model_layers=cell["layers"], model_width=cell["width"]), seed=cell["seed"])
+    loss = agent.warm_start(cell["warm_steps"])
+    agent.policy.model.save_pretrained(_folder(cell, out))
+    found = agent.pass_at((1, 8), 128, 8, 30_000)
+    size = sum(p.numel() for p in agent.policy.parameters())
+    return [{"loss": loss, "parameters": size, "pass1": found["pass@1"], "pass8": found["pass@8"],
+             "entropy": found["entropy"]}]  # fmt: skip
+
+
+def play(cell: dict[str, Any], out: str) -> list[dict[str, float]]:
+    """One method, one seed; a row per evaluation."""
+    cls = agents.get_agent(cell["method"])
+    config = cls.Config(
+        model=str(_folder(cell, out)), n_prompts=16, group_size=8, learning_rate=cell["lr"],
+        max_grad_norm=cell["max_grad_norm"],
+    )  # fmt: skip
+    agent = cls(cell["task"], config, seed=cell["seed"])
+    rows, norms = list[dict[str, float]](), list[float]()
+
+    def measure() -> None:
+        found = agent.pass_at((1, 8), 128, 8, 30_000)
+        norm = statistics.fmean(norms) if norms else math.nan
+        rows.append({"iteration": agent.iteration, "completions": agent.num_timesteps, "pass1": found["pass@1"],
+                     "pass8": found["pass@8"], "entropy": found["entropy"], "grad_norm": norm})  # fmt: skip
+        norms.clear()
+
+    def watch(_: Any) -> bool:
+        norms.append(float(agent.scalars.get("train/grad_norm", math.nan)))
+        if agent.iteration % cell["eval_every"] == 0:
+            measure()
+        return agent.iteration < cell["iterations"]
+
+    measure()
+    agent.learn(10**9, watch)
+    return rows
+
+
+# -- report -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    """Tables and figures of finished runs."""
+
+    out: Path
+    """Folder of ``run``."""
+    target: Path = ROOT / "docs" / "figures"
+    """Where ``llm_study.md`` and the figures go."""
+
+    def run(self) -> str:
+        """Write and return the table."""
+        rows = read_rows(self.out / "runs.csv")
+        command = (self.out / "command.txt").read_text(encoding="utf-8")
+        warm = read_rows(self.out / "warm.csv")
+        self.target.mkdir(parents=True, exist_ok=True)
+        text = table(rows, warm, command)
+        write_atomic(self.target / "llm_study.md", lambda file: file.write(text.encode()))
+        for column, label in (("pass1", "pass@1"), ("pass8", "pass@8"), ("entropy", "entropy per token, nats")):
+            figure = curves(rows, column, label, command)
+            figure.savefig(self.target / f"llm_study_{column}.png", dpi=130)
+            plt.close(figure)
+        print(text, end="")
+        return text
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Mean and half width of its 95 % interval (Student's t; nan for one value)."""
+    n = len(values)
+    half = STUDENT[n] * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return statistics.fmean(values), half
+
+
+def _last(rows: list[dict[str, str]], method: str, column: str) -> dict[str, float]:
+    """By seed: the value of the last evaluation."""
+    return {row["seed"]: float(row[column]) for row in rows if row["method"] == method}
+
+
+def table(rows: list[dict[str, str]], warm: list[dict[str, str]], command: str) -> str:
+    """Markdown: the last evaluation of every method, and its paired difference to GRPO."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    seeds = sorted({row["seed"] for row in rows}, key=int)
+    start = {c: statistics.fmean(float(row[c]) for row in warm) for c in ("pass1", "pass8", "entropy")}
+    lines = [
+        f"Made by `{command}` and `report`. Last evaluation; mean over seeds {', '.join(seeds)} with the half width of "
+        f"its 95 % interval (Student's t). Warm start ({float(warm[0]['parameters']) / 1e6:.1f} M parameters): pass@1 "
+        f"{start['pass1']:.3f}, pass@8 {start['pass8']:.3f}, entropy {start['entropy']:.3f}. The difference is paired "
+        "by seed; significant: its interval leaves out 0, without a correction for the number of methods.",
+        "", "| method | pass@1 | pass@8 | entropy | completions | pass@1 - GRPO | significant | gradient norm |",
+        "|---|---|---|---|---|---|---|---|",
+    ]  # fmt: skip
+    base = _last(rows, "grpo", "pass1")
+    for method in methods:
+        cells = [_text(list(_last(rows, method, c).values())) for c in ("pass1", "pass8", "entropy")]
+        mine = _last(rows, method, "pass1")
+        paired = [mine[s] - base[s] for s in mine if s in base]
+        mean, half = interval(paired) if paired else (math.nan, math.nan)
+        verdict = "" if method == "grpo" or not abs(mean) > half else "better" if mean > 0 else "worse"
+        if method != "grpo" and not verdict:
+            verdict = "no"
+        used = statistics.fmean(_last(rows, method, "completions").values())
+        norm = statistics.fmean(_last(rows, method, "grad_norm").values())
+        gap = "" if method == "grpo" else f"{mean:+.3f} +- {half:.3f}"
+        lines.append(f"| {method} | {' | '.join(cells)} | {used:,.0f} | {gap} | {verdict} | {norm:.3g} |")
+    return "\n".join(lines) + "\n"
+
+
+def _text(values: list[float]) -> str:
+    mean, half = interval(values)
+    return f"{mean:.3f} +- {half:.3f}"
+
+
+def curves(rows: list[dict[str, str]], column: str, label: str, command: str) -> Any:
+    """A panel per method: mean and 95 % interval over seeds, GRPO behind it in grey."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    columns = 5
+    lines = -(-len(methods) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(11, 1.9 * lines + 0.5), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, method in zip(axes.flat, methods):
+        for name, colour in (("grpo", "0.6"), (method, "tab:blue")):
+            points = _curve(rows, name, column)
+            x, mean = [p[0] for p in points], [p[1] for p in points]
+            axis.plot(x, mean, color=colour, linewidth=1.4)
+            low, high = [p[1] - p[2] for p in points], [p[1] + p[2] for p in points]
+            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+        axis.set_title(method, fontsize=9, loc="left")
+        axis.tick_params(labelsize=7)
+    for axis in axes.flat[len(methods) :]:
+        axis.set_visible(False)
+    figure.supxlabel("completions", fontsize=9)
+    figure.supylabel(label, fontsize=9)
+    figure.text(0.01, 0.002, f"{command}; grey: GRPO; bands: 95 % (Student's t) over seeds", fontsize=6, color="0.4")
+    figure.tight_layout(rect=(0.0, 0.02, 1.0, 1.0))
+    return figure
+
+
+def _curve(rows: list[dict[str, str]], method: str, column: str) -> list[tuple[float, float, float]]:
+    """``(completions, mean, half width)`` per evaluation."""
+    points = list[tuple[float, float, float]]()
+    mine = [row for row in rows if row["method"] == method]
+    for iteration in sorted({int(row["iteration"]) for row in mine}):
+        at = [row for row in mine if int(row["iteration"]) == iteration]
+        mean, half = interval([float(row[column]) for row in at])
+        points.append(
+            (statistics.fmean(float(row["completions"]) for row in at), mean, 0.0 if math.isnan(half) else half)
+        )
+    return points
+
+
+def main(argv: list[str]) -> Any:
+    """``run`` or ``report``."""
+    torch.set_num_threads(1)
+    chosen: Any = tyro.extras.subcommand_cli_from_dict({"run": Run, "report": Report}, args=argv, description=__doc__)
+    return chosen.run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
