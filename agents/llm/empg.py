@@ -1,0 +1,175 @@
+"""EMPG: Entropy-Modulated Policy Gradients (Wang et al. 2025, arXiv 2509.09265).
+
+The size of a softmax policy's gradient follows its entropy: ``E |grad_z log pi|^2 = 1 - sum_v pi_v^2``. So every step's
+advantage is rescaled by a falling function of the step's entropy, and clear steps ahead are rewarded:
+
+    H_it  = mean entropy of the tokens of step t of trajectory i, under the policy that sampled them
+    Hn    = (H - min H) / (max H - min H + eps)                     over all steps of the batch
+    g     = exp(-k Hn) / mean exp(-k Hn),    f = exp(-k' Hn)
+    A_it  = A_i g(H_it) + zeta f(H_i,t+1)                           no bonus for a trajectory's last step
+    A     = A_it - mean over steps                                  every step counts once, however long
+    loss  = -min(rho A, clip(rho) A)
+
+A step is what the agent writes between two replies of its environment (``step="turn"``; a single-turn answer is one
+step), and can be cut further at a delimiter token, or be a single token: an environment step of control episodes.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from agents.llm.base import LLM, LLMConfig
+from agents.llm.recipe import Recipe
+from ccrl.data import Data, Field
+from ccrl.estimators.base import Context, Stage
+from ccrl.llm.rollouts import evaluate_columns
+
+__all__ = ["EMPG", "EMPGConfig", "EMPGRecipe", "ModulateSteps", "Steps", "find_steps", "modulate"]
+
+EPS = 1e-8
+
+
+@dataclass(frozen=True)
+class EMPGConfig(LLMConfig):
+    """The authors' pseudocode on top of GRPO."""
+
+    scale: float = 1.0
+    """k: how strongly a step's entropy scales its advantage; 0: not at all."""
+    clarity: float = 1.0
+    """k': how strongly the bonus falls with the entropy of the step ahead."""
+    zeta: float = 0.1
+    """Weight of the bonus for a clear step ahead."""
+    step: str = "turn"
+    """turn: the tokens between two replies; delimiter: these, cut after every delimiter token; token: each token."""
+    delimiter: int = -1
+    """The token that ends a step, for step="delimiter"."""
+    aggregate: str = "sequence_mean_token_mean"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("scale", "clarity", "zeta"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
+        if self.step not in ("turn", "delimiter", "token"):
+            raise ValueError(f"step: expected turn, delimiter or token, got {self.step!r}")
+        if (self.step == "delimiter") != (self.delimiter >= 0):
+            raise ValueError(
+                "delimiter: expected a token (>= 0) with step='delimiter' and -1 without, got "
+                f"{self.delimiter} with step={self.step!r}"
+            )
+
+
+class Steps(NamedTuple):
+    """``S`` steps, in order inside every column, columns one after another."""
+
+    number: Tensor
+    """``[T, N]`` int64: the step of every valid token; 0 elsewhere."""
+    tokens: Tensor
+    """``[S]``: tokens of the step."""
+    last: Tensor
+    """``[S]`` bool: whether it is its trajectory's last one."""
+
+    def mean(self, x: Tensor, valid: Tensor) -> Tensor:
+        """``[S]``: mean of ``x`` ``[T, N]`` over the tokens of each step."""
+        inside = valid > 0
+        zeros = torch.zeros(len(self.tokens), dtype=x.dtype, device=x.device)
+        return zeros.index_add(0, self.number[inside], x[inside]) / self.tokens.to(x.dtype)
+
+    def spread(self, x: Tensor, valid: Tensor) -> Tensor:
+        """``[T, N]``: every token's entry of ``x`` ``[S]``, 0 where not valid."""
+        return torch.where(valid > 0, x[self.number], 0.0)
+
+
+def find_steps(valid: Tensor, token: Tensor | None, step: str = "turn", delimiter: int = -1) -> Steps:
+    """The steps of a rollout; ``valid`` and ``token`` are ``[T, N]``, and only delimiters look at ``token``."""
+    inside = valid > 0
+    before = torch.cat([torch.zeros_like(inside[:1]), inside[:-1]])
+    if step == "token":
+        begins = inside
+    else:
+        begins = inside & ~before
+        if step == "delimiter":
+            assert token is not None
+            begins[1:] |= inside[1:] & (token[:-1] == delimiter)
+    per_column = begins.sum(0)
+    offset = per_column.cumsum(0) - per_column
+    number = torch.where(inside, begins.cumsum(0) - 1 + offset, 0)
+    total = int(per_column.sum())
+    tokens = torch.bincount(number[inside], minlength=total)
+    last = torch.zeros(total, dtype=torch.bool, device=valid.device)
+    last[(per_column.cumsum(0) - 1)[per_column > 0]] = True
+    return Steps(number, tokens, last)
+
+
+def modulate(
+    advantage: Tensor, entropy: Tensor, last: Tensor, *, scale: float = 1.0, clarity: float = 1.0, zeta: float = 0.1
+) -> tuple[Tensor, Tensor]:
+    """The centred advantages and the factors ``g`` of ``S >= 1`` steps, from their trajectories' ``advantage``, their
+    ``entropy`` and whether each is the ``last`` of its trajectory, all ``[S]``."""
+    low, high = entropy.min(), entropy.max()
+    normed = (entropy - low) / (high - low + EPS)
+    weight = torch.exp(-scale * normed)
+    factor = weight / (weight.mean() + EPS)
+    ahead = torch.exp(-clarity * normed).roll(-1)
+    modulated = advantage * factor + torch.where(last, torch.zeros_like(ahead), zeta * ahead)
+    return modulated - modulated.mean(), factor
+
+
+@dataclass(frozen=True)
+class ModulateSteps:
+    """A new ``advantage``, and ``step_scale`` (the factors g) ``[T, N]``, from ``advantage`` and ``entropy`` over the
+    whole rollout; one without any step is returned as it is."""
+
+    config: EMPGConfig
+
+    def __call__(self, data: Data) -> Data:
+        c, valid, advantage = self.config, data["valid"], data["advantage"]
+        if c.step == "delimiter" and "action" not in data:
+            raise ValueError(f"step='delimiter' looks for token {c.delimiter}; expected a column of tokens 'action'")
+        steps = find_steps(valid, data["action"] if c.step == "delimiter" else None, c.step, c.delimiter)
+        if len(steps.tokens) == 0:
+            return data
+        if len(steps.tokens) == 1:
+            warnings.warn("EMPG: the batch has one step, and centring makes its advantage 0", stacklevel=2)
+        found, factor = modulate(
+            steps.mean(advantage, valid), steps.mean(data["entropy"].to(advantage.dtype), valid), steps.last,
+            scale=c.scale, clarity=c.clarity, zeta=c.zeta,
+        )  # fmt: skip
+        return data.derive(advantage=steps.spread(found, valid), step_scale=steps.spread(factor, valid))
+
+
+class EMPGRecipe(Recipe):
+    """GRPO's advantages, modulated step by step."""
+
+    Config = EMPGConfig
+    fields = (Field("entropy"),)
+
+    def start(self, data: Data, ctx: Context) -> Data:
+        """Samplers of tokens store ``entropy``; where none did, the policy is still the one that sampled."""
+        data = super().start(data, ctx)
+        if "entropy" in data:
+            return data
+        found = evaluate_columns(self.parts.policy, data, frozenset({"entropy"}), self.config.microbatch or None)
+        return data.derive(entropy=found["entropy"])
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (*super().stages(), ModulateSteps(self.config))
+
+
+class EMPG(LLM):
+    """Entropy-Modulated Policy Gradients: confident steps get larger updates, clear steps ahead a bonus."""
+
+    name = "empg"
+    paper = "Wang et al. 2025, arXiv 2509.09265"
+    Config = EMPGConfig
+    Recipe = EMPGRecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {"advantage": "group z-score x step entropy + clarity ahead, centred", "ratio": "token", "loss": "clip",
+                "aggregate": "sequence means"}  # fmt: skip
