@@ -1,0 +1,121 @@
+"""Models by name, adapters, and what is said when something is missing."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from ccrl.collect import Request
+from ccrl.llm.models import WithoutAdapters, build_policy, load_model, tiny_model
+from ccrl.llm.policy import CausalLMPolicy
+from ccrl.llm.sampler import TokenCollector
+from ccrl.llm.task import TextTask
+from ccrl.packages import require
+from ccrl.testing.recipe_contract import RaggedTask
+
+WANT = frozenset({"log_prob"})
+
+
+def config(**changes: Any) -> Any:
+    default = {
+        "model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2, "lora_rank": 0, "chunk": 0,
+        "temperature": 1.0, "second_temperature": 1.0,
+    }  # fmt: skip
+    return SimpleNamespace(**default | changes)
+
+
+@pytest.fixture
+def peft() -> Any:
+    try:
+        return require("peft", "llm")
+    except ImportError as error:
+        pytest.skip(str(error))
+
+
+def test_tiny_model(transformers: Any, task: TextTask) -> None:
+    policy = build_policy(config(chunk=5), task)
+    assert isinstance(policy, CausalLMPolicy)
+    assert policy.vocab_size == task.vocab.size
+    assert policy.chunk == 5
+    with pytest.raises(ValueError, match="width: expected a multiple of heads = 3, got 16"):
+        tiny_model(10, width=16, heads=3)
+
+
+def test_a_saved_model_is_the_same(transformers: Any, task: TextTask, tmp_path: Path) -> None:
+    policy = build_policy(config(), task)
+    policy.model.save_pretrained(tmp_path)
+    again = build_policy(config(model=str(tmp_path)), task)
+    assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), again.parameters(), strict=True))
+
+
+def test_a_vocabulary_too_small(transformers: Any, task: TextTask, tmp_path: Path) -> None:
+    tiny_model(task.vocab.size - 1, layers=1, width=16, heads=2).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"at least the task's {task.vocab.size} tokens, got {task.vocab.size - 1}"):
+        build_policy(config(model=str(tmp_path)), task)
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected tiny, tabular or a local model directory, got .*nowhere"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_tables_are_for_bandits(task: TextTask) -> None:
+    with pytest.raises(ValueError, match="tabular needs a bandit task"):
+        build_policy(config(model="tabular"), task)
+    policy = build_policy(config(model="tabular"), RaggedTask())
+    assert torch.equal(policy.logits, RaggedTask().initial_logits())  # type: ignore[arg-type]
+
+
+def test_missing_extras_say_what_to_install(monkeypatch: pytest.MonkeyPatch, task: TextTask) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'\'transformers\', which is not installed.*pip install -e "\.\[llm\]"'):
+        build_policy(config(), task)
+
+
+def test_missing_peft_says_what_to_install(monkeypatch: pytest.MonkeyPatch, transformers: Any, task: TextTask) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r'\'peft\', which is not installed.*pip install -e "\.\[llm\]"'):
+        build_policy(config(lora_rank=2), task)
+
+
+def test_only_adapters_train(transformers: Any, peft: Any, task: TextTask) -> None:
+    policy = build_policy(config(lora_rank=2), task)
+    trained = [name for name, p in policy.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    frozen = {name: p.clone() for name, p in policy.named_parameters() if not p.requires_grad}
+    data = TokenCollector(task, seed=0).collect(Request(counts=torch.tensor([2, 2])), policy)
+    optimiser = torch.optim.SGD([p for p in policy.parameters() if p.requires_grad], lr=1.0)
+    for _ in range(2):  # the first step moves B alone: A has no gradient while B is 0
+        optimiser.zero_grad()
+        (policy(data, WANT)["log_prob"] * data["valid"]).sum().backward()
+        optimiser.step()
+    assert all(torch.equal(p, frozen[name]) for name, p in policy.named_parameters() if name in frozen)
+    assert all(p.grad.any() for p in policy.parameters() if p.requires_grad)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("chunk", [0, 3])
+def test_the_reference_is_the_model_under_the_adapters(
+    transformers: Any, peft: Any, task: TextTask, chunk: int
+) -> None:
+    torch.manual_seed(0)
+    plain = build_policy(config(), task)
+    torch.manual_seed(0)
+    policy = build_policy(config(lora_rank=2, chunk=chunk), task)
+    reference = WithoutAdapters(policy)  # type: ignore[arg-type]
+    data = TokenCollector(task, seed=0).collect(Request(counts=torch.tensor([2, 2])), policy)
+    with torch.no_grad():
+        torch.testing.assert_close(policy(data, WANT)["log_prob"], plain(data, WANT)["log_prob"])
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.normal_()
+        moved, below = policy(data, WANT)["log_prob"], reference(data, WANT)["log_prob"]
+        torch.testing.assert_close(below, plain(data, WANT)["log_prob"])
+        assert (moved - below).abs().max() > 0.01
+        torch.testing.assert_close(policy(data, WANT)["log_prob"], moved)
+    assert not list(reference.parameters())

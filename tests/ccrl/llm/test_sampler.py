@@ -1,0 +1,313 @@
+"""Sampling completions: streams of random numbers, flags, replies, demonstrations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ccrl.collect import Request
+from ccrl.data import Data, Field
+from ccrl.llm import sampler
+from ccrl.llm.policy import CausalLMPolicy
+from ccrl.llm.sampler import TokenCollector
+from ccrl.llm.tabular import TabularTokenPolicy
+from ccrl.llm.task import Prompts, Score, TextTask, pad_left
+from ccrl.testing.recipe_contract import RaggedTask
+
+Build = Callable[..., CausalLMPolicy]
+
+
+def table(task: RaggedTask, seed: int = 0, **options: float) -> TabularTokenPolicy:
+    noise = torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(seed))
+    return TabularTokenPolicy(3, 8, 5, init=task.initial_logits() + noise, **options)
+
+
+def collect(seed: int, counts: Sequence[int] = (4, 4, 4), **options: Any) -> Data:
+    task = RaggedTask()
+    data = TokenCollector(task, seed=seed, **options).collect(Request(counts=torch.tensor(counts)), table(task))
+    return Data({k: v.clone() for k, v in data.items()}, sequence=data.sequence)  # type: ignore[union-attr]
+
+
+# -- random numbers -------------------------------------------------------------------------------------------------
+
+
+def test_a_seed_decides_the_samples() -> None:
+    first, again, other = collect(0), collect(0), collect(1)
+    assert torch.equal(first["action"], again["action"])
+    assert torch.equal(first["log_prob"], again["log_prob"])
+    assert first["action"].shape != other["action"].shape or not torch.equal(first["action"], other["action"])
+
+
+def test_global_random_numbers_are_left_alone() -> None:
+    before = torch.get_rng_state()
+    collect(0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", ["table", "llama", "gpt2"])
+def test_dropping_finished_rows_changes_no_sample(
+    monkeypatch: pytest.MonkeyPatch, build: Build, task: TextTask, prompts: Prompts, name: str
+) -> None:
+    found = []
+    for share in (0.0, 1.0):
+        monkeypatch.setattr(sampler, "COMPACT", share)
+        if name == "table":
+            found.append(collect(0))
+            continue
+        policy = build(name)
+        data = TokenCollector(task, seed=1).sample(policy, prompts, torch.arange(len(prompts)).repeat_interleave(3))
+        found.append(data)
+    kept, dropped = found
+    assert len(kept["length"].unique()) > 1
+    assert torch.equal(kept["action"], dropped["action"])
+    assert torch.equal(kept["present"], dropped["present"])
+    torch.testing.assert_close(kept["log_prob"], dropped["log_prob"], rtol=1e-4, atol=1e-5)
+
+
+def test_a_restored_collector_goes_on() -> None:
+    task = RaggedTask()
+    policy, request = table(task), Request(counts=torch.tensor([4, 4]))
+    first, second = TokenCollector(task, seed=0), TokenCollector(task, seed=9)
+    first.collect(request, policy)
+    second.load_state_dict(first.state_dict())
+    one, two = first.collect(request, policy), second.collect(request, policy)
+    assert torch.equal(one["action"], two["action"])
+    assert first.total_steps == second.total_steps == 16
+    assert first.tokens == second.tokens
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_frequencies_are_the_probabilities(temperature: float) -> None:
+    task = RaggedTask()
+    policy = table(task, temperature=temperature)
+    n = 20_000
+    prompts = task.prompts(1, None)
+    data = TokenCollector(task, seed=0).sample(policy, prompts, torch.zeros(n, dtype=torch.int64))
+    for t in (0, 1):
+        expected = (policy.logits[0, t] / temperature).softmax(-1).detach()
+        reached = data["present"][t] > 0
+        counts = torch.bincount(data["action"][t, reached], minlength=5).float()
+        error = (expected * (1 - expected) / counts.sum()).sqrt()
+        assert ((counts / counts.sum() - expected).abs() < 4.5 * error + 1e-6).all()
+
+
+def test_most_probable_tokens() -> None:
+    task = RaggedTask()
+    policy = table(task)
+    prompts = task.prompts(3, None)
+    question = torch.arange(3)
+    data = TokenCollector(task, seed=0).sample(policy, prompts, question, deterministic=True)
+    best = policy.logits.argmax(-1)
+    for n in range(3):
+        length = int(data["length"][n])
+        assert torch.equal(data["action"][:length, n], best[n, :length])
+    found = TokenCollector(task, seed=5).complete(policy, prompts, deterministic=True)
+    assert found == [data["action"][: int(data["length"][n]), n].tolist() for n in range(3)]
+
+
+# -- columns --------------------------------------------------------------------------------------------------------
+
+
+def test_ragged_counts() -> None:
+    data = collect(0, counts=(1, 4, 2))
+    assert data["group"].tolist() == [0, 1, 1, 1, 1, 2, 2]
+    assert data["prompt"].flatten().tolist() == data["index"].tolist() == [0, 1, 1, 1, 1, 2, 2]
+
+
+def test_facts_of_a_rollout() -> None:
+    task = RaggedTask()
+    data = collect(0, fields=(Field("entropy"),))
+    policy, eos = table(task), task.vocab.eos
+    steps = torch.arange(data.shape[0])[:, None]
+    assert torch.equal(data["present"] > 0, steps < data["length"])
+    assert torch.equal(data["valid"], data["present"])
+    ends = (steps == data["length"] - 1) & (data["present"] > 0)
+    assert torch.equal(data["terminated"], ends)
+    assert (data["action"][ends] == eos).all()
+    assert (data["action"][(data["present"] > 0) & ~ends] != eos).all()
+    assert torch.equal(data["carry"] > 0, (data["present"] > 0) & ~ends)
+    torch.testing.assert_close(data["reward"].sum(0), data["score"])
+    assert (data["reward"][~ends] == 0).all()
+    torch.testing.assert_close(data["scores"].sum(1), data["score"])
+    assert not data["capped"].any()
+    assert not data["demonstration"].any()
+    out = policy(data, frozenset({"log_prob", "entropy"}))
+    for name, value in out.items():
+        torch.testing.assert_close(data[name], torch.where(data["valid"] > 0, value, 0.0).detach())
+
+
+def test_the_length_cap(build: Build, task: TextTask, prompts: Prompts) -> None:
+    policy = build("llama")
+    data = TokenCollector(task, seed=1, max_new_tokens=3).sample(policy, prompts, torch.arange(8).repeat_interleave(32))
+    assert data.shape[0] == 3
+    ended = (data["action"] == task.vocab.eos).any(0)
+    assert ended.any()
+    assert not ended.all()
+    assert torch.equal(data["capped"], ~ended)
+    assert torch.equal(data["truncated"].any(0), ~ended)
+    assert torch.equal(data["terminated"].any(0), ended)
+    assert TokenCollector(task, max_new_tokens=100).steps == task.max_new_tokens
+
+
+def test_buckets() -> None:
+    data = collect(0, bucket=4)
+    assert data.shape[0] == 8
+    assert data["length"].max() <= 6
+    assert not data["valid"][int(data["length"].max()) :].any()
+
+
+def test_prompts_of_another_rollout() -> None:
+    task = RaggedTask()
+    collector, policy = TokenCollector(task, seed=0), table(task)
+    collector.collect(Request(counts=torch.tensor([2, 2])), policy)
+    again = collector.collect(Request(tag="again", counts=torch.tensor([1, 3]), source="on"), policy)
+    assert collector.prompts["again"] is collector.prompts["on"]
+    assert again["group"].tolist() == [0, 1, 1, 1]
+    with pytest.raises(ValueError, match=r"request 'x': expected counts \[2\], got \(1,\)"):
+        collector.collect(Request(tag="x", counts=torch.tensor([1]), source="on"), policy)
+
+
+def test_demonstrations() -> None:
+    task = RaggedTask()
+    collector = TokenCollector(task, seed=0)
+    data = collector.collect(Request(counts=torch.ones(3, dtype=torch.int64), demonstrations=True), table(task))
+    assert data.shape == (3, 3)
+    assert data["action"].t().tolist() == [[0, 1, 4], [1, 2, 4], [2, 3, 4]]
+    assert data["valid"].all()
+    assert data["terminated"].t().tolist() == [[False, False, True]] * 3
+    assert data["demonstration"].tolist() == [1.0, 1.0, 1.0]
+    assert data["scores"][:, 0].tolist() == [1.0, 1.0, 1.0]
+    assert not data["log_prob"].any()
+    assert collector.total_steps == 0
+
+
+def test_a_question_without_demonstration_is_an_empty_column() -> None:
+    task = RaggedTask()
+    ask = task.prompts
+
+    def partly(n: int, generator: Any, split: Any = "train") -> Prompts:
+        found = ask(n, generator, split)
+        assert found.demonstration is not None
+        found.demonstration[1] = task.vocab.pad
+        return found
+
+    task.prompts = partly  # type: ignore[method-assign]
+    request = Request(counts=torch.ones(3, dtype=torch.int64), demonstrations=True)
+    data = TokenCollector(task, seed=0).collect(request, table(task))
+    assert data["valid"].sum(0).tolist() == [3, 0, 3]
+    assert data["length"].tolist() == [3, 0, 3]
+    assert data["reward"][:, 1].tolist() == [0, 0, 0]
+    assert not data["terminated"][:, 1].any()
+
+
+def test_end_token_that_pads(build: Build, task: TextTask) -> None:
+    """A tokenizer without a pad token pads with its end token: a demonstration still ends with one."""
+    vocab = task.vocab
+    vocab.pad = vocab.eos
+    request = Request(counts=torch.ones(6, dtype=torch.int64), demonstrations=True)
+    data = TokenCollector(task, seed=0).collect(request, build("llama"))
+    assert data["length"].unique().tolist() == [2, 3]
+    assert data["scores"].flatten().tolist() == [1.0] * 6
+
+
+# -- conversations --------------------------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Tokens 0 and 1 are words, 2 asks for a reply, 3 ends. The reply to the first question is 1 0, to the second one
+    token of 1, and the third ends the episode."""
+
+    name, components, max_new_tokens, turn = "scripted", ("reward",), 12, 2
+
+    class vocab:
+        size, pad, bos, eos = 5, 4, 4, 3
+        encode = decode = None
+
+    def __init__(self, cut: int | None = None) -> None:
+        self.heard: list[list[int]] = []
+        self.max_new_tokens = cut or 12
+
+    def prompts(self, n: int, generator: Any, split: Any = "train") -> Prompts:
+        tokens, valid = pad_left([[1]] * n, 4)
+        return Prompts(tokens, valid, torch.arange(n), tuple(range(n)))
+
+    def respond(self, truth: Any, tokens: Sequence[int]) -> list[int] | None:
+        self.heard.append([truth, *tokens])
+        return {1: [1, 0], 2: [1]}.get(list(tokens).count(2))
+
+    def score(self, prompts: Prompts, question: Tensor, tokens: Tensor, length: Tensor) -> Score:
+        return Score(torch.ones(len(question), 1), torch.zeros_like(question))
+
+
+class Follows:
+    """A policy that writes a script, whatever is replied: at position ``t`` the token ``script[t]``."""
+
+    temperature = 1.0
+
+    def __init__(self, script: Sequence[int]) -> None:
+        self.script = script
+
+    def logits(self, t: int, n: int) -> Tensor:
+        logits = torch.full((n, 5), -9.0)
+        logits[:, self.script[t]] = 9.0
+        return logits
+
+    def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[Any, Tensor]:
+        return [], self.logits(0, len(question))
+
+    def step(self, state: Any, token: Tensor, present: Tensor) -> tuple[Any, Tensor]:
+        state.append(token.tolist())
+        return state, self.logits(len(state), len(token))
+
+    def keep(self, state: Any, rows: Tensor) -> Any:
+        return state
+
+
+def test_replies_are_present_and_not_trained_on() -> None:
+    task, policy = Scripted(), Follows([0, 2, 3, 3, 0, 2, 3, 2, 0, 0, 0, 0])
+    data = TokenCollector(task, seed=0).sample(policy, task.prompts(1, None), torch.zeros(1, dtype=torch.int64))
+    # the replies 1 0 and 1 stand where the policy would have written end tokens
+    assert data["action"][:, 0].tolist() == [0, 2, 1, 0, 0, 2, 1, 2]
+    assert data["valid"][:, 0].tolist() == [1, 1, 0, 0, 1, 1, 0, 1]
+    assert data["present"][:, 0].tolist() == [1.0] * 8
+    assert data["length"].tolist() == [8]
+    assert data["terminated"][:, 0].nonzero().flatten().tolist() == [7]
+    assert not data["log_prob"][:, 0][data["valid"][:, 0] == 0].any()
+    assert task.heard == [[0, 0, 2], [0, 0, 2, 1, 0, 0, 2], [0, 0, 2, 1, 0, 0, 2, 1, 2]]
+
+
+def test_a_reply_is_cut_at_the_cap() -> None:
+    task, policy = Scripted(cut=3), Follows([0, 2, 0])
+    data = TokenCollector(task, seed=0).sample(policy, task.prompts(1, None), torch.zeros(1, dtype=torch.int64))
+    assert data["action"][:, 0].tolist() == [0, 2, 1]
+    assert data["valid"][:, 0].tolist() == [1, 1, 0]
+    assert data["capped"].tolist() == [True]
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_requests() -> None:
+    task = RaggedTask()
+    with pytest.raises(ValueError, match=r"fields: expected names among \['entropy'\], got \['value'\]"):
+        TokenCollector(task, fields=(Field("value"),))
+    with pytest.raises(ValueError, match="bucket: expected >= 1, got 0"):
+        TokenCollector(task, bucket=0)
+    with pytest.raises(ValueError, match="expected a request with counts"):
+        TokenCollector(task).collect(Request(steps=3), table(task))
+
+
+def test_scores_must_be_finite() -> None:
+    class Broken(RaggedTask):
+        def score(self, *args: Any) -> Score:
+            found = super().score(*args)
+            found.components[2, 1] = torch.nan
+            return found
+
+    task = Broken()
+    with pytest.raises(FloatingPointError, match="task 'ragged': the score of completion 2 is not finite"):
+        TokenCollector(task).collect(Request(counts=torch.tensor([4])), table(task))
