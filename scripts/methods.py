@@ -1,4 +1,4 @@
-"""The table of methods, from the code: paper, what each puts into the estimator's slots, status and command.
+"""The table of methods, from the code: paper, what each puts into the slots of the one estimator, status and command.
 
 python scripts/methods.py                    # plain
 python scripts/methods.py --format markdown  # for the docs
@@ -40,19 +40,27 @@ class Method:
     slug: str
     paper: str
     slots: dict[str, str]
-    status: str
-    """documented (has a page in docs/), or undocumented."""
+    page: str | None
+    """Its page, from the root of the project; None: undocumented."""
     command: str
+
+    @property
+    def status(self) -> str:
+        """documented or undocumented."""
+        return "undocumented" if self.page is None else "documented"
 
 
 def methods() -> list[Method]:
-    """Every agent in the order of its name."""
+    """Every agent in the order of its name, those for language models after the others."""
     found = []
-    for slug in sorted(agents.AGENTS):
+    for slug in (*sorted(agents.AGENTS), *sorted(agents.METHODS)):
         cls = agents.get_agent(slug)
-        page = ROOT / "docs" / f"{slug}.md"
-        status = "documented" if page.exists() else "undocumented"
-        found.append(Method(slug, cls.paper, cls.slots(), status, f"python scripts/train.py {slug} --env ID"))
+        text = slug in agents.METHODS
+        # the baselines share a page
+        pages = [f"docs/llm/{slug}.md", "docs/llm/baselines.md"] if text else [f"docs/{slug}.md"]
+        page = next((p for p in pages if (ROOT / p).exists() and slug in (ROOT / p).read_text(encoding="utf-8")), None)
+        command = f"llm --method {slug} --task TASK" if text else f"{slug} --env ID"
+        found.append(Method(slug, cls.paper, cls.slots(), page, f"python scripts/train.py {command}"))
     return found
 
 
@@ -63,7 +71,7 @@ def table(found: list[Method], format: str) -> str:
         for m in found:
             # a bar, as in |rho - 1|, would end the cell
             slots = "<br>".join(f"**{k}**: {v}" for k, v in m.slots.items()).replace("|", "\\|")
-            name = f"[{m.slug}](docs/{m.slug}.md)" if m.status == "documented" else m.slug
+            name = m.slug if m.page is None else f"[{m.slug}]({m.page})"
             lines.append(f"| {name} | {m.paper} | {slots} | {m.status} | `{m.command}` |")
         return "\n".join(lines) + "\n"
     blocks = []
