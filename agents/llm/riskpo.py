@@ -1,0 +1,266 @@
+"""RiskPO: Risk-based Policy Optimization (Ren et al. 2025, arXiv 2510.00911; code RTkenny/RiskPO).
+
+Rewards of ``B`` questions are summed to bundle scores, and the mean is replaced by a mixture of quantile bands:
+
+    J    = (1 + omega) int_0^alpha F^-1(u) du + int_alpha^beta F^-1(u) du
+    A(R) = -(1 + omega) (q_a - R)^+ + clip(R, q_a, q_b) - q_b,       grad J = E[A(R) grad log pi]
+    q_s <- q_s + lr (s - share of the rollout's bundles with R < q_s),  s = alpha, beta
+    loss = -min(s A, clip(s) A), s = (pi / pi_old)^(1 / length), mean over sequences
+
+``A <= 0``, and 0 from ``q_b`` on: hard questions weigh more, solved ones nothing. A bundle takes one response of each
+of its questions, so that every response is in one bundle, and all members share the bundle's advantage.
+
+The released code weighs the bands otherwise, spreads the advantage over the members and has a token ratio
+(``form="released"`` and the fields below it). Reads ``score``, ``group``, ``valid``, ``log_prob``: episodes of control
+tasks do as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from agents.llm.base import LLM, LLMConfig
+from agents.llm.recipe import Parts, Recipe
+from ccrl.data import Data
+from ccrl.estimators import aggregates, ratios
+from ccrl.estimators.base import Context, Stage
+from ccrl.estimators.groups import Groups, per_step
+from ccrl.estimators.stages import EpisodeReturn
+from ccrl.estimators.terms import Term
+from ccrl.updaters import Stats
+
+__all__ = [
+    "RiskPO", "RiskPOConfig", "RiskPORecipe", "bundled", "credit", "released_advantage", "risk_advantage", "track",
+]  # fmt: skip
+
+CREDITS = ("uniform", "std", "sum_mean", "score")
+
+
+@dataclass(frozen=True)
+class RiskPOConfig(LLMConfig):
+    """The paper's setting. Its clip range is not known."""
+
+    n_prompts: int = 20
+    """Prompts per iteration; those that do not fill a bundle are dropped, at random."""
+    alpha: float = 0.2
+    """Below this quantile scores weigh more."""
+    beta: float = 0.8
+    """Above this quantile scores do not matter."""
+    omega: float = 0.5
+    """Extra weight of the lowest band."""
+    bundle: int = 5
+    """B: questions per bundle; fewer where the rollout has fewer."""
+    quantiles: str = "track"
+    """track (kept between iterations, as in the paper) or bundle (those of the scores of the same B questions: what the
+    released trainer falls back to)."""
+    quantile_lr: float = 0.1
+    """Step size of the trackers."""
+    form: str = "paper"
+    """paper (the gradient of J) or released (bands averaged over their widths)."""
+    band_weight: float = 1.5
+    """Of form released: weight of the lowest band, over 1 for the other."""
+    natural: bool = False
+    """Of form released: shift the band from alpha to beta so that its advantage is 0 from q_b on."""
+    standardise: bool = False
+    """Divide by the deviation of the scores of the same B questions (released)."""
+    credit: str = "uniform"
+    """Share of the members: uniform (all the bundle's advantage), std (over their question's deviation), sum_mean
+    (by how far they are above their question's mean), score (half if right, one and a half if not)."""
+    level: str = "sequence"
+    """Ratio: sequence (paper; its mean is over sequences) or token (released; the configured aggregate)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 < self.alpha < self.beta <= 1.0:
+            raise ValueError(f"expected 0 < alpha < beta <= 1, got {self.alpha}, {self.beta}")
+        for name in ("omega", "quantile_lr", "band_weight"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
+        if self.bundle < 1:
+            raise ValueError(f"bundle: expected >= 1, got {self.bundle}")
+        for name, allowed in (
+            ("quantiles", ("track", "bundle")), ("form", ("paper", "released")), ("credit", CREDITS),
+            ("level", ("sequence", "token")),
+        ):  # fmt: skip
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}: expected one of {list(allowed)}, got {getattr(self, name)!r}")
+
+
+# -- bundles --------------------------------------------------------------------------------------------------------
+
+
+def bundled(data: Data, size: int, generator: Generator | None) -> Data:
+    """Every column in one bundle: ``bundle_score`` ``[N]`` its sum of scores, ``bundle`` ``[N]`` its number, and
+    ``questions`` ``[N]`` the number of the set of ``size`` questions that it is of. A set of groups of ``G`` has ``G``
+    bundles. Groups that do not fill a set are left out.
+
+    :param generator: decides which questions and which of their responses go together; None: in their order.
+    :raises ValueError: if the groups are not of one size.
+    """
+    groups = Groups(data["group"])
+    count = groups.count.long()
+    if bool((count != count[0]).any()):
+        raise ValueError(f"bundles need as many responses to each question; got groups of {count.unique().tolist()}")
+    n, device = len(count), count.device
+    size = min(size, n)
+    responses = groups.index.argsort(stable=True).view(n, -1)
+    if generator is not None:
+        responses = responses[torch.randperm(n, generator=generator, device=device)]
+        keys = torch.rand(responses.shape, generator=generator, device=device)
+        responses = responses.gather(1, keys.argsort(1))
+    sets = n // size
+    responses = responses[: sets * size].view(sets, size, -1)
+    total = data["score"][responses].sum(1, keepdim=True)
+    questions = torch.arange(sets, device=device).view(-1, 1, 1)
+    number = questions * total.shape[2] + torch.arange(total.shape[2], device=device)
+
+    def spread(values: Tensor) -> Tensor:  # [sets, 1, ...] -> [N]
+        out = values.new_zeros(data.shape[1])
+        out[responses.flatten()] = values.expand_as(responses).flatten()
+        return out
+
+    data = data.derive_sequence(bundle_score=spread(total), bundle=spread(number), questions=spread(questions))
+    return data if sets * size == n else data.take(responses.flatten().sort().values)
+
+
+def bundle_scores(data: Data) -> Tensor:
+    """``[M]`` float64: one score per bundle."""
+    return Groups(data["bundle"]).mean(data["bundle_score"])
+
+
+def _per_set(data: Data) -> Tensor:
+    """``[sets, G]`` float64: the scores of the bundles of each set of questions, in the order of their numbers."""
+    return bundle_scores(data).view(int(data["questions"].max()) + 1, -1)
+
+
+# -- advantage ------------------------------------------------------------------------------------------------------
+
+
+def risk_advantage(score: Tensor, low: Tensor, high: Tensor, omega: float) -> Tensor:
+    """``A(R)`` of the paper at quantiles ``low <= high``."""
+    return -(1.0 + omega) * (low - score).clamp_min(0.0) + score.clamp(low, high) - high
+
+
+def released_advantage(
+    score: Tensor, low: Tensor, high: Tensor, alpha: float, beta: float, weight: float = 1.5, natural: bool = False
+) -> Tensor:
+    """``(w cvar + rvar) / (w + 1)``, both bands divided by their widths."""
+    band = score.clamp(low, high) - (high if natural else low)
+    tail = -(low - score).clamp_min(0.0)
+    return (weight * tail / (alpha + 1e-6) + band / (beta - alpha + 1e-6)) / (weight + 1.0)
+
+
+def credit(mode: str, score: Tensor, group: Tensor, bundle: Tensor) -> Tensor:
+    """``[N]``: what share of its bundle's advantage a response gets, from scores, groups (questions) and bundles
+    ``[N]``."""
+    if mode == "uniform":
+        return torch.ones_like(score, dtype=torch.float64)
+    if mode == "score":
+        return torch.where(score >= 1.0, 0.5, 1.5).double()
+    groups = Groups(group)
+    above = score.double() - groups.mean(score)[groups.index]
+    if mode == "std":
+        std = (groups.sum(above.square()) / (groups.count - 1.0).clamp_min(1.0)).sqrt()[groups.index]
+        return torch.where(std > 1e-3, 1.0 / std, 1.0)
+    bundles = Groups(bundle)
+    total, members = bundles.sum(above)[bundles.index], bundles.count[bundles.index]
+    some = total.abs() > 1e-6
+    return torch.where(some, above / torch.where(some, total, 1.0), 1.0 / members)
+
+
+def track(quantiles: Tensor, levels: Tensor, score: Tensor, lr: float) -> Tensor:
+    """One step of stochastic approximation of the quantiles ``[K]`` at ``levels`` ``[K]``, from scores ``[M]``."""
+    below = (score.unsqueeze(0) < quantiles.unsqueeze(1)).double().mean(1)
+    return quantiles + lr * (levels - below)
+
+
+# -- recipe ---------------------------------------------------------------------------------------------------------
+
+
+class RiskPORecipe(Recipe):
+    """Bundles, tracked quantiles, the risk measure's advantage, a clipped sequence ratio."""
+
+    Config = RiskPOConfig
+    quantiles: Tensor
+    started: Tensor
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        super().__init__(config, parts)
+        # "levels" is no state, yet must follow the device
+        self.register_buffer("levels", torch.tensor([config.alpha, config.beta], dtype=torch.float64), persistent=False)
+        self.register_buffer("quantiles", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool))
+
+    def start(self, data: Data, ctx: Context) -> Data:
+        """The generator decides the bundles; then ``score`` and ``ref_log_prob`` as everywhere."""
+        data = data if "score" in data else EpisodeReturn()(data)
+        return super().start(bundled(data, self.config.bundle, ctx.generator), ctx)
+
+    def stages(self) -> tuple[Stage, ...]:
+        return (self.advantage,)
+
+    def advantage(self, data: Data) -> Data:
+        """``advantage`` ``[T, N]`` and ``sequence_advantage`` ``[N]``."""
+        c, score = self.config, data["bundle_score"].double()
+        low, high = self.current(data)
+        if c.form == "paper":
+            found = risk_advantage(score, low, high, c.omega)
+        else:
+            found = released_advantage(score, low, high, c.alpha, c.beta, c.band_weight, c.natural)
+        if c.standardise:
+            table = _per_set(data)
+            # released: divides by 1e-6 where the scores are equal
+            constant = table.amax(1) == table.amin(1)
+            found = found / torch.where(constant, 1.0, table.std(1) + 1e-6)[data["questions"]]
+        found = found * credit(c.credit, data["score"], data["group"], data["bundle"])
+        return per_step(data.derive_sequence(sequence_advantage=found.to(data["score"].dtype)), found)
+
+    def current(self, data: Data) -> tuple[Tensor, Tensor]:
+        """The quantiles that this rollout's scores are compared with, 0-d or ``[N]``; trackers that have crossed are
+        put in order."""
+        if self.config.quantiles == "bundle":
+            found = torch.quantile(_per_set(data), self.levels, dim=1)[:, data["questions"]]
+            return found[0], found[1]
+        first = torch.quantile(bundle_scores(data), self.levels)
+        low, high = torch.where(self.started, self.quantiles, first).sort().values
+        return low, high
+
+    def terms(self) -> tuple[Term, ...]:
+        if self.config.level == "token":
+            return (self.policy_term(self.loss()), *self.penalties())
+        term = self.policy_term(
+            self.loss(), ratios.sequence, aggregates.sequence_mean, advantage="sequence_advantage"
+        )  # fmt: skip
+        return (term, *self.penalties())
+
+    def after_update(self, data: dict[str, Data], stats: Stats) -> None:
+        """The trackers move after they were used: to the first rollout's quantiles, then step by step."""
+        scores = bundle_scores(data["on"])
+        moved = track(self.quantiles, self.levels, scores, self.config.quantile_lr)
+        self.quantiles.copy_(torch.where(self.started, moved, torch.quantile(scores, self.levels)))
+        self.started.fill_(True)
+        stats |= {
+            "bundle_score": scores.mean(), "quantile_low": self.quantiles[0].clone(),
+            "quantile_high": self.quantiles[1].clone(),
+            "ignored_share": (data["on"]["sequence_advantage"] == 0).double().mean(),
+        }  # fmt: skip
+
+
+class RiskPO(LLM):
+    """Risk-based Policy Optimization (Ren et al. 2025): low quantiles of the scores of bundles of questions."""
+
+    name = "riskpo"
+    paper = "Ren et al. 2025, arXiv 2510.00911"
+    Config = RiskPOConfig
+    Recipe = RiskPORecipe
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return {
+            "data": "bundles of questions", "advantage": "mixed range value at risk, tracked quantiles",
+            "ratio": "sequence mean", "loss": "clip", "aggregate": "sequence mean",
+        }  # fmt: skip
