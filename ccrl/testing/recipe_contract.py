@@ -249,11 +249,12 @@ class RecipeContract:
 
     def prepared(self, agent: Any, have: dict[str, Data]) -> Data:
         """The recipe's columns. Its state is as before: two preparations of one agent can be compared."""
-        state = copy.deepcopy(agent.estimator.state_dict())
+        state, generator = copy.deepcopy(agent.estimator.state_dict()), agent.ctx.generator.get_state()
         agent.estimator.fit(have, agent.ctx)
         with torch.no_grad():
             data: Data = agent.estimator.prepare(dict(have), agent.ctx)["on"]
         agent.estimator.load_state_dict(state)
+        agent.ctx.generator.set_state(generator)
         return data
 
     def gradients(self, agent: Any, have: dict[str, Data]) -> list[Tensor]:
