@@ -88,7 +88,8 @@ class D3SConfig(LLMConfig):
 def most_varied(x: Tensor, n: int, count: Tensor | None = None) -> Tensor:
     """``[Q, W]`` bool: in each row of ``x`` the ``n`` entries whose population variance is largest.
 
-    Of splits that are equal up to rounding the one with the most large values, of equal values those that come first.
+    Of splits that are equal up to rounding the one with the most large values; of equal values the first ones count as
+    larger.
 
     :param count: ``[Q]``: only the first so many entries of a row exist; None: all. A row of fewer than ``n`` is kept
         whole.
