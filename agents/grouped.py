@@ -17,6 +17,7 @@ from agents.llm.recipe import Parts, Recipe, RecipeConfig
 from ccrl.adapters.stacked import StackedEnv
 from ccrl.batched_env import BatchedEnv, resolve_env
 from ccrl.collect import Request
+from ccrl.experiment.config import Options
 from ccrl.updaters import FlatUpdater
 
 __all__ = ["Grouped", "GroupedConfig"]
@@ -28,8 +29,8 @@ class GroupedConfig(RecipeConfig):
 
     method: str = "grpo"
     """Name of the recipe."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """The recipe's own settings, by the names they have in its config."""
+    settings: Options = field(default_factory=dict)
+    """The recipe's own settings, by the names they have in its config, as JSON."""
     n_groups: int = 8
     """Starts per iteration."""
     n_steps: int = 500

@@ -68,8 +68,8 @@ class TrainConfig:
     """Write TensorBoard events."""
     torch_threads: int = 1
     """Threads of torch's operators: more than one slows small networks down and fights the simulator's threads."""
-    env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Constructor options of the environment, under Gymnasium's names."""
+    env_kwargs: configs.Options = field(default_factory=dict)
+    """Constructor options of the environment, under Gymnasium's names, as JSON."""
 
 
 @dataclass(frozen=True)

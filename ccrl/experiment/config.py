@@ -15,24 +15,45 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import json
 import os
 import re
 import textwrap
 import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import tyro
 import yaml
 
-__all__ = ["ConfigError", "field_docs", "flatten", "from_dict", "load_yaml", "parse", "save_yaml", "to_dict"]
+__all__ = ["ConfigError", "Options", "field_docs", "flatten", "from_dict", "load_yaml", "parse", "save_yaml", "to_dict"]
 
 C = TypeVar("C")
 
 
 class ConfigError(ValueError):
     """An unknown key or a value of the wrong type; the message names the key, what was expected and the fix."""
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"expected JSON, got {text!r} ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"expected a JSON object, as in '{{\"digits\": 1}}', got {text!r}")
+    return values
+
+
+Options = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1, metavar="JSON", instance_from_str=lambda words: _options(words[0]),
+        is_instance=lambda value: isinstance(value, dict), str_from_instance=lambda value: [json.dumps(value)],
+    ),
+]  # fmt: skip
+"""A field for options that somebody else names: a mapping in YAML, a JSON object on the command line."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -6,7 +6,17 @@ from typing import Any, Literal
 
 import pytest
 
-from ccrl.experiment.config import ConfigError, field_docs, flatten, from_dict, load_yaml, parse, save_yaml, to_dict
+from ccrl.experiment.config import (
+    ConfigError,
+    Options,
+    field_docs,
+    flatten,
+    from_dict,
+    load_yaml,
+    parse,
+    save_yaml,
+    to_dict,
+)
 
 
 @dataclass(frozen=True)
@@ -163,3 +173,25 @@ def test_the_config_checks_itself():
 def test_flatten():
     assert flatten(to_dict(Config()))["adam.betas"] == [0.9, 0.999]
     assert flatten({"a": {"b": {"c": 1}}, "d": 2}) == {"a.b.c": 1, "d": 2}
+
+
+@dataclass(frozen=True)
+class WithOptions:
+    """Options that somebody else names."""
+
+    options: Options = field(default_factory=dict)
+    """As JSON."""
+
+
+def test_options_are_json_on_the_command_line_and_mappings_in_yaml():
+    parsed = parse(WithOptions, ["--options", '{"digits": 1, "operators": "+-"}'])
+    assert parsed.options == {"digits": 1, "operators": "+-"}
+    assert from_dict(WithOptions, to_dict(parsed)) == parsed
+    assert parse(WithOptions, []).options == {}
+
+
+@pytest.mark.parametrize("text", ["[1]", "{1", "digits=1"])
+def test_options_that_are_no_object_are_refused(text, capsys):
+    with pytest.raises(SystemExit):
+        parse(WithOptions, ["--options", text])
+    assert "JSON" in capsys.readouterr().err
