@@ -248,7 +248,7 @@ class RecipeContract:
         return have
 
     def prepared(self, agent: Any, have: dict[str, Data]) -> Data:
-        """The recipe's columns. Its state is as before: two preparations of one agent can be compared."""
+        """The recipe's columns. Its state and its random numbers are as before: preparations can be compared."""
         state, generator = copy.deepcopy(agent.estimator.state_dict()), agent.ctx.generator.get_state()
         agent.estimator.fit(have, agent.ctx)
         with torch.no_grad():
