@@ -17,7 +17,7 @@ check_siblings()
 from agents.llm.bnpo import BNPO, BetaNormaliser, BNPOConfig, log_density, optimal_normaliser
 from envs.text.bandits import TokenBandit
 
-__all__ = ["run", "variance"]
+__all__ = ["run", "size", "variance"]
 
 SAMPLES, ROLLOUTS = 2_000_000, 200
 RATES = {(3.0, 3.0): (0.13889, 0.15421, 0.21429), (2.0, 6.0): (0.07764, 0.15421, 0.16667)}
@@ -27,8 +27,16 @@ RATES = {(3.0, 3.0): (0.13889, 0.15421, 0.21429), (2.0, 6.0): (0.07764, 0.15421,
 def variance(a: Tensor, b: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """``E[p (1 - p) / f(p; alpha, beta)^2]`` for ``p ~ Beta(a, b)``, in closed form; finite for
     ``alpha < (a + 3) / 2, beta < (b + 3) / 2``."""
-    log_beta = lambda x, y: torch.lgamma(x) + torch.lgamma(y) - torch.lgamma(x + y)  # noqa: E731
-    return (2 * log_beta(alpha, beta) + log_beta(a + 3 - 2 * alpha, b + 3 - 2 * beta) - log_beta(a, b)).exp()
+    return (2 * _log_beta(alpha, beta) + _log_beta(a + 3 - 2 * alpha, b + 3 - 2 * beta) - _log_beta(a, b)).exp()
+
+
+def size(a: Tensor, b: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
+    """``E[p (1 - p) / f(p; alpha, beta)]``, half the mean size of an advantage."""
+    return (_log_beta(alpha, beta) + _log_beta(a + 2 - alpha, b + 2 - beta) - _log_beta(a, b)).exp()
+
+
+def _log_beta(x: Tensor, y: Tensor) -> Tensor:
+    return torch.lgamma(x) + torch.lgamma(y) - torch.lgamma(x + y)
 
 
 class Rates(TokenBandit):
@@ -101,6 +109,13 @@ def run(seeds: list[int]) -> list[Measurement]:
             found.append(
                 Measurement(f"{where}, sampled", f"{number} (sheet)", (number - width, number + width), sampled)
             )
+    a, b = torch.tensor((2.0, 6.0), dtype=torch.float64)
+    one = torch.ones_like(a)
+    first, second = (
+        float(variance(a, b, *n) / size(a, b, *n) ** 2) for n in (optimal_normaliser(a, b), (one, one))
+    )  # fmt: skip
+    what = "variance over squared mean size of advantages, p ~ Beta(2, 6), BNPO minus REINFORCE"
+    found.append(Measurement(what, "> 0 (Cauchy-Schwarz)", (0.0, math.inf), (first - second,)))
     variations = [norm_variation(seed) for seed in seeds]
     for other in ("GRPO", "REINFORCE"):
         gap = tuple(v["BNPO"] - v[other] for v in variations)
