@@ -59,9 +59,9 @@ class HPTConfig(LLMConfig):
     """Questions with at most this share of right samples are imitated: 0 for Qwen, 2/8 for Llama; 1: all, -1: none."""
     rl_share: float = 0.5
     """Of mixture fixed: rl_share L_RL + (1 - rl_share) L_SFT on every question."""
-    rl_norm: str = "token_mean"
-    """Reinforcement is divided by: its tokens (token_mean), its sequences' tokens and sequences (seq_mean), the length
-    cap alone (len_const: released; its weight beside imitation then grows with the batch)."""
+    rl_norm: str = "len_const"
+    """Reinforcement is divided by: the length cap alone (len_const: released; its weight beside imitation grows with
+    the batch), its tokens (token_mean), its sequences' tokens and sequences (seq_mean)."""
     sft_coef: float = 1.0
     """Weight of imitation, a mean over the demonstrations' tokens; 0.3 for the 1.5B model."""
     std: bool = False

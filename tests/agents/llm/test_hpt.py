@@ -243,7 +243,7 @@ def test_both_parts_by_hand(recipe: Any, rollout: Any) -> None:
     data = with_scores(mixed(rollout, [[0.0, 0.0, 0.0], [1.0, 0.0, 0.0]], [True, True]))
     seen = torch.full((2, 4), -1.0, dtype=F64)
     seen[:, 3] = torch.tensor([-2.0, -3.0])
-    config = HPTConfig(entropy_coef=0.0, sft_coef=0.3)
+    config = HPTConfig(entropy_coef=0.0, sft_coef=0.3, rl_norm="token_mean")
     value, gradient = value_of(recipe, data, seen, config)
     assert value == pytest.approx(0.0 + 0.3 * 2.5, abs=1e-12)
     expected = torch.tensor([[-2 / 18, 1 / 18, 1 / 18, -0.15]] * 2, dtype=F64)
@@ -263,7 +263,7 @@ def test_parts_that_are_empty(recipe: Any, rollout: Any) -> None:
     solved = with_scores(mixed(rollout, [[1.0, 0.0]], [True]))
     value, gradient = value_of(recipe, solved, seen, config)
     assert value == pytest.approx(0.0, abs=1e-12)
-    torch.testing.assert_close(gradient, torch.tensor([[-0.125, 0.125]] * 2, dtype=F64))
+    torch.testing.assert_close(gradient, torch.tensor([[-0.5 / 8, 0.5 / 8]] * 2, dtype=F64))
     failed = with_scores(mixed(rollout, [[0.0, 0.0]], [True]))
     assert value_of(recipe, failed, seen, config)[0] == pytest.approx(1.0, abs=1e-12)
 
