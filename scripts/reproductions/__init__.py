@@ -12,11 +12,13 @@ __all__ = ["PAPERS", "Measurement"]
 
 PAPERS: dict[str, str] = {
     "bnpo": "variance of the gradient under three normalisers",
+    "copg": "the regularised optimum from any behaviour policies; a sequence bandit offline",
     "dcpo": "the pull toward a hotter policy; entropy held at its target on ModSum",
     "empg": "a chain of ten decisions: gradient norms by the kind of state",
     "g2rpo": "Figure 2; two tasks of different reward scales",
     "gbpo": "the exact optimum on a bandit; many epochs and wide bounds on ModSum",
     "gdpo": "a reward of small scale beside a large one",
+    "hpt": "questions that exploration does not solve: success, entropy, share of imitation",
     "mhpo": "how large the gradient multiplier can be; parity with GRPO on ModSum",
     "r2vpo": "the exact solution on a bandit; the ratio variance held at its budget on ModSum",
     "real": "the shape of its gradient weights; REAL and GRPO on ModSum",
