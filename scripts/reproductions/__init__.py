@@ -13,6 +13,7 @@ __all__ = ["PAPERS", "Measurement"]
 PAPERS: dict[str, str] = {
     "bnpo": "variance of the gradient under three normalisers",
     "copg": "the regularised optimum from any behaviour policies; a sequence bandit offline",
+    "d3s": "what the selection keeps; learning per gradient token on sums of mixed difficulty",
     "dcpo": "the pull toward a hotter policy; entropy held at its target on ModSum",
     "empg": "a chain of ten decisions: gradient norms by the kind of state",
     "g2rpo": "Figure 2; two tasks of different reward scales",
@@ -22,6 +23,7 @@ PAPERS: dict[str, str] = {
     "mhpo": "how large the gradient multiplier can be; parity with GRPO on ModSum",
     "r2vpo": "the exact solution on a bandit; the ratio variance held at its budget on ModSum",
     "real": "the shape of its gradient weights; REAL and GRPO on ModSum",
+    "riskpo": "entropy kept and accuracy paid on independent questions, beside GRPO",
 }
 """Slug -> what the experiment shows, in a few words; the module has the slug's name."""
 
