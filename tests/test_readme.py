@@ -26,6 +26,13 @@ def test_the_named_files_exist():
     assert not [path for path in paths if not (ROOT / path).exists()]
 
 
+def test_the_method_of_your_own_runs(tmp_path):
+    page = (ROOT / "docs" / "llm" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "page.py").write_text(code.replace("10 * agent", "2 * agent"))
+    assert runpy.run_path(str(tmp_path / "page.py"))["agent"].iteration == 2
+
+
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL), ids=["use", "agent"])
 def test_the_python_runs(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

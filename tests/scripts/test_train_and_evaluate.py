@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import agents
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.run import RunFolder
 from ccrl.returns import gae
-from scripts import bench_gae, evaluate, methods, train
+from scripts import bench_gae, evaluate, train
 
 TINY = ["--num-envs", "4", "--n-steps", "16", "--hidden", "8", "--no-tensorboard", "--eval-episodes", "2"]
 
@@ -69,22 +68,6 @@ def test_a_run_without_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "CartPole-v1", "ppo", 0, config)
     with pytest.raises(FileNotFoundError, match="expected a checkpoint to resume from"):
         train.main(["--resume", str(run.path)])
-
-
-def test_the_table_of_methods_has_every_agent(capsys: pytest.CaptureFixture[str]) -> None:
-    found = methods.methods()
-    assert [m.slug for m in found] == sorted(agents.AGENTS)
-    assert all(m.paper and m.slots and m.slug in m.command for m in found)
-    pages = Path(__file__).resolve().parents[2] / "docs"
-    assert {m.slug for m in found if m.status == "documented"} == {
-        m.slug for m in found if (pages / f"{m.slug}.md").exists()
-    }
-    text = methods.main(methods.Options("markdown"))
-    assert text == capsys.readouterr().out
-    lines = text.splitlines()
-    assert len(lines) == len(agents.AGENTS) + 2
-    assert {line.replace("\\|", "").count("|") for line in lines} == {6}
-    assert "python scripts/train.py mdpo --env ID" in methods.main(methods.Options())
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (400, 2), (20, 700)])
