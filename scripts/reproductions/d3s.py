@@ -94,8 +94,8 @@ def _selection(seeds: list[int]) -> list[Measurement]:
                                              advantage.var(correction=0), kept.var(correction=0))])  # fmt: skip
         rows.append(torch.tensor(found).mean(0).tolist())
     cases = (
-        ("share of useful rollouts, all", 0.65, 0.02), ("share of useful rollouts, quarter kept of the pool", 1.0, 1e-3),
-        ("variance of advantages, all", 0.65, 0.02), ("variance of advantages, quarter kept of the pool", 2.25, 0.1),
+        ("share of useful rollouts, all", 0.65, 0.02), ("share of useful rollouts, kept quarter of all", 1.0, 1e-3),
+        ("variance of advantages, all", 0.65, 0.02), ("variance of advantages, kept quarter of all", 2.25, 0.1),
     )  # fmt: skip
     return [
         Measurement(name, f"{value:g} (sheet)", (value - room, value + room), tuple(row[i] for row in rows))
