@@ -10,18 +10,11 @@ command again runs what is missing. ``report`` writes ``FIGURES/bayesian_*`` fro
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 import itertools
-import multiprocessing
-import os
 import shlex
 import statistics
 import sys
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +31,7 @@ from ccrl.packages import check_siblings
 check_siblings()
 
 from ccrl.experiment import plots
-from ccrl.experiment.checkpoint import write_atomic
+from ccrl.experiment.cells import CellsFailed, complete
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.curves import Curve, Study
 
@@ -47,8 +40,10 @@ runs = importlib.import_module(f"{__package__}.bayesian_study_runs" if __package
 __all__ = ["DBQPG", "MountainCar", "Report", "main"]
 
 Rows = list[dict[str, Any]]
-NAMES = ("env", "method", "seed", "settings")
-"""Columns that tell runs apart; a run is never repeated with other settings in one file."""
+NAMES = ("env", "method", "seed")
+"""What tells runs apart; a run is never repeated with other settings in one file."""
+SETTINGS = ("rate", "updates", "evaluate_every", "start_speed", "timesteps", "batch", "update", "targets")
+"""All the others."""
 
 
 @dataclass(frozen=True)
@@ -86,26 +81,25 @@ class MountainCar:
         search = self.out / "mountaincar_search.csv"
         open_rates = {m: runs.RATES[m] for m in self.methods if len(runs.RATES[m]) > 1}
         tries = [
-            self._run(f"{method} rate={rate:g}", method, rate, seed)
+            self._run(f"{method} rate={rate:g}", rate, seed)
             for seed in self.search_seeds
             for method, rates in open_rates.items()
             for rate in rates
         ]
-        rows = complete(search, tries, self.jobs)
+        rows = _complete(search, tries, self.jobs)
         best = {m: runs.RATES[m][0] for m in self.methods}
         for method, rates in open_rates.items():
             scores = {rate: _mean(rows, "return", method=f"{method} rate={rate:g}") for rate in rates}
             best[method] = max(scores, key=lambda rate: scores[rate])
             print(f"[bayesian] {method}: step size {best[method]:g} of {scores}", flush=True)
-        final = [self._run(m, m, best[m], seed) for seed in self.seeds for m in self.methods]
-        return complete(self.out / "mountaincar.csv", final, self.jobs)
+        final = [self._run(m, best[m], seed) for seed in self.seeds for m in self.methods]
+        return _complete(self.out / "mountaincar.csv", final, self.jobs)
 
-    def _run(self, label: str, method: str, rate: float, seed: int) -> dict[str, Any]:
-        settings = {
-            "rate": rate, "updates": self.updates, "evaluate_every": self.evaluate_every,
-            "start_speed": self.start_speed,
+    def _run(self, method: str, rate: float, seed: int) -> dict[str, Any]:
+        return {
+            "env": runs.CAR, "method": method, "seed": seed, "rate": rate, "updates": self.updates,
+            "evaluate_every": self.evaluate_every, "start_speed": self.start_speed,
         }  # fmt: skip
-        return {"env": runs.CAR, "method": label, "seed": seed, "kind": method, "settings": settings}
 
 
 @dataclass(frozen=True)
@@ -145,12 +139,12 @@ class DBQPG:
         tasks = list(zip(self.envs, self.timesteps, self.batch))
         wanted = [
             {
-                "env": env, "method": method, "seed": seed, "kind": "dbqpg",
-                "settings": {"timesteps": steps, "batch": size, "update": self.update, "targets": self.targets},
+                "env": env, "method": method, "seed": seed, "timesteps": steps, "batch": size,
+                "update": self.update, "targets": self.targets,
             }
             for seed, (env, steps, size), method in itertools.product(self.seeds, tasks, self.methods)
         ]  # fmt: skip
-        return complete(self.out / "dbqpg.csv", wanted, self.jobs)
+        return _complete(self.out / "dbqpg.csv", wanted, self.jobs)
 
 
 @dataclass(frozen=True)
@@ -204,78 +198,8 @@ REPORTS: dict[str, tuple[str, str, str, dict[str, str | None]]] = {
 """Name -> what curves are drawn against, what they show, title, columns and what they are called (None: as the env)."""
 
 
-# -- runs that a file lacks -------------------------------------------------------------------------------------------
-
-
-def complete(path: Path, wanted: Rows, jobs: int) -> Rows:
-    """All rows of ``wanted``, from ``path`` where it has them, else from new runs, which are added to it.
-
-    Raises:
-        ValueError: ``path`` has one of the runs with other settings.
-    """
-    if jobs < 1:
-        raise ValueError(f"jobs: expected >= 1, got {jobs}")
-    rows: Rows = read_rows(path) if path.exists() else []
-    have = {_key(row): row["settings"] for row in rows}
-    for run in wanted:
-        there, here = have.get(_key(run)), _words(run["settings"])
-        if there not in (None, here):
-            raise ValueError(f"{path}: {' '.join(_key(run))} was run with {there}, not {here}; choose another --out")
-    left = [run for run in wanted if _key(run) not in have]
-    print(f"[bayesian] {path}: {len(wanted)} runs, {len(wanted) - len(left)} of them finished before", flush=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for count, (run, points) in enumerate(_here(left) if jobs == 1 else _processes(left, jobs), 1):
-        names = dict(zip(NAMES, (*_key(run), _words(run["settings"]))))
-        rows += [names | {k: str(v) for k, v in point.items()} for point in points]
-        # the whole file at once: a run is in it with all its points or not at all
-        _write(path, rows)
-        print(f"[{count}/{len(left)}] {' '.join(_key(run))}: last return {points[-1]['return']:.1f}", flush=True)
-    keys = {_key(run) for run in wanted}
-    return [row for row in rows if _key(row) in keys]
-
-
-def _here(left: Rows) -> Iterator[tuple[dict[str, Any], Rows]]:
-    for run in left:
-        yield run, runs.play(run)
-
-
-def _processes(left: Rows, jobs: int) -> Iterator[tuple[dict[str, Any], Rows]]:
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin) as pool:
-        futures = {pool.submit(runs.play, run): run for run in left}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C the rest must not start
-
-
-def _begin() -> None:
-    torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    # a killed study must not leave processes behind
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(130)
-
-
-def _key(run: dict[str, Any]) -> tuple[str, str, str]:
-    return run["env"], run["method"], str(run["seed"])
-
-
-def _words(values: dict[str, Any]) -> str:
-    return " ".join(f"{name}={value}" for name, value in values.items())
-
-
-def _write(path: Path, rows: Rows) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+def _complete(path: Path, wanted: Rows, jobs: int) -> Rows:
+    return complete(path, wanted, runs.play, jobs=jobs, name="bayesian", names=NAMES)
 
 
 def _check(study: Any, name: str, known: Any) -> None:
@@ -296,10 +220,10 @@ def curves(path: Path, rows: Rows, column: str, label: str | None) -> tuple[Curv
     """One learning curve per run, of a column, against episodes where they are counted, else against steps."""
     found, x = [], "episodes" if "episodes" in rows[0] else "steps"
     # in the order of the seeds: intervals must not depend on which run was ready first
-    for key in sorted({_key(row) for row in rows}, key=lambda key: (key[0], key[1], int(key[2]))):
-        mine = [row for row in rows if _key(row) == key]
+    for env, method, seed in sorted({(row["env"], row["method"], int(row["seed"])) for row in rows}):
+        mine = [row for row in rows if (row["env"], row["method"], int(row["seed"])) == (env, method, seed)]
         xs, ys = (np.array([float(row[name]) for row in mine]) for name in (x, column))
-        found.append(Curve(path, label or key[0], key[1], int(key[2]), xs, ys))
+        found.append(Curve(path, label or env, method, seed, xs, ys))
     return tuple(found)
 
 
@@ -327,8 +251,8 @@ def costs(rows: Rows) -> str:
 
 def settings(rows: Rows) -> str:
     """One line per env and method."""
-    lines = dict.fromkeys(f"* {row['method']} on {row['env']}: {row['settings']}" for row in rows)
-    return "\n".join(lines) + "\n"
+    words = [(row, " ".join(f"{k}={row[k]}" for k in SETTINGS if k in row)) for row in rows]
+    return "\n".join(dict.fromkeys(f"* {row['method']} on {row['env']}: {text}" for row, text in words)) + "\n"
 
 
 def main(argv: list[str]) -> Rows:
@@ -346,5 +270,5 @@ def main(argv: list[str]) -> Rows:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (ValueError, ImportError, FileNotFoundError) as error:
+    except (ValueError, ImportError, FileNotFoundError, CellsFailed) as error:
         sys.exit(f"error: {error}")

@@ -129,9 +129,10 @@ class _EpisodicEstimator(PPOEstimator):
 
 def play(run: dict[str, Any]) -> list[dict[str, Any]]:
     """Train as ``run`` says; the points of its curve."""
-    if run["kind"] == "dbqpg":
-        return _dbqpg(run["env"], run["method"], run["seed"], **run["settings"])
-    return _mountain_car(run["kind"], run["seed"], **run["settings"])
+    settings = {k: v for k, v in run.items() if k not in ("env", "method", "seed")}
+    if run["env"] == CAR:
+        return _mountain_car(run["method"].split()[0], run["seed"], **settings)  # in a search the rate follows
+    return _dbqpg(run["env"], run["method"], run["seed"], **settings)
 
 
 def _mountain_car(

@@ -12,20 +12,14 @@ The same command again measures what is left; other settings are other cells. Ea
 
 from __future__ import annotations
 
-import csv
 import importlib
-import io
 import itertools
 import json
-import multiprocessing
-import os
 import sys
-import threading
 import time
-import traceback
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +33,7 @@ from ccrl.packages import check_siblings
 
 check_siblings()
 
-from ccrl.experiment.checkpoint import write_atomic
-from ccrl.experiment.csv_table import read_rows
+from ccrl.experiment.cells import CellsFailed, complete
 
 cells, methods, reports = (
     importlib.import_module(f"{__package__}.inventory_study_{name}" if __package__ else f"inventory_study_{name}")
@@ -50,7 +43,6 @@ cells, methods, reports = (
 __all__ = ["Data", "Gaps", "Methods", "Report", "Speed", "main", "run_study"]
 
 Cell = dict[str, Any]
-SHOWN = ("env", "options", "policy", "method", "learning_rate", "n_train", "batch_size", "compile", "seed")
 MEASURES = {"gaps": cells.gap, "data": cells.data_efficiency, "methods": methods.compare, "speed": cells.speed}
 
 
@@ -253,78 +245,18 @@ def run_study(study: Any) -> int:
     """Measure the cells that are not in the CSV files yet; returns how many failed."""
     start, failed = time.perf_counter(), 0
     for name, wanted in study.cells().items():
-        path = study.out / f"{name}.csv"
-        done = {_key(cell, row) for row in _rows(path) for cell in wanted[:1]}
-        left = [cell for cell in wanted if _key(cell, cell) not in done]
-        print(f"[{name}] {len(wanted)} cells, {len(wanted) - len(left)} of them measured before; {path}", flush=True)
-        for count, (cell, found) in enumerate(_measure(name, left, study.jobs), 1):
-            what = ", ".join(f"{k} {cell[k]}" for k in SHOWN if k in cell)
-            if isinstance(found, str):
-                failed += 1
-                print(f"[{count}/{len(left)}] {what}: FAILED\n{found}", flush=True)
-                continue
-            append(path, cell | found)
-            shown = {k: v for k, v in found.items() if k != "curve"}
-            text = ", ".join(f"{k} {v:.5g}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
-            print(f"[{count}/{len(left)}] {what}: {text}", flush=True)
+        measure = partial(_measure, name.split("_")[0])
+        try:
+            complete(study.out / f"{name}.csv", wanted, measure, jobs=study.jobs, name=name)
+        except CellsFailed as error:
+            failed += error.count
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes, {failed} cells failed", flush=True)
     return failed
 
 
-def append(path: Path, row: Cell) -> None:
-    """One more row, and columns where it has new ones. The file is replaced whole: a kill leaves the old or the new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [*_rows(path), row]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for r in rows for name in r)), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    return read_rows(path) if path.exists() else []
-
-
-def _key(names: Cell, row: Cell) -> tuple[str, ...]:
-    """The settings of a cell as text, as they are in the file."""
-    return tuple("" if row.get(name) is None else str(row[name]) for name in names)
-
-
-def _measure(name: str, left: list[Cell], jobs: int) -> Iterator[tuple[Cell, Cell | str]]:
-    if jobs == 1:
-        for cell in left:
-            yield cell, _one(name, cell)
-        return
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads
-    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_begin, initargs=(os.getpid(),)) as pool:
-        futures = {pool.submit(_one, name, cell): cell for cell in left}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C the rest must not start
-
-
-def _one(name: str, cell: Cell) -> Cell | str:
-    """The results of a cell, or the traceback."""
+def _measure(name: str, cell: Cell) -> list[Cell]:
     torch.set_num_threads(1)
-    try:
-        found: Cell = MEASURES[name.split("_")[0]](cell, json.loads(cell["options"]))
-        return found
-    except Exception:
-        return traceback.format_exc()
-
-
-def _begin(parent: int) -> None:
-    """A killed study must not leave workers behind."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    return [MEASURES[name](cell, json.loads(cell["options"]))]
 
 
 def _some(name: str, got: tuple[str, ...], known: tuple[str, ...]) -> None:

@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccrl.packages import check_siblings
+
+check_siblings()
+
 from agents.hdpo import HDPO, HDPOConfig
 from ccrl.estimators.pathwise import Unrolled, average_cost
 from ccrl.functional_env import State

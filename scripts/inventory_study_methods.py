@@ -18,6 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ccrl.packages import check_siblings
+
+check_siblings()
+
 from agents.base import Agent
 from agents.hdpo import HDPO, HDPOConfig
 from agents.on_policy import OnPolicyConfig, OnPolicyEstimator

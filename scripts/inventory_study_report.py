@@ -12,6 +12,10 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
+from ccrl.packages import check_siblings
+
+check_siblings()
+
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.statistics import Interval, stratified_bootstrap
 from envs import make_functional

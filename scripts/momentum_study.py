@@ -1,15 +1,17 @@
 """The five momentum and Hessian methods side by side (npg_igt_harpg sheet, section 6).
 
-    python scripts/momentum_study.py errors --out docs/figures/momentum_errors          # random MDP, error of d_t
-    python scripts/momentum_study.py samples --out docs/figures/momentum_samples        # random MDP, equal samples
-    python scripts/momentum_study.py cartpole --out docs/figures/momentum_cartpole      # per iteration and per step
+    python scripts/momentum_study.py errors --out results/momentum --jobs 2      # random MDP, error of d_t
+    python scripts/momentum_study.py samples --out results/momentum --jobs 2     # random MDP, equal samples
+    python scripts/momentum_study.py cartpole --out results/momentum --jobs 2    # per iteration and per step
 
-Writes ``OUT.md`` and ``OUT.csv``; cartpole also ``OUT.png``.
+Every finished run is added to ``OUT/NAME.csv``; the same command again, or one with more seeds, runs what is missing.
+In the end ``FIGURES/momentum_NAME.md`` and ``.csv`` are written, of cartpole also ``.png``.
 """
 
 from __future__ import annotations
 
 import csv
+import itertools
 import math
 import shlex
 import statistics
@@ -24,7 +26,6 @@ if __package__ in (None, ""):
 import torch
 import tyro
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from ccrl.packages import check_siblings
 
@@ -32,21 +33,44 @@ check_siblings()
 
 import envs
 from agents.harpg import HARPG, HARPGConfig, HARPGEstimator
-from agents.npg_igt import NPGIGT, NPGIGTConfig
+from agents.npg_igt import NPGIGT, NPGIGTConfig, NPGIGTEstimator
 from ccrl.collect import Collector, Request
+from ccrl.experiment.cells import CellsFailed, complete
 from ccrl.policies import GibbsPolicy, OneHot
 
 __all__ = ["CartPole", "Errors", "Samples", "main"]
 
+METHODS = ("pg", "nmpg", "npg_igt", "nharpg", "harpg")
+KNOWN = (*NPGIGTEstimator.rules, *HARPGEstimator.rules)
 Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Errors:
-    """Relative error of the direction, one trajectory per sample, and the gap to the optimum at the end."""
+class Study:
+    """What all studies have."""
 
     out: Path
-    """Path and first part of the names of the files to write."""
+    """Folder of the finished runs."""
+    figures: Path = Path("docs/figures")
+    """Folder that momentum_* is written to."""
+    jobs: int = 1
+    """Runs at a time, each a process with one thread."""
+    methods: tuple[str, ...] = METHODS
+    """Variants."""
+    seeds: int = 5
+    """Runs of each."""
+
+    def __post_init__(self) -> None:
+        if not self.methods or set(self.methods) - set(KNOWN):
+            raise ValueError(f"methods: expected some of {', '.join(KNOWN)}, got {' '.join(self.methods) or 'none'}")
+        if self.jobs < 1 or self.seeds < 1:
+            raise ValueError(f"expected jobs >= 1 and seeds >= 1, got {self.jobs} and {self.seeds}")
+
+
+@dataclass(frozen=True)
+class Errors(Study):
+    """Relative error of the direction, one trajectory per sample, and the gap to the optimum at the end."""
+
     methods: tuple[str, ...] = ("normalised", "nmpg", "npg_igt", "nharpg")
     """Variants."""
     seeds: int = 30
@@ -57,37 +81,41 @@ class Errors:
     """Iterations at which errors are taken."""
 
     def run(self) -> Rows:
-        rows = []
-        for method in self.methods:
-            errors: dict[int, list[float]] = {t: [] for t in self.at}
-            gaps = []
-            for seed in range(self.seeds):
-                agent = tabular(method, seed, num_envs=1, learning_rate=self.learning_rate)
+        """Means per method."""
+        at = " ".join(map(str, self.at))
+        cells = [
+            {"method": method, "gamma_0": self.learning_rate, "seed": seed, "at": at}
+            for seed, method in itertools.product(range(self.seeds), self.methods)
+        ]
+        found = complete(self.out / "errors.csv", cells, play_errors, jobs=self.jobs, name="errors")
+        names = (*(f"error at {t}" for t in self.at), "gap")
+        return [
+            {"method": method} | {n: _mean([float(row[n]) for row in found if row["method"] == method]) for n in names}
+            for method in self.methods
+        ]
 
-                def watch(agent: Any, errors: Any = errors) -> bool:
-                    t, rule = agent.iteration - 1, agent.direction
-                    if t in errors:  # d_t belongs to theta_t, which by now is the previous one
-                        truth = agent.env.exact_gradient(agent.policy, rule.prev)
-                        errors[t].append(float((rule.d - truth).norm() / truth.norm()))
-                    return t < max(self.at)
 
-                agent.learn(10**9, watch)
-                gaps.append(agent.env.optimal_return() - float(agent.env.exact_return(agent.policy)))
-            row = {"method": method, **{f"error at {t}": _mean(errors[t]) for t in self.at}, "gap": _mean(gaps)}
-            rows.append(row)
-            print(row, flush=True)
-        return rows
+def play_errors(cell: dict[str, Any]) -> Rows:
+    """One run of ``Errors``."""
+    agent = tabular(cell["method"], cell["seed"], num_envs=1, learning_rate=cell["gamma_0"])
+    at, errors = [int(t) for t in cell["at"].split()], dict[str, float]()
+
+    def watch(agent: Any) -> bool:
+        t, rule = agent.iteration - 1, agent.direction
+        if t in at:  # d_t belongs to theta_t, which by now is the previous one
+            truth = agent.env.exact_gradient(agent.policy, rule.prev)
+            errors[f"error at {t}"] = float((rule.d - truth).norm() / truth.norm())
+        return t < max(at)
+
+    agent.learn(10**9, watch)
+    return [errors | {"gap": gap(agent)}]
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Gap to the optimum after equal numbers of trajectories, best of some step sizes."""
+class Samples(Study):
+    """Gap to the optimum after equal numbers of trajectories, for some step sizes."""
 
-    out: Path
-    """Path and first part of the names of the files to write."""
-    methods: tuple[str, ...] = ("pg", "nmpg", "npg_igt", "nharpg", "harpg")
-    """Variants."""
-    seeds: int = 5
+    seeds: int = 20
     """Runs of each."""
     learning_rates: tuple[float, ...] = (0.3, 1.0, 3.0)
     """gamma_0 tried."""
@@ -97,29 +125,34 @@ class Samples:
     """Per estimate."""
 
     def run(self) -> Rows:
-        rows = []
-        for method in self.methods:
-            for rate in self.learning_rates:
-                gaps = []
-                for seed in range(self.seeds):
-                    agent = tabular(method, seed, num_envs=self.batch, learning_rate=rate)
-                    agent.learn(self.trajectories * agent.config.n_steps)
-                    gaps.append(agent.env.optimal_return() - float(agent.env.exact_return(agent.policy)))
-                rows.append({"method": method, "gamma_0": rate, "gap": _mean(gaps), "gap sd": statistics.stdev(gaps)})
-                print(rows[-1], flush=True)
-        return rows
+        """Mean and deviation per method and step size."""
+        tried = list(itertools.product(self.methods, self.learning_rates))
+        cells = [
+            {"method": method, "gamma_0": rate, "seed": seed, "trajectories": self.trajectories, "batch": self.batch}
+            for seed, (method, rate) in itertools.product(range(self.seeds), tried)
+        ]
+        gaps: dict[tuple[str, str], list[float]] = {}
+        for row in complete(self.out / "samples.csv", cells, play_samples, jobs=self.jobs, name="samples"):
+            gaps.setdefault((row["method"], row["gamma_0"]), []).append(float(row["gap"]))
+        return [
+            {"method": m, "gamma_0": rate, "gap": _mean(x), "gap sd": statistics.stdev(x) if len(x) > 1 else math.nan}
+            for m, rate, x in ((m, rate, gaps[m, str(rate)]) for m, rate in tried)
+        ]
+
+
+def play_samples(cell: dict[str, Any]) -> Rows:
+    """One run of ``Samples``."""
+    agent = tabular(cell["method"], cell["seed"], num_envs=cell["batch"], learning_rate=cell["gamma_0"])
+    agent.learn(cell["trajectories"] * agent.config.n_steps)
+    return [{"gap": gap(agent)}]
 
 
 @dataclass(frozen=True)
-class CartPole:
+class CartPole(Study):
     """CartPole with at most 200 steps: iterations and environment steps until the policy returns ``target``."""
 
-    out: Path
-    """Path and first part of the names of the files to write."""
     methods: tuple[str, ...] = ("pg", "nmpg", "npg_igt", "harpg", "nharpg")
     """Variants."""
-    seeds: int = 5
-    """Runs with the chosen step size."""
     learning_rates: tuple[float, ...] = (0.1, 0.3, 1.0)
     """gamma_0 tried for normalised methods; the one with the best average return of seed 0 is used for all seeds."""
     plain_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
@@ -134,42 +167,27 @@ class CartPole:
     """Weight step t with gamma^t."""
 
     def run(self) -> Rows:
-        rows = []
-        for method in self.methods:
-            normalised = agent_of(method)[0].Direction.rules[method].normalised
-            rates = self.learning_rates if normalised else self.plain_rates
-            tried = {rate: self._curve(method, rate, 0) for rate in rates}
-            best = max(tried, key=lambda rate: statistics.fmean(r for *_, r in tried[rate]))
-            for rate, curve in tried.items():
-                print(method, rate, f"mean return {statistics.fmean(r for *_, r in curve):.1f}", flush=True)
-            curves = [tried[best], *(self._curve(method, best, seed) for seed in range(1, self.seeds))]
-            for seed, curve in enumerate(curves):
-                rows += [
-                    {"method": method, "gamma_0": best, "seed": seed, "iteration": k, "steps": steps, "return": r}
-                    for k, steps, r in curve
-                ]
-        return rows
+        """The curves of the best step sizes."""
+        normalised = {m: agent_of(m)[0].Direction.rules[m].normalised for m in self.methods}
+        rates = {m: self.learning_rates if normalised[m] else self.plain_rates for m in self.methods}
+        scores: dict[tuple[str, float], list[float]] = {}
+        for row in self._complete([(m, rate, 0) for m in self.methods for rate in rates[m]]):
+            scores.setdefault((row["method"], row["gamma_0"]), []).append(row["return"])
+        for (method, rate), returns in scores.items():
+            print(method, rate, f"mean return {_mean(returns):.1f}", flush=True)
+        best = {m: max(rates[m], key=lambda rate, m=m: _mean(scores[m, rate])) for m in self.methods}
+        # seeds first, so that a study that is cut short has as many of every method; the rows are by method
+        rows = self._complete([(m, best[m], seed) for seed in range(self.seeds) for m in self.methods])
+        return sorted(rows, key=lambda row: self.methods.index(row["method"]))
 
-    def _curve(self, method: str, rate: float, seed: int) -> list[tuple[int, int, float]]:
-        """(iteration, environment steps, mean return)."""
-        cls, config = agent_of(method)
-        config = config(
-            variant=method, num_envs=5, n_steps=200, min_steps=self.min_steps, learning_rate=rate, baseline="linear",
-            discount_from_start=self.discount_from_start,
-        )  # fmt: skip
-        agent = cls("CartPole-v1", config, seed=seed, env_kwargs={"max_episode_steps": 200})
-        env = envs.make("CartPole-v1", 20, max_episode_steps=200)
-        judge = Collector(env, seed=seed + 1000, make_env=lambda n: env)
-        curve = []
-
-        def watch(agent: Any) -> bool:
-            if agent.iteration % 2 == 0:
-                judge.collect(Request(episodes=20, horizon=200), agent.policy)
-                curve.append((agent.iteration, agent.num_timesteps, float(judge.stats.returns.mean())))
-            return agent.iteration < self.iterations
-
-        agent.learn(10**9, watch)
-        return curve
+    def _complete(self, wanted: list[tuple[str, float, int]]) -> Rows:
+        settings = {
+            "iterations": self.iterations, "min_steps": self.min_steps, "discount_from_start": self.discount_from_start,
+        }  # fmt: skip
+        cells = [{"method": m, "gamma_0": rate, "seed": seed, **settings} for m, rate, seed in wanted]
+        rows = complete(self.out / "cartpole.csv", cells, play_cartpole, jobs=self.jobs, name="cartpole")
+        types = {"method": str, "gamma_0": float, "seed": int, "iteration": int, "steps": int, "return": float}
+        return [{name: of(row[name]) for name, of in types.items()} for row in rows]
 
     def summary(self, rows: Rows) -> Rows:
         """Per method: runs that reached the target, and the median iteration and step at which they did."""
@@ -214,6 +232,29 @@ class CartPole:
         return page
 
 
+def play_cartpole(cell: dict[str, Any]) -> Rows:
+    """One run of ``CartPole``: iteration, environment steps and mean return."""
+    cls, config = agent_of(cell["method"])
+    config = config(
+        variant=cell["method"], num_envs=5, n_steps=200, min_steps=cell["min_steps"], learning_rate=cell["gamma_0"],
+        baseline="linear", discount_from_start=cell["discount_from_start"],
+    )  # fmt: skip
+    agent = cls("CartPole-v1", config, seed=cell["seed"], env_kwargs={"max_episode_steps": 200})
+    env = envs.make("CartPole-v1", 20, max_episode_steps=200)
+    judge = Collector(env, seed=cell["seed"] + 1000, make_env=lambda n: env)
+    curve = []
+
+    def watch(agent: Any) -> bool:
+        if agent.iteration % 2 == 0:
+            judge.collect(Request(episodes=20, horizon=200), agent.policy)
+            mean = float(judge.stats.returns.mean())
+            curve.append({"iteration": agent.iteration, "steps": agent.num_timesteps, "return": mean})
+        return agent.iteration < cell["iterations"]
+
+    agent.learn(10**9, watch)
+    return curve
+
+
 def agent_of(method: str) -> tuple[Any, Any]:
     """Agent and config class of a variant."""
     return (HARPG, HARPGConfig) if method in HARPGEstimator.rules else (NPGIGT, NPGIGTConfig)
@@ -231,7 +272,12 @@ def tabular(method: str, seed: int, **options: Any) -> Any:
     return Tabular("ccrl/RandomMDP-v0", config(variant=method, n_steps=15, gamma=0.9, **options), seed=seed)
 
 
-def _mean(x: list[float] | Tensor) -> float:
+def gap(agent: Any) -> float:
+    """How much less the policy returns than the best one."""
+    return float(agent.env.optimal_return() - agent.env.exact_return(agent.policy))
+
+
+def _mean(x: list[float]) -> float:
     return float(statistics.fmean(x))
 
 
@@ -248,19 +294,23 @@ def main(argv: list[str]) -> Rows:
     commands = {"errors": Errors, "samples": Samples, "cartpole": CartPole}
     study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
     rows = study.run()
-    study.out.parent.mkdir(parents=True, exist_ok=True)
+    study.figures.mkdir(parents=True, exist_ok=True)
+    stem = study.figures / f"momentum_{argv[0]}"
     command = "python scripts/momentum_study.py " + shlex.join(argv)
     text = _table(study.summary(rows) if isinstance(study, CartPole) else rows)
     print(text)
-    study.out.with_suffix(".md").write_text(f"`{command}`\n\n{text}", encoding="utf-8")
-    with study.out.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
+    stem.with_suffix(".md").write_text(f"`{command}`\n\n{text}", encoding="utf-8")
+    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     if isinstance(study, CartPole):
-        study.figure(rows, command).savefig(study.out.with_suffix(".png"), dpi=150)
+        study.figure(rows, command).savefig(stem.with_suffix(".png"), dpi=150)
     return rows
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (ValueError, CellsFailed) as error:
+        sys.exit(f"error: {error}")

@@ -9,6 +9,7 @@ from itertools import islice
 import pytest
 import torch
 
+from ccrl.experiment.csv_table import read_rows
 from ccrl.returns import gae
 from ccrl.updaters import GradientEstimate
 from scripts import gradient_lab as lab
@@ -132,14 +133,48 @@ def test_wrong_options_are_refused():
 
 
 def test_studies_of_momentum(tmp_path):
-    out = str(tmp_path / "m")
-    rows = momentum_study.main(["errors", "--seeds", "1", "--at", "2", "4", "--methods", "npg_igt", "--out", out])
+    folders = ["--out", str(tmp_path / "runs"), "--figures", str(tmp_path)]
+    rows = momentum_study.main(["errors", "--seeds", "1", "--at", "2", "4", "--methods", "npg_igt", *folders])
     assert rows[0].keys() == {"method", "error at 2", "error at 4", "gap"}
     assert rows[0]["error at 2"] > 0
     rows = momentum_study.main(
-        ["samples", "--seeds", "2", "--trajectories", "40", "--methods", "harpg", "--learning-rates", "1", "--out", out]
+        ["samples", "--seeds", "2", "--trajectories", "40", "--methods", "harpg", "--learning-rates", "1", *folders]
     )
     assert 0 < rows[0]["gap"] < 6.0
+    one, two = (float(row["gap"]) for row in read_rows(tmp_path / "runs" / "samples.csv"))
+    assert (rows[0]["gap"], rows[0]["gap sd"]) == pytest.approx(((one + two) / 2, abs(one - two) / 2**0.5))
+
+
+def test_missing_seeds_of_cartpole_are_added_with_the_step_size_of_the_first(tmp_path, monkeypatch):
+    played = []
+
+    def play(cell):
+        played.append((cell["method"], cell["gamma_0"], cell["seed"]))
+        last = 190.0 - 100 * abs(cell["gamma_0"] - 0.3) - cell["seed"]
+        return [{"iteration": k, "steps": 1000 * k, "return": r} for k, r in ((2, 20.0), (4, last))]
+
+    monkeypatch.setattr(momentum_study, "play_cartpole", play)
+    command = ["cartpole", "--methods", "nmpg", "--out", str(tmp_path / "runs"), "--figures", str(tmp_path)]
+    momentum_study.main([*command, "--seeds", "2"])
+    assert played == [("nmpg", 0.1, 0), ("nmpg", 0.3, 0), ("nmpg", 1.0, 0), ("nmpg", 0.3, 1)]
+    played.clear()
+    rows = momentum_study.main([*command, "--seeds", "3"])
+    assert played == [("nmpg", 0.3, 2)]
+    assert [(row["gamma_0"], row["seed"], row["return"]) for row in rows if row["iteration"] == 4] == [
+        (0.3, 0, 190.0), (0.3, 1, 189.0), (0.3, 2, 188.0)
+    ]  # fmt: skip
+    text = (tmp_path / "momentum_cartpole.md").read_text()
+    assert text.startswith("`python scripts/momentum_study.py cartpole --methods nmpg --out")
+    assert "| nmpg | 0.3 | 3 of 3 | 4 | 4000 | 189 |" in text
+    assert (tmp_path / "momentum_cartpole.png").stat().st_size > 10_000
+    assert len(read_rows(tmp_path / "momentum_cartpole.csv")) == 6
+
+
+def test_momentum_studies_refuse_what_they_do_not_know():
+    with pytest.raises(ValueError, match=r"methods: expected some of .*nharpg.*, got adam"):
+        momentum_study.Samples(out=None, methods=("adam",))
+    with pytest.raises(ValueError, match="seeds >= 1, got 1 and 0"):
+        momentum_study.CartPole(out=None, seeds=0)
 
 
 def test_iterations_to_the_target():

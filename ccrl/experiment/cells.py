@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -18,24 +19,44 @@ import torch
 from ccrl.experiment.checkpoint import write_atomic
 from ccrl.experiment.csv_table import read_rows
 
-__all__ = ["Cell", "complete"]
+__all__ = ["Cell", "CellsFailed", "complete"]
 
 Cell = Mapping[str, Any]
-"""Settings of one run, by name: numbers and short texts."""
+"""Settings of one run, by name: numbers, short texts, None."""
 
 Play = Callable[[dict[str, Any]], Sequence[Mapping[str, Any]]]
 """Runs a cell; its results, one mapping per row. With several jobs it must be a function of a module."""
 
 
+class CellsFailed(RuntimeError):
+    """``count`` cells failed; all others are in the file, and the same call again runs the failed ones."""
+
+    def __init__(self, message: str, count: int) -> None:
+        super().__init__(message)
+        self.count = count
+
+
 def complete(
-    path: Path, cells: Sequence[Cell], play: Play, *, jobs: int = 1, name: str = "study"
+    path: Path,
+    cells: Sequence[Cell],
+    play: Play,
+    *,
+    jobs: int = 1,
+    name: str = "study",
+    names: Sequence[str] | None = None,
 ) -> list[dict[str, str]]:
-    """All rows of ``cells``, as text: from ``path`` where it has them, else from new runs, which are added to it.
+    """All rows of ``cells``, in their order and as text: from ``path`` where it has them, else from new runs, which are
+    added to it.
 
-    A row is the cell's settings, its results and ``seconds`` (of the whole cell). A cell is in the file with all its
-    rows or not at all, so a killed study goes on with the cell it was at. Cells are told apart by all their settings.
+    A row is the cell's settings, ``seconds`` (of the whole cell, unless the results have their own) and the results;
+    None is an empty text. A cell is in the file with all its rows or not at all, so a killed study goes on with the
+    cells it was at. A cell that fails does not stop the others.
 
-    :raises ValueError: if ``jobs < 1``, cells have different settings' names, or the file's columns are others.
+    :param names: settings that tell cells apart, of which the file must then have none with different other settings;
+        None: all settings, so that other settings are other cells.
+    :raises ValueError: if ``jobs < 1``, cells have different settings' names, the file's columns are others, or it has
+        a cell with other settings.
+    :raises CellsFailed: in the end, if cells failed.
     """
     if jobs < 1:
         raise ValueError(f"jobs: expected >= 1, got {jobs}")
@@ -43,41 +64,74 @@ def complete(
     for cell in cells:
         if list(cell) != keys:
             raise ValueError(f"cells: expected the settings {keys} in every cell, got {list(cell)}")
+    wanted = [{k: _text(v) for k, v in cell.items()} for cell in cells]
     rows = read_rows(path) if path.exists() else []
     if rows and not set(keys) <= set(rows[0]):
         raise ValueError(f"{path}: expected the columns {keys}, got {list(rows[0])}; choose another file")
-    have = {_key(row, keys) for row in rows}
-    left = [dict(cell) for cell in cells if _key(cell, keys) not in have]
+    names = keys if names is None else names
+    have = {_key(row, names): row for row in rows}
+    for settings in wanted:
+        _check_same(path, names, settings, have.get(_key(settings, names), settings))
+    left = [dict(cell) for cell, settings in zip(cells, wanted) if _key(settings, names) not in have]
     print(f"[{name}] {path}: {len(cells)} cells, {len(cells) - len(left)} of them finished before", flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
+    shown = [k for k in keys if len({settings[k] for settings in wanted}) > 1] or keys
+    failures = []
     for count, (cell, found, seconds) in enumerate(_here(left, play) if jobs == 1 else _processes(left, play, jobs), 1):
-        settings = {k: str(v) for k, v in cell.items()}
-        rows += [settings | {k: str(v) for k, v in row.items()} | {"seconds": f"{seconds:.1f}"} for row in found]
+        head = f"[{name} {count}/{len(left)}] " + ", ".join(f"{k} {cell[k]}" for k in shown)
+        if isinstance(found, str):
+            failures.append(f"{head}: {found.splitlines()[-1]}")
+            print(f"{head}: FAILED\n{found}", flush=True)
+            continue
+        row = {k: _text(v) for k, v in cell.items()} | {"seconds": f"{seconds:.1f}"}
+        rows += [row | {k: _text(v) for k, v in point.items()} for point in found]
         _write(path, rows)
-        last = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found[-1].items())
-        words = " ".join(str(v) for v in cell.values())
-        print(f"[{name} {count}/{len(left)}] {words}: {last} ({seconds:.0f} s)", flush=True)
-    wanted = {_key(cell, keys) for cell in cells}
-    return [row for row in rows if _key(row, keys) in wanted]
+        last = ", ".join(
+            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in found[-1].items()
+            if not isinstance(v, str)
+        )
+        print(f"{head}: {last} ({seconds:.0f} s)", flush=True)
+    if failures:
+        raise CellsFailed(f"{path}: {len(failures)} cells failed\n" + "\n".join(failures), len(failures))
+    order = {_key(settings, names): i for i, settings in enumerate(wanted)}
+    mine = [row for row in rows if _key(row, names) in order]
+    # a result must not depend on which run was ready first
+    return sorted(mine, key=lambda row: order[_key(row, names)])
 
 
-def _key(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
-    return tuple(str(row[k]) for k in keys)
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)
 
 
-def _timed(play: Play, cell: dict[str, Any]) -> tuple[Sequence[Mapping[str, Any]], float]:
+def _key(row: Mapping[str, str], names: Sequence[str]) -> tuple[str, ...]:
+    return tuple(row[k] for k in names)
+
+
+def _check_same(path: Path, names: Sequence[str], settings: Mapping[str, str], row: Mapping[str, str]) -> None:
+    if other := [k for k in settings if settings[k] != row[k]]:
+        there, here = (" ".join(f"{k}={x[k]}" for k in other) for x in (row, settings))
+        cell = " ".join(_key(row, names))
+        raise ValueError(f"{path}: {cell} was run with {there}, expected {here}; choose another file")
+
+
+def _timed(play: Play, cell: dict[str, Any]) -> tuple[Sequence[Mapping[str, Any]] | str, float]:
+    """Rows or the traceback, which as an exception would not outlive the way between processes."""
     start = time.perf_counter()
-    return play(cell), time.perf_counter() - start
+    try:
+        return play(cell), time.perf_counter() - start
+    except Exception:
+        return traceback.format_exc(), time.perf_counter() - start
 
 
-def _here(left: list[dict[str, Any]], play: Play) -> Iterator[tuple[Cell, Sequence[Mapping[str, Any]], float]]:
+def _here(left: list[dict[str, Any]], play: Play) -> Iterator[tuple[Cell, Sequence[Mapping[str, Any]] | str, float]]:
     for cell in left:
         yield cell, *_timed(play, cell)
 
 
 def _processes(
     left: list[dict[str, Any]], play: Play, jobs: int
-) -> Iterator[tuple[Cell, Sequence[Mapping[str, Any]], float]]:
+) -> Iterator[tuple[Cell, Sequence[Mapping[str, Any]] | str, float]]:
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin) as pool:
         futures = {pool.submit(_timed, play, cell): cell for cell in left}
         try:

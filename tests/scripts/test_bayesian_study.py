@@ -13,6 +13,7 @@ pytest.importorskip("gpytorch")
 
 from agents.bac import BACConfig
 from agents.ppo import PPOConfig
+from ccrl.experiment.cells import CellsFailed
 from ccrl.experiment.csv_table import read_rows
 from ccrl.policies import GibbsPolicy
 from envs.classic.mountain_car import MAX_SPEED
@@ -50,7 +51,7 @@ def test_every_method_sees_the_same_number_of_episodes(monkeypatch: pytest.Monke
     starts = []
     for method, rates in runs.RATES.items():
         ended.append(0)
-        points = runs.play({"kind": method, "seed": 5, "settings": TINY | {"rate": rates[0]}})
+        points = runs.play({"env": runs.CAR, "method": method, "seed": 5, "rate": rates[0]} | TINY)
         assert [point["episodes"] for point in points] == [0, 5, 10]
         assert ended[-1] == 10
         assert 0 < points[-1]["steps"] <= 10 * runs.HORIZON
@@ -132,7 +133,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def play(run: dict[str, Any]) -> list[dict[str, Any]]:
         played.append(run)
-        last = -100.0 - 1000 * abs(run["settings"]["rate"] - 0.001) - run["seed"] % 10
+        last = -100.0 - 1000 * abs(run["rate"] - 0.001) - run["seed"] % 10
         return [point(0, -200.0), point(5, last), point(10, last)]
 
     monkeypatch.setattr(runs, "play", play)
@@ -147,8 +148,8 @@ def test_step_sizes_come_from_other_seeds_and_nothing_runs_twice(
     rows = study.main(command)
     search, final = played[: 2 * len(runs.RATES["mc"])], played[2 * len(runs.RATES["mc"]) :]
     assert {run["seed"] for run in search} == {1000, 1001}
-    assert {run["kind"] for run in search} == {"mc"}
-    assert [(run["kind"], run["seed"], run["settings"]["rate"]) for run in final] == [
+    assert {run["method"] for run in search} == {f"mc rate={rate:g}" for rate in runs.RATES["mc"]}
+    assert [(run["method"], run["seed"], run["rate"]) for run in final] == [
         ("bac", 0, 0.025), ("mc", 0, 0.001), ("bac", 1, 0.025), ("mc", 1, 0.001)
     ]  # fmt: skip
     assert len(rows) == 4 * 3
@@ -157,7 +158,7 @@ def test_step_sizes_come_from_other_seeds_and_nothing_runs_twice(
     assert study.main(command) == rows
     assert not played
     study.main([*command[:5], "2", *command[5:]])  # one more seed: 0, 1 and 2
-    assert [(run["kind"], run["seed"]) for run in played] == [("bac", 2), ("mc", 2)]
+    assert [(run["method"], run["seed"]) for run in played] == [("bac", 2), ("mc", 2)]
 
 
 def test_a_run_that_fails_leaves_the_finished_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +172,7 @@ def test_a_run_that_fails_leaves_the_finished_ones(tmp_path: Path, monkeypatch: 
         return whole(run)
 
     monkeypatch.setattr(runs, "play", broken)
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(CellsFailed, match="FloatingPointError: not finite"):
         options.run()
     assert {row["seed"] for row in read_rows(tmp_path / "mountaincar.csv")} == {"0"}
     monkeypatch.setattr(runs, "play", whole)
@@ -183,14 +184,14 @@ def test_a_run_that_fails_leaves_the_finished_ones(tmp_path: Path, monkeypatch: 
 def test_other_settings_do_not_mix_with_old_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake(monkeypatch)
     study.MountainCar(tmp_path, seeds=(0,), methods=("bac",), updates=2).run()
-    with pytest.raises(ValueError, match=r"updates=2 .*not .*updates=3 .*choose another --out"):
+    with pytest.raises(ValueError, match="bac 0 was run with updates=2, expected updates=3; choose another file"):
         study.MountainCar(tmp_path, seeds=(0,), methods=("bac",), updates=3).run()
 
 
 def test_processes_give_the_rows_of_one_process(tmp_path: Path) -> None:
     options = {"seeds": (0, 1), "methods": ("bac",), "updates": 1}
     rows = [study.MountainCar(tmp_path / str(n), **options, jobs=n).run() for n in (1, 2)]
-    timeless = [sorted(str(row | {"cpu_seconds": ""}) for row in one) for one in rows]
+    timeless = [sorted(str(row | {"cpu_seconds": "", "seconds": ""}) for row in one) for one in rows]
     assert len(rows[0]) == 4
     assert timeless[0] == timeless[1]
 
@@ -263,6 +264,6 @@ def test_bad_input_is_refused(tmp_path: Path, build: Any, message: str) -> None:
 
 
 def test_a_dbqpg_run_without_a_finished_episode_says_so() -> None:
-    settings = {"timesteps": 60, "batch": 60, "update": "trpo", "targets": "returns"}
+    run = {"env": "Swimmer-v5", "method": "mc", "seed": 0, "timesteps": 60, "batch": 60}
     with pytest.raises(ValueError, match="Swimmer-v5: no episode ended within 60 steps"):
-        runs.play({"kind": "dbqpg", "env": "Swimmer-v5", "method": "mc", "seed": 0, "settings": settings})
+        runs.play(run | {"update": "trpo", "targets": "returns"})

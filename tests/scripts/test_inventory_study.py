@@ -55,7 +55,7 @@ def test_finished_cells_are_not_measured_again(
     assert asked == [(4, 0)], "only the one that failed was left"
     assert inventory_study.run_study(Gaps(out=tmp_path, only=("serial",), seeds=(0, 1))) == 2
     assert asked[1:] == [(1, 1), (2, 1)], "other seeds are other cells"
-    assert "4 of them measured before" in capsys.readouterr().out
+    assert "4 of them finished before" in capsys.readouterr().out
 
 
 def test_a_half_written_row_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
