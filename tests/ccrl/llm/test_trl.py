@@ -120,8 +120,12 @@ SAME = {
         GSPO.Config(clip_low=0.02, clip_high=0.03),
         {"loss_type": "grpo", "importance_sampling_level": "sequence", "epsilon": 0.02, "epsilon_high": 0.03},
     ),
-    "grpo_kl": (GRPO, GRPO.Config(kl_coef=0.1), {"loss_type": "grpo", "beta": 0.1}),
-    "dapo_kl": (GRPO, GRPO.Config(aggregate="token_mean", kl_coef=0.1), {"loss_type": "dapo", "beta": 0.1}),
+    "grpo_kl": (GRPO, GRPO.Config(kl_coef=0.1), {"loss_type": "grpo", "beta": 0.1, "use_bias_correction_kl": False}),
+    "dapo_kl": (
+        GRPO,
+        GRPO.Config(aggregate="token_mean", kl_coef=0.1),
+        {"loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": False},
+    ),
 }
 
 
