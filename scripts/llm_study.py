@@ -88,13 +88,15 @@ class Run:
         model = {"task": self.task, "layers": self.layers, "width": self.width, "warm_steps": self.warm_steps}
         starts = [{"seed": seed, **model} for seed in self.seeds]
         make = partial(warm_start, out=str(self.out))
-        complete(self.out / "warm.csv", starts, make, jobs=min(self.jobs, len(starts)), name="warm start")
+        complete(self.out / "warm.csv", starts, make, jobs=min(self.jobs, len(starts)), name="warm start",
+                 names=("seed",))  # fmt: skip
         cells = [
             {"method": method, "seed": seed, **model, "iterations": self.iterations, "lr": self.learning_rate,
              "max_grad_norm": self.max_grad_norm, "eval_every": self.eval_every}
             for seed in self.seeds for method in self.methods
         ]  # fmt: skip
-        rows = complete(self.out / "runs.csv", cells, partial(play, out=str(self.out)), jobs=self.jobs, name="llm")
+        rows = complete(self.out / "runs.csv", cells, partial(play, out=str(self.out)), jobs=self.jobs, name="llm",
+                        names=("method", "seed"))  # fmt: skip
         write_atomic(self.out / "command.txt", lambda file: file.write(self.command().encode()))
         return rows
 
