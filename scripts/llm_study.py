@@ -6,10 +6,11 @@ python scripts/llm_study.py report --out results/llm            # tables and fig
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ check_siblings()
 import agents
 from ccrl.experiment.cells import complete
 from ccrl.experiment.checkpoint import write_atomic
+from ccrl.experiment.config import Options
 from ccrl.experiment.csv_table import read_rows
 
 __all__ = ["METHODS", "Report", "Run", "interval", "main", "play", "warm_start"]
@@ -57,15 +59,17 @@ class Run:
     """Seed of warm start, sampling and shuffling."""
     task: str = "arithmetic"
     """Text task."""
-    layers: int = 4
+    options: Options = field(default_factory=lambda: {"digits": 2, "modulus": 10})
+    """The task's, as JSON."""
+    layers: int = 3
     """Layers of the model."""
     width: int = 160
-    """Its hidden size (1.3 M parameters with 4 layers)."""
-    warm_steps: int = 1200
-    """Supervised steps of the warm start, 64 demonstrations each."""
+    """Its hidden size (1.2 M parameters with 3 layers)."""
+    warm_steps: int = 500
+    """Supervised steps of the warm start, 64 demonstrations each: the sum is half learnt then."""
     iterations: int = 80
     """Rollouts of 16 prompts x 8 completions (methods that ask for more than one rollout count what they use)."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     """AdamW's, for all methods."""
     max_grad_norm: float = 0.1
     """Gradients are scaled down to this norm, which is below most methods' gradients: losses of different scale then
@@ -85,7 +89,8 @@ class Run:
 
     def run(self) -> list[dict[str, str]]:
         """Warm starts that are missing, then the runs that ``runs.csv`` lacks."""
-        model = {"task": self.task, "layers": self.layers, "width": self.width, "warm_steps": self.warm_steps}
+        model = {"task": self.task, "options": json.dumps(self.options), "layers": self.layers, "width": self.width,
+                 "warm_steps": self.warm_steps}  # fmt: skip
         starts = [{"seed": seed, **model} for seed in self.seeds]
         make = partial(warm_start, out=str(self.out))
         complete(self.out / "warm.csv", starts, make, jobs=min(self.jobs, len(starts)), name="warm start",
@@ -103,23 +108,29 @@ class Run:
     def command(self) -> str:
         """The command that makes these rows, with what differs from the defaults."""
         words = ["python scripts/llm_study.py run --out results/llm"]
-        for name in ("seeds", "task", "layers", "width", "warm_steps", "iterations", "learning_rate", "max_grad_norm",
-                     "eval_every"):  # fmt: skip
+        for name in ("seeds", "task", "options", "layers", "width", "warm_steps", "iterations", "learning_rate",
+                     "max_grad_norm", "eval_every"):  # fmt: skip
             value, default = getattr(self, name), getattr(Run(self.out), name)
-            if value != default:
-                words.append(f"--{name.replace('_', '-')} {' '.join(map(str, value)) if name == 'seeds' else value}")
+            if value == default:
+                continue
+            text = {"seeds": " ".join(map(str, self.seeds)), "options": f"'{json.dumps(self.options)}'"}.get(
+                name, value
+            )
+            words.append(f"--{name.replace('_', '-')} {text}")
         return " ".join(words)
 
 
 def _folder(cell: dict[str, Any], out: str) -> Path:
-    names = ("task", "layers", "width", "warm_steps", "seed")
-    return Path(out) / "warm" / "_".join(str(cell[name]) for name in names)
+    options = [f"{name}{value}" for name, value in json.loads(cell["options"]).items()]
+    words = [cell["task"], *options, *(str(cell[name]) for name in ("layers", "width", "warm_steps", "seed"))]
+    return Path(out) / "warm" / "_".join(words)
 
 
 def warm_start(cell: dict[str, Any], out: str) -> list[dict[str, float]]:
     """Supervised training from scratch; the model goes into a folder that any method can start from."""
     cls = agents.get_agent("sft")
-    agent = cls(cell["task"], cls.Config(model_layers=cell["layers"], model_width=cell["width"]), seed=cell["seed"])
+    config = cls.Config(model_layers=cell["layers"], model_width=cell["width"])
+    agent = cls(cell["task"], config, seed=cell["seed"], env_kwargs=json.loads(cell["options"]))
     loss = agent.warm_start(cell["warm_steps"])
     agent.policy.model.save_pretrained(_folder(cell, out))
     found = agent.pass_at((1, 8), 128, 8, 30_000)
@@ -135,7 +146,7 @@ def play(cell: dict[str, Any], out: str) -> list[dict[str, float]]:
         model=str(_folder(cell, out)), n_prompts=16, group_size=8, learning_rate=cell["lr"],
         max_grad_norm=cell["max_grad_norm"],
     )  # fmt: skip
-    agent = cls(cell["task"], config, seed=cell["seed"])
+    agent = cls(cell["task"], config, seed=cell["seed"], env_kwargs=json.loads(cell["options"]))
     rows, norms = list[dict[str, float]](), list[float]()
 
     def measure() -> None:
