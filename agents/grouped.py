@@ -2,7 +2,8 @@
 
 Every iteration plays ``group_size`` fresh episodes from each of ``n_groups`` starts with the current policy; the recipe
 of ``method`` (``agents.llm.METHODS``) does the rest, unchanged: it reads ``score`` (the episode's return), ``group``,
-``log_prob`` and ``valid``. Methods that read tokens, references or demonstrations need a language model.
+``log_prob`` and ``valid``. A reference (``kl_coef``) is the policy at the start. Methods that read tokens or
+demonstrations need a language model.
 """
 
 from __future__ import annotations
@@ -106,6 +107,8 @@ class Grouped(Agent):
             self.env_id = env
         else:
             super().__init__(env, config, **options)
+        if self.estimator.wants_reference:
+            self.ctx.bank.refresh("ref")
 
     def build(self) -> None:
         c = self.config

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ccrl.batched_env import Tree
 from ccrl.data import Data
+from ccrl.estimators.groups import Groups
 from ccrl.policies.normaliser import RunningNorm
 from ccrl.returns import discounted_sum, forward_scan, gae
 
@@ -143,24 +144,18 @@ class GroupBaseline:
 
     def advantages(self, score: Tensor, group: Tensor) -> Tensor:
         """``[N]`` from scores ``[N]`` and integer group labels ``[N]``."""
-        _, index = torch.unique(group, return_inverse=True)
-        ones = torch.ones_like(score)
-        zeros = torch.zeros(int(index.max()) + 1, dtype=score.dtype, device=score.device)
-        n = zeros.index_add(0, index, ones)[index]
-        mean = zeros.index_add(0, index, score)[index] / n
-        # the rounded mean of n equal numbers may differ from them: dividing by that spread would not give zeros
-        lowest, highest = (zeros.scatter_reduce(0, index, score, how, include_self=False) for how in ("amin", "amax"))
-        centred = torch.where((lowest < highest)[index], score - mean, torch.zeros_like(score))
+        groups = Groups(group)
+        if self.scale == "std":
+            return groups.z_score(score, ddof=self.ddof, eps=self.eps, single=self.single).to(score.dtype)
+        n = groups.count[groups.index]
+        # the rounded mean of n equal numbers may differ from them
+        centred = torch.where(
+            groups.constant(score)[groups.index], 0.0, score.double() - groups.mean(score)[groups.index]
+        )
         if self.baseline == "leave_one_out":
-            result = centred * n / (n - 1.0).clamp_min(1.0)
-        elif self.scale == "std":
-            var = zeros.index_add(0, index, centred.square())[index] / (n - self.ddof).clamp_min(1.0)
-            result = centred / (var.sqrt() + self.eps)
-        else:
-            result = centred
-        unit = 1.0 + self.eps if self.scale == "std" else 1.0
-        alone = score / unit if self.single == "keep" else torch.zeros_like(score)
-        return torch.where(n > 1, result, alone)
+            centred = centred * n / (n - 1.0).clamp_min(1.0)
+        alone = n == 1 if self.single == "keep" else torch.zeros_like(n, dtype=torch.bool)
+        return torch.where(alone, score.double(), centred).to(score.dtype)
 
 
 @dataclass(frozen=True)

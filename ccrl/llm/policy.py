@@ -18,7 +18,7 @@ from ccrl.data import Data, Unit
 from ccrl.estimators.terms import Evaluation
 from ccrl.llm.task import Prompts
 
-__all__ = ["OUTPUTS", "CausalLMPolicy", "TokenPolicy", "token_outputs"]
+__all__ = ["OUTPUTS", "CausalLMPolicy", "TokenPolicy", "entropy_of", "token_outputs"]
 
 OUTPUTS = frozenset({
     "log_prob", "entropy", "log_prob_second", "topk_index", "topk_log_prob", "sum_pi2", "log_probs", "hidden",
@@ -44,6 +44,12 @@ class TokenPolicy(Protocol):
         ...
 
 
+def entropy_of(log_probs: Tensor) -> Tensor:
+    """Nats ``[...]`` of distributions ``[..., V]``."""
+    # a forbidden token has log-probability -inf and probability 0, and 0 * inf is not 0
+    return -torch.where(log_probs.isinf(), 0.0, log_probs.exp() * log_probs).sum(-1)
+
+
 def token_outputs(
     logits: Tensor, token: Tensor, want: frozenset[str], temperature: float, second: float, k: int
 ) -> dict[str, Tensor]:
@@ -56,8 +62,7 @@ def token_outputs(
     if "log_prob" in want:
         out["log_prob"] = log_probs.gather(-1, chosen).squeeze(-1)
     if "entropy" in want:
-        # a forbidden token has log-probability -inf and probability 0, and 0 * inf is not 0
-        out["entropy"] = -torch.where(log_probs.isinf(), 0.0, log_probs.exp() * log_probs).sum(-1)
+        out["entropy"] = entropy_of(log_probs)
     if "sum_pi2" in want:
         out["sum_pi2"] = log_probs.exp().square().sum(-1)
     if "log_prob_second" in want:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ccrl.buffer import RolloutBuffer
 from ccrl.collect import EpisodeStats, Request
 from ccrl.data import Data, Field
-from ccrl.llm.policy import TokenPolicy
+from ccrl.llm.policy import TokenPolicy, entropy_of
 from ccrl.llm.task import ConversationTask, Prompts, Split, TextTask
 
 __all__ = ["TokenCollector"]
@@ -140,7 +140,7 @@ class TokenCollector:
             buffer.action[t, rows] = torch.where(running, token, buffer.action[t, rows])
             buffer.extra["log_prob"][t, rows] = _chosen(log_probs, token) * chosen
             if self._entropy:
-                buffer.extra["entropy"][t, rows] = _entropy(log_probs) * chosen
+                buffer.extra["entropy"][t, rows] = entropy_of(log_probs) * chosen
             valid[t, rows] = chosen.float()
             present[t, rows] = running.float()
             ends = chosen & (token == eos)
@@ -277,7 +277,3 @@ def _draw(log_probs: Tensor, uniform: Tensor) -> Tensor:
 
 def _chosen(log_probs: Tensor, token: Tensor) -> Tensor:
     return log_probs.gather(-1, token.unsqueeze(-1)).squeeze(-1)
-
-
-def _entropy(log_probs: Tensor) -> Tensor:
-    return -torch.where(log_probs.isinf(), 0.0, log_probs.exp() * log_probs).sum(-1)

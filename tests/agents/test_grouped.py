@@ -75,6 +75,17 @@ def test_the_recipe_sees_returns_compared_inside_groups() -> None:
         assert torch.allclose(data["advantage"][0, group::2], expected, atol=1e-5)
 
 
+def test_the_reference_is_the_policy_at_the_start(tmp_path: Path) -> None:
+    agent = Grouped("CartPole-v1", GroupedConfig(**SMALL, kl_coef=0.1, n_epochs=3, learning_rate=1e-2), seed=0)
+    start = [p.detach().clone() for p in agent.policy.parameters()]
+    agent.learn(100)
+    assert float(agent.scalars["train/kl"]) > 0.0
+    agent.save(tmp_path / "agent.pt")
+    for bank in (agent.ctx.bank, Grouped.load(tmp_path / "agent.pt").ctx.bank):
+        assert all(torch.equal(p, q) for p, q in zip(bank.policy("ref").parameters(), start, strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(agent.policy.parameters(), start, strict=True))
+
+
 def test_episodes_that_groups_do_not_divide_are_refused() -> None:
     env = resolve_env("CartPole-v1", 4)
     collector = Collector(env, make_env=lambda n: resolve_env("CartPole-v1", n))
