@@ -86,6 +86,9 @@ class DCPORecipe(Recipe):
     entropy: Tensor
 
     def __init__(self, config: Any, parts: Parts) -> None:
+        if not hasattr(parts.policy, "second_temperature"):
+            raise ValueError("dcpo compares the policy at two temperatures: expected a token policy, got one without a "
+                             "second temperature")  # fmt: skip
         super().__init__(config, parts)
         # 0 as released: the first update raises the entropy by all that the cap allows
         self.register_buffer("entropy", torch.zeros(()))

@@ -19,7 +19,10 @@ from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.terms import Evaluation, Term, surrogate
 from ccrl.updaters import Stats
 
-__all__ = ["Host", "HostParts", "HostedRecipe", "build_hosted", "episode_masks"]
+__all__ = ["INSTEAD", "Host", "HostParts", "HostedRecipe", "build_hosted", "episode_masks"]
+
+INSTEAD = "otherwise train it with the suite's own agent (python scripts/train.py llm), which hosts every recipe"
+"""End of every refusal."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class _Zeros(nn.Module):
         super().__init__()
         self._outputs = outputs
         self.temperature = 1.0
+        if "log_prob_second" in outputs:
+            self.second_temperature = 1.0
 
     def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
         if want - self._outputs:
@@ -117,8 +122,9 @@ class HostedRecipe:
         context = _context(k, K, self.generator)
         more = self.estimator.plan({}, {"on": data}, context)
         if more:
-            raise ValueError(f"it asks for a second rollout ({more[0].tag!r}, demonstrations or completions of more "
-                             "prompts); choose options of it with one rollout per iteration")  # fmt: skip
+            what = "demonstrations" if more[0].demonstrations else "more completions"
+            raise ValueError(f"it asks for a second rollout ({more[0].tag!r}: {what}); expected options of it with one "
+                             "rollout per iteration")  # fmt: skip
         count = data.shape[1]
         row = torch.arange(count, device=data["valid"].device)
         have = self.estimator.prepare({"on": data.derive_sequence(host_row=row)}, context)
@@ -141,7 +147,7 @@ def build_hosted(recipe: Callable[[Any, Any], Estimator], config: Any, host: Hos
         made = _assemble(recipe, config, host, policy)
     except ValueError as error:
         name = getattr(recipe, "__name__", repr(recipe))
-        raise ValueError(f"{name} does not fit into {host.name}: {error}") from error
+        raise ValueError(f"{name} does not fit into {host.name}: {error}; {INSTEAD}") from error
     made.columns, made.computed = trial.columns, trial.computed
     made.estimator.read[made.terms] = {*trial.columns, "valid", "group"}
     return made
@@ -159,18 +165,25 @@ def _assemble(recipe: Callable[[Any, Any], Estimator], config: Any, host: Host, 
     request = Request(counts=counts)
     reference = (lambda context: _Reference()) if host.reference else None
     estimator = recipe(config, HostParts(policy, request, host.max_length, host.components, reference))
+    generator = torch.Generator().manual_seed(0)
+    asked = estimator.plan({}, {}, _context(0.0, 1.0, generator))
+    if any(each.demonstrations for each in asked):
+        raise ValueError("it trains on demonstrations, and the host samples completions")
+    phases = estimator.phases()
+    if len(phases) != 1:
+        raise ValueError(f"expected one phase of surrogates, got {[phase.name for phase in phases]}")
+    phase = phases[0]
+    # before what options can change: no option of such a recipe helps
+    if phase.batching.unit == "group":
+        raise ValueError("its loss compares completions of one group, and the host's minibatches split groups")
+    if len(asked) != 1 or asked[0] is not request:
+        raise ValueError("its first rollout is not the completions of the prompts")
     wants_reference = bool(getattr(estimator, "wants_reference", False))
     if wants_reference != host.reference:
         raise ValueError(
             f"{'it compares' if wants_reference else 'it does not compare'} with a reference policy, and the host "
             f"{'keeps one' if host.reference else 'keeps none'}; set the KL weight of both, or of neither"
         )
-    phases = estimator.phases()
-    if len(phases) != 1:
-        raise ValueError(f"expected one phase of surrogates, got {[phase.name for phase in phases]}")
-    phase = phases[0]
-    if phase.batching.unit == "group":
-        raise ValueError("its loss compares completions of one group, and the host's minibatches split groups")
     if phase.before_epoch is not None or phase.stop is not None:
         raise ValueError("it interferes between minibatches (before_epoch, stop), which the host cuts itself")
     wanted = frozenset().union(*(term.want for term in phase.terms))
@@ -178,10 +191,6 @@ def _assemble(recipe: Callable[[Any, Any], Estimator], config: Any, host: Host, 
         raise ValueError(
             f"its loss wants {sorted(wanted - host.outputs)}, and the host computes {sorted(host.outputs)}"
         )
-    generator = torch.Generator().manual_seed(0)
-    asked = estimator.plan({}, {}, _context(0.0, 1.0, generator))
-    if len(asked) != 1 or asked[0] is not request:
-        raise ValueError("its first rollout is not the completions of the prompts")
     estimator.read[phase.terms] = {"valid", "group"}
     return HostedRecipe(estimator, phase.terms, generator)
 

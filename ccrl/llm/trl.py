@@ -75,7 +75,8 @@ class RecipeTrainer(_Trainer):  # type: ignore[misc]
         self.host_policy = _TrlPolicy(self)
         host = Host(
             "TRL's GRPOTrainer", self.max_completion_length, self.num_generations, tuple(self.reward_func_names),
-            GIVEN, frozenset({"log_prob", "entropy"}), frozenset({"log_prob", "entropy"}), self.beta != 0.0,
+            GIVEN, frozenset({"log_prob", "entropy"}), frozenset({"log_prob", "entropy", "log_prob_second"}),
+            self.beta != 0.0,
         )  # fmt: skip
         self.hosted: HostedRecipe = build_hosted(self.recipe, self.config, host, self.host_policy)
         self.hosted.estimator.to(self.accelerator.device)
@@ -236,6 +237,8 @@ class _TrlPolicy(nn.Module):
     def __init__(self, trainer: RecipeTrainer) -> None:
         super().__init__()
         self._trainer = (trainer,)  # in a tuple: the model's parameters are not this module's
+        self.second_temperature = 1.0
+        """Of ``log_prob_second``: what compares two temperatures sets it."""
 
     @property
     def temperature(self) -> float:
@@ -258,7 +261,20 @@ class _TrlPolicy(nn.Module):
             compute_entropy="entropy" in want, compute_aux_loss=experts,
         )  # fmt: skip
         found: dict[str, Tensor | None] = {"log_prob": log_prob, "entropy": entropy}
+        if "log_prob_second" in want:
+            found["log_prob_second"] = self._second(model, ids, mask, batch.shape[0])
         return {name: value.t() for name in want if (value := found.get(name)) is not None}, extra
+
+    def _second(self, model: Any, ids: Tensor, mask: Tensor, steps: int) -> Tensor:
+        """``(B, T)``: TRL's fused head has the sampling temperature built in, so this one needs whole logits."""
+        trainer, found = self._trainer[0], []
+        size = trainer.args.per_device_train_batch_size
+        for piece, present in zip(torch.split(ids, size), torch.split(mask, size)):
+            with trainer.accelerator.autocast():
+                logits = model(input_ids=piece, attention_mask=present).logits[:, -steps - 1 : -1]
+            log_probs = (logits.float() / self.second_temperature).log_softmax(-1)
+            found.append(log_probs.gather(-1, piece[:, -steps:].unsqueeze(-1)).squeeze(-1))
+        return torch.cat(found)
 
 
 def _check(trainer: Any) -> None:

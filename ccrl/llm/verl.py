@@ -21,7 +21,7 @@ from ccrl.data import Data
 from ccrl.estimators.base import Estimator
 from ccrl.estimators.outcomes import SequenceAdvantage
 from ccrl.estimators.terms import Evaluation, surrogate
-from ccrl.llm.hosted import Host, HostedRecipe, build_hosted, episode_masks
+from ccrl.llm.hosted import INSTEAD, Host, HostedRecipe, build_hosted, episode_masks
 from ccrl.packages import require
 
 __all__ = ["VerlAdvantage", "VerlLoss", "bridge", "register"]
@@ -122,10 +122,12 @@ def bridge(
     if unknown:
         raise ValueError(
             f"{name} does not fit into verl: its loss reads the columns {sorted(unknown)}, and verl hands on "
-            f"{sorted(AT_LOSS)}"
+            f"{sorted(AT_LOSS)}; {INSTEAD}"
         )
     if hosted.estimator.state_dict() or hosted.estimator.per_minibatch:
-        raise ValueError(f"{name} does not fit into verl: it learns between updates; verl's functions have no state")
+        raise ValueError(
+            f"{name} does not fit into verl: it learns between updates, and verl's functions have no state; {INSTEAD}"
+        )
     return VerlLoss(hosted), VerlAdvantage(hosted)
 
 

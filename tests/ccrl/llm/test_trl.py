@@ -13,31 +13,9 @@ import torch
 from agents.llm.baselines import CISPO, GRPO, GSPO, SAPO, DrGRPO
 from agents.llm.bnpo import BNPO
 from ccrl.llm.trl import grpo_trainer
-from ccrl.packages import require
 
 GROUP = 4
 LENGTH = 6
-WORDS = [*"abcdefgh"]
-
-
-@pytest.fixture(scope="module")
-def trl() -> Any:
-    try:
-        return require("trl", "llm")
-    except ImportError as error:
-        pytest.skip(str(error))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(trl: Any) -> Any:
-    tokenizers, transformers = require("tokenizers", "llm"), require("transformers", "llm")
-    names = {name: i for i, name in enumerate(["<pad>", "<bos>", "<eos>", "<unk>", *WORDS])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(names, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, padding_side="left", pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
-        unk_token="<unk>",
-    )  # fmt: skip
 
 
 def share_of_a(completions: list[str], **_: Any) -> list[float]:
@@ -53,44 +31,11 @@ Build = Callable[..., Any]
 
 
 @pytest.fixture
-def build(trl: Any, tokenizer: Any, tmp_path: Path) -> Build:
-    """A trainer of a class on a tiny model; float64 but for the log-probabilities, which TRL computes in float32."""
-    transformers, datasets = require("transformers", "llm"), require("datasets", "llm")
-
-    def make(
-        cls: type[Any],
-        *,
-        rewards: Any = (share_of_a,),
-        dtype: torch.dtype = torch.float64,
-        prompts: int = 4,
-        **args: Any,
-    ) -> Any:
-        torch.manual_seed(0)
-        size = len(tokenizer)
-        model = transformers.AutoModelForCausalLM.from_config(
-            transformers.LlamaConfig(
-                vocab_size=size, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-            ), dtype=dtype,
-        )  # fmt: skip
-        for p in model.parameters():
-            if p.dim() > 1:
-                torch.nn.init.normal_(p, std=0.2)
-        if args.get("beta"):  # TRL loads the reference from where the model is said to come from
-            model.save_pretrained(tmp_path / "model")
-            model.config._name_or_path = str(tmp_path / "model")
-        options = {
-            "per_device_train_batch_size": 2 * GROUP, "num_generations": GROUP, "max_completion_length": LENGTH,
-            "max_steps": 2, "learning_rate": 0.1, "lr_scheduler_type": "constant", "optim": "sgd", "max_grad_norm": 0.0,
-            "logging_steps": 1, "save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True,
-            "output_dir": str(tmp_path / "out"), "bf16": False, "activation_checkpointing": False,
-        }  # fmt: skip
-        data = datasets.Dataset.from_dict({"prompt": [" ".join(WORDS[i : i + 1 + i % 3]) for i in range(prompts)]})
-        return cls(
-            model, list(rewards), args=trl.GRPOConfig(**options | args), train_dataset=data, processing_class=tokenizer
-        )
-
-    return make
+def build(make_trainer: Build) -> Build:
+    """A trainer of a class, rewarded for the letter a where nothing else is said."""
+    return lambda cls, *, rewards=(share_of_a,), **args: make_trainer(
+        cls, rewards, **{"num_generations": GROUP, "max_completion_length": LENGTH} | args
+    )
 
 
 def generated(trainer: Any) -> dict[str, Any]:
@@ -266,7 +211,7 @@ def refused(build: Build, name: str, match: str, options: dict[str, Any] | None 
 
 @pytest.mark.parametrize(
     ("name", "match"),
-    [("real", "minibatches split groups"), ("sft", "not the completions"), ("dapo", "second rollout")],
+    [("real", "minibatches split groups"), ("sft", "trains on demonstrations"), ("dapo", "second rollout")],
 )
 def test_recipes_that_need_more_are_refused(build: Build, name: str, match: str) -> None:
     refused(build, name, match)
