@@ -2,8 +2,8 @@
 
 Every iteration plays ``group_size`` fresh episodes from each of ``n_groups`` starts with the current policy; the recipe
 of ``method`` (``agents.llm.METHODS``) does the rest, unchanged: it reads ``score`` (the episode's return), ``group``,
-``log_prob`` and ``valid``. A reference (``kl_coef``) is the policy at the start. Methods that read tokens or
-demonstrations need a language model.
+``log_prob`` and ``valid``. A reference (``kl_coef``, DPO, IPO) is the policy at the start. Methods that need tokens or
+demonstrations are refused: sft, dcpo, hpt (unless ``gate=-1``), dpo and ipo with ``pairs="demonstrations"``.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class GroupedConfig(RecipeConfig):
     def recipe(self) -> tuple[type[Recipe], Any]:
         """The recipe's class and its config: the shared fields from here, its own from ``settings``.
 
-        :raises ValueError: for settings that the recipe does not have.
+        :raises ValueError: for settings that the recipe does not have, and recipes that need demonstrations.
         """
         module, name = METHODS[self.method]
         agent = getattr(importlib.import_module(module), name)
@@ -86,8 +86,18 @@ class GroupedConfig(RecipeConfig):
         unknown = set(self.settings) - known
         if unknown:
             raise ValueError(f"settings: {self.method} has no {sorted(unknown)}; expected some of {sorted(known)}")
+        if agent.Config.imitates is True:  # whatever the settings, of which it may not take the shared ones
+            raise ValueError(self._no_demonstrations("another method"))
         shared = {f.name: getattr(self, f.name) for f in fields(RecipeConfig)}
-        return agent.Recipe, agent.Config(**shared | self.settings)
+        config = agent.Config(**shared | self.settings)
+        if config.imitates:
+            raise ValueError(self._no_demonstrations(f"settings of {self.method} without demonstrations"))
+        return agent.Recipe, config
+
+    def _no_demonstrations(self, instead: str) -> str:
+        return (f"method: expected one that learns from episodes alone, got {self.method!r} with settings "
+                f"{dict(self.settings)}, which needs demonstrations, and control tasks have none; choose {instead}, or "
+                "a text task (train.py llm)")  # fmt: skip
 
 
 class Grouped(Agent):
@@ -118,7 +128,12 @@ class Grouped(Agent):
         }
         request = Request(episodes=c.num_envs, horizon=c.n_steps, groups=c.n_groups)
         recipe, config = c.recipe()
-        self.estimator = recipe(config, Parts(self.policy, self.updaters["policy"], request, c.n_steps))
+        parts = Parts(self.policy, self.updaters["policy"], request, c.n_steps)
+        try:
+            self.estimator = recipe(config, parts)
+        except ValueError as error:
+            raise ValueError(f"method: {c.method!r} does not fit control tasks: {error}; choose another method, or a "
+                             "text task (train.py llm)") from error  # fmt: skip
 
     @classmethod
     def slots(cls) -> dict[str, str]:

@@ -5,13 +5,13 @@
 
 Pairs are made online, one per prompt: the best and the worst of a group's samples (``pairs="samples"``), or the task's
 demonstration and the worst sample (``pairs="demonstrations"``). Prompts whose completions score alike make none, and an
-iteration without pairs changes nothing. These methods read tokens: they have no meaning for control episodes.
+iteration without pairs changes nothing. Pairs of samples may be control episodes of one start (``agents/grouped.py``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from ccrl.data import Data
 from ccrl.estimators import losses, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.preferences import best_and_worst, dpo, ipo, pair, per_pair
+from ccrl.estimators.stages import EpisodeReturn
 from ccrl.estimators.terms import Loss, Term
 from ccrl.llm.rollouts import concatenate
 
@@ -44,6 +45,10 @@ class PreferenceConfig(LLMConfig):
             raise ValueError(f"microbatch: expected an even number (pairs stay together), got {self.microbatch}")
         if self.pairs == "samples" and self.group_size < 2:
             raise ValueError(f"group_size: expected >= 2 to make pairs of samples, got {self.group_size}")
+
+    @property
+    def imitates(self) -> bool:
+        return self.pairs == "demonstrations"
 
 
 class PreferenceRecipe(Recipe):
@@ -74,7 +79,9 @@ class PreferenceRecipe(Recipe):
         return [Request(tag="demonstrations", counts=ones, source="on", demonstrations=True)]
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
-        return super().prepare({"sampled": have["on"], "on": self.pairs(list(have.values()))}, ctx)
+        on = have["on"] if "score" in have["on"] else EpisodeReturn()(have["on"])
+        rollouts = [on, *(data for tag, data in have.items() if tag != "on")]
+        return super().prepare({"sampled": on, "on": self.pairs(rollouts)}, ctx)
 
     def pairs(self, rollouts: list[Data]) -> Data:
         """The members of the pairs side by side, ``preferred`` ``[N]`` +1 or -1; without any pair one group of 0."""
@@ -201,6 +208,7 @@ class IPO(LLM):
 class SFTConfig(LLMConfig):
     """Every prompt's demonstration once per iteration."""
 
+    imitates: ClassVar[bool] = True  # type: ignore[misc]
     group_size: int = 1
     n_prompts: int = 128
 

@@ -63,6 +63,11 @@ class RecipeConfig:
         if self.aggregate not in AGGREGATES:
             raise ValueError(f"aggregate: expected one of {sorted(AGGREGATES)}, got {self.aggregate!r}")
 
+    @property
+    def imitates(self) -> bool:
+        """Whether demonstrations are asked for: only text tasks have them."""
+        return False
+
 
 AGGREGATES: dict[str, Aggregate | None] = {
     "token_mean": aggregates.mean,

@@ -12,6 +12,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 import envs  # noqa: F401  (registers ids)
 from agents.grouped import Grouped, GroupedConfig
+from agents.llm import METHODS
 from ccrl.adapters.stacked import StackedEnv
 from ccrl.batched_env import resolve_env
 from ccrl.collect import Collector, Request
@@ -114,6 +115,47 @@ def test_stacked_environments_are_of_one_task() -> None:
 def test_bad_settings_are_named(settings: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
         GroupedConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "instead"),
+    [
+        ("sft", {}, "choose another method"),
+        ("hpt", {}, "settings of hpt without demonstrations"),
+        ("hpt", {"mixture": "luffy", "gate": -1.0}, "settings of hpt without demonstrations"),
+        ("hpt", {"mixture": "srft", "gate": -1.0}, "settings of hpt without demonstrations"),
+        ("dpo", {"pairs": "demonstrations"}, "settings of dpo without demonstrations"),
+        ("ipo", {"pairs": "demonstrations"}, "settings of ipo without demonstrations"),
+    ],
+)
+def test_methods_that_need_demonstrations_are_refused(method: str, settings: dict, instead: str) -> None:
+    expected = f"learns from episodes alone, got '{method}' .*needs demonstrations.*{instead}, or a text task"
+    with pytest.raises(ValueError, match=expected):
+        GroupedConfig(**SMALL, method=method, settings=settings)
+
+
+def test_a_method_that_needs_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'dcpo' does not fit control tasks.*two temperatures.*choose another method"):
+        Grouped("CartPole-v1", GroupedConfig(**SMALL, method="dcpo"))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"sft", "dcpo"}))
+def test_every_other_method_takes_a_step(method: str) -> None:
+    settings = {"hpt": {"gate": -1.0}, "real": {"labels": "group_mean"}}.get(method, {})
+    # not the cart-pole: in 12 steps few of its episodes differ in their return
+    agent = Grouped("Pendulum-v1", GroupedConfig(**SMALL, method=method, settings=settings), seed=0)
+    before = [p.detach().clone() for p in agent.policy.parameters()]
+    agent.learn(agent.batch_steps)
+    after = [p.detach() for p in agent.policy.parameters()]
+    assert all(bool(p.isfinite().all()) for p in after)
+    assert any(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
+
+
+def test_dpo_learns_from_pairs_of_episodes() -> None:
+    config = GroupedConfig(n_groups=4, group_size=8, n_epochs=4, n_steps=100, method="dpo", compile="off")
+    agent = Grouped("CartPole-v1", config, seed=0)
+    agent.learn(12_000)
+    assert agent.ep_rew_mean > 40  # a random policy: about 20
 
 
 def test_grpo_learns_to_balance() -> None:
