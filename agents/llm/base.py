@@ -173,6 +173,11 @@ class LLM(Agent):
         super().learn(total_timesteps, callback, progress_bar)
         return self
 
+    @property
+    def warm_started(self) -> bool:
+        """Whether a supervised phase is all that it has behind it."""
+        return self.warm and self.config.warm_start_steps > 0 and self.iteration == 0
+
     def warm_start(self, steps: int) -> float:
         """Maximum likelihood on demonstrations, which are drawn from a stream of their own; returns the last loss."""
         c = self.config

@@ -91,7 +91,8 @@ class _Periodic(Callback):
 
 
 class CheckpointCallback(_Periodic):
-    """Saves ``folder/step_*.pt`` every ``every`` environment steps and at the end, keeping the newest ``keep``.
+    """Saves ``folder/step_*.pt`` every ``every`` environment steps and at the end, keeping the newest ``keep``; also
+    before the first iteration, if the agent has learnt by then (``warm_started``).
 
     Put it last in the list: what it saves includes the state of the callbacks before it.
     """
@@ -99,6 +100,11 @@ class CheckpointCallback(_Periodic):
     def __init__(self, folder: str | Path, every: int, keep: int = 3) -> None:
         super().__init__(every)
         self.folder, self.keep, self._saved_at = Path(folder), keep, -1
+
+    def on_training_start(self, agent: Any) -> None:
+        # a run killed before its first checkpoint would repeat the supervised phase
+        if getattr(agent, "warm_started", False):
+            self._save(agent)
 
     def on_iteration(self, agent: Any) -> bool | None:
         if self.due(agent.num_timesteps):
