@@ -50,7 +50,8 @@ row. The row of 0 is not in the sources: taken to be that of 1."""
 
 @dataclass(frozen=True)
 class HPTConfig(LLMConfig):
-    """The released runs: advantages without deviation, no clip, a gradient whose norm exceeds 80 is skipped."""
+    """The released runs: advantages without deviation, no clip, a gradient whose norm exceeds 80 is skipped. Norms of
+    other models and batches are of another size: watch ``train/skipped_updates``."""
 
     mixture: str = "switch"
     """switch (HPT), switch_off (gated questions reinforce the demonstration), soft (the released table), fixed (shares
@@ -71,7 +72,7 @@ class HPTConfig(LLMConfig):
     shape: float = 0.1
     """LUFFY's gamma in f(u) = u / (u + gamma)."""
     skip_grad_norm: float = 80.0
-    """Gradients with a larger norm are skipped; 0: none."""
+    """Gradients with a larger norm (before max_grad_norm scales them) are skipped; 0: none."""
     entropy_coef: float = 0.001
     """Weight of the entropy bonus, of demonstrations too (released)."""
 
@@ -264,6 +265,11 @@ class HPT(LLM):
             raise ValueError(f"task {self.task.name!r} has no demonstrations; choose another task, or gate=-1 with "
                              "mixture='switch'")  # fmt: skip
         self.updaters["policy"].skip_norm = self.config.skip_grad_norm or None
+
+    def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
+        """Of all updates so far (``train/n_updates``) those whose gradient was too large."""
+        super()._record(data, stats, marks)
+        self.scalars["train/skipped_updates"] = self.updaters["policy"].skipped
 
     @classmethod
     def slots(cls) -> dict[str, str]:

@@ -40,6 +40,8 @@ class ModuleUpdater(Surrogates):
         compile: bool = False,
     ) -> None:
         self.module, self.max_grad_norm, self.skip_norm = module, max_grad_norm, skip_norm
+        self.skipped = 0
+        """Updates that ``skip_norm`` has left out so far."""
         self.params = [p for p in owned_parameters(module, prefixes).values() if p.requires_grad]
         if not self.params:
             raise ValueError("ModuleUpdater: every owned parameter is frozen; set requires_grad or other prefixes")
@@ -93,6 +95,7 @@ class ModuleUpdater(Surrogates):
             self.finite.fill_(False)
             return norm
         if self.skip_norm is not None and bool(norm > self.skip_norm):
+            self.skipped += 1
             return norm
         if self.max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(self.params, self.max_grad_norm, norm)
@@ -124,10 +127,11 @@ class ModuleUpdater(Surrogates):
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Optimiser state and learning rate; the parameters are saved with their module."""
-        return {"optimiser": self.optimiser.state_dict(), "lr": self.lr.clone()}
+        """Optimiser state, learning rate and count of skipped updates; the parameters are saved with their module."""
+        return {"optimiser": self.optimiser.state_dict(), "lr": self.lr.clone(), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.optimiser.load_state_dict(state["optimiser"])
         self.lr.copy_(state["lr"])
+        self.skipped = state.get("skipped", 0)  # checkpoints of before the count
         self.finite.fill_(True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -344,11 +345,31 @@ def test_solves_what_exploration_does_not() -> None:
     assert found[-1.0] < 0.75  # 3 of 8 questions are dead
 
 
-def test_large_gradients_are_skipped() -> None:
+def test_large_gradients_are_skipped_and_counted(tmp_path: Path) -> None:
     agent = HPT("dead_prompts", HPTConfig(**SMALL, skip_grad_norm=1e-6), seed=1, env_kwargs=DEAD)
     agent.learn(2 * agent.batch_steps)
     assert not agent.policy.logits.any()
     assert float(agent.scalars["train/grad_norm"]) > 1e-6
+    assert agent.scalars["train/skipped_updates"] == agent.scalars["train/n_updates"] == 2
+    agent.save(tmp_path / "agent.pt")
+    loaded = HPT.load(tmp_path / "agent.pt")
+    loaded.updaters["policy"].skip_norm = None
+    loaded.learn(3 * agent.batch_steps)
+    assert loaded.policy.logits.any()
+    assert loaded.scalars["train/skipped_updates"] == 2  # over the whole run, as n_updates
+    assert loaded.scalars["train/n_updates"] == 3
+
+
+def test_the_threshold_is_for_the_norm_before_it_is_scaled_down() -> None:
+    """With max_grad_norm far below the threshold: scaled norms would never exceed it."""
+    found = {}
+    for threshold in (1e-3, 1e3):
+        config = HPTConfig(**SMALL | {"max_grad_norm": 1e-4}, skip_grad_norm=threshold)
+        agent = HPT("dead_prompts", config, seed=1, env_kwargs=DEAD)
+        agent.learn(agent.batch_steps)
+        assert 1e-3 < float(agent.scalars["train/grad_norm"]) < 1e3
+        found[threshold] = agent.scalars["train/skipped_updates"]
+    assert found == {1e-3: 1, 1e3: 0}
 
 
 @pytest.mark.parametrize("mixture", ["switch", "srft"])
