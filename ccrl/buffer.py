@@ -66,6 +66,11 @@ class RolloutBuffer:
             for f in fields
         }
         self._per_sequence = frozenset(f.name for f in fields if f.per == "sequence")
+        # views of every row, made once: indexing costs as much as the copy into a row of 16 environments
+        self._obs_rows = _rows(self.obs)
+        self._final_rows = None if self.final_obs is None else _rows(self.final_obs)
+        self._fact_rows = list(zip(*(x.unbind() for x in (self.action, self.reward, self.terminated, self.truncated))))
+        self._extra_rows = {f.name: self.extra[f.name].unbind() for f in fields if f.per == "step"}
 
     def begin(self, obs: Tree) -> None:
         """Set the first observation ``[N, ...]``."""
@@ -73,23 +78,24 @@ class RolloutBuffer:
 
     def write_obs(self, t: int, obs: Tree) -> None:
         """Set observation ``t``; after manual resets it replaces the one that ``write`` stored."""
-        _copy_row(self.obs, t, obs)
+        torch._foreach_copy_(_leaves(self._obs_rows[t], self._obs_rows[t]), _leaves(obs, self._obs_rows[t]))
 
     def row(self, t: int) -> Tree:
         """Observation ``t`` as stored, ``[N, ...]``."""
-        return tree_map(lambda x: x[t], self.obs)
+        return self._obs_rows[t]
 
     def write(self, t: int, action: Tensor, result: StepResult, extra: dict[str, Tensor]) -> None:
         """Store step ``t``; ``result.obs`` becomes the start of row ``t + 1``."""
-        self.action[t].copy_(action)
-        self.reward[t].copy_(result.reward)
-        self.terminated[t].copy_(result.terminated)
-        self.truncated[t].copy_(result.truncated)
-        self.write_obs(t + 1, result.obs)
-        if self.final_obs is not None and result.final_obs is not None:
-            _copy_row(self.final_obs, t, result.final_obs)
-        for name, value in extra.items():
-            self.extra[name][t].copy_(value)
+        names, obs = list(extra), self._obs_rows[t + 1]
+        target = [*self._fact_rows[t], *(self._extra_rows[k][t] for k in names), *_leaves(obs, obs)]
+        source = [action, result.reward, result.terminated, result.truncated, *(extra[k] for k in names)]
+        source += _leaves(result.obs, obs)
+        if self._final_rows is not None and result.final_obs is not None:
+            final = self._final_rows[t]
+            target += _leaves(final, final)
+            source += _leaves(result.final_obs, final)
+        # one call for all: calls of copy_ took three times as long as the copies
+        torch._foreach_copy_(target, source)
 
     def clear(self, start: int) -> None:
         """Rows from ``start`` on hold no facts: no reward, no episode end (what else they hold is an older rollout's).
@@ -145,11 +151,18 @@ class RolloutBuffer:
         return Successors(self.obs, rows, slot)
 
 
-def _copy_row(target: Tree, t: int, value: Tree) -> None:
-    if isinstance(target, dict):
-        assert isinstance(value, dict)
-        for key, tensor in target.items():
-            tensor[t].copy_(value[key])
-    else:
-        assert isinstance(value, Tensor)
-        target[t].copy_(value)
+def _rows(tree: Tree) -> list[Tree]:
+    """The rows of all leaves, as trees."""
+    if isinstance(tree, dict):
+        columns = {k: x.unbind() for k, x in tree.items()}
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+    return list(tree.unbind())
+
+
+def _leaves(tree: Tree, like: Tree) -> list[Tensor]:
+    """The tensors of ``tree`` in the order of ``like``."""
+    if isinstance(like, dict):
+        assert isinstance(tree, dict)
+        return [tree[k] for k in like]
+    assert isinstance(tree, Tensor)
+    return [tree]

@@ -173,25 +173,28 @@ class Collector:
         buffer.begin(stream.obs)
         # one draw for the whole rollout: per-step draws cost a kernel each and tie the numbers to the step count
         noise = policy.draw_noise(steps * n, generator, self.device)
-        noise = noise.view(steps, n, *noise.shape[1:])
-        names = [f.name for f in policy.behaviour_fields() if f.per == "step" and f.name != "log_prob"]
+        noise_rows = noise.view(steps, n, *noise.shape[1:]).unbind()
+        fields = (f.name for f in policy.behaviour_fields() if f.per == "step" and f.name != "log_prob")
+        names = {name: name.removeprefix("old_") for name in fields}
         # asked after every step only where that costs nothing: elsewhere the host would wait for the device
         running = torch.ones(n, dtype=torch.bool) if fresh and self.device.type == "cpu" else None
         for t in range(steps):
-            out = policy.act(buffer.row(t), noise[t])
+            out = policy.act(buffer.row(t), noise_rows[t])
             executed = policy.to_env(out["action"])
             start = time.perf_counter()
             result = env.step(executed)
             self.env_seconds += time.perf_counter() - start
             if manual:
                 result = result._replace(final_obs=result.obs)
-            buffer.write(t, out["action"], result, {k: out[k.removeprefix("old_")] for k in names})
+            buffer.write(t, out["action"], result, {k: out[name] for k, name in names.items()})
+            if result.log:
+                self.log |= result.log
+            if not manual and running is None:
+                continue
             # read back from the buffer: a reset may clear the flags in the tensors that step returned
             done = buffer.terminated[t] | buffer.truncated[t]
             if manual and bool(done.any()):
                 buffer.write_obs(t + 1, env.reset(mask=done))
-            if result.log:
-                self.log |= result.log
             if running is not None:
                 running &= ~done
                 if not bool(running.any()):

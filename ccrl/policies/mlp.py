@@ -22,6 +22,23 @@ __all__ = ["MLPPolicy", "mlp"]
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 
 
+class _Perceptron(nn.Sequential):
+    """A ``Sequential`` without module calls where no layer has hooks: for 16 rows and two hidden layers of 64 the calls
+    took 12 of 31 us."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self._modules.values():
+            assert layer is not None
+            if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+                x = layer(x)
+            elif type(layer) is nn.Linear:  # not a parametrised one, whose weight is computed
+                own = layer._parameters
+                x = nn.functional.linear(x, own["weight"], own["bias"])  # type: ignore[arg-type]
+            else:
+                x = layer.forward(x)
+        return x
+
+
 def mlp(sizes: Sequence[int], activation: str, gains: Sequence[float] | None = None) -> nn.Sequential:
     """Linear layers with ``activation`` between them; orthogonal weights of the given gains, zero biases.
 
@@ -34,7 +51,7 @@ def mlp(sizes: Sequence[int], activation: str, gains: Sequence[float] | None = N
             nn.init.orthogonal_(linear.weight, gains[i])
             nn.init.zeros_(linear.bias)
         layers += [linear, ACTIVATIONS[activation]()]
-    return nn.Sequential(*layers[:-1])
+    return _Perceptron(*layers[:-1])
 
 
 class _Actor(nn.Module):
@@ -127,7 +144,7 @@ class MLPPolicy(nn.Module):
             trunk = mlp([self._width("critic"), *critic_hidden], activation, gains(len(critic_hidden) - 1, root2))
             latent = critic_hidden[-1] if critic_hidden else self._width("critic")
             self.critic = _Critic(
-                nn.Sequential(*trunk, *([ACTIVATIONS[activation]()] if critic_hidden else [])),
+                _Perceptron(*trunk, *([ACTIVATIONS[activation]()] if critic_hidden else [])),
                 {k: mlp([latent, *sizes, 1], activation, gains(len(sizes), 1.0)) for k, sizes in heads.items()},
             )
 
@@ -165,7 +182,7 @@ class MLPPolicy(nn.Module):
                 numbers = torch.arange(-size, device=x.device)
                 parts.append((x.unsqueeze(-1) == numbers).to(self._dtype))
                 continue
-            x = x.reshape(x.shape[0], size)
+            x = x if x.ndim == 2 else x.reshape(x.shape[0], size)
             x = x if x.is_floating_point() else x.to(self._dtype)
             parts.append(self.norm[key](x) if self.normalise_obs else x)
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)

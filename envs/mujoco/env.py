@@ -22,7 +22,8 @@ class MujocoEnv:
     """``num_envs`` copies of ``task`` on CPU threads, physics in float64.
 
     Observations, rewards and final observations are cast once into buffers of ``dtype``, which the next ``step`` or
-    ``reset`` overwrites. Each ``step`` writes the rows of ``final_obs`` where an episode ended and no others.
+    ``reset`` overwrites. Each ``step`` writes the rows of ``final_obs`` where an episode ended and no others. Flags are
+    not to be written to: where nothing can end, every step returns the same ones.
 
     Args:
         task: the environment; its options are the fields of its class.
@@ -94,6 +95,9 @@ class MujocoEnv:
         self._terminated = torch.zeros(num_envs, dtype=torch.bool)
         self._truncated = torch.zeros(num_envs, dtype=torch.bool)
         self._elapsed = torch.zeros(num_envs, dtype=torch.int64)
+        self._never = torch.zeros(num_envs, dtype=torch.bool)
+        self._steps_to_limit = 0  # of the oldest episode, on the host: before it no flag has to be looked at
+        self._may_terminate = type(task).terminated is not MujocoTask.terminated
         self._stopped = False  # some copies finished and have not been reset: False always under SAME_STEP
         self._started = False
         bounds = model.actuator_ctrlrange.astype(np.float32)
@@ -133,11 +137,15 @@ class MujocoEnv:
         state.ctrl.copy_(action)
         self.engine.step(task.frame_skip)
         self._elapsed += 1
+        self._steps_to_limit -= 1
         self._observe_step()
-        terminated, truncated = state.terminated, self._elapsed >= self.max_episode_steps
-        done = terminated | truncated
+        terminated, truncated = state.terminated, self._never
+        done = terminated if self._may_terminate else None
+        if self._steps_to_limit <= 0:
+            truncated = self._elapsed >= self.max_episode_steps
+            done = truncated if done is None else done | truncated
         self._terminated, self._truncated = terminated, truncated
-        if done.any():
+        if done is not None and done.any():
             if self._final_obs is None:
                 self._stopped = True
             else:
@@ -201,8 +209,11 @@ class MujocoEnv:
         if _shapes(mine) != _shapes(state):
             raise ValueError(f"state: expected {_shapes(mine)}, received {_shapes(state)}")
         self.engine.load_state_dict(state["simulator"])
+        # new tensors for the flags: those of the last StepResult may be constants
+        self._terminated, self._truncated = state["terminated"].clone(), state["truncated"].clone()
         for name, tensor in self._tensors().items():
             tensor.copy_(state[name])
+        self._count_down()
         self._generator.set_state(state["generator"])
         self._stopped, self._started = state["stopped"], state["started"]
 
@@ -245,7 +256,8 @@ class MujocoEnv:
     def _observe_step(self) -> None:
         state = self.engine.state
         self._obs.copy_(self.task.observe(state))
-        state.terminated = self.task.terminated(state)
+        if self._may_terminate:
+            state.terminated = self.task.terminated(state)
         self._reward.copy_(self.task.reward(state))
         bad = self.engine.unstable()
         if bad is not None and self.unstable == "nan":
@@ -265,12 +277,16 @@ class MujocoEnv:
             self._before[rows] = self.task.remember(state)
         self._obs.index_copy_(0, rows, self.task.observe(state).to(self._obs.dtype))
         self._elapsed.index_fill_(0, rows, 0)
+        self._count_down()
         if self.autoreset_mode is not AutoresetMode.SAME_STEP:
             # Out of place: the last StepResult holds these tensors.
             self._terminated = self._terminated.index_fill(0, rows, False)
             self._truncated = self._truncated.index_fill(0, rows, False)
             self._stopped = bool((self._terminated | self._truncated).any())
         self._started = True
+
+    def _count_down(self) -> None:
+        self._steps_to_limit = self.max_episode_steps - int(self._elapsed.max())
 
     def _check_task(self) -> int:
         """Call each of the task's methods once, with a stream of its own, and return the observation's size."""

@@ -207,3 +207,23 @@ def test_policy_normaliser_is_saved_and_moves_by_valid_rows() -> None:
     other = MLPPolicy(BOX3, gym.spaces.Discrete(2), normalise_obs=True)
     other.load_state_dict(policy.state_dict())
     torch.testing.assert_close(other.act(obs[0], None)["logits"], policy.act(obs[0], None)["logits"], rtol=0, atol=0)
+
+
+def test_hooks_and_parametrised_layers_work_inside_the_perceptron() -> None:
+    policy = MLPPolicy(BOX3, BOX3)
+    net, x = policy.actor.net, torch.randn(5, 3)
+    plain = net(x)
+    torch.testing.assert_close(plain, torch.nn.Sequential(*net)(x), rtol=0, atol=0)
+    seen: list[int] = []
+    handles = [layer.register_forward_hook(lambda *_, i=i: seen.append(i)) for i, layer in enumerate(net)]
+    net(x)
+    assert seen == [0, 1, 2, 3, 4]
+    handles[0].remove()
+    handles[1].remove()
+    net[2].register_full_backward_hook(lambda *_: seen.append(20))
+    net(x).sum().backward()
+    assert seen[5:] == [2, 3, 4, 20]
+    torch.nn.utils.parametrizations.weight_norm(net[0])
+    torch.testing.assert_close(net(x), plain)
+    net[0].parametrizations.weight.original0.data.mul_(2.0)
+    assert not torch.allclose(net(x), plain)

@@ -32,8 +32,8 @@ class Runner(MujocoTask):
         return state.qpos[:, 0]
 
     def reward(self, state: State) -> Tensor:
-        velocity = (state.qpos[:, 0] - state.before) / self.dt
-        return self.forward_reward_weight * velocity - self.ctrl_cost_weight * state.ctrl.square().sum(1)
+        forward = (state.qpos[:, 0] - state.before) * (self.forward_reward_weight / self.dt)
+        return torch.sub(forward, state.ctrl.square().sum(1), alpha=self.ctrl_cost_weight)
 
 
 @dataclass

@@ -142,6 +142,31 @@ def test_time_limit_counts_the_steps_of_each_episode():
     assert truncated[:, 1].tolist() == [False, False, False, True, False, False, False, True, False]
 
 
+def test_the_time_limit_follows_set_state_and_masked_resets():
+    env = make_mujoco("HalfCheetah-v5", 2, max_episode_steps=4, autoreset_mode=AutoresetMode.DISABLED)
+    env.reset(seed=0)
+    action = torch.zeros(2, 6)
+    env.step(action)
+    env.set_state(env.engine.state.qpos[:1].clone(), env.engine.state.qvel[:1].clone(), torch.tensor([0]))
+    env.step(action)
+    env.reset(mask=torch.tensor([False, True]))
+    ends = [env.step(action).truncated.tolist() for _ in range(4)]
+    assert ends == [[False, False], [False, False], [True, False], [True, True]]
+
+
+def test_a_loaded_state_does_not_write_into_shared_flags():
+    mode = AutoresetMode.DISABLED
+    old, new = (make_mujoco("HalfCheetah-v5", 2, max_episode_steps=2, autoreset_mode=mode) for _ in range(2))
+    for env in (old, new):
+        env.reset(seed=0)
+        first = env.step(torch.zeros(2, 6))
+    old.step(torch.zeros(2, 6))
+    new.load_state_dict(old.state_dict())
+    assert not first.truncated.any()
+    new.reset(seed=1)
+    assert not new.step(torch.zeros(2, 6)).truncated.any()
+
+
 def test_reset_with_a_mask_leaves_the_others():
     env = make_mujoco("Humanoid-v5", 3, seed=0)
     env.reset()
