@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +27,14 @@ OUTPUTS = frozenset({
 """What a token policy can compute: of the chosen token ``[T, B]`` ``log_prob`` and ``log_prob_second`` (at the second
 temperature), of the whole distribution ``entropy`` (nats), ``sum_pi2`` ``[T, B]``, the ``k`` largest ``topk_*``
 ``[T, B, k]``, all of it ``log_probs`` ``[T, B, V]`` (small vocabularies only), and ``hidden`` ``[T, B, D]``."""
+
+
+SHARE = 128
+"""A batch is evaluated in two passes (prompts, completions) where that saves so many prompt tokens: the second pass has
+a cost of its own. On a CPU with the tiny model it is that of some 70 tokens."""
+
+Run = Callable[..., tuple[Tensor, Any]]
+"""From the number of last positions to keep and a model's inputs: values ``[B, keep, X]`` there, and the cache."""
 
 
 class TokenPolicy(Protocol):
@@ -110,6 +119,9 @@ class CausalLMPolicy(nn.Module):
         # transformers 5.24 renamed the argument and warns of the old name at every call
         known = inspect.signature(type(_base(model)).forward).parameters
         self._cache = "cache" if "cache" in known else "past_key_values"
+        self._shares = _caches().is_shareable(getattr(_try(model, use_cache=True), self._cache, None))
+        # the library's flag of models whose masks cover what is reserved and not yet written
+        self._blocks = getattr(_base(model), "_can_compile_fullgraph", False)
         if chunk is not None and not _is_projection(model):
             raise ValueError(f"chunk: the logits of {type(model).__name__} are not its output embedding of the last "
                              "hidden state; use chunk=None")  # fmt: skip
@@ -129,29 +141,56 @@ class CausalLMPolicy(nn.Module):
 
     def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
         """``want`` of ``OUTPUTS`` ``[T', B, ...]``."""
-        tokens, present = batch["action"], batch["present"]
-        prompt, mask = batch["prompt"], batch["prompt_valid"]
-        steps, width = tokens.shape[0], prompt.shape[1]
-        ids = torch.cat([prompt, tokens.t()], 1)
-        attention = torch.cat([mask, present.t().to(mask.dtype)], 1).long()
-        position = (attention.cumsum(1) - 1).clamp_min(0)
-        inputs = {"input_ids": ids, "attention_mask": attention, "position_ids": position, "use_cache": False}
+        tokens = batch["action"].t()
         if self.chunk is None and "hidden" not in want:
-            # logits at position i are of token i + 1
-            logits = self.model(**inputs, logits_to_keep=steps + 1).logits[:, :-1]
-            return {k: v.transpose(0, 1) for k, v in self._outputs(logits, tokens.t(), want).items()}
-        hidden = self._hidden(**inputs)[:, width - 1 : -1]
-        out = self._pieces(hidden, tokens.t(), want - {"hidden"})
-        if "hidden" in want:
-            out["hidden"] = hidden
+            out = self._outputs(self._before(batch, self._logits), tokens, want)
+        else:
+            hidden = self._before(batch, self._hidden)
+            out = self._pieces(hidden, tokens, want - {"hidden"})
+            if "hidden" in want:
+                out["hidden"] = hidden
         return {k: v.transpose(0, 1) for k, v in out.items()}
+
+    def _before(self, batch: Data, run: Run) -> Tensor:
+        """What ``run`` gives ``[B, T, X]`` at the token before each token of a completion.
+
+        Rows with the same prompt share its evaluation: one pass over the distinct prompts, one over the completions
+        with the prompts' keys and values, through which gradients flow. The numbers are those of one pass over
+        everything, which remains where the first saves fewer than ``SHARE`` tokens (prompts mostly distinct, as in
+        small shuffled minibatches) and for models whose cache is more than keys and values.
+        """
+        tokens, prompt = batch["action"].t()[:, :-1], batch["prompt"]
+        mask, present = batch["prompt_valid"].long(), batch["present"].t()[:, :-1].long()
+        rows, width = prompt.shape
+        attention = torch.cat([mask, present], 1)
+        position = _positions(attention)
+        if self._shares and tokens.shape[1] and (rows - 1) * width >= SHARE:
+            distinct, row = torch.unique(torch.cat([prompt, mask], 1), dim=0, return_inverse=True)
+            if (rows - distinct.shape[0]) * width >= SHARE:
+                ids, mask = distinct.split(width, 1)
+                first, cache = run(1, input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True)
+                cache.reorder_cache(row)  # named after beam search; it repeats rows as well
+                rest, _ = run(
+                    tokens.shape[1], input_ids=tokens, attention_mask=attention, position_ids=position[:, width:],
+                    use_cache=True, **{self._cache: cache},
+                )  # fmt: skip
+                return torch.cat([first.index_select(0, row), rest], 1)
+        ids, keep = torch.cat([prompt, tokens], 1), tokens.shape[1] + 1
+        found, _ = run(keep, input_ids=ids, attention_mask=attention, position_ids=position, use_cache=False)
+        return found
+
+    def _logits(self, keep: int, **inputs: Any) -> tuple[Tensor, Any]:
+        """A ``Run`` of the whole model: logits."""
+        out = self.model(**inputs, logits_to_keep=keep)
+        return out.logits, getattr(out, self._cache, None)
+
+    def _hidden(self, keep: int, **inputs: Any) -> tuple[Tensor, Any]:
+        """A ``Run`` of the model below its vocabulary projection: last hidden states."""
+        out = _backbone(self.model)(**inputs)
+        return out.last_hidden_state[:, -keep:], getattr(out, self._cache, None)
 
     def _outputs(self, logits: Tensor, tokens: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
         return token_outputs(logits, tokens, want, self.temperature, self.second_temperature, self.k)
-
-    def _hidden(self, **inputs: Any) -> Tensor:
-        hidden: Tensor = _backbone(self.model)(**inputs).last_hidden_state
-        return hidden
 
     def _pieces(self, hidden: Tensor, tokens: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
         """``[B, T, ...]`` from ``hidden`` ``[B, T, D]``, ``chunk`` tokens at a time."""
@@ -175,33 +214,43 @@ class CausalLMPolicy(nn.Module):
 
     # -- decoding -----------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[Any, Tensor]:
         """One prefill per question, shared by its completions."""
         mask = prompts.valid.long()
-        position = (mask.cumsum(1) - 1).clamp_min(0)
+        position = _positions(mask)
         out = self.model(
             input_ids=prompts.tokens, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1
         )
         cache = getattr(out, self._cache)
-        cache.batch_select_indices(question)
-        attention = torch.cat([mask, mask.new_ones(mask.shape[0], steps)], 1)[question]
-        return (cache, attention, position[question, -1]), out.logits[question, -1]
+        cache.reorder_cache(question)
+        block = _caches().make_blocks(cache) if self._blocks and mask.device.type == "cpu" else 1
+        attention = F.pad(mask, (0, steps + block))[question]
+        return (cache, attention, position[question, -1], block), out.logits[question, -1]
 
+    @torch.inference_mode()
     def step(self, state: Any, token: Tensor, present: Tensor) -> tuple[Any, Tensor]:
-        cache, attention, position = state
+        cache, attention, position, block = state
         position = position + present.long()
         seen = cache.get_seq_length()
         attention[:, seen] = present.long()
+        length = (seen // block + 1) * block  # of the cache with this token in it
         out = self.model(
-            input_ids=token.unsqueeze(1), attention_mask=attention[:, : seen + 1], position_ids=position.unsqueeze(1),
+            input_ids=token.unsqueeze(1), attention_mask=attention[:, :length], position_ids=position.unsqueeze(1),
             use_cache=True, **{self._cache: cache},
         )  # fmt: skip
-        return (cache, attention, position), out.logits[:, -1]
+        return (cache, attention, position, block), out.logits[:, -1]
 
+    @torch.inference_mode()
     def keep(self, state: Any, rows: Tensor) -> Any:
-        cache, attention, position = state
-        cache.batch_select_indices(rows)
-        return cache, attention[rows], position[rows]
+        cache, attention, position, block = state
+        cache.reorder_cache(rows)
+        return cache, attention[rows], position[rows], block
+
+
+def _positions(attention: Tensor) -> Tensor:
+    """Of tokens ``[B, L]``: how many before them are in the context."""
+    return (attention.cumsum(1) - 1).clamp_min(0)
 
 
 def _backbone(model: nn.Module) -> nn.Module:
@@ -216,10 +265,21 @@ def _base(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def _is_projection(model: nn.Module) -> bool:
-    """Some models scale or cap their logits: found by trying, as their switches have many names."""
+def _try(model: nn.Module, **options: Any) -> Any:
+    """Output for four tokens: what a model does is found by trying, as its switches have many names."""
     device = next(model.parameters()).device
-    ids = torch.arange(4, device=device).unsqueeze(0)
-    hidden = _backbone(model)(input_ids=ids).last_hidden_state
-    logits: Tensor = model(input_ids=ids).logits
+    return model(input_ids=torch.arange(4, device=device).unsqueeze(0), **options)
+
+
+@torch.no_grad()
+def _is_projection(model: nn.Module) -> bool:
+    """Some models scale or cap their logits."""
+    hidden, logits = _try(_backbone(model)).last_hidden_state, _try(model).logits
     return torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-3, atol=1e-3)  # type: ignore[operator]
+
+
+def _caches() -> Any:
+    """On demand: it subclasses a class of an optional package."""
+    from ccrl.llm import cache
+
+    return cache

@@ -1,4 +1,4 @@
-"""A text task with left-padded prompts, small models of three architectures, and TRL trainers of a tiny model."""
+"""A text task with left-padded prompts, small models of several architectures, and TRL trainers of a tiny model."""
 
 from __future__ import annotations
 
@@ -48,6 +48,12 @@ def build(transformers: Any, task: TextTask) -> Callable[..., CausalLMPolicy]:
     }  # fmt: skip
     configs = {
         "llama": lambda: transformers.LlamaConfig(**gated),
+        "window": lambda: transformers.MistralConfig(**gated, sliding_window=4),
+        "bloom": lambda: transformers.BloomConfig(**small, hidden_size=16, n_layer=2, n_head=2),
+        "mpt": lambda: transformers.MptConfig(vocab_size=size, d_model=16, n_layers=2, n_heads=2, max_seq_len=64),
+        "lfm2": lambda: transformers.Lfm2Config(
+            **{k: v for k, v in gated.items() if k != "head_dim"}, layer_types=["conv", "full_attention"]
+        ),
         "gpt2": lambda: transformers.GPT2Config(**small, n_embd=16, n_layer=2, n_head=2, n_positions=64),
         "neox": lambda: transformers.GPTNeoXConfig(
             **small, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,

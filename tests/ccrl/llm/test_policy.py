@@ -21,7 +21,7 @@ def rollout(policy: CausalLMPolicy, task: TextTask, prompts: Prompts, **options:
     return collector.sample(policy, prompts, torch.arange(len(prompts)).repeat_interleave(3))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "neox", "gemma2", "window", "bloom", "mpt", "lfm2"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_sampled_log_probabilities_are_the_scored_ones(
     build: Build, task: TextTask, prompts: Prompts, name: str, temperature: float
