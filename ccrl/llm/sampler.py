@@ -127,29 +127,30 @@ class TokenCollector:
         for column in buffer.extra.values():
             column.zero_()
         rows = torch.arange(n, device=self.device)
+        here: Tensor | slice = slice(None)  # rows, as long as they are all of them: views are cheaper than gathers
         running = torch.ones(n, dtype=torch.bool, device=self.device)
         state, logits = policy.start(prompts, question, steps)
         every = 1 if self.device.type == "cpu" else LOOK
         for t in range(steps):
             log_probs = (logits.float() / temperature).log_softmax(-1)
-            token = log_probs.argmax(-1) if deterministic else _draw(log_probs, noise[t, rows])
+            token = log_probs.argmax(-1) if deterministic else _draw(log_probs, noise[t, here])
             chosen = running
             if forced is not None:
-                reply = forced[t, rows]
+                reply = forced[t, here]
                 token, chosen = torch.where(reply >= 0, reply, token), running & (reply < 0)
-            buffer.action[t, rows] = torch.where(running, token, buffer.action[t, rows])
-            buffer.extra["log_prob"][t, rows] = _chosen(log_probs, token) * chosen
+            buffer.action[t, here] = torch.where(running, token, buffer.action[t, here])
+            buffer.extra["log_prob"][t, here] = _chosen(log_probs, token) * chosen
             if self._entropy:
-                buffer.extra["entropy"][t, rows] = entropy_of(log_probs) * chosen
-            valid[t, rows] = chosen.float()
-            present[t, rows] = running.float()
+                buffer.extra["entropy"][t, here] = entropy_of(log_probs) * chosen
+            valid[t, here] = chosen.float()
+            present[t, here] = running.float()
             ends = chosen & (token == eos)
             if talk is not None and forced is not None:
                 ends |= self._reply(talk, prompts, question, buffer, forced, rows, chosen & (token == talk.turn), t)
             last = t + 1 == steps
-            buffer.terminated[t, rows] = running & ends if not (last and self._fixed) else running
+            buffer.terminated[t, here] = running & ends if not (last and self._fixed) else running
             if last:
-                buffer.truncated[t, rows] = running & ~ends & (not self._fixed)
+                buffer.truncated[t, here] = running & ~ends & (not self._fixed)
                 break
             context = running.float()
             running = running & ~ends
@@ -160,7 +161,7 @@ class TokenCollector:
                 if left <= COMPACT * rows.shape[0]:
                     still = running.nonzero().squeeze(-1)
                     rows, token, context, running = rows[still], token[still], context[still], running[still]
-                    state = policy.keep(state, still)
+                    here, state = rows, policy.keep(state, still)
             state, logits = policy.step(state, token, context)
         return buffer, prompts, question, valid, present
 
