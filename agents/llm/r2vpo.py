@@ -14,6 +14,7 @@ were collected with, join every update. Slots: loss = Lagrangian; state = dual v
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ from ccrl.estimators.terms import Evaluation, Level, Loss, Term
 from ccrl.llm.rollouts import concatenate, evaluate_columns
 from ccrl.updaters import Stats
 
-__all__ = ["R2VPO", "R2VPOConfig", "R2VPORecipe", "RolloutRing", "dual_step", "ratio_variance"]
+__all__ = ["R2VPO", "R2VPOConfig", "R2VPORecipe", "RolloutRing", "dual_step", "lagrangian", "ratio_variance"]
 
 LARGEST = 20.0
 """Log-ratios are cut there: the square of a larger ratio overflows."""
@@ -74,6 +75,16 @@ def dual_step(dual: Tensor, variance: Tensor, budget: float, rate: float, larges
 def ratio_variance(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
     """``(r - 1)^2``, about 1 and not about the batch's mean ratio: that would hide a drift of all ratios."""
     return (_ratio(level) - 1.0).square()
+
+
+def lagrangian(dual: Callable[[], Tensor], budget: float) -> Loss:
+    """``-r A + lambda ((r - 1)^2 - budget)`` with the current lambda (0-d), which no gradient reaches."""
+
+    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+        r = _ratio(level)
+        return -r * advantage + dual() * ((r - 1.0).square() - budget)
+
+    return loss
 
 
 def _ratio(level: Level) -> Tensor:
@@ -122,13 +133,7 @@ class R2VPORecipe(Recipe):
 
     def loss(self) -> Loss:
         """``-r A + lambda ((r - 1)^2 - delta)``."""
-        budget = self.config.variance_budget
-
-        def lagrangian(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
-            r = _ratio(level)
-            return -r * advantage + self.dual * ((r - 1.0).square() - budget)
-
-        return lagrangian
+        return lagrangian(lambda: self.dual, self.config.variance_budget)
 
     def terms(self) -> tuple[Term, ...]:
         # of no weight: V is the mean over tokens, whatever the loss averages

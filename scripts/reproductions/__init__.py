@@ -21,7 +21,7 @@ PAPERS: dict[str, str] = {
     "gdpo": "a reward of small scale beside a large one",
     "hpt": "questions that exploration does not solve: success, entropy, share of imitation",
     "mhpo": "how large the gradient multiplier can be; parity with GRPO on ModSum",
-    "r2vpo": "the exact solution on a bandit; the ratio variance held at its budget on ModSum",
+    "r2vpo": "the exact solution on a bandit; the ratio variance held at its budget on ModSum and in PPO on CartPole",
     "real": "the shape of its gradient weights; REAL and GRPO on ModSum",
     "riskpo": "entropy kept and accuracy paid on independent questions, beside GRPO",
 }

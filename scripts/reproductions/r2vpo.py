@@ -1,17 +1,19 @@
-"""R2VPO: the exact solution on a bandit, and the ratio's variance held at its budget on ModSum."""
+"""R2VPO: the exact solution on a bandit; the ratio's variance held at its budget on ModSum and in PPO on CartPole."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from statistics import mean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ccrl.collect import Request
 from ccrl.data import Batching, Data
-from ccrl.estimators.terms import Level
+from ccrl.estimators import aggregates, ratios
+from ccrl.estimators.terms import Level, Term
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.packages import check_siblings
 from ccrl.updaters import ModuleUpdater
@@ -23,12 +25,14 @@ check_siblings()
 
 from agents.llm.base import LLM
 from agents.llm.baselines import GRPO
-from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, ratio_variance
+from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, dual_step, lagrangian, ratio_variance
 from agents.llm.recipe import Parts
+from agents.ppo import PPO, PPOConfig, PPOEstimator
 from envs.text import make_task
 
 OLD, ADVANTAGE = (0.5, 0.3, 0.2), (1.0, 0.0, -2.0)
 UPDATES = 60
+BUDGET = 0.04
 
 
 class Solution(NamedTuple):
@@ -61,6 +65,13 @@ def bandit(steps: int, learning_rate: float, **options: float | str) -> Solution
     return Solution(new / old, float(recipe.dual), gain)
 
 
+def _variance(policy: nn.Module, on: Data) -> float:
+    """``V`` of a rollout by the policy that its update made."""
+    valid = on["valid"]
+    level = Level(policy(on, frozenset({"log_prob"}))["log_prob"], on["log_prob"], valid)
+    return float((ratio_variance(level, valid, {}, on) * valid).sum() / valid.sum())
+
+
 def _variances(method: type[LLM], seed: int, **options: object) -> tuple[list[float], History]:
     """``V`` of every rollout after its inner epochs, by the policy that they made."""
     found: list[float] = []
@@ -68,18 +79,63 @@ def _variances(method: type[LLM], seed: int, **options: object) -> tuple[list[fl
     class Measured(method.Recipe):  # type: ignore[name-defined, misc]
         def after_update(self, data: dict[str, Data], stats: dict[str, Tensor]) -> None:
             super().after_update(data, stats)
-            on, policy = data["on"], self.parts.policy
-            assert isinstance(policy, nn.Module)
-            level = Level(policy(on, frozenset({"log_prob"}))["log_prob"], on["log_prob"], on["valid"])
-            found.append(float(ratio_variance(level, level.valid, {}, on).mean()))
+            found.append(_variance(self.parts.policy, data["on"]))
 
     measured = type(method.__name__, (method,), {"Recipe": Measured})
     config = method.Config(**modsum_shape(learning_rate=0.2, n_epochs=8, **options))
     return found, train(measured, make_task("modsum"), config, UPDATES, seed, partial_sums)
 
 
+# -- control ----------------------------------------------------------------------------------------------------------
+
+
+class Clipped(PPOEstimator):
+    """PPO, with ``V`` of every rollout after its last epoch."""
+
+    def __init__(self, config: PPOConfig, policy: Any, updaters: Any) -> None:
+        super().__init__(config, policy, updaters)
+        self.policy = (policy,)  # in a tuple: an nn.Module attribute would be saved a second time
+        self.variances: list[float] = []
+
+    def after_update(self, data: dict[str, Data], stats: dict[str, Tensor]) -> None:
+        super().after_update(data, stats)
+        self.variances.append(_variance(self.policy[0], data["on"]))
+
+
+class Held(Clipped):
+    """The Lagrangian in place of the clip; the value and entropy terms stay. One dual step per gradient step: of one
+    per rollout, lambda is 0 when a rollout's many epochs begin to drift, and the policy does not recover."""
+
+    dual: Tensor
+
+    def __init__(self, config: PPOConfig, policy: Any, updaters: Any) -> None:
+        super().__init__(config, policy, updaters)
+        self.register_buffer("dual", torch.tensor(0.5))
+        (phase,) = self._phases
+        surrogate = replace(phase.terms[0], loss=lagrangian(lambda: self.dual, BUDGET))
+        variance = Term("ratio_variance", ratio_variance, aggregates.mean, ratios.token, advantage=None, coef=0.0)
+        self._phases = (replace(phase, terms=(surrogate, *phase.terms[1:], variance)),)
+
+    def after_minibatch(self, stats: dict[str, Tensor]) -> None:
+        self.dual.copy_(dual_step(self.dual, stats["ratio_variance"], BUDGET, rate=2.0, largest=100.0))
+
+
+def control(estimator: type[Clipped], epochs: int, seed: int, iterations: int = 20) -> tuple[float, float]:
+    """Mean ``V`` over the rollouts and the return at the end, of PPO on CartPole with ``estimator``."""
+
+    class Agent(PPO):
+        def build(self) -> None:
+            super().build()
+            self.estimator = estimator(self.config, self.policy, self.updaters)
+
+    config = PPOConfig(num_envs=8, batch_size=256, n_epochs=epochs, normalise_advantage="batch", compile="off")
+    agent = Agent("CartPole-v1", config, seed=seed)
+    agent.learn(iterations * agent.batch_steps)
+    return mean(agent.estimator.variances), float(agent.ep_rew_mean or 0.0)
+
+
 def run(seeds: list[int]) -> list[Measurement]:
-    """R1 and R2 of the sheet."""
+    """R1 to R3 of the sheet."""
     exact = bandit(600, 0.3, dual_rate=2.0, dual_init=2.0)
     rows = [
         Measurement(f"bandit: ratio of arm {i}", f"{r} (closed form)", (r - 1e-4, r + 1e-4), (float(exact.ratio[i]),))
@@ -110,5 +166,14 @@ def run(seeds: list[int]) -> list[Measurement]:
                     tuple(h.final(10) for _, h in fast)),
         Measurement("ModSum: mean reward over training, 2 old rollouts minus none", "> 0: half the rollouts (paper)",
                     (0.0, 1.0), tuple(a.area - h.area for a, (_, h) in zip(replay, fast))),
+    ]  # fmt: skip
+    usual, many, held = ([control(e, n, s) for s in seeds] for e, n in ((Clipped, 10), (Clipped, 40), (Held, 40)))
+    rows += [
+        Measurement("CartPole: V of PPO, 40 epochs over 10", "> 1: grows with epochs (sheet, not measured there)",
+                    (1.0, math.inf), tuple(m[0] / u[0] for m, u in zip(many, usual))),
+        Measurement("CartPole: V of R2VPO, 40 epochs", "near the budget 0.04 (sheet, not measured there)", (0.02, 0.06),
+                    tuple(h[0] for h in held)),
+        Measurement("CartPole: return after 20,480 steps, R2VPO minus PPO, 40 epochs", "not worse (paper: better)",
+                    (-20.0, math.inf), tuple(h[1] - m[1] for h, m in zip(held, many))),
     ]  # fmt: skip
     return rows

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, RolloutRing, dual_step
+from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, RolloutRing, dual_step, lagrangian
 from ccrl.data import Batching, Data
-from ccrl.estimators.terms import surrogate
+from ccrl.estimators.terms import Level, surrogate
+from scripts.reproductions import r2vpo as reproduction
 from scripts.reproductions.r2vpo import bandit
 
 LOG_PROB = [[-1.0, -0.5, -2.0], [-0.3, -1.2, 0.0], [-0.7, -0.7, -0.7], [-1.5, 0.0, 0.0]]
@@ -257,3 +258,37 @@ def test_exact_resume_with_old_rollouts(tmp_path: Path, every: str) -> None:
     assert len(part.estimator.ring.rollouts) == 2
     for name, value in expected.items():
         assert torch.equal(value, found[name]), name
+
+
+# -- control ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_reads_the_dual_when_it_is_called() -> None:
+    """Sheet, O3: mean(-r A) + lambda mean((r - 1)^2) = 0.10625, here with the budget inside."""
+    ratio = torch.tensor([[1.3, 0.6, 1.0, 2.0]], dtype=torch.float64)
+    level = Level(ratio.log(), torch.zeros_like(ratio), torch.ones_like(ratio))
+    advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5]], dtype=torch.float64)
+    dual = torch.tensor(0.5, dtype=torch.float64)
+    loss = lagrangian(lambda: dual, 0.04)
+    assert float(loss(level, advantage, {}, Data({})).mean()) == pytest.approx(0.10625 - 0.5 * 0.04, abs=1e-12)
+    dual.fill_(0.0)
+    assert float(loss(level, advantage, {}, Data({})).mean()) == pytest.approx(-0.05, abs=1e-12)
+
+
+def test_in_ppo_the_dual_follows_every_minibatch() -> None:
+    seen: list[tuple[float, float]] = []
+
+    class Watched(reproduction.Held):
+        def after_minibatch(self, stats: dict[str, Tensor]) -> None:
+            super().after_minibatch(stats)
+            seen.append((float(stats["ratio_variance"]), float(self.dual)))
+
+    variance, _ = reproduction.control(Watched, epochs=3, seed=0, iterations=1)
+    assert len(seen) == 3 * 4
+    assert variance > 0.0
+    dual = 0.5
+    for each, found in seen:
+        dual = max(0.0, dual + 2.0 * (each - 0.04))
+        assert found == pytest.approx(dual, abs=1e-5)
+    assert seen[0][0] == pytest.approx(0.0, abs=1e-9)  # the first minibatch is the policy's own
+    assert seen[-1][0] > 0.0
