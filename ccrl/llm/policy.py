@@ -31,7 +31,7 @@ temperature), of the whole distribution ``entropy`` (nats), ``sum_pi2`` ``[T, B]
 
 SHARE = 128
 """A batch is evaluated in two passes (prompts, completions) where that saves so many prompt tokens: the second pass has
-a cost of its own. On a CPU with the tiny model it is that of some 70 tokens."""
+a cost of its own. On a CPU with the tiny model it is that of some 80 tokens."""
 
 Run = Callable[..., tuple[Tensor, Any]]
 """From the number of last positions to keep and a model's inputs: values ``[B, keep, X]`` there, and the cache."""
