@@ -18,6 +18,7 @@ from envs.inventory.simulator import InventoryEnv, Trace
 __all__ = ["plot_network"]
 
 _STOCK, _TRANSIT, _MISSED, _DEMAND, _GREY = "#0072B2", "#56B4E9", "#D55E00", "#262626", "#5A5A5A"
+_SENDERS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00")
 _STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.spines.top": False,
@@ -47,8 +48,9 @@ def plot_network(
     env: InventoryEnv, trace: Trace, *, scenario: int = 0, periods: int | None = None, title: str | None = None
 ) -> Figure:
     """One row per node, from upstream to the stores. On the left the network: lines are as wide as their mean flow;
-    a node names its senders with flow and lead time. On the right the stock of one scenario over time: on hand at the
-    start of the period, on the way, demand, missed demand. Numbers are means over all scenarios after the warm-up.
+    a node names its senders with flow and lead time; of several warehouses each has its colour. On the right the stock
+    of one scenario over time: on hand at the start of the period, on the way, demand, missed demand. Numbers are means
+    over all scenarios after the warm-up.
 
     Args:
         env: the simulator that made the trace.
@@ -58,10 +60,12 @@ def plot_network(
         title: ``None`` is the name of the task.
 
     Raises:
-        ValueError: a trace of another network, or a scenario it does not have.
+        ValueError: a trace of another network, a scenario it does not have, no period to show.
     """
     net = env.network
     count = trace.inventory.shape[1]
+    if periods is not None and periods < 1:
+        raise ValueError(f"periods: expected at least 1 to show, got {periods}")
     if trace.inventory.shape[2:] != (net.nodes, net.slots) or not 0 <= scenario < count:
         raise ValueError(
             f"expected a trace of {net.nodes} nodes with {net.slots} slots and a scenario below {count}, got "
@@ -91,7 +95,7 @@ def plot_network(
             s=f"{kind} {abs(per_store) if env.task.profit and per_store <= 0 else per_store:.2f} per period and store: "
             f"mean of {count} scenarios and the last {counted} of {total} periods",
         )  # fmt: skip
-        _legend(figure, height, env)
+        _legend(figure, height, env, warm=total - shown < env.ignore)
     return figure
 
 
@@ -132,19 +136,25 @@ def _draw_network(axis: Any, env: InventoryEnv, summary: _Summary) -> None:
     widest = max(float(summary.flow.max()), 1e-9)
     incoming: dict[int, list[str]] = {node: [] for node in range(net.nodes)}
     names = _names(env)
+    several = net.warehouses > 1
+    colours = [_SENDERS[node % len(_SENDERS)] if several else _STOCK for node in range(net.first_store)]
+    colours += [_STOCK] * net.stores
     for edge, (source, target) in enumerate(net.edges):
         flow, lead = float(summary.flow[edge]), net.lead_times[edge]
         start = (0.0, rows[target]) if source < 0 else (stages[source], rows[source])
         stop = (stages[target], rows[target])
         middle = (start[0] + stop[0]) / 2
         path = Path([start, (middle, start[1]), (middle, stop[1]), stop], [Path.MOVETO] + [Path.CURVE4] * 3)
-        style = {"linewidth": 0.4 + 5.0 * flow / widest, "edgecolor": _TRANSIT, "facecolor": "none"}
+        colour = colours[target if source < 0 else source] if several else _TRANSIT
+        style = {"linewidth": 0.4 + 5.0 * flow / widest, "edgecolor": colour, "facecolor": "none"}
         axis.add_patch(PathPatch(path, alpha=0.7 if flow > 0.002 * widest else 0.2, zorder=1, **style))
         if source < 0:
             axis.plot([0.0], [rows[target]], marker="s", markersize=5, color="#8A8A8A", zorder=3)
         sender = "supplier" if source < 0 else names[source].replace("arehouse ", "").replace("chelon ", "")
         incoming[target].append(f"{sender} {flow:.1f} ({'' if 'lead_time' in env.static else '≤ '}{lead})")
-    axis.plot(stages, rows, "o", markersize=max(5.0, 11.0 - 0.25 * net.nodes), color=_STOCK, mec="white", zorder=3)
+    size = max(5.0, 11.0 - 0.25 * net.nodes)
+    for x, y, colour in zip(stages, rows, colours):
+        axis.plot(x, y, "o", markersize=size, color=colour, mec="white", zorder=3)
     box = {"boxstyle": "round,pad=0.1", "facecolor": "white", "edgecolor": "none", "alpha": 0.75}
     for node, (x, y) in enumerate(zip(stages, rows)):
         aside = node >= net.first_store
@@ -155,7 +165,7 @@ def _draw_network(axis: Any, env: InventoryEnv, summary: _Summary) -> None:
         lines = [", ".join(incoming[node][i : i + per_line]) for i in range(0, len(incoming[node]), per_line)]
         text = "\n".join([names[node], *lines])
         axis.text(
-            x + 0.09 * aside, y + 0.13 * (not aside), text, fontsize=6.5, linespacing=1.1, bbox=box, zorder=4, **place
+            x + 0.11 * aside, y + 0.13 * (not aside), text, fontsize=6.5, linespacing=1.1, bbox=box, zorder=4, **place
         )
     legend = "width and numbers: mean flow per period by sender (lead time)"
     axis.text(0.0, -0.02, legend, transform=axis.transAxes, fontsize=7, color=_GREY, va="top")
@@ -205,13 +215,15 @@ def _draw_rows(axes: list[Any], env: InventoryEnv, trace: Trace, summary: _Summa
     axes[-1].set_xlabel("week" if env.recorded else "period", labelpad=1)
 
 
-def _legend(figure: Figure, height: float, env: InventoryEnv) -> None:
+def _legend(figure: Figure, height: float, env: InventoryEnv, warm: bool) -> None:
     missed = "lost sales" if env.task.lost else "backlog"
     entries = [(_STOCK, 0.75, "on hand"), (_TRANSIT, 0.35, "on the way here"), (_MISSED, 1.0, missed)]
     handles: list[Any] = [mpl.patches.Patch(color=color, alpha=alpha, linewidth=0) for color, alpha, _ in entries]
     handles.append(mpl.lines.Line2D([], [], color=_DEMAND, linewidth=0.8))
-    handles.append(mpl.patches.Patch(color="#8A8A8A", alpha=0.12, linewidth=0))
-    labels = [*(label for _, _, label in entries), "demand", "warm-up"]
+    labels = [*(label for _, _, label in entries), "demand"]
+    if warm:
+        handles.append(mpl.patches.Patch(color="#8A8A8A", alpha=0.12, linewidth=0))
+        labels.append("warm-up")
     figure.legend(
         handles, labels, loc="upper right", bbox_to_anchor=(0.985, 1 - 0.28 / height), ncols=5, frameon=False,
         fontsize=7, handlelength=1.2, columnspacing=1.2, borderaxespad=0,

@@ -62,6 +62,26 @@ def test_every_node_has_a_row(name, tmp_path):
     assert save(figure, tmp_path / "plan")[0].stat().st_size > 10_000
 
 
+def test_warehouses_have_their_colours():
+    """Those of the lines that leave them, and of the one from the supplier; a single one needs none."""
+    for name, colours in (("many_warehouses_real_data", 3), ("one_warehouse_lost_demand", 1)):
+        env, trace = run(name)
+        network = plot_network(env, trace).axes[0]
+        lines = {}
+        for (source, target), patch in zip(env.network.edges, network.patches, strict=True):
+            lines.setdefault(target if source < 0 else source, set()).add(patch.get_edgecolor()[:3])
+        assert all(len(found) == 1 for found in lines.values())
+        assert len(set.union(*lines.values())) == len(lines) == colours
+
+
+def test_the_legend_names_what_is_shown():
+    env, trace = run("one_store_lost")
+    for periods, warm in ((20, True), (12, False)):
+        (legend,) = plot_network(env, trace, periods=periods).legends
+        names = ["on hand", "on the way here", "lost sales", "demand"] + ["warm-up"] * warm
+        assert [text.get_text() for text in legend.get_texts()] == names
+
+
 def test_the_stand_in_is_named():
     figure = plot_network(*run("many_warehouses_real_data"))
     assert "synthetic stand-in" in figure.texts[0].get_text()
@@ -71,5 +91,7 @@ def test_bad_input():
     env, trace = run("one_store_lost")
     with pytest.raises(ValueError, match="scenario below 3, got"):
         plot_network(env, trace, scenario=3)
+    with pytest.raises(ValueError, match="periods: expected at least 1"):
+        plot_network(env, trace, periods=0)
     with pytest.raises(ValueError, match="expected a trace of 4 nodes with 4 slots"):
         plot_network(InventoryEnv(make_task("serial_system")), trace)

@@ -1,0 +1,95 @@
+"""A trained inventory policy as a planner sees it: the network with its flows, the stock of every node over time.
+
+python scripts/inventory_network.py runs/InventorySerial-v0__hdpo__0__... --out figures/serial
+python scripts/inventory_network.py RUN --out figures/december --split test --scenario 3 --periods 37
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import tyro
+from torch import Tensor
+
+from ccrl.packages import check_siblings
+
+check_siblings()
+
+from agents.hdpo import HDPO
+from ccrl.estimators.pathwise import Unrolled
+from ccrl.experiment import checkpoint, plots
+from ccrl.functional_env import Split, State
+from envs.inventory import InventoryEnv, Trace, simulate
+from envs.inventory.plot import plot_network
+
+__all__ = ["NetworkConfig", "main", "play"]
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """What to draw."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder of hdpo (its newest checkpoint) or a checkpoint; what acts is the best parameters in it."""
+    out: Path
+    """Path and first part of the names of the PNG and the SVG."""
+    split: Split = "test"
+    """Whose horizon and weeks."""
+    count: int = 32
+    """Scenarios that the numbers are means of; of recorded demand the first series."""
+    scenario: int = 0
+    """Which of them the right half shows."""
+    periods: int = 60
+    """How many of the last periods it shows."""
+    seed: int = 65
+    """Decides demand and initial stock; training has other seeds."""
+    title: str | None = None
+    """Title; None: task, policy and epochs."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 <= self.scenario < self.count:
+            raise ValueError(f"scenario: expected one of 0 to count - 1 = {self.count - 1}, got {self.scenario}")
+
+
+def main(config: NetworkConfig) -> list[Path]:
+    """Play the policy and draw it; returns the files."""
+    torch.set_num_threads(1)
+    path = checkpoint.latest(config.run / "checkpoints") if config.run.is_dir() else config.run
+    if path is None or not path.is_file():
+        raise FileNotFoundError(f"{config.run}: expected a run folder of hdpo with a checkpoint, or a checkpoint")
+    agent = HDPO.load(path)
+    env = agent.simulator.split(config.split)
+    trace = play(agent, env, agent.scenarios(config.split, config.count, 10**6 + config.seed))
+    name = env.task.name.replace("_", " ")
+    title = config.title or f"{name}: {agent.config.policy}, best of {agent.iteration} epochs"
+    figure = plot_network(env, trace, scenario=config.scenario, periods=config.periods, title=title)
+    return plots.save(figure, config.out)
+
+
+def play(agent: HDPO, env: InventoryEnv, scenarios: State) -> Trace:
+    """The best parameters in these scenarios, with what an oracle foresees and whole units where the agent has them."""
+    unrolled = Unrolled(env, agent.ctx.bank.policy("best"))
+    demand, clock = env.noise(scenarios), itertools.count()
+
+    def order(seen: State) -> Tensor:
+        future = unrolled.future(demand, next(clock))
+        wanted: Tensor = unrolled.policy(seen if future is None else seen | {"future_demand": future})
+        return wanted.round() if agent.config.whole_units else wanted
+
+    return simulate(env, order, scenarios)
+
+
+if __name__ == "__main__":
+    try:
+        files = main(tyro.cli(NetworkConfig, description=__doc__))
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print("\n".join(map(str, files)))
