@@ -93,6 +93,13 @@ class HDPOConfig:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
         if self.compile not in ("off", *COMPILED):
             raise ValueError(f"compile: expected off, period or horizon, got {self.compile!r}")
+        for name in ("hidden", "rounds"):
+            takers = [policy for policy, (_, _, settings) in _POLICIES.items() if name in settings]
+            if getattr(self, name) is not None and self.policy not in takers:
+                raise ValueError(
+                    f"{name}: expected None with policy {self.policy!r}, got {getattr(self, name)}; it is a setting of "
+                    f"{', '.join(takers)}"
+                )
         if self.compile != "off" and self.microbatch is not None:
             raise ValueError("microbatch: expected None with compile (one shape, one graph); leave one of them out")
 
@@ -352,8 +359,9 @@ class HDPO(Agent):
         return costs.mean().item(), (costs.std() / count**0.5).item() if count > 1 else float("nan")
 
     def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> Evaluation:
-        """Returns of ``episodes`` new scenarios over the training horizon: minus the cost per store, what the batched
-        environment pays, warm-up included. The policy is deterministic; ``env`` is not needed."""
+        """Returns of ``episodes`` new scenarios (recorded demand: of the first series, in their training weeks) over
+        the training horizon: minus the cost per store, what the batched environment pays, warm-up included. The policy
+        is deterministic; ``env`` is not needed."""
         found = self.scenarios("train", episodes, 10**6 + seed)
         unrolled = Unrolled(self.simulator, self.ctx.bank.policy("best"))
         with torch.no_grad():

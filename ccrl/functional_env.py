@@ -20,6 +20,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -43,8 +44,8 @@ class Network:
     the adjacency matrix (sorted by source, then target), then the edges of the outside supplier, sorted by target.
 
     Raises:
-        ValueError: edges out of order or twice, a node out of range, a lead time below one, a node without supply, a
-            store that ships.
+        ValueError: no store, edges out of order or twice, a node out of range, lead times that are no integers of at
+            least one, a node without supply, a store that ships.
     """
 
     echelons: int
@@ -58,6 +59,11 @@ class Network:
     """False: warehouses pass on all that arrives (transshipment)."""
 
     def __post_init__(self) -> None:
+        if self.stores < 1 or min(self.echelons, self.warehouses) < 0:
+            raise ValueError(
+                f"stores: expected at least 1 and no negative counts, got {self.echelons} echelons, {self.warehouses} "
+                f"warehouses and {self.stores} stores"
+            )
         internal = [edge for edge in self.edges if edge[0] >= 0]
         supply = [edge for edge in self.edges if edge[0] < 0]
         if list(self.edges) != sorted(set(internal)) + sorted(set(supply)):
@@ -67,7 +73,9 @@ class Network:
             )
         if any(not -1 <= s < self.nodes or not 0 <= t < self.nodes or s == t for s, t in self.edges):
             raise ValueError(f"edges: expected two different nodes below {self.nodes}, or source -1; got {self.edges}")
-        if len(self.lead_times) != len(self.edges) or any(lead < 1 for lead in self.lead_times):
+        if len(self.lead_times) != len(self.edges) or not all(
+            isinstance(lead, Integral) and lead >= 1 for lead in self.lead_times
+        ):
             raise ValueError(
                 f"lead_times: expected {len(self.edges)} integers of at least 1 (an order never serves the demand of "
                 f"its own period), got {self.lead_times}"

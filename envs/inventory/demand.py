@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +17,17 @@ __all__ = ["Demand", "Normal", "Poisson", "Recorded", "days_from_christmas", "lo
 
 @dataclass(frozen=True)
 class Poisson:
-    """Independent Poisson demand of mean ``mean`` per store."""
+    """Independent Poisson demand of mean ``mean`` per store.
+
+    Raises:
+        ValueError: a mean that is not positive.
+    """
 
     mean: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not all(0.0 < mean < math.inf for mean in self.mean):
+            raise ValueError(f"demand: expected positive means, got {self.mean}")
 
     @property
     def std(self) -> tuple[float, ...]:
@@ -37,7 +46,7 @@ class Normal:
     zero (``mean`` and ``std`` are those before).
 
     Raises:
-        ValueError: a correlation outside [0, 1], or unequal numbers of means and deviations.
+        ValueError: a correlation outside [0, 1], a negative deviation, or unequal numbers of means and deviations.
     """
 
     mean: tuple[float, ...]
@@ -51,6 +60,8 @@ class Normal:
                 f"demand: expected one std per mean and a correlation in [0, 1], got {len(self.mean)} means, "
                 f"{len(self.std)} stds and correlation={self.correlation}"
             )
+        if not all(0.0 <= std < math.inf for std in self.std):
+            raise ValueError(f"demand: expected stds that are not negative, got {self.std}")
 
     def draw(self, count: int, periods: int, generator: torch.Generator) -> Tensor:
         """``[count, periods, K]`` float32: one shared and ``K`` own factors."""
@@ -66,13 +77,13 @@ class Recorded:
     """Recorded weekly demand, one scenario per series.
 
     Args:
-        series: ``[S, W, K]`` demand of ``S`` series in ``W`` weeks at ``K`` stores, finite.
+        series: ``[S, W, K]`` demand of ``S`` series in ``W`` weeks at ``K`` stores, finite and not negative.
         source: where it comes from, in words; shown wherever the data is named.
         first_day: first day of week 0 (a calendar feature is counted from it).
         history: weeks that policies see, and that precede the first simulated week of every split.
 
     Raises:
-        ValueError: another shape, or values that are not finite.
+        ValueError: another shape, nothing in it, or values that are negative or not finite.
     """
 
     series: Tensor
@@ -81,10 +92,11 @@ class Recorded:
     history: int = 16
 
     def __post_init__(self) -> None:
-        if self.series.dim() != 3 or not bool(self.series.isfinite().all()):
+        bad = int((~(self.series.isfinite() & (self.series >= 0))).sum())
+        if self.series.dim() != 3 or not self.series.numel() or bad:
             raise ValueError(
-                f"series: expected finite demand [series, weeks, stores], got shape {tuple(self.series.shape)} with "
-                f"{int((~self.series.isfinite()).sum())} values that are not finite"
+                f"{self.source}: expected demand [series, weeks, stores], finite and not negative, got shape "
+                f"{tuple(self.series.shape)} with {bad} other values; set returned goods to 0"
             )
 
     @property
@@ -111,8 +123,8 @@ def load_series(path: str | Path) -> Recorded:
       per observation. Weeks are whole numbers or days (``2013-01-01``); rows that are missing count as zero demand.
 
     Raises:
-        ValueError: another ending, missing columns or arrays, weeks that are neither numbers nor days seven days apart,
-            an observation given twice.
+        ValueError: another ending, missing columns or arrays, demand that is no number or negative, weeks that are
+            neither numbers nor days seven days apart, an observation given twice.
     """
     path = Path(path)
     if path.suffix == ".npz":
@@ -127,25 +139,32 @@ def load_series(path: str | Path) -> Recorded:
         return Recorded(demand, path.name, datetime.date.fromisoformat(first))
     if path.suffix != ".csv":
         raise ValueError(f"series: expected a .npz or .csv file, got {path.name}")
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin their files with a mark
         rows = csv.DictReader(file)
         columns = set(rows.fieldnames or ())
         if not {"series", "week", "demand"} <= columns:
             raise ValueError(f"{path.name}: expected columns series, week, demand(, store), got {sorted(columns)}")
-        table = [(row["series"], row.get("store") or "", row["week"], float(row["demand"])) for row in rows]
+        table = [(row["series"], row.get("store") or "", row["week"], row["demand"]) for row in rows]
     return _from_table(table, path.name)
 
 
-def _from_table(table: list[tuple[str, str, str, float]], name: str) -> Recorded:
+def _from_table(table: list[tuple[str, str, str, str]], name: str) -> Recorded:
     if not table:
         raise ValueError(f"{name}: expected at least one row, got none")
     first = datetime.date(2013, 1, 1)
-    texts = sorted({row[2] for row in table})
+    numbers = [_number(text) for *_, text in table]
+    if None in numbers:
+        line = numbers.index(None)
+        raise ValueError(f"{name}: expected a number as demand, got {table[line][3]!r} in row {line + 1}")
+    texts = sorted({row[2] or "" for row in table})
     if all(text.isdigit() for text in texts):
         origin = min(int(text) for text in texts)
         week_of = {text: int(text) - origin for text in texts}
     else:
-        days = {text: datetime.date.fromisoformat(text) for text in texts}
+        try:
+            days = {text: datetime.date.fromisoformat(text) for text in texts}
+        except ValueError as error:
+            raise ValueError(f"{name}: expected weeks as whole numbers or days (2013-01-01); {error}") from None
         first = min(days.values())
         if any((day - first).days % 7 for day in days.values()):
             raise ValueError(f"{name}: expected weeks that start seven days apart, got {texts[:3]} ...")
@@ -156,8 +175,15 @@ def _from_table(table: list[tuple[str, str, str, float]], name: str) -> Recorded
     if len(np.unique(index, axis=0)) != len(index):
         raise ValueError(f"{name}: expected one row per series, store and week, got {len(index)} rows with repetitions")
     demand = np.zeros((len(series), max(week_of.values()) + 1, len(stores)), dtype=np.float32)
-    demand[tuple(index.T)] = [row[3] for row in table]
+    demand[tuple(index.T)] = numbers
     return Recorded(torch.from_numpy(demand), name, first)
+
+
+def _number(text: str | None) -> float | None:
+    try:
+        return float(text or "")
+    except ValueError:
+        return None
 
 
 def synthetic_series(count: int, stores: int = 1, weeks: int = 171, seed: int = 0) -> Recorded:

@@ -53,6 +53,12 @@ class Serial(NamedTuple):
     levels: tuple[float, ...]
 
 
+def _positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 0.0 < value < math.inf:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
 # Lost sales, integer demand.
 
 
@@ -63,6 +69,7 @@ class _LostSales:
     def __init__(self, lead_time: int, underage: float, mean: float, holding: float, orders: int, top: int) -> None:
         if lead_time < 1 or orders < 1 or top < 1:
             raise ValueError(f"expected lead_time, orders and top of at least 1, got {lead_time}, {orders}, {top}")
+        _positive(underage=underage, mean=mean, holding=holding)
         self.lead_time, self.orders, self.top = lead_time, orders, top
         stock = torch.arange(top + 1, dtype=torch.float64)
         pmf = torch.exp(stock * math.log(mean) - mean - torch.lgamma(stock + 1))
@@ -119,13 +126,14 @@ def lost_sales_optimum(
     Args:
         orders: largest order considered; ``None``: mean plus 2.7 standard deviations (11 at mean 5), twice the
             deviations at lead time 1, where it costs nothing.
-        top: largest stock on hand, ``None``: mean times ``lead_time + 1`` plus 4 deviations of demand in that time, or
-            37 at mean 5 for the published instances.
+        top: largest stock on hand; ``None``: five times the mean plus 2.4 deviations of demand in five periods (37 at
+            mean 5).
         tolerance: distance of the lower and the upper bound between which the returned cost lies.
 
     Raises:
-        ValueError: a lead time, order or stock limit below one.
+        ValueError: a lead time, order or stock limit below one, a mean or a cost that is not positive.
     """
+    _positive(mean=mean)
     wide = 5.4 if lead_time == 1 else 2.7
     orders = round(mean + wide * mean**0.5) if orders is None else orders
     top = math.ceil(mean * 5 + 2.4 * (mean * 5) ** 0.5) if top is None else top
@@ -161,7 +169,12 @@ def best_base_stock(
     lead_time: int, underage: float, mean: float = 5.0, holding: float = 1.0, *, capped: bool = False
 ) -> BaseStock:
     """The best (``capped``) base-stock policy for one store with lost sales and Poisson demand: exact costs, descent
-    over neighbouring integers from the newsvendor level of the backlogged store."""
+    over neighbouring integers from the newsvendor level of the backlogged store.
+
+    Raises:
+        ValueError: a lead time below one, a mean or a cost that is not positive.
+    """
+    _positive(underage=underage, mean=mean, holding=holding)
     spread = math.sqrt(mean * (lead_time + 1))
     ratio = torch.tensor(underage / (underage + holding), dtype=torch.float64)
     start = round(mean * (lead_time + 1) + float(_NORMAL.icdf(ratio)) * spread - 0.5 * (lead_time - 1))
@@ -241,10 +254,11 @@ def backlog_optimum(
     ``lead_time + 1`` periods. In closed form, or with ``clip`` (demand cut at zero) on a grid of width ``step``.
 
     Raises:
-        ValueError: a lead time below one.
+        ValueError: a lead time below one, a cost or a deviation that is not positive.
     """
     if lead_time < 1:
         raise ValueError(f"expected a lead time of at least 1, got {lead_time}")
+    _positive(underage=underage, holding=holding, std=std)
     ratio = underage / (underage + holding)
     z = _NORMAL.icdf(torch.tensor(ratio, dtype=torch.float64))
     spread = std * math.sqrt(lead_time + 1)
@@ -275,7 +289,7 @@ def serial_optimum(task: Task, *, step: float = 0.02) -> Serial:
     """
     net, demand = task.network, task.demand
     chain = (*((i, i + 1) for i in range(net.nodes - 1)), (-1, 0))
-    if net.edges != chain or task.lost or not isinstance(demand, Normal) or not demand.clip or task.edge_cost:
+    if net.edges != chain or task.lost or not isinstance(demand, Normal) or not demand.clip or any(task.edge_cost):
         raise ValueError(
             f"{task.name}: expected nodes in a row with backlogged normal demand clipped at zero and no edge cost"
         )
@@ -309,12 +323,13 @@ def transshipment_bound(task: Task) -> float:
         ValueError: a task whose stores differ in lead time or costs, or that is no such network.
     """
     net, demand = task.network, task.demand
-    leads, costs = set(net.lead_times[: net.stores]), set(zip(task.holding[1:], task.underage, strict=True))
-    fits = net.nodes == net.stores + 1 and not net.keeps_stock and not task.lost and isinstance(demand, Normal)
+    fan = (*((0, k) for k in range(1, net.stores + 1)), (-1, 0))
+    fits = net.edges == fan and not net.keeps_stock and not task.lost and not any(task.edge_cost)
+    leads, costs = set(net.lead_times[: net.stores]), set(zip(task.holding[-net.stores :], task.underage, strict=True))
     if not fits or len(leads) > 1 or len(costs) > 1 or not isinstance(demand, Normal) or demand.clip:
         raise ValueError(
             f"{task.name}: expected a warehouse without stock, backlogged unclipped normal demand and stores with "
-            "equal lead times and costs"
+            "equal lead times and costs, orders free"
         )
     std, lead, (holding, underage) = torch.tensor(demand.std, dtype=torch.float64), leads.pop(), costs.pop()
     pooled = float(std.sum() ** 2)
@@ -331,15 +346,17 @@ def oracle_cost(task: Task) -> float | None:
     """The optimal cost per period and store of a task, its lower bound for transshipment, ``None`` where neither is
     known."""
     net, demand, store = task.network, task.demand, task.network.nodes == 1
-    if store and task.lost and isinstance(demand, Poisson):
-        return lost_sales_optimum(net.slots, task.underage[0], demand.mean[0], task.holding[0])
-    if store and not task.lost and isinstance(demand, Normal):
-        return backlog_optimum(
-            net.slots, task.underage[0], demand.mean[0], demand.std[0], task.holding[0], clip=demand.clip
-        ).cost
-    if net.echelons and not task.lost:
-        return serial_optimum(task).cost
-    return transshipment_bound(task) if not net.keeps_stock else None
+    if task.profit or any(task.edge_cost):
+        return None
+    known = task.underage[0], demand.mean[0]
+    try:
+        if store and task.lost and isinstance(demand, Poisson):
+            return lost_sales_optimum(net.slots, *known, task.holding[0])
+        if store and not task.lost and isinstance(demand, Normal):
+            return backlog_optimum(net.slots, *known, demand.std[0], task.holding[0], clip=demand.clip).cost
+        return serial_optimum(task).cost if net.keeps_stock else transshipment_bound(task)
+    except ValueError:  # another network, law of demand or costs
+        return None
 
 
 def search_base_stock(

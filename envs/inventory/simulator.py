@@ -97,7 +97,8 @@ class InventoryEnv:
         demand, net = self.task.demand, self.network
         limit = len(demand.series) if isinstance(demand, Recorded) else count
         if not 1 <= count <= limit:
-            raise ValueError(f"{self.task.name}: expected 1 to {max(limit, 1)} scenarios, got {count}")
+            series = f" (there are {limit} series; of hdpo set n_train and n_dev)" if count > limit else ""
+            raise ValueError(f"{self.task.name}: expected 1 to {max(limit, 1)} scenarios, got {count}{series}")
         scenarios: State = {}
         stock = torch.zeros(count, net.nodes, net.slots)
         if self.task.random_stock:

@@ -6,14 +6,17 @@ by store come from NumPy's legacy generator with the published seeds, so that th
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ccrl.functional_env import Network
-from envs.inventory.demand import Demand, Normal, Poisson, Recorded, synthetic_series
+from envs.inventory.demand import Demand, Normal, Poisson, Recorded, load_series, synthetic_series
 
 __all__ = ["TASKS", "Task", "make_task"]
 
@@ -27,7 +30,8 @@ class Task:
     """One inventory task.
 
     Raises:
-        ValueError: costs or demand that do not fit the network, negative costs, recorded series that are too short.
+        ValueError: costs or demand that do not fit the network, costs that are negative or not finite, recorded series
+            that are too short.
     """
 
     name: str
@@ -60,9 +64,10 @@ class Task:
                 f"{self.name}: expected demand of {net.stores} stores, {net.nodes} holding costs, {net.stores} "
                 f"underage costs and {len(net.edges)} (or no) edge costs, got {lengths}"
             )
-        if min(*self.holding, *self.underage, *self.edge_cost, *self.underage_by_series) < 0:
-            raise ValueError(f"{self.name}: costs must not be negative; got holding {self.holding}, underage "
-                             f"{self.underage}, edge cost {self.edge_cost}")  # fmt: skip
+        costs = (*self.holding, *self.underage, *self.edge_cost, *self.underage_by_series)
+        if not all(0.0 <= cost < math.inf for cost in costs):
+            raise ValueError(f"{self.name}: costs must be finite and not negative; got holding {self.holding}, "
+                             f"underage {self.underage}, edge cost {self.edge_cost}")  # fmt: skip
         if isinstance(self.demand, Recorded):
             weeks = self.demand.series.shape[1]
             needed = max(start + self.demand.history + periods for start, periods, _ in self.split_horizons.values())
@@ -157,15 +162,18 @@ def many_warehouses_lost_demand() -> Task:
 
 
 def one_store_real_data(
-    series: Recorded | None = None, count: int = 1024, horizons: dict[str, tuple[int, int, int]] | None = None
+    series: Recorded | str | Path | None = None,
+    count: int = 1024,
+    horizons: dict[str, tuple[int, int, int]] | None = None,
 ) -> Task:
     """One store per recorded series; price and lead time (4 to 6 weeks) differ by series; lost sales, profit.
 
     Args:
-        series: of one store, from :func:`~envs.inventory.demand.load_series`; ``None`` makes ``count`` synthetic ones.
+        series: of one store, from :func:`~envs.inventory.demand.load_series` or the path of a file for it; ``None``
+            makes ``count`` synthetic ones.
         horizons: see :class:`Task`.
     """
-    demand = series or synthetic_series(count)
+    demand = _series(series, count, 1)
     size = len(demand.series)
     prices = _uniform("underage", 6.3, 11.7, size)
     leads = tuple(np.random.RandomState(SEEDS["lead time"]).randint(4, 7, size).tolist())
@@ -176,15 +184,18 @@ def one_store_real_data(
 
 
 def many_warehouses_real_data(
-    series: Recorded | None = None, count: int = 288, horizons: dict[str, tuple[int, int, int]] | None = None
+    series: Recorded | str | Path | None = None,
+    count: int = 288,
+    horizons: dict[str, tuple[int, int, int]] | None = None,
 ) -> Task:
     """Three warehouses and 21 stores with recorded demand of a product per scenario; lost sales, profit.
 
     Args:
-        series: of 21 stores, from :func:`~envs.inventory.demand.load_series`; ``None`` makes ``count`` synthetic ones.
+        series: of 21 stores, from :func:`~envs.inventory.demand.load_series` or the path of a file for it; ``None``
+            makes ``count`` synthetic ones.
         horizons: see :class:`Task`.
     """
-    demand = series or synthetic_series(count, 21)
+    demand = _series(series, count, 21)
     leads = (
         (6, 6, 6, 0, 6, 5, 5, 5, 5, 5, 5, 5, 5, 5, 0, 6, 6, 6, 6, 5, 5),
         (1, 1, 1, 1, 1, 0, 2, 2, 1, 2, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2),
@@ -212,11 +223,21 @@ def make_task(name: str, **options: Any) -> Task:
     """A task by name, with the options of its function in :data:`TASKS`.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or an option that does not fit.
+        TypeError: an option that the task does not have.
     """
     if name not in TASKS:
         raise ValueError(f"there is no inventory task {name!r}; expected one of {', '.join(TASKS)}")
+    known = inspect.signature(TASKS[name]).parameters
+    if not options.keys() <= known.keys():
+        raise TypeError(f"{name}: expected options among {', '.join(known) or 'none'}, got {', '.join(options)}")
     return TASKS[name](**options)
+
+
+def _series(series: Recorded | str | Path | None, count: int, stores: int) -> Recorded:
+    if series is None:
+        return synthetic_series(count, stores)
+    return load_series(series) if isinstance(series, (str, Path)) else series
 
 
 def _store(lead_time: int) -> Network:

@@ -70,6 +70,8 @@ def test_load_csv(tmp_path):
     file.write_text("week,store,series,demand\n3,a,milk,5\n4,b,milk,2.5\n4,a,bread,1\n")
     series = load_series(file)
     assert series.series.tolist() == [[[5, 0], [0, 2.5]], [[0, 0], [1, 0]]]
+    file.write_text(file.read_text(), encoding="utf-8-sig")  # as spreadsheets write it
+    assert torch.equal(load_series(file).series, series.series)
     assert series.source == "sales.csv"
     file.write_text("series,week,demand\nmilk,2020-03-09,1\nmilk,2020-03-23,2\n")
     dated = load_series(file)
@@ -86,6 +88,8 @@ def test_load_npz(tmp_path):
     env = InventoryEnv(make_task("one_store_real_data", series=series))
     assert env.sample(3, torch.Generator())["demand"].shape == (3, 111, 1)
     assert "sales.npz" in env.task.name
+    by_path = make_task("one_store_real_data", series=str(file))
+    assert torch.equal(by_path.demand.series, series.series)
 
 
 def test_the_stand_in_says_what_it_is():
@@ -111,6 +115,10 @@ def test_the_stand_in_says_what_it_is():
         ("a.csv", "series,week,demand\n", "at least one row"),
         ("a.csv", "series,week,demand\nm,1,2\nm,1,3\n", "with repetitions"),
         ("a.csv", "series,week,demand\nm,2020-03-09,1\nm,2020-03-12,2\n", "seven days apart"),
+        ("a.csv", "series,week,demand\nm,1,2\nm,2,many\n", "a number as demand, got 'many' in row 2"),
+        ("a.csv", "series,week,demand\nm,1\n", "a number as demand, got None in row 1"),
+        ("a.csv", "series,week,demand\nm,first,1\n", "whole numbers or days .*'first'"),
+        ("a.csv", "series,week,demand\nm,1,-2\n", "not negative.* 1 other values; set returned goods to 0"),
         ("a.txt", "", "expected a .npz or .csv file"),
     ],
 )
@@ -122,8 +130,14 @@ def test_bad_files(tmp_path, name, content, match):
 
 
 def test_bad_series(tmp_path):
-    with pytest.raises(ValueError, match="values that are not finite"):
+    with pytest.raises(ValueError, match=r"x: expected demand .* 3 other values"):
         Recorded(torch.full((1, 3, 1), torch.nan), "x")
+    with pytest.raises(ValueError, match=r"got shape \(0, 3, 1\)"):
+        Recorded(torch.zeros(0, 3, 1), "x")
+    with pytest.raises(ValueError, match="positive means"):
+        Poisson((5.0, 0.0))
+    with pytest.raises(ValueError, match="stds that are not negative"):
+        Normal((5.0,), (-1.0,))
     np.savez(tmp_path / "a.npz", sales=np.ones(3))
     with pytest.raises(ValueError, match="expected an array 'demand'"):
         load_series(tmp_path / "a.npz")

@@ -225,6 +225,13 @@ def test_oracle_cost():
         assert abs(oracle_cost(make_task(name)) - cost) < 6e-5
     assert oracle_cost(make_task("one_warehouse_lost_demand")) is None
     assert oracle_cost(make_task("one_store_real_data", count=2)) is None
+    for name, change in (
+        ("one_store_lost", {"profit": True}),
+        ("one_store_lost", {"edge_cost": (0.5,)}),
+        ("serial_system", {"lost": True}),
+        ("transshipment_backlogged", {"underage": (4.0, 4.0, 9.0)}),
+    ):
+        assert oracle_cost(dataclasses.replace(make_task(name), **change)) is None
 
 
 def test_search_on_recorded_demand():
@@ -245,8 +252,15 @@ def test_bad_input():
         lost_sales_policy_cost(2, 9, 10, 0)
     with pytest.raises(ValueError, match="nodes in a row"):
         serial_optimum(make_task("one_warehouse_lost_demand"))
-    with pytest.raises(ValueError, match="warehouse without stock"):
-        transshipment_bound(make_task("one_warehouse_lost_demand"))
+    for name in ("one_warehouse_lost_demand", "serial_system"):
+        with pytest.raises(ValueError, match="warehouse without stock"):
+            transshipment_bound(make_task(name))
+    for bad, message in (({"mean": 0.0}, "mean: expected a positive"), ({"underage": 0.0}, "underage: expected")):
+        for oracle in (lost_sales_optimum, best_base_stock):
+            with pytest.raises(ValueError, match=message):
+                oracle(**({"lead_time": 1, "underage": 9.0} | bad))
+    with pytest.raises(ValueError, match="std: expected a positive number, got 0"):
+        backlog_optimum(2, 9, std=0.0)
     unequal = dataclasses.replace(make_task("transshipment_backlogged"), underage=(4.0, 4.0, 9.0))
     with pytest.raises(ValueError, match="equal lead times and costs"):
         transshipment_bound(unequal)
