@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ccrl.adapters.spaces import numpy_act
 from ccrl.bank import Bank
-from ccrl.batched_env import BatchedEnv, Tree, resolve_env
+from ccrl.batched_env import BatchedEnv, Tree, check_device, resolve_env
 from ccrl.collect import Collector
-from ccrl.data import Data
+from ccrl.data import Data, tree_map
 from ccrl.estimators.base import Context, Direction, Estimator, check_terms, run_phases
 from ccrl.estimators.scores import Scores
 from ccrl.experiment import checkpoint
@@ -76,7 +76,7 @@ class Agent:
                 f"env has {self.env.num_envs} copies, config.num_envs is {config.num_envs}; make them equal"
             )
         self.device = torch.device(self.env.device)
-        if self.device.type != torch.device(device).type:
+        if self.device.type != check_device(device).type:
             raise ValueError(f"device: the environment is on {self.device}, the agent on {device}; make them equal")
         self.collector = Collector(self.env, seed=seed, make_env=self._fresh_envs)
         self._begin()
@@ -156,7 +156,7 @@ class Agent:
     def learn(
         self,
         total_timesteps: int,
-        callback: Callback | Callable[[Agent], bool | None] | Sequence[Callback] | None = None,
+        callback: Callback | Callable[[Agent], bool | None] | Sequence[Callback | Callable[..., Any]] | None = None,
         progress_bar: bool = False,
     ) -> Agent:
         """Train until the clock shows ``total_timesteps`` (at least one iteration if it shows less).
@@ -289,10 +289,8 @@ class Agent:
                  "estimate": marks[2] - marks[1], "update": marks[3] - marks[2]}  # fmt: skip
         self.scalars = {}
         if self.episodes:
-            self.scalars |= {
-                "rollout/ep_rew_mean": float(np.mean([r for r, _ in self.episodes])),
-                "rollout/ep_len_mean": float(np.mean([n for _, n in self.episodes])),
-            }
+            length = float(np.mean([n for _, n in self.episodes]))
+            self.scalars = {"rollout/ep_rew_mean": self.ep_rew_mean, "rollout/ep_len_mean": length}
         self.scalars |= {
             "time/fps": (self.num_timesteps - first) / max(elapsed, 1e-9),
             "time/iterations": self.iteration,
@@ -316,8 +314,9 @@ class Agent:
     @torch.no_grad()
     def act(self, obs: Tree, deterministic: bool = False) -> Tensor:
         """Actions for the environment ``[N, ...]`` from observations ``[N, ...]`` on the agent's device."""
-        n = next(iter(obs.values())).shape[0] if isinstance(obs, dict) else obs.shape[0]
-        noise = None if deterministic else self.policy.draw_noise(n, None, self.device)
+        obs = tree_map(lambda x: x.float() if x.is_floating_point() else x, obs)  # in training the buffer casts float64
+        first = next(iter(obs.values())) if isinstance(obs, dict) else obs
+        noise = None if deterministic else self.policy.draw_noise(len(first), None, self.device)
         return self.policy.to_env(self.policy.act(obs, noise)["action"])
 
     def predict(
@@ -327,7 +326,8 @@ class Agent:
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """SB3's signature: one observation or a batch in NumPy -> actions of the same kind, and ``state`` unchanged."""
+        """SB3's signature: one observation or a batch in NumPy -> actions of the same kind, and ``state`` unchanged.
+        ``ValueError`` for observations of another shape."""
         act = lambda obs: self.act(obs, deterministic)  # noqa: E731
         return numpy_act(act, self.env.single_observation_space, observation, self.device), state
 
@@ -376,25 +376,25 @@ class Agent:
 
     @classmethod
     def load(cls, path: str | Path, env: str | BatchedEnv | None = None, device: torch.device | str = "cpu") -> Agent:
-        """The agent in a checkpoint; ``env=None`` rebuilds the environment it was trained on.
-
-        :raises ValueError: if the checkpoint is another agent's, is of other spaces than the environment's, or has no
-            environment id and none is given.
-        """
-        saved = checkpoint.load(path, map_location=device)
+        """The agent in a checkpoint; ``env=None`` rebuilds the environment it was trained on, another id begins with
+        fresh episodes. ``ValueError`` if the checkpoint is another agent's, is of other spaces than the environment's,
+        or has no environment id and none is given."""
+        saved = checkpoint.load(path, map_location=check_device(device))
         if saved.get("agent") != cls.name:
             raise ValueError(f"{path}: expected a checkpoint of {cls.name}, got one of {saved.get('agent')!r}")
+        other = isinstance(env, str) and env.removeprefix("ccrl/") != (saved["env"] or "").removeprefix("ccrl/")
         env = saved["env"] if env is None else env
         if env is None:
             raise ValueError(f"{path} was trained on an environment object; pass env=")
         config = configs.from_dict(cls.Config, saved["config"])
-        agent = cls(env, config, seed=saved["seed"], device=device, env_kwargs=saved["env_kwargs"])
-        both = (saved["state"]["policy"], agent.policy.state_dict())
-        theirs, ours = ({name: list(x.shape) for name, x in tensors.items()} for tensors in both)
-        if theirs != ours:
+        kwargs = saved["env_kwargs"] if isinstance(env, str) and not other else {}
+        state, agent = saved["state"], cls(env, config, seed=saved["seed"], device=device, env_kwargs=kwargs)
+        if different := checkpoint.different_shapes(state["policy"], agent.policy.state_dict()):
             raise ValueError(
-                f"{path}: expected an environment with the spaces it was trained on (policy shapes {theirs}), got "
-                f"{agent.spaces} (policy shapes {ours})"
+                f"{path}: expected an environment with the spaces it was trained on, got {agent.spaces}; the policy's "
+                f"shapes (here, in the checkpoint): {different}"
             )
-        agent.load_state_dict(saved["state"])
+        if other and state["collector"] is not None:
+            state["collector"].pop("env", None)  # shapes do not tell tasks apart: HalfCheetah's state fits Walker2d
+        agent.load_state_dict(state)
         return agent

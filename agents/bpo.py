@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator
+from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator, check_positive
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
@@ -84,8 +84,10 @@ class BPOConfig(OnPolicyConfig):
         super().__post_init__()
         if not 0.0 < self.eps_low <= 1.0 or self.eps_high <= 0.0:
             raise ValueError(f"expected 0 < eps_low <= 1 and eps_high > 0, got {self.eps_low}, {self.eps_high}")
-        if self.temperature <= 0.0:
-            raise ValueError(f"temperature: expected > 0, got {self.temperature}")
+        check_positive(self, "temperature", "median_temperature", "learning_rate", "batch_size", "n_epochs",
+                       "max_grad_norm")  # fmt: skip
+        if any(size < 1 for size in self.median_hidden):
+            raise ValueError(f"median_hidden: expected layers of >= 1 unit, got {self.median_hidden}")
         if self.advantage not in ("online", "stored"):
             raise ValueError(f"advantage: expected online or stored, got {self.advantage!r}")
 

@@ -111,10 +111,10 @@ class Grouped(Agent):
     def __init__(self, env: str | BatchedEnv, config: Any = None, **options: Any) -> None:
         config = self.Config() if config is None else config
         if isinstance(env, str) and isinstance(config, GroupedConfig):
-            kwargs, device = options.get("env_kwargs") or {}, options.get("device", "cpu")
+            kwargs, device = options.pop("env_kwargs", None) or {}, options.get("device", "cpu")
             made = [resolve_env(env, config.n_groups, device=device, **kwargs) for _ in range(config.group_size)]
             super().__init__(StackedEnv(made), config, **options)
-            self.env_id = env
+            self.env_id, self.env_kwargs = env, dict(kwargs)
         else:
             super().__init__(env, config, **options)
         if self.estimator.wants_reference:

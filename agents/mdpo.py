@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator
+from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator, check_positive
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
@@ -56,8 +56,8 @@ class MDPOConfig(OnPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.inner_steps < 1:
-            raise ValueError(f"inner_steps: expected >= 1, got {self.inner_steps}")
+        check_positive(self, "inner_steps", "learning_rate", "max_grad_norm", "critic_epochs", "critic_batch_size",
+                       "clip_range_vf")  # fmt: skip
 
 
 def step_size(k: Tensor, K: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from ccrl.estimators.stages import Gae, RewardNorm, Values
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import FlatUpdater
 
-__all__ = ["VALUE", "OnPolicyConfig", "OnPolicyEstimator"]
+__all__ = ["VALUE", "OnPolicyConfig", "OnPolicyEstimator", "check_positive"]
 
 VALUE = frozenset({"value"})
 """What a value loss wants of the policy."""
@@ -60,12 +60,23 @@ class OnPolicyConfig:
         for name in ("num_envs", "n_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        check_positive(self, "clip_norm", "adam_eps")
+        if any(size < 1 for size in self.hidden):
+            raise ValueError(f"hidden: expected layers of >= 1 unit, got {self.hidden}")
         for name in ("gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
         for name, allowed in (("compile", ("auto", "on", "off")), ("time_limit", ("bootstrap", "terminal"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """``ValueError`` unless these settings are above 0 (counts, of type int, so at least 1) or None."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}: expected {'>= 1' if type(value) is int else '> 0'}, got {value}")
 
 
 class OnPolicyEstimator(Estimator):

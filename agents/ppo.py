@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator
+from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator, check_positive
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
@@ -60,6 +60,8 @@ class PPOConfig(OnPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positive(self, "learning_rate", "batch_size", "n_epochs", "clip_range", "clip_range_vf", "max_grad_norm",
+                       "target_kl")  # fmt: skip
         if self.normalise_advantage not in ("minibatch", "batch", "none"):
             raise ValueError(
                 f"normalise_advantage: expected minibatch, batch or none, got {self.normalise_advantage!r}"

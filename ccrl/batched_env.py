@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import gymnasium
 import torch
 from gymnasium import Space
 from gymnasium.vector import AutoresetMode
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ccrl.packages import check_siblings
 
-__all__ = ["AutoresetMode", "BatchedEnv", "StepResult", "Tree", "resolve_env"]
+__all__ = ["AutoresetMode", "BatchedEnv", "StepResult", "Tree", "check_device", "resolve_env"]
 
 Tree = Tensor | dict[str, Tensor]
 """An observation: one tensor ``[N, ...]`` or a flat dict of them."""
@@ -77,6 +78,23 @@ class BatchedEnv(Protocol):
     # lists of them). With both, a resumed run continues bit for bit; without, it starts fresh episodes.
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """``device`` as an object.
+
+    :raises ValueError: PyTorch knows no such device, or it is a GPU that this machine or this PyTorch does not have.
+    """
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device: expected one of PyTorch's ('cpu', 'cuda', 'cuda:1'), got {device!r}") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device: expected one that is here, got {str(device)!r}, but PyTorch {torch.__version__} finds "
+            f"{torch.cuda.device_count()} CUDA GPUs; use 'cpu', or check nvidia-smi and that PyTorch is built for CUDA"
+        )
+    return found
+
+
 def resolve_env(env: Any, num_envs: int, *, device: torch.device | str = "cpu", **env_kwargs: Any) -> BatchedEnv:
     """A ``BatchedEnv`` from one (returned as it is) or from an id.
 
@@ -84,6 +102,7 @@ def resolve_env(env: Any, num_envs: int, *, device: torch.device | str = "cpu", 
     on it, and a program that brings its own environments never loads it.
 
     :raises TypeError: if ``env`` is neither a string nor has the members of the protocol.
+    :raises ValueError: an unknown id or device, or options for an environment that is already made.
     """
     if isinstance(env, str):
         check_siblings(("envs",))
@@ -92,8 +111,21 @@ def resolve_env(env: Any, num_envs: int, *, device: torch.device | str = "cpu", 
     missing = [m for m in ("num_envs", "device", "reset", "step", "autoreset_mode") if not hasattr(env, m)]
     if missing:
         raise TypeError(
-            f"env: expected an id or a BatchedEnv, got {type(env).__name__} without {missing}; wrap Gymnasium and SB3 "
-            "environments with ccrl.adapters"
+            f"env: expected an id or a BatchedEnv, got {type(env).__name__} without {missing}; {_how_to_wrap(env)}"
+        )
+    if env_kwargs:
+        raise ValueError(
+            f"env_kwargs: options go with an id, got {sorted(env_kwargs)} with an environment that is made"
         )
     found: BatchedEnv = env
     return found
+
+
+def _how_to_wrap(env: Any) -> str:
+    if isinstance(env, gymnasium.Env):
+        return "use ccrl.adapters.from_gymnasium(lambda: make_it(), num_envs), with a function that makes one copy"
+    if isinstance(env, gymnasium.vector.VectorEnv):
+        return "use ccrl.adapters.GymnasiumEnv(env)"
+    if hasattr(env, "step_wait"):
+        return "use ccrl.adapters.SB3Env(env)"
+    return "ccrl.adapters wraps environments of Gymnasium and of SB3"

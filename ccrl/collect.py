@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from gymnasium import Space
+from gymnasium.spaces import Dict, Discrete
 from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree
@@ -214,6 +216,7 @@ class Collector:
             hidden_final=not env.provides_final_obs and env.autoreset_mode == AutoresetMode.SAME_STEP,
         )
         _check_finite(buffer)
+        _check_states(buffer.obs, env.single_observation_space)
         done = buffer.terminated | buffer.truncated
         going = torch.cat([(~stream.ended).unsqueeze(0), ~done[:-1]]).double()
         returns = forward_scan(buffer.reward.double(), going, stream.returns)
@@ -299,6 +302,21 @@ def _check_finite(buffer: RolloutBuffer) -> None:
     if found:
         _, name, when, numbers = min(found)
         raise FloatingPointError(f"{name} is not finite: {when} (value {numbers})")
+
+
+def _check_states(obs: Tree, space: Space[Any]) -> None:
+    """Discrete observations that their space does not have: policies would take all of them for one state."""
+    for name, value in _leaves(obs):
+        leaf = space[name] if isinstance(space, Dict) else space
+        if not isinstance(leaf, Discrete):
+            continue
+        bad = ((value < 0) | (value >= leaf.n)).nonzero()
+        if len(bad):
+            row, env = bad[0].tolist()
+            raise ValueError(
+                f"{name}: expected one of {leaf}, got {int(value[row, env])} from environment {env} (observation {row} "
+                "of the rollout); mend the environment or its observation space"
+            )
 
 
 def _leaves(tree: Tree) -> list[tuple[str, Tensor]]:

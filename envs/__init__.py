@@ -16,7 +16,7 @@ import gymnasium
 import torch
 
 from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
-from ccrl.batched_env import AutoresetMode, BatchedEnv
+from ccrl.batched_env import AutoresetMode, BatchedEnv, check_device
 from ccrl.functional_env import FunctionalEnv
 
 __all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_functional", "make_single_env", "make_vector_env"]
@@ -91,13 +91,27 @@ def make(
         env_kwargs: options of the environment, under Gymnasium's names.
 
     Raises:
-        ValueError: an unknown id or backend, or a combination that does not exist.
+        ValueError: an unknown id, backend, device or mode, or a combination that does not exist.
+        ModuleNotFoundError: the module in front of the id.
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"expected backend None or one of {', '.join(BACKENDS)}, got {backend!r}")
+    if autoreset_mode is not None and autoreset_mode not in list(AutoresetMode):
+        names = ", ".join(repr(mode.value) for mode in AutoresetMode)
+        raise ValueError(f"autoreset_mode: expected None, an AutoresetMode or one of {names}, got {autoreset_mode!r}")
+    if num_envs < 1:
+        raise ValueError(f"num_envs: expected >= 1, got {num_envs}")
     module, _, name = id.rpartition(":")
     if module:
-        importlib.import_module(module)
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+                raise  # the module is there and misses a package of its own
+            raise ModuleNotFoundError(
+                f"{id!r}: expected a module {module!r} that registers {name!r}, found none; install its package or put "
+                "its folder on PYTHONPATH"
+            ) from error
     bare = name.removeprefix("ccrl/")
     native = (bare in NATIVE and (backend is None or bare != name)) or (bare in OWN and bare != name)
     if native and backend not in (None, "native"):
@@ -131,9 +145,9 @@ def make_functional(id: str, **options: Any) -> FunctionalEnv:
     return made
 
 
-def make_vector_env(task: str, num_envs: int = 1, **options: Any) -> TorchVectorEnv:
+def make_vector_env(task: str, num_envs: int = 1, render_mode: str | None = None, **options: Any) -> TorchVectorEnv:
     """The native environment ``task`` as a Gymnasium vector environment: the entry point of ``gymnasium.make_vec``."""
-    return as_vector_env(make(task, num_envs, backend="native", **options))
+    return as_vector_env(make(task, num_envs, backend="native", **options), render_mode)
 
 
 def make_single_env(task: str, render_mode: str | None = None, **options: Any) -> SingleEnv:
@@ -150,6 +164,8 @@ def _make_native(
     options: dict[str, Any],
 ) -> BatchedEnv:
     mode = AutoresetMode(autoreset_mode or AutoresetMode.SAME_STEP)
+    if id not in MUJOCO:
+        check_device(device)
     if id in CLASSIC:
         factory: Callable[..., BatchedEnv] = getattr(importlib.import_module("envs.classic"), CLASSIC[id])
         return factory(num_envs, device=device, autoreset_mode=mode, **options)
@@ -158,7 +174,7 @@ def _make_native(
         factory = getattr(importlib.import_module(module), name)
         return factory(num_envs, device=device, autoreset_mode=mode, **options)
     if id in MUJOCO:
-        if torch.device(device).type != "cpu":
+        if str(device).partition(":")[0] != "cpu":
             raise ValueError(f"{id} simulates on the CPU, got device={str(device)!r}; leave device at 'cpu'")
         # Imported late: loading MuJoCo takes most of a second, which a cart-pole should not wait for.
         from envs.mujoco import make_mujoco

@@ -17,13 +17,17 @@ from ccrl.batched_env import AutoresetMode, BatchedEnv
 __all__ = ["SingleEnv", "TorchVectorEnv", "as_vector_env"]
 
 
+_RENDERING = {"render_modes": ["rgb_array"], "render_fps": 30}
+
+
 class TorchVectorEnv(VectorEnv[Any, Any, Any]):  # type: ignore[misc]
     """The adapter behind :func:`as_vector_env`."""
 
-    def __init__(self, env: BatchedEnv) -> None:
+    def __init__(self, env: BatchedEnv, render_mode: str | None = None) -> None:
         self.env = env
         self.num_envs = env.num_envs
-        self.metadata = {"autoreset_mode": env.autoreset_mode}
+        self.metadata = {"autoreset_mode": env.autoreset_mode, **_RENDERING}
+        self.render_mode = _checked(render_mode)
         self.single_observation_space = env.single_observation_space
         self.single_action_space = env.single_action_space
         self.observation_space = batch_space(env.single_observation_space, env.num_envs)
@@ -49,6 +53,12 @@ class TorchVectorEnv(VectorEnv[Any, Any, Any]):  # type: ignore[misc]
             infos = {"final_obs": final, "_final_obs": done, "final_info": {}, "_final_info": done.copy()}
         return to_numpy(result.obs), to_numpy(result.reward), terminated, truncated, infos
 
+    def render(self) -> tuple[Any, ...] | None:
+        """The pictures of all copies with ``render_mode="rgb_array"``, else ``None``."""
+        if self.render_mode is None:
+            return None
+        return tuple(self.env.render(i) for i in range(self.num_envs))  # type: ignore[attr-defined]
+
     def close_extras(self, **kwargs: Any) -> None:
         self.env.close()
 
@@ -56,9 +66,10 @@ class TorchVectorEnv(VectorEnv[Any, Any, Any]):  # type: ignore[misc]
         return torch.as_tensor(np.asarray(array)).to(self.env.device)
 
 
-def as_vector_env(env: BatchedEnv) -> TorchVectorEnv:
-    """``env`` as a ``gymnasium.vector.VectorEnv``, in the same autoreset mode."""
-    return TorchVectorEnv(env)
+def as_vector_env(env: BatchedEnv, render_mode: str | None = None) -> TorchVectorEnv:
+    """``env`` as a ``gymnasium.vector.VectorEnv``, in the same autoreset mode; ``render_mode`` is ``None`` or
+    ``"rgb_array"`` (``ValueError`` for others)."""
+    return TorchVectorEnv(env, render_mode)
 
 
 class SingleEnv(gymnasium.Env[Any, Any]):  # type: ignore[misc]
@@ -69,10 +80,10 @@ class SingleEnv(gymnasium.Env[Any, Any]):  # type: ignore[misc]
         render_mode: ``None`` or ``"rgb_array"``.
 
     Raises:
-        ValueError: more than one copy, or autoreset.
+        ValueError: more than one copy, autoreset, or another ``render_mode``.
     """
 
-    metadata = {"render_modes": ["rgb_array"], "render_fps": 30}  # noqa: RUF012  (Gymnasium's own declaration)
+    metadata = _RENDERING
 
     def __init__(self, env: BatchedEnv, render_mode: str | None = None) -> None:
         if env.num_envs != 1 or env.autoreset_mode != AutoresetMode.DISABLED:
@@ -82,7 +93,7 @@ class SingleEnv(gymnasium.Env[Any, Any]):  # type: ignore[misc]
         self.env = env
         self.observation_space = env.single_observation_space
         self.action_space = env.single_action_space
-        self.render_mode = render_mode
+        self.render_mode = _checked(render_mode)
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Start an episode; ``options`` is not used."""
@@ -105,3 +116,9 @@ class SingleEnv(gymnasium.Env[Any, Any]):  # type: ignore[misc]
 
 def _row(tree: Any, index: int) -> Any:
     return {key: leaf[index] for key, leaf in tree.items()} if isinstance(tree, dict) else tree[index]
+
+
+def _checked(render_mode: str | None) -> str | None:
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f"render_mode: expected None or 'rgb_array', got {render_mode!r}; these have no window")
+    return render_mode

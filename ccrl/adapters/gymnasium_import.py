@@ -10,8 +10,8 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
-from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, float32_space, store
-from ccrl.batched_env import AutoresetMode, StepResult, Tree
+from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, check_batch, float32_space, store
+from ccrl.batched_env import AutoresetMode, StepResult, Tree, check_device
 
 __all__ = ["GymnasiumEnv", "from_gymnasium"]
 
@@ -29,7 +29,7 @@ class GymnasiumEnv:
 
     Raises:
         TypeError: not a vector environment, or a space other than ``Box``, ``Discrete``, flat ``Dict`` (observations).
-        ValueError: the metadata do not tell the autoreset mode.
+        ValueError: the metadata do not tell the autoreset mode, or a device that is not here.
     """
 
     def __init__(self, env: VectorEnv[Any, Any, Any], *, device: torch.device | str = "cpu") -> None:
@@ -48,7 +48,7 @@ class GymnasiumEnv:
         check_action_space(env.single_action_space, where=self.name)
         self.env = env
         self.num_envs: int = env.num_envs
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.single_action_space = env.single_action_space
         self.single_observation_space = float32_space(env.single_observation_space, where=self.name)
         self.autoreset_mode = mode
@@ -63,7 +63,8 @@ class GymnasiumEnv:
         """See :class:`ccrl.batched_env.BatchedEnv`.
 
         Raises:
-            ValueError: ``mask`` outside ``DISABLED`` mode, where Gymnasium's bookkeeping does not allow it.
+            ValueError: ``mask`` outside ``DISABLED`` mode, where Gymnasium's bookkeeping does not allow it; or
+                observations of another shape than the space has.
         """
         options = None
         if mask is not None:
@@ -74,7 +75,15 @@ class GymnasiumEnv:
             if not bool(mask.any()):
                 return self._obs
             options = {"reset_mask": mask.cpu().numpy()}
-        obs, _ = self.env.reset(seed=seed, options=options)
+        try:
+            obs, _ = self.env.reset(seed=seed, options=options)
+        except ValueError as error:
+            error.add_note(
+                f"{self.name}: reset() failed; expected observations of {self.single_observation_space} "
+                "(gymnasium.utils.env_checker.check_env(env) tells what an environment returns instead)"
+            )
+            raise
+        check_batch(self._obs, obs, where=self.name)
         store(self._obs, obs)
         return self._obs
 
@@ -127,7 +136,7 @@ def from_gymnasium(
     """``num_envs`` copies of a single Gymnasium environment.
 
     Args:
-        make: an id for ``gymnasium.make`` or a function without arguments that returns an environment.
+        make: an id for ``gymnasium.make`` or a function without arguments that returns a new environment.
         num_envs: number of copies.
         device: where the tensors go.
         autoreset_mode: ``SAME_STEP`` (no dummy rows), ``NEXT_STEP`` or ``DISABLED``.
@@ -135,12 +144,26 @@ def from_gymnasium(
         env_kwargs: for ``gymnasium.make``.
 
     Raises:
-        ValueError: keyword arguments together with a function.
+        TypeError: an environment instead of a function that makes one.
+        ValueError: keyword arguments together with a function, a function that returns one environment several times,
+            or ``num_envs`` below 1.
     """
+    if isinstance(make, gymnasium.Env | VectorEnv):
+        use = "GymnasiumEnv(env)" if isinstance(make, VectorEnv) else "from_gymnasium(lambda: make_it(), num_envs)"
+        raise TypeError(
+            f"expected an id or a function that makes an environment, got the environment {make}; use {use}"
+        )
+    if num_envs < 1:
+        raise ValueError(f"num_envs: expected >= 1, got {num_envs}")
     if callable(make) and env_kwargs:
         raise ValueError(f"keyword arguments {sorted(env_kwargs)} need an id; a function takes none")
     single = make if callable(make) else lambda: gymnasium.make(make, **env_kwargs)
     vector = AsyncVectorEnv if asynchronous else SyncVectorEnv
     # The adapter copies once into its own buffers; a second copy inside the vector environment would be waste.
     env = vector([single] * num_envs, copy=False, autoreset_mode=AutoresetMode(autoreset_mode))
+    if not asynchronous and len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
+        raise ValueError(
+            f"expected a function that makes a new environment at every call, got {num_envs} times the same "
+            f"{env.envs[0]}; build it inside the function"
+        )
     return GymnasiumEnv(env, device=device)

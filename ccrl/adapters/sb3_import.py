@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, float32_space, store
-from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree
+from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, check_batch, float32_space, store
+from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree, check_device
 from ccrl.packages import require
 
 __all__ = ["SB3Env", "as_vec_env"]
@@ -31,11 +31,14 @@ class SB3Env:
             name for name in ("num_envs", "observation_space", "step_async", "step_wait") if not hasattr(env, name)
         ]
         if missing:
-            raise TypeError(f"expected an SB3 VecEnv, got {self.name} without {', '.join(missing)}")
+            raise TypeError(
+                f"expected an SB3 VecEnv, got {self.name} without {', '.join(missing)}; for Gymnasium's environments "
+                "there are GymnasiumEnv and from_gymnasium"
+            )
         check_action_space(env.action_space, where=self.name)
         self.env = env
         self.num_envs: int = env.num_envs
-        self.device = torch.device(device)
+        self.device = check_device(device)
         self.single_action_space = env.action_space
         self.single_observation_space = float32_space(env.observation_space, where=self.name)
         self.autoreset_mode = AutoresetMode.SAME_STEP
@@ -50,13 +53,16 @@ class SB3Env:
         """Start episodes in every copy.
 
         Raises:
-            ValueError: a ``mask``; a ``VecEnv`` resets all copies or none.
+            ValueError: a ``mask``; a ``VecEnv`` resets all copies or none. Or observations of another shape than the
+                space has.
         """
         if mask is not None:
             raise ValueError(f"{self.name}: an SB3 VecEnv cannot reset single copies; call reset() without a mask")
         if seed is not None:
             self.env.seed(seed)
-        store(self._obs, self.env.reset())
+        obs = self.env.reset()
+        check_batch(self._obs, obs, where=self.name)
+        store(self._obs, obs)
         return self._obs
 
     def step(self, action: Tensor) -> StepResult:
@@ -64,12 +70,18 @@ class SB3Env:
 
         Raises:
             ValueError: an action of another shape or kind.
+            RuntimeError: an episode's end without its last observation.
         """
         self.env.step_async(action_array(action, self.single_action_space, self.num_envs, where=self.name))
         obs, reward, done, infos = self.env.step_wait()
         truncated = np.zeros(self.num_envs, dtype=bool)
         for row in np.flatnonzero(done):
             truncated[row] = infos[row].get("TimeLimit.truncated", False)
+            if "terminal_observation" not in infos[row]:
+                raise RuntimeError(
+                    f"{self.name}: expected infos[{row}]['terminal_observation'] at an episode's end, as SB3's VecEnvs "
+                    f"have it, got {sorted(infos[row])}"
+                )
             store(self._final_obs, infos[row]["terminal_observation"], int(row))
         store(self._obs, obs)
         store(self._reward, reward)

@@ -6,7 +6,7 @@ Floating-point observations become float32, integers keep their type, and each i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ccrl.batched_env import Tree
 
-__all__ = ["action_array", "batch_buffer", "check_action_space", "float32_space", "numpy_act", "store", "to_numpy"]
+__all__ = ["action_array", "batch_buffer", "check_action_space", "check_batch", "float32_space", "numpy_act", "store",
+           "to_numpy"]  # fmt: skip
 
 
 def float32_space(space: Space[Any], *, where: str, nested: bool = False) -> Space[Any]:
@@ -25,10 +26,16 @@ def float32_space(space: Space[Any], *, where: str, nested: bool = False) -> Spa
 
     Raises:
         TypeError: a space that is not supported.
+        ValueError: a ``Discrete`` that does not start at 0.
     """
     if isinstance(space, spaces.Dict) and not nested:
         return spaces.Dict({key: float32_space(leaf, where=where, nested=True) for key, leaf in space.spaces.items()})
     if isinstance(space, spaces.Discrete):
+        if space.start != 0:  # policies encode 0 .. n - 1: other numbers would all look alike
+            raise ValueError(
+                f"{where}: expected a Discrete observation that starts at 0, got {space}; subtract its start "
+                "(gymnasium.wrappers.TransformObservation)"
+            )
         return space
     if isinstance(space, spaces.Box):
         if not np.issubdtype(space.dtype, np.floating):
@@ -42,13 +49,19 @@ def float32_space(space: Space[Any], *, where: str, nested: bool = False) -> Spa
 
 def check_action_space(space: Space[Any], *, where: str) -> None:
     """Raises:
-    TypeError: neither ``Box`` nor ``Discrete``.
+    TypeError: neither ``Box`` of floating-point numbers nor ``Discrete``.
     ValueError: a ``Discrete`` that does not start at 0.
     """
     if not isinstance(space, spaces.Box | spaces.Discrete):
         raise TypeError(
             f"{where}: expected actions from a Box or a Discrete, got {space}; wrap the environment "
             "(gymnasium.wrappers.TransformAction)"
+        )
+    if isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating):
+        # cut to integers on the way to the environment, Gaussian actions would not be those whose density is learnt
+        raise TypeError(
+            f"{where}: expected actions from a Box of floating-point numbers, got {space}; make the space Discrete, or "
+            "a Box of float32 and round inside the environment"
         )
     if isinstance(space, spaces.Discrete) and space.start != 0:
         raise ValueError(f"{where}: expected a Discrete action space that starts at 0, got {space}")
@@ -61,6 +74,23 @@ def batch_buffer(space: Space[Any], num_envs: int, device: torch.device) -> Tree
         return {key: leaf for key, leaf in leaves.items() if isinstance(leaf, Tensor)}
     dtype = torch.from_numpy(np.zeros((), space.dtype)).dtype
     return torch.zeros((num_envs, *(space.shape or ())), dtype=dtype, device=device)
+
+
+def check_batch(buffer: Tree, value: Any, *, where: str) -> None:
+    """A batch of observations as a ``reset`` returned it, before :func:`store` would broadcast what is too small.
+
+    Raises:
+        ValueError: another shape than the space has, or a key that is missing.
+    """
+    for key, leaf in buffer.items() if isinstance(buffer, dict) else [("", buffer)]:
+        found = value if not key else value.get(key) if isinstance(value, Mapping) else None
+        shape = None if found is None else np.shape(found)
+        if shape != tuple(leaf.shape):
+            raise ValueError(
+                f"{where}: expected {f'observations {key!r}' if key else 'observations'} of shape {tuple(leaf.shape)} "
+                f"from reset(), as its observation space says, got {'none' if shape is None else shape}; mend the "
+                "environment or its space"
+            )
 
 
 def store(buffer: Tree, value: Any, row: int | None = None) -> None:
@@ -101,20 +131,37 @@ def numpy_act(
     observation: NDArray[Any] | dict[str, NDArray[Any]],
     device: torch.device,
 ) -> NDArray[Any]:
-    """Actions in NumPy for one observation of ``space`` or for a batch of them, whichever was given."""
-    first: Any = observation
-    leaf = space
-    if isinstance(observation, dict) and isinstance(space, spaces.Dict):
-        key = next(iter(space))
-        first, leaf = observation[key], space[key]
-    single = np.ndim(first) == len(leaf.shape or ())
+    """Actions in NumPy for one observation of ``space`` or for a batch of them, whichever was given.
+
+    Raises:
+        ValueError: neither the shape of one observation nor that of a batch, or a key that is missing.
+    """
+    nested = isinstance(space, spaces.Dict)
+    leaves: dict[str, Space[Any]] = dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
+    if nested and not (isinstance(observation, Mapping) and leaves.keys() <= observation.keys()):
+        got = sorted(observation) if isinstance(observation, Mapping) else type(observation).__name__
+        raise ValueError(f"observation: expected a dict with the keys {sorted(leaves)}, got {got}")
+    arrays = {key: _array(observation[key] if nested else observation, leaf, key) for key, leaf in leaves.items()}
+    batched = {array.ndim > len(leaf.shape or ()) for array, leaf in zip(arrays.values(), leaves.values())}
+    if len(batched) > 1:
+        raise ValueError("observation: expected one observation or a batch, got one of some keys, a batch of others")
+    single = batched == {False}
 
     def tensor(x: NDArray[Any]) -> Tensor:
-        batch = torch.as_tensor(np.asarray(x)[None] if single else np.asarray(x))
+        batch = torch.as_tensor(x[None] if single else x)
         return batch.to(device, torch.float32 if batch.is_floating_point() else batch.dtype)
 
-    tree: Tree = (
-        {k: tensor(v) for k, v in observation.items()} if isinstance(observation, dict) else tensor(observation)
-    )
+    tree: Tree = {key: tensor(x) for key, x in arrays.items()} if nested else tensor(arrays[""])
     action: NDArray[Any] = act(tree).cpu().numpy()
     return action[0] if single else action
+
+
+def _array(value: Any, space: Space[Any], key: str) -> NDArray[Any]:
+    name, shape = f"observation{f' {key!r}' if key else ''}", space.shape or ()
+    expected = f"{name}: expected shape {shape} or a batch of shape {('n', *shape)}".replace("'n'", "n")
+    if isinstance(value, tuple) and any(isinstance(part, Mapping) for part in value):
+        raise ValueError(f"{expected}, got a tuple with a dict; reset() returns the observation and an info: take [0]")
+    array = np.asarray(value)
+    if array.ndim - len(shape) not in (0, 1) or array.shape[array.ndim - len(shape) :] != shape:
+        raise ValueError(f"{expected}, got {array.shape}")
+    return array

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +22,7 @@ __all__ = [
     "FunctionCallback",
     "LogCallback",
     "StopOnReward",
+    "StopOnSignal",
     "as_callback",
 ]
 
@@ -51,6 +55,8 @@ class FunctionCallback(Callback):
     """``fn(agent) -> bool | None`` after every iteration."""
 
     def __init__(self, fn: Callable[[Any], bool | None]) -> None:
+        if not callable(fn):
+            raise TypeError(f"callback: expected a Callback or a function of the agent, got {type(fn).__name__}")
         self.fn = fn
 
     def on_iteration(self, agent: Any) -> bool | None:
@@ -61,6 +67,8 @@ class LogCallback(Callback):
     """Writes the agent's scalars every ``every`` iterations."""
 
     def __init__(self, logger: Logger, every: int = 1) -> None:
+        if every < 1:
+            raise ValueError(f"LogCallback: expected every >= 1 iterations, got {every}")
         self.logger, self.every = logger, every
 
     def on_iteration(self, agent: Any) -> bool | None:
@@ -99,6 +107,8 @@ class CheckpointCallback(_Periodic):
 
     def __init__(self, folder: str | Path, every: int, keep: int = 3) -> None:
         super().__init__(every)
+        if keep < 1:
+            raise ValueError(f"CheckpointCallback: expected keep >= 1 checkpoints, got {keep}")
         self.folder, self.keep, self._saved_at = Path(folder), keep, -1
 
     def on_training_start(self, agent: Any) -> None:
@@ -167,6 +177,37 @@ class EvalCallback(_Periodic):
         self.best = state["best"]
 
 
+class StopOnSignal(Callback):
+    """Ctrl-C (SIGINT) and SIGTERM end training after the iteration that runs, whose state can be saved; half an
+    iteration's cannot. The second signal acts at once. Put it last in the list, behind the one that saves."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        """Name of the signal that ended training."""
+        self._before: dict[int, Any] = {}
+
+    def on_training_start(self, agent: Any) -> None:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
+            self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def on_iteration(self, agent: Any) -> bool | None:
+        return False if self.received else None
+
+    def on_training_end(self, agent: Any) -> None:
+        self._restore()
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self.received = signal.Signals(number).name
+        self._restore()
+        # not print: the signal may have come in the middle of one, which refuses a second
+        os.write(2, f"\n[ccrl] {self.received}: ends after this iteration; once more ends it at once\n".encode())
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python's
+
+
 class StopOnReward(Callback):
     """Ends training when the mean raw return of the last 100 training episodes reaches ``threshold``."""
 
@@ -178,15 +219,21 @@ class StopOnReward(Callback):
         return None if mean is None or mean < self.threshold else False
 
 
-def as_callback(callback: Callback | Callable[[Any], bool | None] | Sequence[Callback] | None) -> list[Callback]:
-    """A list of callbacks from one, several, a function or None."""
+def as_callback(
+    callback: Callback | Callable[[Any], bool | None] | Sequence[Callback | Callable[[Any], bool | None]] | None,
+) -> list[Callback]:
+    """A list of callbacks from one, several, functions or None.
+
+    :raises TypeError: something that is neither a callback nor a function.
+    :raises ValueError: two with state under one key.
+    """
     if callback is None:
         return []
     if isinstance(callback, Callback):
         return [callback]
-    if callable(callback):
+    if not isinstance(callback, Sequence):
         return [FunctionCallback(callback)]
-    found = list(callback)
+    found = [c if isinstance(c, Callback) else FunctionCallback(c) for c in callback]
     keys = [c.key for c in found]
     twice = sorted({k for k in keys if keys.count(k) > 1 and found[keys.index(k)].state_dict()})
     if twice:

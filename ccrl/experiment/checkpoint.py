@@ -23,6 +23,7 @@ from torch import Tensor
 __all__ = [
     "CheckpointError",
     "checkpoint_path",
+    "different_shapes",
     "generator_state",
     "latest",
     "load",
@@ -174,6 +175,13 @@ def prune(folder: str | os.PathLike[str], keep: int) -> None:
 def _checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     found = [(int(match[1]), path) for path in Path(folder).glob("*.pt") if (match := _STEP_FILE.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
+
+
+def different_shapes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, tuple[Any, Any]]:
+    """Where two state dicts do not fit: name -> the shapes in ``own`` and in ``saved``, None where it is missing."""
+    ours, theirs = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (own, saved))
+    names = sorted(ours.keys() | theirs.keys())
+    return {name: (ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)}
 
 
 def rng_state() -> dict[str, Any]:

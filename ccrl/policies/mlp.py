@@ -155,7 +155,7 @@ class MLPPolicy(nn.Module):
             if space.start != 0:
                 raise ValueError(f"action space: expected Discrete starting at 0, got start {space.start}")
             return CATEGORICAL, (), int(space.n)
-        if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        if isinstance(space, gym.spaces.Box) and len(space.shape) == 1 and np.issubdtype(space.dtype, np.floating):
             low, high = (torch.as_tensor(x, dtype=torch.float32) for x in (space.low, space.high))
             bounded = bool((low.isfinite() & high.isfinite()).all())
             if squash and not bounded:
@@ -163,7 +163,10 @@ class MLPPolicy(nn.Module):
             self.register_buffer("low", low, persistent=False)
             self.register_buffer("high", high, persistent=False)
             return SQUASHED if squash else GAUSSIAN, (space.shape[0],), space.shape[0]
-        raise ValueError(f"action space: expected Box of one axis or Discrete, got {space}; flatten it with a wrapper")
+        raise ValueError(
+            f"action space: expected a Box of one axis in floating point or Discrete, got {space}; use a wrapper (for "
+            "two axes one that flattens)"
+        )
 
     def _width(self, role: str) -> int:
         return sum(abs(self._sizes[k]) for k in self._groups[role])
@@ -281,6 +284,8 @@ def _observation_sizes(space: gym.Space[Any]) -> dict[str, int]:
     if isinstance(space, gym.spaces.Box):
         return {"obs": int(np.prod(space.shape))}
     if isinstance(space, gym.spaces.Discrete):
+        if space.start != 0:
+            raise ValueError(f"observation space: expected Discrete starting at 0, got start {space.start}")
         return {"obs": -int(space.n)}
     raise ValueError(
         f"observation space: expected Box, Discrete or Dict of them, got {space}; flatten it with a wrapper"

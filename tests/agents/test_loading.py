@@ -1,12 +1,15 @@
-"""A checkpoint on another backend, and what an early stop counts."""
+"""Checkpoints on other backends, tasks and devices; what agents refuse; what an early stop counts."""
 
 from __future__ import annotations
 
+import gymnasium
 import numpy as np
 import pytest
+import torch
 
 import envs
-from agents import PPO
+from agents import BPO, MDPO, PPO
+from ccrl.adapters import from_gymnasium
 
 CONFIG = PPO.Config(num_envs=4, n_steps=32, batch_size=32, n_epochs=4, hidden=(8,), compile="off")
 
@@ -30,3 +33,84 @@ def test_an_early_stop_counts_the_steps_it_took():
     # the first minibatch is at the old parameters (KL 0), the second is not
     assert agent.n_updates == 2
     assert agent.gradient_steps() == 16
+
+
+def test_another_id_starts_fresh_episodes_and_keeps_none_of_the_old_state(tmp_path):
+    agent = PPO("HalfCheetah-v5", CONFIG, env_kwargs={"reset_noise_scale": 0.0}).learn(128)
+    agent.save(tmp_path / "agent.pt")
+    # of equal spaces and of simulator states of one size
+    loaded = PPO.load(tmp_path / "agent.pt", env="Walker2d-v5")
+    assert loaded.env_kwargs == {}
+    fresh = envs.make("Walker2d-v5", 4)
+    torch.testing.assert_close(loaded.collector._stream.obs, fresh.reset(seed=agent.num_timesteps), rtol=0, atol=0)
+    same = PPO.load(tmp_path / "agent.pt", env="ccrl/HalfCheetah-v5")
+    assert torch.equal(same.collector._stream.obs, agent.collector._stream.obs)
+    assert same.env_kwargs == {"reset_noise_scale": 0.0}
+
+
+def test_devices_that_are_not_here_are_refused(tmp_path):
+    PPO("CartPole-v1", CONFIG).save(tmp_path / "agent.pt")
+    for call in (
+        lambda device: PPO("CartPole-v1", CONFIG, device=device),
+        lambda device: PPO.load(tmp_path / "agent.pt", device=device),
+    ):
+        with pytest.raises(ValueError, match="device: expected one that is here, got 'cuda:99'"):
+            call("cuda:99")
+        with pytest.raises(ValueError, match="device: expected one of PyTorch's"):
+            call("gpu")
+
+
+def test_float64_observations_and_wrong_ones():
+    agent = PPO("Hopper-v5", CONFIG, env_kwargs={"dtype": torch.float64}).learn(128)
+    obs = agent.env.reset(seed=0)
+    assert obs.dtype == torch.float64
+    assert agent.act(obs, deterministic=True).dtype == torch.float32
+    np.testing.assert_array_equal(agent.predict(obs.numpy(), deterministic=True)[0], agent.act(obs, True).numpy())
+    with pytest.raises(
+        ValueError, match=r"observation: expected shape \(11,\) or a batch of shape \(n, 11\), got \(3,\)"
+    ):
+        agent.predict(np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("cls", "wrong"),
+    [
+        (PPO, {"learning_rate": 0.0}),
+        (PPO, {"batch_size": 0}),
+        (PPO, {"n_epochs": 0}),
+        (PPO, {"clip_range": -0.1}),
+        (PPO, {"clip_range_vf": 0.0}),
+        (PPO, {"max_grad_norm": 0.0}),
+        (PPO, {"target_kl": -1.0}),
+        (PPO, {"clip_norm": 0.0}),
+        (PPO, {"adam_eps": 0.0}),
+        (PPO, {"hidden": (8, 0)}),
+        (MDPO, {"inner_steps": 0}),
+        (MDPO, {"critic_epochs": 0}),
+        (MDPO, {"critic_batch_size": 0}),
+        (MDPO, {"learning_rate": -1.0}),
+        (BPO, {"temperature": 0.0}),
+        (BPO, {"median_temperature": 0.0}),
+        (BPO, {"batch_size": -1}),
+        (BPO, {"median_hidden": (0,)}),
+    ],
+)
+def test_settings_that_cannot_train_are_refused_by_name(cls, wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}: expected "):
+        cls.Config(**wrong)
+
+
+def test_states_that_a_discrete_space_does_not_have():
+    class Lost(gymnasium.Env):
+        observation_space, action_space = gymnasium.spaces.Discrete(3), gymnasium.spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            return 0, {}
+
+        def step(self, action):
+            return 3, 1.0, False, False, {}
+
+    agent = PPO(from_gymnasium(Lost, 4), CONFIG)
+    message = r"obs: expected one of Discrete\(3\), got 3 from environment 0 \(observation 1 of the rollout\)"
+    with pytest.raises(ValueError, match=message):
+        agent.learn(128)

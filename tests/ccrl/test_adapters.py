@@ -12,7 +12,8 @@ from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from ccrl.adapters import GymnasiumEnv, SB3Env, SingleEnv, as_vec_env, as_vector_env, from_gymnasium
-from ccrl.batched_env import AutoresetMode
+from ccrl.adapters.spaces import numpy_act
+from ccrl.batched_env import AutoresetMode, resolve_env
 from ccrl.testing import ClockEnv, Episode
 
 A, B = Episode(0.0, 3, "terminate"), Episode(10.0, 2, "truncate")
@@ -167,6 +168,9 @@ def test_types_of_observations():
         (spaces.Discrete(2), spaces.MultiDiscrete([2, 3]), TypeError),
         (spaces.Discrete(2), spaces.MultiBinary(2), TypeError),
         (spaces.Discrete(2), spaces.Discrete(2, start=1), ValueError),
+        (spaces.Discrete(2, start=1), spaces.Discrete(2), ValueError),
+        (spaces.Dict({"a": spaces.Discrete(2, start=1)}), spaces.Discrete(2), ValueError),
+        (spaces.Discrete(2), spaces.Box(0, 5, (2,), np.int64), TypeError),
     ],
 )
 def test_spaces_that_are_not_supported_fail_at_construction(observation, action, error):
@@ -189,6 +193,106 @@ def test_refusals_of_the_gymnasium_adapter():
         env.reset(mask=torch.ones(2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"integer actions of shape \(2,\), got torch.float32"):
         env.step(torch.zeros(2))
+
+
+def test_environments_in_place_of_functions_that_make_them():
+    single = Scripted(A)
+    with pytest.raises(TypeError, match=r"got the environment .*use from_gymnasium\(lambda"):
+        from_gymnasium(single, 2)
+    with pytest.raises(TypeError, match=r"use GymnasiumEnv\(env\)"):
+        from_gymnasium(VectorClock(True, AutoresetMode.SAME_STEP))
+    for twice in (lambda: single, lambda: gymnasium.wrappers.TimeLimit(single, 9)):
+        with pytest.raises(ValueError, match="2 times the same"):
+            from_gymnasium(twice, 2)
+    assert from_gymnasium(lambda: single, 1).num_envs == 1
+    with pytest.raises(ValueError, match="num_envs: expected >= 1, got 0"):
+        from_gymnasium(lambda: single, 0)
+
+
+@pytest.mark.parametrize(
+    ("env", "how"),
+    [
+        (lambda: Scripted(A), r"from_gymnasium\(lambda: make_it\(\), num_envs\)"),
+        (lambda: VectorClock(True, AutoresetMode.SAME_STEP), r"GymnasiumEnv\(env\)"),
+        (lambda: FakeVecEnv(), r"SB3Env\(env\)"),
+        (lambda: object(), "ccrl.adapters"),
+    ],
+)
+def test_an_environment_of_another_library_is_told_its_adapter(env, how):
+    with pytest.raises(TypeError, match=f"expected an id or a BatchedEnv, got .*{how}"):
+        resolve_env(env(), 2)
+
+
+def test_options_for_an_environment_that_is_made():
+    with pytest.raises(ValueError, match=r"env_kwargs: options go with an id, got \['length'\]"):
+        resolve_env(ClockEnv([[A]]), 1, length=3)
+
+
+def test_resets_of_another_shape_are_refused_and_not_broadcast():
+    env = VectorClock(True, AutoresetMode.SAME_STEP)
+    env.single_observation_space = spaces.Box(-9, 9, (3,), np.float32)
+    with pytest.raises(ValueError, match=r"expected observations of shape \(2, 3\) from reset\(\).*got \(2, 1\)"):
+        GymnasiumEnv(env).reset()
+    env.single_observation_space = spaces.Dict({"a": spaces.Box(-9, 9, (1,), np.float32)})
+    with pytest.raises(ValueError, match=r"expected observations 'a' of shape \(2, 1\).*got none"):
+        GymnasiumEnv(env).reset()
+    vec_env = FakeVecEnv()
+    vec_env.observation_space = spaces.Box(-9, 9, (3,), np.float32)
+    with pytest.raises(ValueError, match=r"shape \(2, 3\)"):
+        SB3Env(vec_env).reset()
+
+    class Short(gymnasium.Env):
+        observation_space, action_space = spaces.Box(-1, 1, (3,)), spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            return np.zeros(2, np.float32), {}
+
+    with pytest.raises(ValueError) as caught:  # Gymnasium's own message, with a note
+        from_gymnasium(Short, 2).reset()
+    assert "check_env" in caught.value.__notes__[0]
+
+
+ACTED = []
+
+
+def act(obs):
+    """Actions that count the observations, of which the last batch is kept."""
+    ACTED[:] = [obs]
+    first = obs["a"] if isinstance(obs, dict) else obs
+    return torch.arange(len(first))
+
+
+def test_a_vector_environment_shows_every_copy():
+    class Pictured(ClockEnv):
+        def render(self, index):
+            return np.full((2, 2, 3), index, np.uint8)
+
+    first, second = as_vector_env(Pictured([[A], [B]]), "rgb_array").render()
+    assert (first[0, 0, 0], second[0, 0, 0]) == (0, 1)
+    assert as_vector_env(Pictured([[A], [B]])).render() is None
+
+
+def test_one_observation_or_a_batch_as_numpy():
+    box, cpu = spaces.Box(-1, 1, (2,)), torch.device("cpu")
+    assert numpy_act(act, box, np.zeros(2), cpu).shape == ()
+    assert numpy_act(act, box, np.zeros((3, 2)), cpu).tolist() == [0, 1, 2]
+    assert ACTED[0].dtype == torch.float32
+    assert numpy_act(act, spaces.Discrete(4), 3, cpu).shape == ()
+    assert ACTED[0].tolist() == [3]
+    two = spaces.Dict({"a": box, "b": spaces.Discrete(4)})
+    assert numpy_act(act, two, {"b": np.array([1, 2, 3]), "a": np.zeros((3, 2)), "more": 1}, cpu).shape == (3,)
+    assert ACTED[0].keys() == {"a", "b"}
+    for space, wrong, message in (
+        (box, np.zeros(3), r"expected shape \(2,\) or a batch of shape \(n, 2\), got \(3,\)"),
+        (box, np.zeros((1, 1, 2)), r"got \(1, 1, 2\)"),
+        (box, (np.zeros(2), {}), r"take \[0\]"),
+        (two, np.zeros(2), r"expected a dict with the keys \['a', 'b'\], got ndarray"),
+        (two, {"a": np.zeros(2)}, r"got \['a'\]"),
+        (two, {"a": np.zeros(2), "b": np.zeros(3)}, "one of some keys, a batch of others"),
+        (two, {"a": np.zeros(3), "b": 0}, r"observation 'a': expected shape \(2,\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            numpy_act(act, space, wrong, cpu)
 
 
 class VectorClock(VectorEnv):

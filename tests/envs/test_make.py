@@ -125,7 +125,7 @@ def test_errors_name_the_fix():
         envs.make("CartPole-v11")
     with pytest.raises(ValueError, match="module:nobody/Knows-v0"):
         envs.make("nobody/Knows-v0")
-    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+    with pytest.raises(ModuleNotFoundError, match="expected a module 'no_such_module' that registers"):
         envs.make("no_such_module:Env-v0")
     with pytest.raises(ValueError, match="expected backend None or one of native, sync"):
         envs.make("CartPole-v1", backend="fast")
@@ -139,3 +139,34 @@ def test_errors_name_the_fix():
         envs.make("CartPole-v1", backend="gymnasium", autoreset_mode=AutoresetMode.SAME_STEP)
     with pytest.raises(ValueError, match="leave device at 'cpu'"):
         envs.make("Hopper-v5", device="cuda")
+
+
+def test_render_modes_of_a_vector_environment_and_of_one():
+    assert gymnasium.make_vec("ccrl/CartPole-v1", num_envs=2, render_mode="rgb_array").render_mode == "rgb_array"
+    assert gymnasium.make_vec("ccrl/CartPole-v1", num_envs=2).render() is None
+    for make in (gymnasium.make, gymnasium.make_vec):
+        with pytest.raises(ValueError, match=r"render_mode: expected None or 'rgb_array', got 'ansi'"):
+            make("ccrl/CartPole-v1", render_mode="ansi")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_envs": 0}, "num_envs: expected >= 1, got 0"),
+        ({"num_envs": 0, "backend": "sync"}, "num_envs: expected >= 1, got 0"),
+        ({"device": "gpu"}, "device: expected one of PyTorch's .*'gpu'"),
+        ({"device": "gpu", "backend": "sync"}, "device: expected one of PyTorch's .*'gpu'"),
+        ({"device": "cuda:99"}, r"got 'cuda:99', but PyTorch .* finds \d+ CUDA GPUs; use 'cpu'"),
+        ({"autoreset_mode": "next_step"}, "'NextStep', 'SameStep', 'Disabled', got 'next_step'"),
+    ],
+)
+def test_options_that_no_environment_takes(options, message):
+    with pytest.raises(ValueError, match=message):
+        envs.make("CartPole-v1", **options)
+
+
+def test_a_module_that_fails_inside_is_not_called_missing(tmp_path, monkeypatch):
+    (tmp_path / "registers_things.py").write_text("import no_such_dependency\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_dependency'"):
+        envs.make("registers_things:My-v0")
