@@ -11,7 +11,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -49,12 +49,17 @@ class EvaluateConfig:
     """Language models: completions per test question for pass@k."""
     video: bool = False
     """Also record one deterministic episode (mp4), headless."""
-    video_format: str = "mp4"
+    video_format: Literal["mp4", "gif"] = "mp4"
     """mp4 or gif."""
     fps: int = 30
     """Frames per second of the video."""
     device: str = "cpu"
     """Where networks are."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "samples", "fps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
@@ -65,7 +70,9 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         config.checkpoint, Path(config.checkpoint)
     )
     if path is None or not path.is_file():
-        raise FileNotFoundError(f"{run.path}: expected a checkpoint {config.checkpoint!r}, found none")
+        found = sorted(p.name for p in run.checkpoints.glob("*.pt"))
+        why = f"; there are {', '.join(found)}" if found else "; a run writes its first after checkpoint_every steps"
+        raise FileNotFoundError(f"{run.path}: expected a checkpoint {config.checkpoint!r}, found none{why}")
     info = run.info
     agent = agents.get_agent(info["agent"]).load(path, device=config.device)
     text = getattr(agent, "text", False)
@@ -100,4 +107,8 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(tyro.cli(EvaluateConfig))
+    options = tyro.cli(EvaluateConfig, description=__doc__)
+    try:
+        main(options)
+    except (ValueError, ImportError, OSError, checkpoint.CheckpointError) as failure:
+        sys.exit(f"error: {failure}")

@@ -3,15 +3,16 @@
 python scripts/train.py mdpo --env HalfCheetah-v5
 python scripts/train.py ppo --env Hopper-v5 --total-timesteps 300000 --num-envs 8 --learning-rate 1e-4
 python scripts/train.py ppo --env Hopper-v5 --config my.yaml        # flags win over the file
-python scripts/train.py --resume runs/HalfCheetah-v5__mdpo__0__...  # continues bit for bit
+python scripts/train.py --resume runs/HalfCheetah-v5__mdpo__0__...  # continues bit for bit; also after Ctrl-C
 python scripts/train.py llm --method grpo --task arithmetic         # a language model on a text task
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -31,11 +32,11 @@ import agents
 import envs
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
-from ccrl.experiment.callbacks import Callback, CheckpointCallback, EvalCallback, LogCallback
+from ccrl.experiment.callbacks import Callback, CheckpointCallback, EvalCallback, LogCallback, StopOnSignal
 from ccrl.experiment.logger import Logger
 from ccrl.experiment.run import RunFolder
 
-__all__ = ["TrainConfig", "main", "run_config", "timed", "train"]
+__all__ = ["TrainConfig", "Training", "build", "main", "prepare", "run_config", "timed", "train"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ class TrainConfig:
     """Threads of torch's operators: more than one slows small networks down and fights the simulator's threads."""
     env_kwargs: configs.Options = field(default_factory=dict)
     """Constructor options of the environment, under Gymnasium's names, as JSON."""
+
+    def __post_init__(self) -> None:
+        counts = ("total_timesteps", "checkpoint_every", "keep_checkpoints", "eval_episodes", "log_interval",
+                  "torch_threads")  # fmt: skip
+        for name, least in {**dict.fromkeys(counts, 1), "eval_every": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected >= {least}, got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -118,47 +126,100 @@ def timed(run: RunFolder, learner: Any, evaluation: EvalCallback | None) -> Iter
     })  # fmt: skip
 
 
-def train(agent_name: str, config: Any, resume: Path | None = None) -> RunFolder:
-    """Train as ``config`` (of ``run_config(agent_name)``) says, in a new run folder or on in ``resume``."""
+@dataclass(frozen=True)
+class Training:
+    """A run that can begin: calling it trains."""
+
+    config: Any
+    run: RunFolder
+    agent: Any
+    resumed_from: int | None
+    """Step of the checkpoint; None: a new run."""
+    eval_env: Any
+
+    def __call__(self) -> RunFolder:
+        """Train, and print the end. ``SystemExit`` with how to go on, after Ctrl-C or SIGTERM."""
+        config, run, agent, step = self.config, self.run, self.agent, self.resumed_from
+        print(f"[ccrl] run folder: {run.path}\n[ccrl] tensorboard --logdir {run.path}", flush=True)
+        logger, stop = Logger(run.path, tensorboard=config.tensorboard, resume_step=step), StopOnSignal()
+        if step is None:
+            logger.log_hparams(configs.flatten(configs.to_dict(config)))
+        callbacks: list[Callback] = [LogCallback(logger, config.log_interval)]
+        evaluation = None
+        if config.eval_every:
+            evaluation = EvalCallback(self.eval_env, run.path, config.eval_every, config.eval_episodes, logger=logger,
+                                      resume_step=step)  # fmt: skip
+            callbacks.append(evaluation)
+        callbacks += [CheckpointCallback(run.checkpoints, config.checkpoint_every, config.keep_checkpoints), stop]
+        try:
+            with timed(run, agent, evaluation):
+                agent.learn(config.total_timesteps, callbacks, progress_bar=config.progress)
+                if stop.received and agent.num_timesteps < config.total_timesteps:
+                    raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            saved = checkpoint.latest(run.checkpoints)
+            how = "nothing was saved" if saved is None else f"it goes on from {saved.name} with --resume {run.path}"
+            sys.exit(f"[ccrl] stopped at {agent.num_timesteps:,} of {config.total_timesteps:,} steps; {how}")
+        finally:
+            logger.close()
+            for env in (agent.env, self.eval_env):
+                if env is not None:
+                    env.close()
+        mean, count = agent.ep_rew_mean, len(agent.episodes)
+        score = "no episode ended" if mean is None else f"mean return of the last {count} episodes {mean:.1f}"
+        print(f"[ccrl] {agent.num_timesteps:,} steps, {score}; run folder: {run.path}", flush=True)
+        return run
+
+
+def build(agent_name: str, config: Any, resume: Path | None = None) -> Callable[[], RunFolder]:
+    """A training as ``config`` (of ``run_config(agent_name)``) says, in a new run folder or on in ``resume``. What does
+    not fit together fails here; the result trains when it is called (and does nothing for a finished run)."""
     torch.set_num_threads(config.torch_threads)
     cls, step = agents.get_agent(agent_name), None
     if resume is None:
-        run = RunFolder.create(config.run_root, config.env, agent_name, config.seed, config)
-        options = {"seed": config.seed, "device": config.device, "env_kwargs": config.env_kwargs}
-        agent = cls(config.env, config.agent, **options)
+        agent = cls(config.env, config.agent, seed=config.seed, device=config.device, env_kwargs=config.env_kwargs)
     else:
         run = RunFolder.open(resume)
-        path = checkpoint.latest(run.checkpoints)
-        if path is None:
-            raise FileNotFoundError(f"{run.path}: expected a checkpoint to resume from, found none; start a new run")
-        agent = cls.load(path, device=config.device)
+        agent = _restore(cls, run, config)
         step = agent.num_timesteps
-        run.record_resume(step)
-    print(f"[ccrl] run folder: {run.path}\n[ccrl] tensorboard --logdir {run.path}", flush=True)
-    logger = Logger(run.path, tensorboard=config.tensorboard, resume_step=step)
-    if step is None:
-        logger.log_hparams(configs.flatten(configs.to_dict(config)))
-    callbacks: list[Callback] = [LogCallback(logger, config.log_interval)]
-    evaluation = eval_env = None
-    if config.eval_every:
-        if not is_text(cls):
-            eval_env = envs.make(config.env, config.eval_episodes, device=config.device, **config.env_kwargs)
-        evaluation = EvalCallback(eval_env, run.path, config.eval_every, config.eval_episodes, logger=logger,
-                                  resume_step=step)  # fmt: skip
-        callbacks.append(evaluation)
-    callbacks.append(CheckpointCallback(run.checkpoints, config.checkpoint_every, config.keep_checkpoints))
-    try:
-        with timed(run, agent, evaluation):
-            agent.learn(config.total_timesteps, callbacks, progress_bar=config.progress)
-    finally:
-        logger.close()
-        for env in (agent.env, eval_env):
-            if env is not None:
-                env.close()
-    mean = agent.ep_rew_mean
-    score = "no episode ended" if mean is None else f"mean return of the last {len(agent.episodes)} episodes {mean:.1f}"
-    print(f"[ccrl] {agent.num_timesteps:,} steps, {score}; run folder: {run.path}", flush=True)
-    return run
+        if "finished" in run.info and step >= config.total_timesteps:
+            print(f"[ccrl] {run.path} is finished: {step:,} of {config.total_timesteps:,} steps. To train on, raise "
+                  f"total_timesteps in {run.config_file} and resume it again", flush=True)  # fmt: skip
+            return lambda: run
+    eval_env = None
+    if config.eval_every and not is_text(cls):
+        eval_env = envs.make(config.env, config.eval_episodes, device=config.device, **config.env_kwargs)
+    if resume is None:
+        # last of all: the folder of a run that could not begin would only be in the way
+        run = RunFolder.create(config.run_root, config.env, agent_name, config.seed, config)
+    else:
+        run.record_resume(agent.num_timesteps)
+    return Training(config, run, agent, step, eval_env)
+
+
+def train(agent_name: str, config: Any, resume: Path | None = None) -> RunFolder:
+    """Build and train."""
+    return build(agent_name, config, resume)()
+
+
+def _restore(cls: type[Any], run: RunFolder, config: Any) -> Any:
+    """The agent of the newest checkpoint; ``config.yaml`` must still say of it what the checkpoint does."""
+    path = checkpoint.latest(run.checkpoints)
+    if path is None:
+        raise FileNotFoundError(f"{run.path}: expected a checkpoint to resume from, found none; start a new run")
+    agent = cls.load(path, device=config.device)
+    mine = _facts(config.env, config.seed, config.env_kwargs, config.agent)
+    saved = _facts(agent.env_id, agent.seed, agent.env_kwargs, agent.config)
+    if different := sorted(k for k in mine.keys() | saved.keys() if mine.get(k) != saved.get(k)):
+        pairs = ", ".join(f"{k}: expected {saved.get(k)!r}, got {mine.get(k)!r}" for k in different)
+        raise configs.ConfigError(f"{run.config_file} was changed since {path.name} ({pairs}); a run keeps these "
+                                  "settings: put them back, or start a new run")  # fmt: skip
+    return agent
+
+
+def _facts(env: str, seed: int, env_kwargs: dict[str, Any], settings: Any) -> dict[str, Any]:
+    nested = {"env": env, "seed": seed, "env_kwargs": env_kwargs, "agent": configs.to_dict(settings)}
+    return configs.flatten(json.loads(json.dumps(nested, default=str)))  # as YAML gives them back: tuples are lists
 
 
 def text_arguments(argv: list[str]) -> list[str]:
@@ -172,19 +233,30 @@ def text_arguments(argv: list[str]) -> list[str]:
 
 def main(argv: list[str]) -> RunFolder:
     """Command line: ``AGENT [flags]`` or ``--resume RUN``."""
+    return prepare(argv)()
+
+
+def prepare(argv: list[str]) -> Callable[[], RunFolder]:
+    """The training that a command line asks for, built."""
+    own = ("--config", "--resume", "--method", "--task")  # tyro reads the others, and takes both --x=y and --x y
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith(own) else [word])]
     if "--resume" in argv:
         index = argv.index("--resume")
         if len(argv) != 2 or index != 0:
-            sys.exit("usage: train.py --resume RUN (a run continues with its own settings; no other flags)")
+            sys.exit("usage: train.py --resume RUN (a run continues with its own settings; no other flags. To train "
+                     "longer, raise total_timesteps in RUN/config.yaml)")  # fmt: skip
         run = RunFolder.open(argv[1])
         name = run.info["agent"]
-        return train(name, configs.from_dict(run_config(name), run.config()), Path(argv[1]))
+        return build(name, configs.from_dict(run_config(name), run.config()), Path(argv[1]))
     if argv[:1] == ["llm"]:
         argv = text_arguments(argv[1:])
     if not argv or argv[0] not in agents.AGENTS | agents.METHODS:
-        sys.exit(f"usage: train.py {{{','.join(sorted(agents.AGENTS))}}} [flags] | llm --method "
-                 f"{{{','.join(sorted(agents.METHODS))}}} [flags] | --resume RUN; received "
-                 f"{argv[:1] or 'nothing'}")  # fmt: skip
+        usage = (f"usage: train.py {{{','.join(sorted(agents.AGENTS))}}} [flags] | llm --method "
+                 f"{{{','.join(sorted(agents.METHODS))}}} [flags] | --resume RUN")  # fmt: skip
+        if argv[:1] in (["-h"], ["--help"]):
+            print(f"{usage}\n{__doc__}AGENT --help shows every flag.")
+            sys.exit(0)
+        sys.exit(f"{usage}; received {argv[:1] or 'nothing'}")
     name, rest = argv[0], argv[1:]
     overlay = None
     if "--config" in rest:
@@ -192,8 +264,14 @@ def main(argv: list[str]) -> RunFolder:
         if index + 1 == len(rest):
             sys.exit("--config: expected a YAML file after it")
         overlay, rest = rest[index + 1], rest[:index] + rest[index + 2 :]
-    return train(name, configs.parse(run_config(name), rest, overlay, prog=f"train.py {name}"))
+        if not Path(overlay).is_file():
+            sys.exit(f"--config: expected a YAML file, found none at {overlay}")
+    return build(name, configs.parse(run_config(name), rest, overlay, prog=f"train.py {name}"))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        training = prepare(sys.argv[1:])
+    except (ValueError, TypeError, ImportError, OSError, checkpoint.CheckpointError) as failure:
+        sys.exit(f"error: {failure}")
+    training()  # what fails in here keeps its traceback: it may be the user's own environment or agent

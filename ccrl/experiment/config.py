@@ -153,6 +153,10 @@ def _build(cls: type[C], values: Mapping[str, Any], base: Any, where: str, requi
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=3)
             hint = f" Did you mean {' or '.join(near)}?" if near else ""
+            for name, field in fields.items():
+                nested = _default(field)
+                if dataclasses.is_dataclass(nested) and hasattr(nested, str(key)):
+                    hint = f" It is a key of {name!r}: write it, indented, below a line `{where}{name}:`."
             raise ConfigError(f"{where}{key}: unknown key of {cls.__name__}.{hint} Known keys: {', '.join(fields)}.")
     hints = get_type_hints(cls)
     arguments: dict[str, Any] = {}

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from agents import PPO
+from ccrl.experiment.config import ConfigError
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.run import RunFolder
 from ccrl.returns import gae
 from scripts import bench_gae, evaluate, train
 
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--num-envs", "4", "--n-steps", "16", "--hidden", "8", "--no-tensorboard", "--eval-episodes", "2"]
 
 
@@ -55,6 +62,7 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults_and_a_run_goes_on(
         (["nobody"], r"usage: train.py .*ppo.*received \['nobody'\]"),
         ([], "received nothing"),
         (["ppo", "--config"], "expected a YAML file after it"),
+        (["ppo", "--config=nowhere.yaml"], "expected a YAML file, found none at nowhere.yaml"),
         (["--resume", "x", "--seed", "1"], "usage: train.py --resume RUN"),
     ],
 )
@@ -68,6 +76,100 @@ def test_a_run_without_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path, "CartPole-v1", "ppo", 0, config)
     with pytest.raises(FileNotFoundError, match="expected a checkpoint to resume from"):
         train.main(["--resume", str(run.path)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--log-interval", "0"], "log_interval: expected >= 1, got 0"),
+        (["--keep-checkpoints", "0"], "keep_checkpoints: expected >= 1, got 0"),
+        (["--eval-every", "-1"], "eval_every: expected >= 0, got -1"),
+        (["--batch-size", "0"], "batch_size: expected >= 1, got 0"),
+    ],
+)
+def test_flags_out_of_range_are_answered_with_their_name(flags: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        train.main(["ppo", "--env", "CartPole-v1", *flags])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--env", "CartPol-v1"], "did you mean CartPole-v1"),
+        (["--env", "CartPole-v1", "--device", "gpu"], "device: expected one of PyTorch's"),
+        (["--env", "CartPole-v1", "--activation", "rulu"], "activation: expected one of"),
+        (["--env", "Blackjack-v1"], "expected observations from a Box"),
+    ],
+)
+def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path, flags: list[str], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        train.main(["ppo", "--run-root", str(tmp_path), *flags])
+    assert not list(tmp_path.iterdir())
+
+
+def test_from_a_shell_errors_are_one_line(tmp_path: Path) -> None:
+    for script, flags, message in (
+        ("train.py", ["ppo", "--env", "NoSuchEnv-v0"], "error: no environment 'NoSuchEnv-v0'"),
+        ("evaluate.py", [str(tmp_path)], "error: expected a run folder (with run.json)"),
+    ):
+        command = [sys.executable, str(ROOT / "scripts" / script), *flags]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+        assert done.returncode == 1
+        assert done.stderr.startswith(message)
+        assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def tiny_run(folder: Path, *flags: str) -> RunFolder:
+    return train.main(["ppo", "--env", "CartPole-v1", "--run-root", str(folder), *TINY, *flags])
+
+
+def test_a_finished_run_is_left_as_it_is_until_it_gets_more_steps(tmp_path: Path, capsys: Any) -> None:
+    run = tiny_run(tmp_path, "--total-timesteps", "64", "--eval-every", "0")
+    before = run.info
+    assert train.main([f"--resume={run.path}"]).info == before
+    assert "is finished: 64 of 64 steps. To train on, raise total_timesteps in" in capsys.readouterr().out
+    text = run.config_file.read_text()
+    run.config_file.write_text(text.replace("total_timesteps: 64", "total_timesteps: 128"))
+    finished = train.main(["--resume", str(run.path)]).info["finished"]
+    assert (finished["since"], finished["step"]) == (64, 128)
+    run.config_file.write_text(text.replace("clip_range: 0.2", "clip_range: 0.3").replace("seed: 0", "seed: 5"))
+    message = r"changed since step_000000000128.pt \(agent.clip_range: expected 0.2, got 0.3, seed: expected 0, got 5\)"
+    with pytest.raises(ConfigError, match=message):
+        train.main(["--resume", str(run.path)])
+
+
+def test_ctrl_c_saves_the_iteration_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    iterate = PPO._iterate
+
+    def interrupted(agent: PPO) -> None:
+        if agent.iteration == 1:
+            signal.raise_signal(signal.SIGINT)
+        iterate(agent)
+
+    monkeypatch.setattr(PPO, "_iterate", interrupted)
+    with pytest.raises(SystemExit, match=r"stopped at 128 of 640 steps; it goes on from step_0+128.pt with --resume"):
+        tiny_run(tmp_path, "--total-timesteps", "640", "--eval-every", "0")
+    monkeypatch.undo()
+    (path,) = tmp_path.iterdir()
+    assert "finished" not in RunFolder.open(path).info
+    assert train.main(["--resume", str(path)]).info["finished"]["since"] == 128
+
+
+def test_settings_of_the_agent_at_the_top_of_a_file_are_told_their_place(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("learning_rate: 1e-3\n")
+    with pytest.raises(ConfigError, match=r"learning_rate: unknown key.*below a line `agent:`"):
+        train.main(["ppo", f"--config={file}"])
+
+
+def test_evaluations_that_cannot_be_made(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="episodes: expected >= 1, got 0"):
+        evaluate.EvaluateConfig(tmp_path, episodes=0)
+    run = RunFolder.create(tmp_path, "CartPole-v1", "ppo", 0, train.run_config("ppo")(env="CartPole-v1"))
+    with pytest.raises(FileNotFoundError, match="expected a checkpoint 'latest', found none; a run writes its first"):
+        evaluate.main(evaluate.EvaluateConfig(run.path))
 
 
 @pytest.mark.parametrize("shape", [(5, 3), (400, 2), (20, 700)])
