@@ -1,6 +1,6 @@
 """A trained inventory policy as a planner sees it: the network with its flows, the stock of every node over time.
 
-python scripts/inventory_network.py runs/InventorySerial-v0__hdpo__0__... --out figures/serial
+python scripts/inventory_network.py runs/ccrl-InventorySerial-v0__hdpo__0__... --out figures/serial
 python scripts/inventory_network.py RUN --out figures/december --split test --scenario 3 --periods 37
 """
 
