@@ -172,10 +172,6 @@ class FunctionalEnv(Protocol):
         """
         ...
 
-    def on_hand(self, state: State) -> Tensor:
-        """``[B, N]``: what each node can ship or sell now."""
-        ...
-
     def feasible(self, state: State, desired: Tensor) -> Tensor:
         """``[B, E]`` quantities from desired ones ``>= 0``: where a node is asked for more than it has on hand, all its
         shipments shrink by one factor; a node that cannot keep stock ships all of it in those proportions."""

@@ -121,6 +121,7 @@ def load_series(path: str | Path) -> Recorded:
     * ``.npz``: an array ``demand`` ``[S, W]`` or ``[S, W, K]``, optionally ``first_day`` (``"2013-01-01"``).
     * ``.csv`` with a header and the columns ``series, week, demand`` and optionally ``store``, in any order: one row
       per observation. Weeks are whole numbers or days (``2013-01-01``); rows that are missing count as zero demand.
+      Series and stores are numbered in the order in which they appear.
 
     Raises:
         ValueError: another ending, missing columns or arrays, demand that is no number or negative, weeks that are

@@ -142,10 +142,6 @@ class InventoryEnv:
             seen["days_from_christmas"] = table["calendar"][state["week"]][:, None]
         return seen
 
-    def on_hand(self, state: State) -> Tensor:
-        """``[B, N]``."""
-        return state["inventory"][:, :, 0]
-
     def feasible(self, state: State, desired: Tensor) -> Tensor:
         """``[B, E]`` quantities; see the protocol. The outside supplier delivers everything."""
         inner, first = self.network.internal, self.network.first_store

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import agents
 import envs
 from ccrl.batched_env import AutoresetMode
 from ccrl.testing import EnvContract
@@ -129,6 +130,24 @@ def test_recorded_copies_play_different_series():
     assert set(first[:, -1].tolist()) <= {4.0, 5.0, 6.0}
     assert first[:, -2].min() >= 6.3
     assert first[:, -2].max() <= 11.7
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "options"),
+    [
+        ("ppo", "InventorySerial-v0", {}),
+        ("mdpo", "InventoryManyWarehousesLost-v0", {}),
+        ("bpo", "InventoryOneStoreRecorded-v0", {"count": 5}),
+    ],
+)
+def test_agents_train_on_the_ids(name, task, options):
+    cls = agents.get_agent(name)
+    agent = cls(f"ccrl/{task}", cls.Config(n_steps=64, num_envs=4), env_kwargs=options)
+    before = [p.detach().clone() for p in agent.policy.parameters()]
+    agent.learn(1)
+    after = list(agent.policy.parameters())
+    assert all(p.isfinite().all() for p in after)
+    assert not all(torch.equal(p, q) for p, q in zip(before, after))
 
 
 def test_bad_input():
