@@ -42,8 +42,6 @@ class Kind:
     env: str
     instances: tuple[dict[str, Any], ...]
     policies: tuple[str, ...]
-    threshold: float
-    """Largest gap, percent, that counts as reproduced."""
     epochs: int
     batch_size: int
     n_train: int
@@ -59,24 +57,24 @@ KINDS = {
     "lost": Kind(
         "ccrl/InventoryOneStoreLost-v0",
         tuple({"lead_time": lead, "underage": p} for lead in (1, 2, 3, 4) for p in (4.0, 9.0, 19.0, 39.0)),
-        ("vanilla",), 0.5, epochs=100, batch_size=512, n_train=8192, n_dev=2048, tests=2000, whole_units=True,
+        ("vanilla",), epochs=100, batch_size=512, n_train=8192, n_dev=2048, tests=2000, whole_units=True,
         learning_rate=1e-2,
     ),
     "serial": Kind(
         "ccrl/InventorySerial-v0",
         tuple({"lead_time": lead, "underage": p} for lead, p in ((1, 4.0), (2, 9.0), (3, 9.0), (4, 39.0))),
-        ("vanilla", "echelon_stock"), 1.0, epochs=240, batch_size=512, n_train=8192, n_dev=2048, tests=1000,
+        ("vanilla", "echelon_stock"), epochs=240, batch_size=512, n_train=8192, n_dev=2048, tests=1000,
     ),
     "backlog": Kind(
         "ccrl/InventoryOneStoreBacklogged-v0",
         tuple({"lead_time": lead, "underage": p} for lead in (1, 4, 7, 10, 15, 20) for p in (4.0, 9.0, 19.0, 39.0)),
-        ("vanilla",), 0.5, epochs=100, batch_size=512, n_train=8192, n_dev=2048, tests=1000,
+        ("vanilla",), epochs=100, batch_size=512, n_train=8192, n_dev=2048, tests=1000,
         learning_rate=1e-2,
     ),
     "transshipment": Kind(
         "ccrl/InventoryTransshipment-v0",
         tuple({"stores": k, "lead_time": 2, "underage": 4.0, "correlation": 0.5} for k in (3, 5, 10)),
-        ("gnn",), 2.5, epochs=50, batch_size=128, n_train=2048, n_dev=512, tests=256, seeds=(0, 1, 2),
+        ("gnn",), epochs=50, batch_size=128, n_train=2048, n_dev=512, tests=256, seeds=(0, 1, 2),
     ),
 }  # fmt: skip
 

@@ -25,6 +25,7 @@ __all__ = ["chosen", "groups", "write"]
 
 Row = dict[str, str]
 THRESHOLDS = {"lost": 0.5, "serial": 1.0, "backlog": 0.5, "transshipment": 2.5}
+"""Largest gap, percent, that counts as reproduced."""
 SPENT = ("seconds", "CPU seconds")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D")
 STYLE: dict[str, Any] = {
@@ -86,6 +87,10 @@ def _instance(row: Row) -> str:
     return ", ".join(f"{short[k]} = {v:g}" for k, v in json.loads(row["options"]).items()) or "default"
 
 
+def _numbers(row: Row) -> list[float]:
+    return list(json.loads(row["options"]).values())
+
+
 def _number(row: Row, name: str) -> float:
     return float(row[name])
 
@@ -102,7 +107,8 @@ def _gaps(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
         columns += ["capped base stock"] * lost + ["cost", "gap, %", f"<= {limit:g} %", "seed (of)", "gaps of all, %"]
         columns += ["updates x batch", "CPU s"]
         lines, panels[kind] = [], []
-        for runs in groups(rows, "options", "policy", "epochs", "batch_size", "n_train", "learning_rate").values():
+        same = groups(rows, "options", "policy", "epochs", "batch_size", "n_train", "learning_rate")
+        for runs in sorted(same.values(), key=lambda runs: (runs[0]["policy"] != "vanilla", *_numbers(runs[0]))):
             best = chosen(runs)
             gaps = [_number(run, "gap %") for run in runs]
             panels[kind].append((best, runs))
@@ -145,12 +151,14 @@ def _gap_figure(panels: dict[str, list[tuple[Row, list[Row]]]]) -> Figure:
                 axis.plot(other, y, "x", color=COLOURS[1], ms=4, label="" if y else "best capped base stock")
         axis.axvline(0.0, color="#262626", linewidth=0.8)
         axis.axvline(THRESHOLDS[kind], color="#8A8A8A", linewidth=0.8, linestyle="--")
-        axis.set_yticks(range(len(panel)), [_instance(best) for best, _ in panel], fontsize=6)
+        several = len({best["policy"] for best, _ in panel}) > 1
+        names = [f"{_instance(best)}, {best['policy']}" if several else _instance(best) for best, _ in panel]
+        axis.set_yticks(range(len(panel)), names, fontsize=6)
         axis.set_ylim(len(panel) - 0.5, -0.5)
         axis.set_xlabel("gap to the bound, %" if kind == "transshipment" else "gap to the optimum, %")
         axis.set_title(kind, loc="left")
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=6)
+            axis.legend(fontsize=6, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     return page
 
 

@@ -27,7 +27,7 @@ class _Levels(OrderPolicy):
         if network.internal:
             raise ValueError(
                 f"{type(self).__name__}: expected stores that order from outside, got {network.internal} internal "
-                "edges; for a chain take echelon_stock"
+                "edges; take echelon_stock for a chain, gnn for any network"
             )
 
     def position(self, obs: State) -> Tensor:

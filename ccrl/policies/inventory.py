@@ -148,7 +148,7 @@ class DataDrivenPolicy(OrderPolicy):
     def __init__(self, network: Network, like: State, hidden: Sequence[int] | None = None) -> None:
         super().__init__(network, like)
         width = len(self.used) + sum(like[k][0].numel() for k in self.reads)
-        self.net = mlp([width, *(hidden or (64, 64)), len(network.edges)], "elu")
+        self.net = mlp([width, *((64, 64) if hidden is None else hidden), len(network.edges)], "elu")
         nn.init.constant_(self.net[-1].bias, 1.0)  # type: ignore[arg-type]
 
     def forward(self, obs: State) -> Tensor:

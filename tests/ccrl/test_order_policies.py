@@ -48,6 +48,8 @@ def test_published_sizes() -> None:
     assert size(VanillaPolicy(STORE, observation(STORE))) == 2305
     assert size(GNNPolicy(FAN, observation(FAN))) == 19169  # seven node features
     assert VanillaPolicy(SERIAL, observation(SERIAL)).net[0].out_features == 32
+    recorded = observation(FAN, recorded=True)
+    assert [len(DataDrivenPolicy(FAN, recorded, hidden).net) for hidden in (None, (), (8,))] == [5, 1, 3]
     assert VanillaPolicy(PASSING, observation(PASSING)).net[0].out_features == 256
     assert VanillaPolicy(FAN, observation(FAN)).net[0].out_features == 512
     assert GNNPolicy(FAN, observation(FAN)).net.rounds == 1
@@ -281,7 +283,7 @@ def test_newsvendors_order_up_to_the_quantile_of_their_lead_time(rule: str) -> N
 
 def test_bad_input_is_refused_at_construction() -> None:
     for cls in (BaseStockPolicy, CappedBaseStockPolicy):
-        with pytest.raises(ValueError, match="order from outside"):
+        with pytest.raises(ValueError, match=r"order from outside.*4 internal.*gnn for any network"):
             cls(FAN, observation(FAN))
     with pytest.raises(ValueError, match=r"DataDrivenPolicy.*without \['past_demand'"):
         DataDrivenPolicy(STORE, observation(STORE))
