@@ -5,7 +5,8 @@
     python scripts/benchmark.py --study scripts/studies/foundation.yaml --out results/foundation --jobs 2
 
 The same command again goes on where it stopped: finished runs are left alone, runs of our agents continue from their
-checkpoints, runs of SB3 start anew. Each run writes to ``log.txt`` in its folder.
+checkpoints, runs of SB3 start anew. Each run writes to ``log.txt`` in its folder; one that could not begin leaves its
+log beside the folders.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _run(values: dict[str, Any], out: Path, cores: int) -> int:
     spec = Spec(**values)
     root = spec.root(out)
     root.mkdir(parents=True, exist_ok=True)
-    early = root / f"{spec.key.replace(' ', '__').replace(os.sep, '-')}.log"  # the run has no folder yet
+    early = _early_log(spec, out)  # the run has no folder yet
     log = os.open(early, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -179,6 +180,11 @@ def _train(spec: Any, root: Path, cores: int) -> None:
         train.train(spec.agent, spec.config(env_kwargs=kwargs, run_root=str(root)))
 
 
+def _early_log(spec: Any, out: Path) -> Path:
+    name = spec.key.replace(" ", "__").replace(os.sep, "-")
+    return Path(spec.root(out) / f"{name}.log")
+
+
 def _end_with_parent() -> None:
     sys.stdin.read()
     os._exit(130)
@@ -188,8 +194,9 @@ def _summary(spec: Any, out: Path, code: int) -> str:
     run = spec.find(out)
     info = {} if run is None else run.info
     if code or "finished" not in info:
-        where = spec.root(out) if run is None else run.path
-        return f"FAILED ({info.get('error', f'exit status {code}')}); log in {where}"
+        where = _early_log(spec, out) if run is None else run.path
+        last = where.read_text(errors="replace").split("\n")[-2:-1] if where.is_file() else []
+        return f"FAILED ({info.get('error', last[0] if last else f'exit status {code}')}); log in {where}"
     done = info["finished"]
     mean = math.nan if done["ep_rew_mean"] is None else done["ep_rew_mean"]
     scores = [f"training return {mean:.1f}"]

@@ -172,15 +172,26 @@ def test_a_failed_run_is_reported_and_the_rest_goes_on(
 
 
 def test_an_error_inside_a_run_is_in_its_folder(tmp_path: Path) -> None:
+    weights = {"forward_reward_weight": float("inf")}
+    (broken,) = study(settings={"ppo": TINY}, envs=["HalfCheetah-v5"], env_kwargs=weights).specs()
+    assert benchmark._launch(asdict(broken), str(tmp_path), 1) == 1
+    (run,) = find_runs([tmp_path])
+    assert "reward is not finite" in run.info["error"]
+    assert "Traceback" in (run.path / "log.txt").read_text()
+    assert benchmark._summary(broken, tmp_path, 1).startswith("FAILED (FloatingPointError")
+    assert benchmark._launch(asdict(broken), str(tmp_path), 1) == 1
+    assert len(find_runs([tmp_path])) == 1, "the run without a checkpoint was not put aside"
+
+
+def test_a_run_that_cannot_begin_leaves_its_log(tmp_path: Path) -> None:
     (spec,) = study(settings={"ppo": TINY}, env_kwargs={"max_episode_steps": 50}).specs()
     broken = benchmark.Spec(**asdict(spec) | {"values": spec.values | {"env_kwargs": {"no_such_option": 1}}})
     assert benchmark._launch(asdict(broken), str(tmp_path), 1) == 1
-    (run,) = find_runs([tmp_path])
-    assert "no_such_option" in run.info["error"]
-    assert "Traceback" in (run.path / "log.txt").read_text()
-    assert benchmark._summary(broken, tmp_path, 1).startswith("FAILED (TypeError")
-    assert benchmark._launch(asdict(broken), str(tmp_path), 1) == 1
-    assert len(find_runs([tmp_path])) == 1, "the run without a checkpoint was not put aside"
+    assert not find_runs([tmp_path])
+    summary = benchmark._summary(broken, tmp_path, 1)
+    assert summary.startswith("FAILED (TypeError")
+    assert "no_such_option" in summary
+    assert "Traceback" in (tmp_path / "ppo" / "CartPole-v1__ppo__seed__0.log").read_text()
 
 
 def test_sb3_writes_folders_that_the_plots_read(tmp_path: Path) -> None:
