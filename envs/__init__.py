@@ -85,7 +85,8 @@ def make(
         device: where observations and rewards go. The native MuJoCo tasks simulate on the CPU and take no other.
         backend: ``"native"`` is ours; ``"sync"`` and ``"async"`` are Gymnasium's environments in one or in many
             processes; ``"gymnasium"`` is the environment's own vector entry point. ``None`` takes the native one where
-            there is one, else the vector entry point, else ``"sync"``.
+            there is one, else the vector entry point, else ``"sync"``. What a vector entry point made with
+            ``ccrl.adapters.as_vector_env`` is taken out of it again.
         autoreset_mode: ``None`` is ``SAME_STEP``, or for vector entry points what they do.
         seed: resets the environment once with this seed.
         env_kwargs: options of the environment, under Gymnasium's names.
@@ -190,7 +191,7 @@ def _make_gymnasium(
     backend: str | None,
     autoreset_mode: AutoresetMode | str | None,
     options: dict[str, Any],
-) -> GymnasiumEnv:
+) -> BatchedEnv:
     if id not in gymnasium.registry:
         near = difflib.get_close_matches(id, gymnasium.registry, n=4, cutoff=0.5)
         hint = f"did you mean {', '.join(near)}? " if near else ""
@@ -202,7 +203,9 @@ def _make_gymnasium(
     if backend == "gymnasium" and entry_point is None:
         raise ValueError(f"{id} has no vector entry point; use backend='sync' or 'async'")
     if backend == "gymnasium" or (backend is None and entry_point is not None):
-        env = GymnasiumEnv(gymnasium.make_vec(id, num_envs, "vector_entry_point", **options), device=device)
+        made = gymnasium.make_vec(id, num_envs, "vector_entry_point", **options)
+        # one of as_vector_env is a BatchedEnv inside: with its state, which Gymnasium cannot save, and in torch
+        env = made.env if isinstance(made, TorchVectorEnv) else GymnasiumEnv(made, device=device)
         if autoreset_mode is not None and AutoresetMode(autoreset_mode) != env.autoreset_mode:
             raise ValueError(
                 f"the vector entry point of {id} resets in {env.autoreset_mode}, got autoreset_mode={autoreset_mode}; "

@@ -8,21 +8,26 @@ import runpy
 import sys
 from pathlib import Path
 
+import gymnasium
 import pytest
 import torch
 
+import envs
 from ccrl.batched_env import AutoresetMode
-from envs.mujoco import TASKS, MujocoEnv, make_mujoco
+from envs.mujoco import MujocoEnv
 
 PAGE = Path(__file__).parents[3] / "docs" / "new_mujoco_task.md"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    for language, name in (("xml", "puck.xml"), ("python", "puck.py")):
-        (block,) = re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
-        (tmp_path / name).write_text(block)
+    (tmp_path / "puck.xml").write_text(blocks("xml")[0])
+    (tmp_path / "puck.py").write_text(blocks("python")[0])
     return tmp_path
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE.read_text(), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture
@@ -63,7 +68,15 @@ def test_the_class_of_the_example_is_about_forty_lines():
     assert len(body.strip().splitlines()) <= 45
 
 
-def test_an_id_for_the_example(puck, monkeypatch):
-    monkeypatch.setitem(TASKS, "Puck-v0", puck)
-    env = make_mujoco("Puck-v0", 3, seed=0, bonus=5.0)
-    assert (env.task.bonus, env.max_episode_steps, env.reset().shape) == (5.0, 100, (3, 6))
+def test_an_id_for_the_example(folder, monkeypatch):
+    example, registration = blocks("python")
+    (folder / "puck.py").write_text(example + registration)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "puck", raising=False)
+    try:
+        env = envs.make("puck:Puck-v0", 3, bonus=5.0)
+        assert type(env) is MujocoEnv  # with its state, not behind Gymnasium's NumPy
+        assert (env.task.bonus, env.max_episode_steps, env.reset(seed=0).shape) == (5.0, 100, (3, 6))
+    finally:
+        gymnasium.registry.pop("Puck-v0", None)
+        sys.modules.pop("puck", None)
