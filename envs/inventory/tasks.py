@@ -30,8 +30,8 @@ class Task:
     """One inventory task.
 
     Raises:
-        ValueError: costs or demand that do not fit the network, costs that are negative or not finite, recorded series
-            that are too short.
+        ValueError: costs or demand that do not fit the network, costs that are negative or not finite, horizons that
+            are no such triples, recorded series that are too short.
     """
 
     name: str
@@ -68,6 +68,12 @@ class Task:
         if not all(0.0 <= cost < math.inf for cost in costs):
             raise ValueError(f"{self.name}: costs must be finite and not negative; got holding {self.holding}, "
                              f"underage {self.underage}, edge cost {self.edge_cost}")  # fmt: skip
+        for split, window in self.split_horizons.items():
+            if len(window) != 3 or window[0] < 0 or not 0 <= window[2] < window[1]:
+                raise ValueError(
+                    f"{self.name}: horizons: expected first week, periods and a shorter warm-up of {split!r}, none "
+                    f"negative, got {tuple(window)}"
+                )
         if isinstance(self.demand, Recorded):
             weeks = self.demand.series.shape[1]
             needed = max(start + self.demand.history + periods for start, periods, _ in self.split_horizons.values())

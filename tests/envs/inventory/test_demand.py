@@ -145,5 +145,8 @@ def test_bad_series(tmp_path):
         make_task("one_store_real_data", series=synthetic_series(2, weeks=100))
     short = {"train": (0, 10, 2), "dev": (5, 10, 2), "test": (10, 10, 2)}
     make_task("one_store_real_data", series=synthetic_series(2, weeks=36), horizons=short)
+    for wrong in ((0, 10), (-1, 10, 2), (0, 10, 10)):
+        with pytest.raises(ValueError, match=r"first week, periods and a shorter warm-up of 'dev'.*got \("):
+            make_task("one_store_real_data", count=2, horizons=short | {"dev": wrong})
     with pytest.raises(ValueError, match="expected demand of 21 stores"):
         make_task("many_warehouses_real_data", series=synthetic_series(2))
