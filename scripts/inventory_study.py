@@ -58,6 +58,10 @@ class Gaps:
     """Kinds of instances."""
     seeds: tuple[int, ...] = ()
     """Agent seeds; none: 0, for transshipment 0 1 2. The report takes the seed with the best development cost."""
+    lead_times: tuple[int, ...] = ()
+    """Of the instances; none: all there are."""
+    underages: tuple[float, ...] = ()
+    """Underage costs of the instances; none: all there are."""
     budget: int | None = None
     """Epochs; None: those of the kind, twice as many from lead time 10 on (only the orders of the first periods of a
     training horizon meet demand in it)."""
@@ -69,13 +73,24 @@ class Gaps:
     def __post_init__(self) -> None:
         _some("only", self.only, tuple(cells.KINDS))
         _positive(jobs=self.jobs, budget=self.budget, tests=self.tests)
+        if not any(self.cells().values()):
+            raise ValueError(
+                f"lead_times, underages: expected those of some instance of {', '.join(self.only)}, got "
+                f"{self.lead_times}, {self.underages}"
+            )
 
     def cells(self) -> dict[str, list[Cell]]:
         return {f"gaps_{name}": list(self._of(cells.KINDS[name])) for name in self.only}
 
+    def _wanted(self, instance: dict[str, Any]) -> bool:
+        pairs = (self.lead_times, instance["lead_time"]), (self.underages, instance["underage"])
+        return all(not some or value in some for some, value in pairs)
+
     def _of(self, kind: Any) -> Iterator[Cell]:
         # seeds first: a study that is cut short has every instance once
         for seed, policy, instance in itertools.product(self.seeds or kind.seeds, kind.policies, kind.instances):
+            if not self._wanted(instance):
+                continue
             epochs = kind.epochs * (2 if instance["lead_time"] >= 10 else 1)
             yield {
                     "env": kind.env, "options": json.dumps(instance), "policy": policy, "seed": seed,

@@ -11,6 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from ccrl.packages import check_siblings
 
@@ -142,14 +143,20 @@ def _gap_figure(panels: dict[str, list[tuple[Row, list[Row]]]]) -> Figure:
     tallest = max(len(panel) for panel in panels.values())
     page = Figure(figsize=(3.0 * len(panels), 1.1 + 0.17 * max(tallest, 6)), layout="constrained")
     for axis, (kind, panel) in zip(page.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        # a run that failed would squeeze the others into one point: it becomes an arrow at the edge
+        edge, look = 4 * THRESHOLDS[kind], {"color": COLOURS[0], "alpha": 0.25, "ms": 3}
         for y, (best, runs) in enumerate(panel):
-            axis.plot([_number(run, "gap %") for run in runs], [y] * len(runs), "o", color=COLOURS[0], alpha=0.25, ms=3)
+            gaps = [_number(run, "gap %") for run in runs]
+            axis.plot([gap for gap in gaps if gap < edge], [y] * sum(gap < edge for gap in gaps), "o", **look)
+            axis.plot([edge] * any(gap >= edge for gap in gaps), [y] * any(gap >= edge for gap in gaps), ">", **look)
             error = 1.96 * _number(best, "gap se %")
             axis.errorbar(_number(best, "gap %"), y, xerr=error, fmt="o", color=COLOURS[0], ms=4, linewidth=1.2)
             if best.get("capped base stock"):
                 other = 100 * (_number(best, "capped base stock") / _number(best, "optimum") - 1)
                 axis.plot(other, y, "x", color=COLOURS[1], ms=4, label="" if y else "best capped base stock")
         axis.axvline(0.0, color="#262626", linewidth=0.8)
+        left, right = axis.get_xlim()
+        axis.set_xlim(max(left, -THRESHOLDS[kind]), min(right, 1.03 * edge))
         axis.axvline(THRESHOLDS[kind], color="#8A8A8A", linewidth=0.8, linestyle="--")
         several = len({best["policy"] for best, _ in panel}) > 1
         names = [f"{_instance(best)}, {best['policy']}" if several else _instance(best) for best, _ in panel]
@@ -220,7 +227,7 @@ def _methods(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
     for (upper, lower), ((env, options), rows) in zip(axes.T, instances.items()):
         name = env.removeprefix("ccrl/Inventory").removesuffix("-v0")
         optimum = oracle_cost(make_functional(env, **json.loads(options)).task)
-        for i, ((method,), runs) in enumerate(groups(rows, "method").items()):
+        for i, ((method,), runs) in enumerate(sorted(groups(rows, "method").items())):
             by_rate = groups(runs, "learning_rate").values()
             mine = min(by_rate, key=lambda g: statistics.fmean(_number(r, "dev cost") for r in g))
             costs = [_number(r, "cost") for r in mine]
@@ -241,16 +248,18 @@ def _methods(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
         if optimum is not None:
             for axis in (upper, lower):
                 axis.axhline(optimum, color="#262626", linewidth=0.8, linestyle="--")
-            upper.set_ylim(0.95 * optimum, 1.6 * optimum)
+            upper.set_ylim(0.97 * optimum, 1.35 * optimum)
         upper.set_title(f"{name}\n{_instance(rows[0])}", loc="left", fontsize=7)
         upper.set(xscale="log", xlabel="scenario periods")
         lower.set(xscale="log", xlabel="CPU seconds, scores included")
+        lower.xaxis.set_minor_formatter(NullFormatter())  # less than a decade: its numbers would overlap
     for axis in axes[:, 0]:
-        axis.set_ylabel("development cost, mean and range")
+        axis.set_ylabel("development cost")
     axes[0, 0].legend()
     columns = ["instance", "method", "step size", "seeds", "test cost, mean (range)", "test se", "gap, %", "samples"]
     note = (
-        "Dashed: optimum, for transshipment a lower bound. Same test demand and cost for all: per period and store, "
+        "Curves: mean and range over seeds. Dashed: optimum, for transshipment a lower bound. Same test demand and "
+        "cost for all: per period and store, "
         "after the warm-up of 5,000-period scenarios, orders not rounded. Of several step sizes the one with the best "
         "mean development cost.\n\n"
     )

@@ -214,6 +214,7 @@ def test_bad_input(tmp_path: Path) -> None:
         (lambda: Gaps(out=tmp_path, only=("lots",)), "only: expected some of lost, serial, backlog, transshipment"),
         (lambda: Gaps(out=tmp_path, budget=0), "budget: expected >= 1, got 0"),
         (lambda: Gaps(out=tmp_path, jobs=0), "jobs: expected >= 1"),
+        (lambda: Gaps(out=tmp_path, only=("lost",), lead_times=(7,)), "expected those of some instance of lost, got"),
         (lambda: Data(out=tmp_path, budget=100), "multiple of the 64 updates per epoch of 8192"),
         (lambda: Methods(out=tmp_path, methods=("sac",)), "methods: expected some of hdpo, ppo, reinforce, got sac"),
     ):
@@ -233,3 +234,6 @@ def test_cells_get_equally_many_updates_whatever_the_number_of_scenarios(tmp_pat
     assert len(found) == 18
     sizes = {name: len(rows) for name, rows in Gaps(out=tmp_path).cells().items()}
     assert sizes == {"gaps_lost": 16, "gaps_serial": 8, "gaps_backlog": 24, "gaps_transshipment": 9}
+    some = Gaps(out=tmp_path, only=("lost", "serial"), lead_times=(3, 4), underages=(4.0, 9.0), seeds=(1, 2)).cells()
+    assert {name: len(rows) for name, rows in some.items()} == {"gaps_lost": 8, "gaps_serial": 4}
+    assert all(row in Gaps(out=tmp_path, seeds=(1, 2)).cells()["gaps_lost"] for row in some["gaps_lost"])
