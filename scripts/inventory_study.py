@@ -159,6 +159,8 @@ class Methods:
     """Cells at a time, each a process."""
     methods: tuple[str, ...] = ("hdpo", "ppo", "reinforce")
     """Which of them."""
+    only: tuple[str, ...] = ("lost", "backlog", "serial", "transshipment")
+    """Kinds of instances."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Agent seeds."""
     hdpo_samples: int = 25_600_000
@@ -180,17 +182,15 @@ class Methods:
 
     def __post_init__(self) -> None:
         _some("methods", self.methods, ("hdpo", "ppo", "reinforce"))
+        _some("only", self.only, tuple(cells.KINDS))
         samples = {name: getattr(self, name) for name in ("hdpo_samples", "ppo_samples", "reinforce_samples")}
         _positive(jobs=self.jobs, tests=self.tests, n_train=self.n_train, **samples)
 
     def cells(self) -> dict[str, list[Cell]]:
         rates = {"hdpo": self.hdpo_rates or (None,), "ppo": self.ppo_rates, "reinforce": self.reinforce_rates}
-        instances = (
-            ("ccrl/InventoryOneStoreLost-v0", {"lead_time": 4, "underage": 9.0}),
-            ("ccrl/InventoryOneStoreBacklogged-v0", {"lead_time": 4, "underage": 9.0}),
-            ("ccrl/InventorySerial-v0", {"lead_time": 4, "underage": 9.0}),
-            ("ccrl/InventoryTransshipment-v0", {"stores": 3, "lead_time": 2, "underage": 4.0, "correlation": 0.5}),
-        )
+        alone = {"lead_time": 4, "underage": 9.0}
+        several = {"stores": 3, "lead_time": 2, "underage": 4.0, "correlation": 0.5}
+        instances = [(cells.KINDS[kind].env, several if kind == "transshipment" else alone) for kind in self.only]
         found = [
             {
                 "env": env, "options": json.dumps(options), "method": method, "learning_rate": rate, "seed": seed,
