@@ -193,6 +193,7 @@ def test_tables_of_data_and_methods(tmp_path: Path) -> None:
     rows = [{"policy": "gnn", "n_train": n, "seed": i % 2, "cost": c} | same for i, (n, c) in enumerate(sizes)]
     write(tmp_path / "data.csv", rows)
     found = [("ppo", 1e-3, 4.2, 4.4), ("ppo", 3e-4, 4.1, 4.5), ("hdpo", "", 4.0407, 4.1)]
+    found += [("reinforce", 1e-3, 4.3, 4.6), ("reinforce", 1e-3, 4.5, 4.6), ("reinforce", 3e-3, 4.2, 4.5)]
     write(
         tmp_path / "methods.csv",
         [{"method": m, "learning_rate": r, "seed": 0, "cost": c, "dev cost": d, "curve": "10:0.1:9;20:0.2:8"} | same
@@ -202,6 +203,7 @@ def test_tables_of_data_and_methods(tmp_path: Path) -> None:
     assert "| gnn | 16 | 7.000 | 6.000 to 8.000 | 6.000, 8.000 |" in (tmp_path / "inventory_data.md").read_text()
     table = (tmp_path / "inventory_methods.md").read_text()
     assert "| ppo | 0.001 | 1 | 4.200 (4.200 to 4.200) | 0.100 | 3.9 | 2.0 M |" in table, "not the better test cost"
+    assert "| reinforce | 0.001 | 2 | 4.400 (4.300 to 4.500) |" in table, "tried on more seeds"
     assert "| hdpo | published | 1 | 4.041 (4.041 to 4.041) | 0.100 | -0.0 | 2.0 M |" in table
     assert {path.name for path in tmp_path.glob("*.png")} == {"inventory_data.png", "inventory_methods.png"}
 
