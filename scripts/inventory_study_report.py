@@ -261,9 +261,8 @@ def _methods(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
     columns = ["instance", "method", "step size", "seeds", "test cost, mean (range)", "test se", "gap, %", "samples"]
     note = (
         "Curves: mean and range over seeds. Dashed: optimum, for transshipment a lower bound. Same test demand and "
-        "cost for all: per period and store, "
-        "after the warm-up of 5,000-period scenarios, orders not rounded. Of the step sizes with most seeds the one with the best "
-        "mean development cost.\n\n"
+        "cost for all: per period and store, after the warm-up of 5,000-period scenarios, orders not rounded. Of the "
+        "step sizes with most seeds the one with the best mean development cost.\n\n"
     )
     return note + _markdown([*columns, "updates", "wall s", "CPU s"], lines), page
 
