@@ -187,8 +187,12 @@ class StopOnSignal(Callback):
         self._before: dict[int, Any] = {}
 
     def on_training_start(self, agent: Any) -> None:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python takes no handlers
-            self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        if threading.current_thread() is not threading.main_thread():
+            return  # elsewhere Python takes no handlers
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # a job in the background ignores SIGINT, so that Ctrl-C at its terminal does not reach it
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._stop)
 
     def on_iteration(self, agent: Any) -> bool | None:
         return False if self.received else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,17 @@ from ccrl.experiment.callbacks import (
     as_callback,
 )
 from ccrl.experiment.checkpoint import latest, load
+
+
+@pytest.fixture(autouse=True)
+def _python_s_own_handlers() -> Iterator[None]:
+    """Tests may run as a job in the background, which ignores SIGINT."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def agent() -> PPO:
@@ -86,6 +98,14 @@ def test_the_second_signal_acts_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trained.learn(160, [CheckpointCallback(tmp_path, 1_000), StopOnSignal()])
     assert latest(tmp_path) is None, "half an iteration was saved"
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    trained = agent()
+    trained.learn(32, [lambda _: signal.raise_signal(signal.SIGINT), StopOnSignal()])
+    assert trained.num_timesteps == 32
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_other_threads_train_without_handlers() -> None:
