@@ -140,12 +140,12 @@ def test_a_finished_run_is_left_as_it_is_until_it_gets_more_steps(tmp_path: Path
         train.main(["--resume", str(run.path)])
 
 
-def test_ctrl_c_saves_the_iteration_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_saves_the_iteration_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     iterate = PPO._iterate
 
     def interrupted(agent: PPO) -> None:
         if agent.iteration == 1:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
         iterate(agent)
 
     monkeypatch.setattr(PPO, "_iterate", interrupted)
