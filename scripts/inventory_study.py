@@ -116,7 +116,7 @@ class Data:
     """Policies, each with its published step size."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Agent seeds: networks and training scenarios."""
-    budget: int = 1024
+    budget: int = 512
     """Updates, a multiple of every size over the batch."""
     batch_size: int = 128
     """Scenarios per update; all of them where there are fewer."""

@@ -105,10 +105,16 @@ def _gaps(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
         kind = stem.removeprefix("gaps_")
         limit, lost = THRESHOLDS[kind], kind == "lost"
         columns = ["instance", "bound" if kind == "transshipment" else "optimum"]
-        columns += ["capped base stock"] * lost + ["cost", "gap, %", f"<= {limit:g} %", "seed (of)", "gaps of all, %"]
+        columns += ["capped base stock"] * lost + [
+            "cost",
+            "gap, %",
+            f"<= {limit:g} %",
+            "seed, step size (of)",
+            "gaps of all, %",
+        ]
         columns += ["updates x batch", "CPU s"]
         lines, panels[kind] = [], []
-        same = groups(rows, "options", "policy", "epochs", "batch_size", "n_train", "learning_rate")
+        same = groups(rows, "options", "policy", "epochs", "batch_size", "n_train")
         for runs in sorted(same.values(), key=lambda runs: (runs[0]["policy"] != "vanilla", *_numbers(runs[0]))):
             best = chosen(runs)
             gaps = [_number(run, "gap %") for run in runs]
@@ -121,7 +127,7 @@ def _gaps(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
                 f"{_number(best, 'cost'):.4f} +- {_number(best, 'se'):.4f}",
                 f"{_number(best, 'gap %'):.2f} +- {_number(best, 'gap se %'):.2f}",
                 "yes" if _number(best, "gap %") <= limit else "NO",
-                f"{best['seed']} ({len(runs)})",
+                f"{best['seed']}, {best['learning_rate'] or 'published'} ({len(runs)})",
                 f"{min(gaps):.2f} to {max(gaps):.2f}",
                 f"{best['updates']} x {best['batch_size']}",
                 f"{_number(best, 'CPU seconds'):.0f}",
@@ -133,8 +139,8 @@ def _gaps(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
         )
     note = (
         "Cost per period and store, mean and standard error over test scenarios (5,000 periods, 3,000 warm-up), with a "
-        "policy of known cost on the same demand as control variate. Of several seeds the one with the best cost on "
-        "common development scenarios counts.\n\n"
+        "policy of known cost on the same demand as control variate. Of several seeds and step sizes the one with the "
+        "best cost on common development scenarios counts.\n\n"
     )
     return note + "\n".join(parts), _gap_figure(panels)
 
