@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ccrl.batched_env import StepResult, Tree
-from ccrl.data import Data, Field, Successors, tree_map
+from ccrl.data import Data, Field, Successors, tree_leaves, tree_map
 from ccrl.returns import forward_scan
 
 __all__ = ["RolloutBuffer", "space_like"]
@@ -78,7 +78,8 @@ class RolloutBuffer:
 
     def write_obs(self, t: int, obs: Tree) -> None:
         """Set observation ``t``; after manual resets it replaces the one that ``write`` stored."""
-        torch._foreach_copy_(_leaves(self._obs_rows[t], self._obs_rows[t]), _leaves(obs, self._obs_rows[t]))
+        row = self._obs_rows[t]
+        torch._foreach_copy_(tree_leaves(row), tree_leaves(obs, row))
 
     def row(self, t: int) -> Tree:
         """Observation ``t`` as stored, ``[N, ...]``."""
@@ -87,13 +88,13 @@ class RolloutBuffer:
     def write(self, t: int, action: Tensor, result: StepResult, extra: dict[str, Tensor]) -> None:
         """Store step ``t``; ``result.obs`` becomes the start of row ``t + 1``."""
         names, obs = list(extra), self._obs_rows[t + 1]
-        target = [*self._fact_rows[t], *(self._extra_rows[k][t] for k in names), *_leaves(obs, obs)]
+        target = [*self._fact_rows[t], *(self._extra_rows[k][t] for k in names), *tree_leaves(obs)]
         source = [action, result.reward, result.terminated, result.truncated, *(extra[k] for k in names)]
-        source += _leaves(result.obs, obs)
+        source += tree_leaves(result.obs, obs)
         if self._final_rows is not None and result.final_obs is not None:
             final = self._final_rows[t]
-            target += _leaves(final, final)
-            source += _leaves(result.final_obs, final)
+            target += tree_leaves(final)
+            source += tree_leaves(result.final_obs, final)
         # one call for all: calls of copy_ took three times as long as the copies
         torch._foreach_copy_(target, source)
 
@@ -157,12 +158,3 @@ def _rows(tree: Tree) -> list[Tree]:
         columns = {k: x.unbind() for k, x in tree.items()}
         return [dict(zip(columns, row)) for row in zip(*columns.values())]
     return list(tree.unbind())
-
-
-def _leaves(tree: Tree, like: Tree) -> list[Tensor]:
-    """The tensors of ``tree`` in the order of ``like``."""
-    if isinstance(like, dict):
-        assert isinstance(tree, dict)
-        return [tree[k] for k in like]
-    assert isinstance(tree, Tensor)
-    return [tree]

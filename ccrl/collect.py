@@ -282,11 +282,11 @@ def _check_finite(buffer: RolloutBuffer) -> None:
     """
     ended = buffer.terminated | buffer.truncated
     columns: list[tuple[int, str, Tensor, Tensor | None]] = [
-        (0, name, value, None) for name, value in _leaves(buffer.obs)
+        (0, name, value, None) for name, value in _named(buffer.obs)
     ]
     columns += [(1, "action", buffer.action, None), (2, "reward", buffer.reward, None)]
     if buffer.final_obs is not None:
-        columns += [(2, f"final {name}", value, ended) for name, value in _leaves(buffer.final_obs)]
+        columns += [(2, f"final {name}", value, ended) for name, value in _named(buffer.final_obs)]
     found: list[tuple[int, str, str, list[float]]] = []
     for place, name, value, where in columns:
         if not value.is_floating_point():
@@ -306,7 +306,7 @@ def _check_finite(buffer: RolloutBuffer) -> None:
 
 def _check_states(obs: Tree, space: Space[Any]) -> None:
     """Discrete observations that their space does not have: policies would take all of them for one state."""
-    for name, value in _leaves(obs):
+    for name, value in _named(obs):
         leaf = space[name] if isinstance(space, Dict) else space
         if not isinstance(leaf, Discrete):
             continue
@@ -319,5 +319,5 @@ def _check_states(obs: Tree, space: Space[Any]) -> None:
             )
 
 
-def _leaves(tree: Tree) -> list[tuple[str, Tensor]]:
+def _named(tree: Tree) -> list[tuple[str, Tensor]]:
     return list(tree.items()) if isinstance(tree, dict) else [("obs", tree)]

@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 
 from ccrl.batched_env import Tree
 
-__all__ = ["Batching", "Data", "Field", "Unit", "columns_read", "tree_columns", "tree_map"]
+__all__ = ["Batching", "Data", "Field", "Unit", "columns_read", "tree_columns", "tree_leaves", "tree_map"]
 
 Unit = Literal["transition", "sequence", "group"]
 
@@ -57,6 +57,13 @@ class Batching:
 def tree_map(fn: Callable[[Tensor], Tensor], tree: Tree) -> Tree:
     """Apply ``fn`` to a tensor or to every tensor of a dict."""
     return {k: fn(v) for k, v in tree.items()} if isinstance(tree, dict) else fn(tree)
+
+
+def tree_leaves(tree: Tree, like: Tree | None = None) -> list[Tensor]:
+    """The tensors of ``tree``, in the order of ``like`` (another tree with the same keys; None: its own)."""
+    if isinstance(tree, dict):
+        return [tree[k] for k in (tree if like is None else like)]
+    return [tree]
 
 
 class Data(Mapping[str, Tree]):

@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from ccrl.batched_env import Tree
 from ccrl.buffer import space_like
-from ccrl.data import Batching, Data, Field, tree_columns
+from ccrl.data import Batching, Data, Field, tree_columns, tree_leaves
 
 __all__ = ["Mixture", "Relabel", "ReplayBuffer"]
 
@@ -121,7 +121,7 @@ class ReplayBuffer:
     def _write(self, rows: Mapping[str, Tree], keep: Tensor) -> None:
         count = keep.shape[0]
         for name, column in rows.items():
-            wrong = [tuple(x.shape) for x in _leaves(column) if x.shape[0] != count]
+            wrong = [tuple(x.shape) for x in tree_leaves(column) if x.shape[0] != count]
             if wrong:
                 raise ValueError(f"ReplayBuffer: expected {count} rows in {name!r}, got shape {wrong[0]}")
         if count > self.capacity:
@@ -130,7 +130,7 @@ class ReplayBuffer:
         # boolean indexing would wait for the device to learn the number of rows
         slot = torch.where(keep, (self._position + order - 1) % self.capacity, self.capacity)
         for name, target in self._columns.items():
-            for old, new in zip(_leaves(target), _leaves(rows[name]), strict=True):
+            for old, new in zip(tree_leaves(target), tree_leaves(rows[name], target), strict=True):
                 old.index_copy_(0, slot, new.to(old.dtype))
         added = order[-1]
         self._position.copy_((self._position + added) % self.capacity)
@@ -166,7 +166,7 @@ class ReplayBuffer:
         if state["columns"].keys() != self._columns.keys():
             raise ValueError(f"ReplayBuffer: expected columns {sorted(self.names)}, got {sorted(state['columns'])}")
         for name, target in self._columns.items():
-            for old, new in zip(_leaves(target), _leaves(state["columns"][name]), strict=True):
+            for old, new in zip(tree_leaves(target), tree_leaves(state["columns"][name], target), strict=True):
                 if old.shape != new.shape:
                     raise ValueError(f"ReplayBuffer: {name!r}: expected {tuple(old.shape)}, got {tuple(new.shape)}")
                 old.copy_(new)
@@ -218,10 +218,6 @@ def _concatenate(trees: list[Tree]) -> Tree:
     if isinstance(first, dict):
         return {k: torch.cat([_tensor(t[k]) for t in trees if isinstance(t, dict)], 1) for k in first}
     return torch.cat([_tensor(t) for t in trees], 1)
-
-
-def _leaves(tree: Tree) -> list[Tensor]:
-    return [tree[k] for k in sorted(tree)] if isinstance(tree, dict) else [tree]
 
 
 def _tensors(value: Any, device: torch.device) -> Tree:
