@@ -125,7 +125,12 @@ def _on_ray(specs: list[Any], out: Path) -> Iterator[tuple[Any, int]]:
     waiting = {task.remote(asdict(spec), str(out), 1): spec for spec in specs}
     while waiting:
         (ready,), _ = ray.wait(list(waiting), num_returns=1)
-        yield waiting.pop(ready), ray.get(ready)
+        try:
+            code = ray.get(ready)
+        except ray.exceptions.RayError as error:  # a machine that went away takes its run with it, not the study
+            print(f"[benchmark] {type(error).__name__}: {error}", file=sys.stderr)
+            code = 1
+        yield waiting.pop(ready), code
 
 
 def _launch(spec: dict[str, Any], out: str, cores: int) -> int:

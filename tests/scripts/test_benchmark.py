@@ -8,10 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ccrl.experiment import config as configs
@@ -192,6 +193,28 @@ def test_a_run_that_cannot_begin_leaves_its_log(tmp_path: Path) -> None:
     assert summary.startswith("FAILED (TypeError")
     assert "no_such_option" in summary
     assert "Traceback" in (tmp_path / "ppo" / "CartPole-v1__ppo__seed__0.log").read_text()
+
+
+def test_ray_gives_the_results_of_local_processes_and_survives_a_lost_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    options = write(tmp_path, seeds=[0, 1])
+    local = replace(options, out=tmp_path / "local")
+    assert benchmark.main(replace(options, ray=True)) == 0
+    assert benchmark.main(local) == 0
+    specs = benchmark.load(options).specs()
+    runs = [[spec.find(out.resolve()) for out in (options.out, local.out)] for spec in specs]
+    for pair in runs:
+        one, two = (read_columns(run.path / "progress.csv") for run in pair)
+        for name in ("step", "rollout/ep_rew_mean", "train/loss"):
+            np.testing.assert_array_equal(one[name], two[name])
+
+    def dies(spec: dict[str, Any], out: str, cores: int) -> int:
+        return os._exit(1) if spec["values"]["seed"] == 0 else 0
+
+    monkeypatch.setattr(benchmark, "_launch", dies)
+    assert {spec.values["seed"]: code for spec, code in benchmark._on_ray(specs, tmp_path)} == {0: 1, 1: 0}
 
 
 def test_sb3_writes_folders_that_the_plots_read(tmp_path: Path) -> None:
