@@ -213,7 +213,7 @@ class Speed:
     """Folder of the CSV files."""
     threads: int = 2
     """Torch threads."""
-    batches: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    batches: tuple[int, ...] = (512, 2048, 8192)
     """Scenarios per update of the one-store network."""
     stores: tuple[int, ...] = (3, 5, 10, 20, 30, 50)
     """Stores of the one-warehouse network."""
