@@ -11,6 +11,7 @@ from ccrl.batched_env import AutoresetMode
 from ccrl.collect import Collector, Request
 from ccrl.gp.episodes import chain_rows
 from ccrl.gp.gptd import Chain, gptd, recursive_gptd
+from ccrl.gp.solve import Cholesky
 from ccrl.gp.sparsify import Dictionary, ald
 from ccrl.policies import MLPPolicy
 from ccrl.testing import ClockEnv, Episode
@@ -119,8 +120,48 @@ def test_the_definition(truncate: bool) -> None:
     assert torch.allclose(posterior.alpha, h.T @ inner @ steps.reward[steps.rewarded])
     assert torch.allclose(posterior.precision(torch.eye(len(k), dtype=DOUBLE)), h.T @ inner @ h)
     x, y = torch.randn(len(k), dtype=DOUBLE), torch.randn(len(h), dtype=DOUBLE)
-    assert torch.allclose(steps.apply(x), h @ x)
-    assert torch.allclose(steps.adjoint(y), h.T @ y)
+    # to the last digits: a discount that passes through float32 is off by 1e-8
+    assert torch.allclose(steps.apply(x), h @ x, rtol=0, atol=1e-14)
+    assert torch.allclose(steps.adjoint(y), h.T @ y, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_the_recursion_is_exact_where_the_dictionary_spans(truncate: bool) -> None:
+    """A kernel of rank 3: after three points no other joins, and nothing is lost."""
+    k, steps = random_chain(truncate)
+    features = torch.randn(len(k), 3, dtype=DOUBLE)
+    k = features @ features.T
+    batch, sparse = gptd(k, steps, 0.3), recursion(k, steps, 0.3, 1e-9)
+    assert len(sparse.index) == 3
+    part = k[:, sparse.index]
+    assert torch.allclose(part @ sparse.alpha, k @ batch.alpha, atol=1e-8)
+    assert torch.allclose(part @ sparse.precision(part.T), k @ batch.precision(k), atol=1e-8)
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+def test_a_preconditioner_saves_products_where_every_episode_terminates(truncate: bool) -> None:
+    """Elsewhere it does not fit the system that is solved, and is left out."""
+    k, steps = random_chain(truncate)
+    calls: list[int] = []
+
+    def product(x: Tensor) -> Tensor:
+        calls.append(1)
+        return k @ x
+
+    expected, counts = gptd(k, steps, 0.3), []
+    for preconditioner in (None, Cholesky(k + 0.3 * torch.eye(len(k), dtype=DOUBLE))):
+        calls.clear()
+        found = gptd(product, steps, 0.3, tolerance=1e-10, preconditioner=preconditioner)
+        assert torch.allclose(found.alpha, expected.alpha, atol=1e-7)
+        counts.append(len(calls))
+    assert (counts[1] < counts[0]) == (not truncate)
+
+
+def test_the_threshold_is_in_the_unit_of_the_kernel() -> None:
+    """delta of the second point is 100 (1 - 0.9^2) = 19: above a threshold of 18, below one of 20."""
+    k = 100.0 * torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=DOUBLE)
+    sizes = [len(ald(lambda i: k[:, i], k.diagonal(), nu).index) for nu in (18.0, 20.0)]
+    assert sizes == [2, 1]
 
 
 def test_sparsity_bounds_the_dictionary_and_the_error() -> None:
@@ -221,6 +262,21 @@ def test_the_chain_of_a_stream(mode: AutoresetMode) -> None:
     assert rows["t"][0, n : n + 5].tolist() == [0, 1, 2, 3, 4]
     assert bool((rows["reward"][0][rows["rewarded"][0]] == 1.0).all())
     assert bool((rows["reward"][0][~rows["rewarded"][0]] == 0.0).all())
+
+
+def test_actions_of_bootstrap_pairs_are_drawn_from_the_policy() -> None:
+    """Not its mode, and with the generator that is given: Q of the closing point stands for V there."""
+    data = Collector(ClockEnv(SCRIPT)).collect(Request(steps=6), policy())
+    acting = policy()
+    rows = chain_rows(data, acting, torch.Generator().manual_seed(1))
+    closing = ~rows["rewarded"][0]
+    noise = acting.draw_noise(int(closing.sum()), torch.Generator().manual_seed(1), torch.device("cpu"))
+    with torch.no_grad():
+        expected = acting.act(rows["obs"][0, closing], noise)["action"]
+    assert torch.equal(rows["action"][0, closing], expected)
+    assert not torch.equal(expected, acting.act(rows["obs"][0, closing], None)["action"])
+    played = data["action"].T[data["valid"].T > 0]
+    assert torch.equal(rows["action"][0, ~closing], played)
 
 
 def test_time_limits_may_count_as_terminations() -> None:

@@ -105,6 +105,13 @@ def test_state_and_fisher_add_up_with_their_scales() -> None:
     assert torch.allclose(kernel(x).to_dense(), expected)
 
 
+def test_the_additive_kernel_is_a_sum_over_features() -> None:
+    kernel, x = KERNELS["additive"](), points(5)
+    kernel.lengthscale = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    scaled = (x[:, None] - x) / torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    torch.testing.assert_close(kernel(x).to_dense().detach(), (-0.5 * scaled.square()).exp().sum(-1))
+
+
 def test_only_the_deep_kernel_learns() -> None:
     """A learnable amplitude would silently rescale the gradient."""
     learnt = {name: [p for p in make().parameters() if p.requires_grad] for name, make in KERNELS.items()}

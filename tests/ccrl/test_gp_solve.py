@@ -67,6 +67,27 @@ def test_the_tolerance_is_kept_whatever_gpytorch_is_set_to() -> None:
     assert float((matrix @ x - b).norm()) <= 1.1e-8 * float(b.norm())
 
 
+def test_every_column_is_solved_relative_to_its_own_length() -> None:
+    """A short column next to a long one, and an easy one (an eigenvector) next to a hard one."""
+    matrix = smooth(50) + 1e-3 * torch.eye(50, dtype=DOUBLE)
+    b = torch.randn(50, 3, dtype=DOUBLE) * torch.tensor([1.0, 1e-9, 1.0], dtype=DOUBLE)
+    b[:, 2] = torch.linalg.eigh(matrix).eigenvectors[:, -1]
+    x = CG(lambda v: matrix @ v, tolerance=1e-8).solve(b)
+    assert bool(((matrix @ x - b).norm(dim=0) <= 1.1e-8 * b.norm(dim=0)).all())
+
+
+def test_the_greedy_factor_stops_at_its_tolerance() -> None:
+    """What is missed: less than this share of the trace, with no more columns than that takes."""
+    gram = smooth(40)
+    ranks = []
+    for tolerance in (1e-2, 1e-5):
+        root = pivoted_cholesky(lambda i: gram[:, i], gram.diagonal(), 40, tolerance)
+        missed = [float(gram.trace() - root[:, :k].square().sum()) for k in range(root.shape[1] + 1)]
+        assert missed[-1] <= tolerance * 40.0 < missed[-2]
+        ranks.append(root.shape[1])
+    assert ranks[0] < ranks[1]
+
+
 def test_conjugate_gradients_say_when_they_fail() -> None:
     matrix = smooth(50) + 1e-10 * torch.eye(50, dtype=DOUBLE)
     with pytest.raises(FloatingPointError, match="after 2 iterations"):
@@ -114,18 +135,41 @@ def test_running_inverse_is_the_inverse_of_the_running_matrix() -> None:
         fisher.estimate(u[:, :8])
         matrix, inverse = fisher.estimate(u[:, 8:])
         assert torch.allclose(matrix @ inverse, torch.eye(3, dtype=DOUBLE), atol=1e-10)
-    fisher = RunningFisher(3)
+    fisher, w = RunningFisher(3), torch.rand(20, dtype=DOUBLE)
     matrix, _ = fisher.estimate(u)
     assert torch.allclose(matrix, (torch.eye(3, dtype=DOUBLE) + u @ u.T) / 21.0)
+    weighted = RunningFisher(3).estimate(u, w).matrix
+    assert torch.allclose(weighted, (torch.eye(3, dtype=DOUBLE) + (u * w) @ u.T) / 21.0)
     copy = RunningFisher(3)
     copy.load_state_dict(fisher.state_dict())
     assert torch.equal(copy.estimate(u[:, :1]).inverse, fisher.estimate(u[:, :1]).inverse)
 
 
+def test_the_running_matrix_forgets_at_its_rate_but_not_the_identity() -> None:
+    """z = 1/2, 1/3, then the rate; a direction without scores keeps ``damping``, also after a checkpoint."""
+    u = torch.randn(3, 8, dtype=DOUBLE)
+    expected = torch.eye(3, dtype=DOUBLE)
+    for z, x in zip((1 / 2, 1 / 3, *[0.3] * 6), u.unbind(1)):
+        expected = (1.0 - z) * expected + z * torch.outer(x, x)
+    assert torch.allclose(RunningFisher(3, 0.3).estimate(u).matrix, expected)
+
+    along = torch.zeros(2, 6, dtype=DOUBLE)
+    along[0] = 2.0
+    first = RunningFisher(2, 0.5, damping=1e-2)
+    matrix, inverse = first.estimate(along)  # 0.5^6 of the identity is left: more than damping
+    assert float(matrix[1, 1]) == pytest.approx(0.5**6)
+    second = RunningFisher(2, 0.5, damping=1e-2)
+    second.load_state_dict(first.state_dict())
+    for fisher in (first, second):
+        matrix, inverse = fisher.estimate(along[:, :1])
+        assert float(matrix[1, 1]) == pytest.approx(1e-2)
+        assert torch.allclose(matrix @ inverse, torch.eye(2, dtype=DOUBLE))
+
+
 def test_batch_estimates() -> None:
     u, w = torch.randn(2, 10, dtype=DOUBLE), torch.rand(10, dtype=DOUBLE)
     eye = torch.eye(2, dtype=DOUBLE)
-    assert torch.allclose(BatchFisher("sum", 1e-6).estimate(u).matrix, u @ u.T + 1e-6 * eye)
+    assert torch.allclose(BatchFisher("sum", 0.5).estimate(u).matrix, u @ u.T + 0.5 * eye)
     assert torch.allclose(BatchFisher("mean", 0.0).estimate(u, w).matrix, (u * w) @ u.T / 10)
 
 
@@ -142,6 +186,10 @@ def test_singular_matrices_have_a_pseudo_inverse() -> None:
     matrix, inverse = BatchFisher("sum", 0.0).estimate(u)
     assert torch.allclose(matrix @ inverse @ matrix, matrix)
     assert torch.equal(symmetric_inverse(torch.zeros(2, 2, dtype=DOUBLE)), torch.zeros(2, 2, dtype=DOUBLE))
+    # of rounding size, but positive: Cholesky succeeds where the inverse would be noise
+    nearly = torch.diag(torch.tensor([1.0, 1e-12], dtype=DOUBLE))
+    assert torch.equal(symmetric_inverse(nearly), torch.diag(torch.tensor([1.0, 0.0], dtype=DOUBLE)))
+    assert symmetric_inverse(nearly, rtol=0.0)[1, 1] == pytest.approx(1e12)
     with pytest.raises(FloatingPointError, match="finite"):
         symmetric_inverse(torch.full((2, 2), torch.nan, dtype=DOUBLE))
 
@@ -169,6 +217,10 @@ def test_randomised_decompositions_are_exact_on_low_ranks() -> None:
     pairs = randomised_eigh(lambda v: covariance @ v, 6, 3, generator, like=u)
     assert torch.allclose((pairs.vectors * pairs.values) @ pairs.vectors.T, covariance, atol=1e-8)
     assert torch.equal(pairs.values, pairs.values.sort(descending=True).values)
+    assert (found.vectors.shape, pairs.vectors.shape) == ((30, 3), (6, 3))
+    # rounding below 0 would be a NaN under the square roots of UAPG
+    rounded = torch.diag(torch.tensor([1.0, -1e-17], dtype=DOUBLE))
+    assert float(randomised_eigh(lambda v: rounded @ v, 2, 2, generator, like=u).values.min()) >= 0.0
     for call in (
         lambda: randomised_eigh(lambda v: v, 3, 0, generator, like=u),
         lambda: randomised_right_svd(lambda v: v, lambda v: v, 3, 0, generator, like=u),
