@@ -1,4 +1,4 @@
-"""DBQPG and UAPG: identities of the sheet (section 7, oracles 2, 8 and 9), solvers, steps, the deep kernel."""
+"""DBQPG and UAPG as agents: targets, the gradient, steps, settings (the algebra: tests/ccrl/test_gp_deep.py)."""
 
 from __future__ import annotations
 
@@ -11,98 +11,13 @@ pytest.importorskip("gpytorch")
 import envs  # noqa: F401  (registers ids)
 from agents.dbqpg import DBQPG, DBQPGConfig
 from ccrl.data import Data
-from ccrl.gp.deep_kernel import DeepKernel, log_marginal_likelihood
-from ccrl.gp.deep_quadrature import GradientSystem, StateGram
-from ccrl.gp.kernels import rbf
+from ccrl.gp.deep_kernel import DeepKernel
+from ccrl.gp.lowrank import Eigen
+from ccrl.gp.uncertainty import shrink, stretch
+from ccrl.testing import ClockEnv, Episode
+from ccrl.updaters import GradientEstimate
 
 DOUBLE = torch.float64
-N, SIZE = 30, 4
-
-
-def system(
-    c1: float = 1.0, c2: float = 0.3, noise: float = 0.2, solver: str = "exact"
-) -> tuple[GradientSystem, Tensor, Tensor]:
-    """With scores ``U [4, 30]`` of full rank and a smooth state kernel."""
-    generator = torch.Generator().manual_seed(0)
-    u = torch.randn(SIZE, N, generator=generator, dtype=DOUBLE)
-    x = torch.rand(N, generator=generator, dtype=DOUBLE)
-    gram = StateGram(rbf(1.0), x.unsqueeze(1))
-    right = torch.linalg.svd(u, full_matrices=False).Vh.T
-    made = GradientSystem(
-        lambda w: u @ w, lambda v: u.T @ v, gram, right, c1=c1, c2=c2, noise=noise, solver=solver, tolerance=1e-10
-    )
-    return made, u, torch.exp(-0.5 * (x[:, None] - x).square())
-
-
-def weights(u: Tensor, gram: Tensor, c1: float = 1.0, c2: float = 0.3, noise: float = 0.2) -> Tensor:
-    fisher = u @ u.T / N
-    return torch.linalg.inv(c1 * gram + c2 * u.T @ torch.linalg.inv(fisher) @ u + noise * torch.eye(N, dtype=DOUBLE))
-
-
-@pytest.mark.parametrize("solver", ["exact", "cg", "low_rank"])
-def test_mean_and_covariance_are_those_of_the_definition(solver: str) -> None:
-    made, u, gram = system(solver=solver)
-    w = weights(u, gram)
-    targets, v = torch.randn(N, dtype=DOUBLE), torch.randn(SIZE, 2, dtype=DOUBLE)
-    assert torch.allclose(u @ made.weights(targets), 0.3 * u @ w @ targets, atol=1e-6)
-    covariance = 0.3 * u @ u.T / N - 0.09 * u @ w @ u.T
-    assert torch.allclose(made.covariance(v), covariance @ v, atol=1e-6)
-
-
-def test_without_a_state_kernel_it_is_monte_carlo() -> None:
-    """Oracle 2: c2 N / (c2 N + sigma^2) times U A / N."""
-    made, u, _ = system(c1=0.0)
-    targets = torch.randn(N, dtype=DOUBLE)
-    share = 0.3 * N / (0.3 * N + 0.2)
-    assert torch.allclose(u @ made.weights(targets), share * u @ targets / N)
-
-
-@pytest.mark.parametrize("solver", ["exact", "cg", "low_rank"])
-def test_the_inverse_natural_covariance(solver: str) -> None:
-    made, u, gram = system(solver=solver)
-    inverse = torch.linalg.inv(u @ u.T / N)
-    covariance = 0.3 * u @ u.T / N - 0.09 * u @ weights(u, gram) @ u.T
-    expected = torch.linalg.inv(inverse @ covariance @ inverse)
-    assert torch.allclose(made.natural_precision(torch.eye(SIZE, dtype=DOUBLE)), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_covariance_is_positive_and_below_the_prior() -> None:
-    """Also with a Fisher kernel of lower rank than the scores."""
-    whole, u, _ = system()
-    right = torch.linalg.svd(u, full_matrices=False).Vh.T[:, :2]
-    made = GradientSystem(lambda w: u @ w, lambda v: u.T @ v, whole.gram, right, c1=1.0, c2=0.3, noise=0.2)
-    covariance = made.covariance(torch.eye(SIZE, dtype=DOUBLE))
-    prior = 0.3 * u @ u.T / N
-    assert float(torch.linalg.eigvalsh(prior - covariance).min()) > -1e-10
-    full = whole.covariance(torch.eye(SIZE, dtype=DOUBLE))
-    assert float(torch.linalg.eigvalsh(full).min()) > -1e-10
-
-
-def test_the_low_rank_solver_never_sees_the_kernel_matrix() -> None:
-    made, _, _ = system(solver="low_rank")
-    made.weights(torch.randn(N, dtype=DOUBLE))
-    made.natural_precision(torch.eye(SIZE, dtype=DOUBLE))
-    assert "dense" not in vars(made.gram)
-    with pytest.raises(ValueError, match="solver"):
-        system(solver="lu")
-
-
-@pytest.mark.parametrize(("lengthscale", "kind"), [(1.0, "low_rank"), (1e-4, "exact")])
-def test_the_solver_is_chosen_by_the_rank_of_the_kernel(lengthscale: float, kind: str) -> None:
-    x = torch.rand(600, 1, dtype=DOUBLE)
-    gram, u = StateGram(rbf(lengthscale), x), torch.randn(2, 600, dtype=DOUBLE)
-    right = torch.linalg.svd(u, full_matrices=False).Vh.T
-    systems = [
-        GradientSystem(lambda w: u @ w, lambda v: u.T @ v, gram, right, c1=1.0, c2=0.1, noise=1e-3, solver=s)
-        for s in ("auto", "exact")
-    ]
-    assert systems[0].kind == kind
-    y = torch.randn(600, dtype=DOUBLE)
-    first, second = (each.weights(y) for each in systems)
-    assert float((first - second).norm()) <= 1e-4 * float(second.norm())
-
-
-# -- the agent --------------------------------------------------------------------------------------------------------
 
 SMALL = {"num_envs": 2, "n_steps": 20, "hidden": (8,), "rank": 60, "kernel_hidden": (8,), "normalise_obs": False}
 
@@ -146,6 +61,60 @@ def test_the_gradient_is_the_weighted_score() -> None:
     assert torch.allclose(estimate.mean, share * u @ target / 40, atol=1e-5)
 
 
+@pytest.mark.parametrize("time_limit", ["bootstrap", "terminal"])
+@pytest.mark.parametrize("targets", ["gae", "returns"])
+def test_targets_are_standardised_advantages_or_returns(targets: str, time_limit: str) -> None:
+    """By a loop backwards through each environment: lambda-weighted errors, or rewards and the value at the end."""
+    options = {"gamma": 0.9, "gae_lambda": 0.6, "time_limit": time_limit, "targets": targets, "kernel_lr": 0.1}
+    config = DBQPGConfig(**(SMALL | options))
+    agent = DBQPG(ClockEnv([[Episode(0, 6, "truncate"), Episode(50, 4)], [Episode(10, 30)]]), config, seed=2)
+    agent._started = (0.0, 0)
+    (request,) = agent.estimator.plan({}, {}, agent.ctx)
+    have = {"on": agent.collector.collect(request, agent.policy)}
+    agent.estimator.fit(have, agent.ctx)
+    with torch.no_grad():
+        data = agent.estimator.prepare(have, agent.ctx)["on"]
+    lam, gamma = 0.6 if targets == "gae" else 1.0, 0.9
+    with torch.no_grad():
+        estimator = agent.estimator
+        value, after = data.state_values(lambda obs: estimator.deep.values(estimator._inputs(obs)))
+    alive = data["alive"].double()
+    if time_limit == "terminal":
+        alive = alive * (~data["truncated"])
+    expected, carried = torch.zeros(20, 2, dtype=DOUBLE), torch.zeros(2, dtype=DOUBLE)
+    for t in reversed(range(20)):
+        error = data["reward"][t].double() + gamma * alive[t] * after[t] - value[t]
+        carried = error + gamma * lam * data["carry"][t] * alive[t] * carried
+        expected[t] = carried if targets == "gae" else carried + value[t]
+    expected = (expected - expected.mean()) / expected.std()
+    torch.testing.assert_close(data["target"].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_deep_kernel_learns_what_the_settings_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"state_scale": 0.7, "fisher_scale": 0.2, "likelihood_points": 13, "kernel_lr": 0.03, "min_noise": 0.5}
+    seen: list[tuple] = []
+    monkeypatch.setattr(DeepKernel, "fit", lambda self, *args, **named: seen.append((args, named)) or {})
+    agent, data = prepared(targets="returns", cg_tolerance=1e-5, solver="cg", **options)
+    ((_, whitened, target, returns), named), *_ = seen
+    assert [named[k] for k in ("state_scale", "fisher_scale", "points", "lr")] == [0.7, 0.2, 13, 0.03]
+    torch.testing.assert_close(whitened, data["whitened"].reshape(40, -1))
+    torch.testing.assert_close(target, data["target"].reshape(-1).double())
+    torch.testing.assert_close(returns, data["return"].reshape(-1).double())
+    assert agent.estimator.deep.min_noise == 0.5
+    agent.estimator.gradient(agent.updaters["policy"].flat, data, agent.ctx)
+    assert (agent.estimator.system.kind, agent.estimator.system.solver.tolerance) == ("cg", 1e-5)
+
+
+def test_defaults_are_the_published_ones_at_a_fifth_of_the_batch() -> None:
+    """bpg sheet, section 5."""
+    c = DBQPGConfig()
+    assert (c.num_envs * c.n_steps, c.gamma, c.gae_lambda, c.hidden) == (3000, 0.995, 0.97, (64, 64))
+    assert (c.normalise_obs, c.clip_norm) == (True, 5.0)
+    assert (c.state_scale, c.fisher_scale, c.min_noise, c.stretch_limit) == (1.0, 5e-5, 1e-4, 3.0)
+    assert (c.kernel_hidden, c.kernel_features, c.kernel_lr) == ((64, 48), 10, 1e-4)
+    assert (c.max_kl, c.damping, c.cg_iterations, c.rank, c.learning_rate) == (0.01, 0.1, 50, 30, 2.1e-3)
+
+
 @pytest.mark.parametrize("update", ["vanilla", "natural", "trpo"])
 def test_uncertainty_changes_the_step(update: str) -> None:
     flats = []
@@ -170,6 +139,88 @@ def test_the_natural_step_has_the_published_scale() -> None:
     expected = 0.5 * torch.linalg.solve(fisher + 0.3 * torch.eye(len(theta), dtype=DOUBLE), u @ w / 40)
     moved = agent.direction.step(theta, lambda tag: estimate, {"on": data}, agent.ctx) - theta
     assert torch.allclose(moved.double(), expected, rtol=1e-3, atol=1e-6)
+
+
+LINEAR = {"hidden": (), "rank": 10, "damping": 0.3, "fisher_scale": 0.1}  # five parameters: matrices can be written
+
+
+def stepped(**options) -> tuple[DBQPG, GradientEstimate, Tensor]:
+    """The agent, its posterior and the move of one step."""
+    agent, data = prepared(**(LINEAR | options))
+    theta = agent.updaters["policy"].flat
+    before = theta.clone()
+    estimate = agent.estimator.gradient(theta, data, agent.ctx)
+    after = agent.direction.step(theta, lambda tag: estimate, {"on": data}, agent.ctx)
+    return agent, estimate, (after - before).double()
+
+
+def fisher_of(agent: DBQPG) -> Tensor:
+    return torch.stack([agent.estimator.scores.fvp(e) for e in torch.eye(5, dtype=DOUBLE)], 1)
+
+
+def eigen(product) -> Eigen:
+    """All pairs, from the matrix itself, largest first."""
+    matrix = product(torch.eye(5, dtype=DOUBLE))
+    values, vectors = torch.linalg.eigh(0.5 * (matrix + matrix.T))
+    return Eigen(values.flip(0), vectors.flip(1))
+
+
+def test_the_vanilla_step_is_adams_along_the_shrunk_gradient() -> None:
+    agent, estimate, moved = stepped(update="vanilla", uncertainty=True, learning_rate=0.01, adam_eps=0.1)
+    mean = estimate.mean
+    shaped = shrink(mean, eigen(agent.estimator.system.covariance))
+    assert not torch.allclose(shaped, mean, rtol=0.1)
+    expected = 0.01 * shaped / (shaped.abs() + 0.1)  # Adam's first step
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("update", ["natural", "trpo"])
+def test_natural_and_trust_region_steps_are_stretched_along_certain_directions(update: str) -> None:
+    options = {"update": update, "uncertainty": True, "stretch_limit": 1.2, "learning_rate": 0.5, "max_kl": 0.02}
+    agent, estimate, moved = stepped(**options)
+    damped = fisher_of(agent) + 0.3 * torch.eye(5, dtype=DOUBLE)
+    step = stretch(torch.linalg.solve(damped, estimate.mean), eigen(agent.estimator.system.natural_precision), 1.2)
+    if update == "natural":
+        expected = 0.5 / (0.1 * 40) * step
+    else:  # x^T (F + damping I) x / 2 = max_kl, then the line search
+        share = float(estimate.stats["line_search"])
+        assert share > 0.0
+        expected = share * (2 * 0.02 / (step @ damped @ step)).sqrt() * step
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_natural_step_ends_after_its_iterations() -> None:
+    agent, estimate, moved = stepped(update="natural", cg_iterations=1, learning_rate=0.5)
+    mean = estimate.mean
+    product = fisher_of(agent) @ mean + 0.3 * mean
+    expected = 0.5 / (0.1 * 40) * (mean @ mean) / (mean @ product) * mean  # one step of conjugate gradients
+    torch.testing.assert_close(moved, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_the_surrogate_by_hand() -> None:
+    """sum_t w_t (ratio_t - 1) and the mean of KL(old || new), over valid rows."""
+    agent, data = prepared(**LINEAR)
+    theta = agent.updaters["policy"].flat
+    agent.estimator.gradient(theta, data, agent.ctx)
+    evaluate = agent.direction._surrogate(data, agent.ctx)
+    assert [float(x) for x in evaluate(theta)] == pytest.approx([0.0, 0.0], abs=1e-6)
+    other = theta + 0.3 * torch.randn(5)
+    found = evaluate(other)
+    with torch.no_grad():
+        params = agent.ctx.bank.policy(other).params(data["obs"].flatten(0, 1))
+    mean, log_std = (params[k].reshape(20, 2) for k in ("mean", "log_std"))
+    new = torch.distributions.Normal(mean, log_std.exp())
+    old = torch.distributions.Normal(data["old_mean"].squeeze(-1), data["old_log_std"].squeeze(-1).exp())
+    action = data["action"].squeeze(-1)
+    ratio = (new.log_prob(action) - old.log_prob(action)).exp()
+    assert float(found[0]) == pytest.approx(float((agent.estimator.weight * (ratio - 1)).sum()), rel=1e-3)
+    kl = float(torch.distributions.kl_divergence(old, new).mean())
+    assert float(found[1]) == pytest.approx(kl, rel=1e-3)
+    columns = {k: torch.cat([data[k], torch.full_like(data[k], 7)], 1) for k in data if k not in data.sequence}
+    columns["valid"] = torch.cat([data["valid"], torch.zeros_like(data["valid"])], 1)
+    agent.estimator.weight = torch.cat([agent.estimator.weight] * 2, 1)
+    padded = agent.direction._surrogate(Data(columns), agent.ctx)(other)
+    assert [float(x) for x in padded] == pytest.approx([float(x) for x in found], rel=1e-4)
 
 
 def test_the_trust_region_is_kept() -> None:
@@ -209,49 +260,6 @@ def test_equal_targets_give_no_gradient() -> None:
     flat = data.derive(target=torch.zeros_like(data["target"]))
     estimate = agent.estimator.gradient(agent.updaters["policy"].flat, flat, agent.ctx)
     assert float(estimate.mean.abs().max()) == 0.0
-
-
-# -- the deep kernel --------------------------------------------------------------------------------------------------
-
-
-def test_the_marginal_likelihood_is_that_of_a_normal() -> None:
-    x = torch.rand(12, dtype=DOUBLE)
-    gram, noise = torch.exp(-0.5 * (x[:, None] - x).square()), torch.tensor(0.1, dtype=DOUBLE)
-    y = torch.randn(12, dtype=DOUBLE)
-    normal = torch.distributions.MultivariateNormal(torch.zeros(12).double(), gram + 0.1 * torch.eye(12).double())
-    assert torch.allclose(log_marginal_likelihood(gram, noise, y), normal.log_prob(y))
-    assert torch.autograd.gradcheck(lambda s: log_marginal_likelihood(gram, s, y), noise.requires_grad_())
-
-
-def test_fitting_explains_the_targets_and_the_returns() -> None:
-    torch.manual_seed(0)
-    deep = DeepKernel(2, (16,), 3)
-    x = torch.randn(100, 2, dtype=DOUBLE)
-    y, nothing = x[:, 0].sin(), torch.zeros(100, 1, dtype=DOUBLE)
-    generator = torch.Generator().manual_seed(0)
-    rows = [
-        deep.fit(x, nothing, y, y, state_scale=1.0, fisher_scale=0.0, points=50, generator=generator, lr=1e-2)
-        for _ in range(120)
-    ]
-    assert float(rows[-1]["log_likelihood"]) > float(rows[0]["log_likelihood"]) + 0.3
-    assert float(rows[-1]["value_loss"]) < 0.3 * float(rows[0]["value_loss"])
-    assert deep.noise.item() >= deep.min_noise
-    copy = DeepKernel(2, (16,), 3)
-    copy.load_state_dict(deep.state_dict())  # with the moments of its optimiser
-    for model in (deep, copy):
-        generator = torch.Generator().manual_seed(1)
-        model.fit(x, nothing, y, y, state_scale=1.0, fisher_scale=0.0, points=50, generator=generator, lr=1e-2)
-    assert torch.equal(deep.values(x), copy.values(x))
-
-
-def test_features_fill_the_unit_box_and_constant_ones_stay_finite() -> None:
-    deep = DeepKernel(2, (4,), 3)
-    phi = deep.features(torch.randn(20, 2, dtype=DOUBLE))
-    assert torch.allclose(phi.amin(0), -torch.ones(3, dtype=DOUBLE))
-    assert torch.allclose(phi.amax(0), torch.ones(3, dtype=DOUBLE))
-    assert bool(deep.features(torch.ones(5, 2, dtype=DOUBLE)).isfinite().all())
-    with pytest.raises(ValueError, match="hidden"):
-        DeepKernel(2, ())
 
 
 @pytest.mark.parametrize(
