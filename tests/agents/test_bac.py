@@ -9,10 +9,12 @@ from torch import Tensor
 
 pytest.importorskip("gpytorch")
 
+import agents.bac
 import envs  # noqa: F401  (registers ids)
-from agents.bac import BAC, BACConfig, StateScale
+from agents.bac import BAC, BACConfig, BACEstimator, StateScale
 from ccrl.gp.fisher import BatchFisher
 from ccrl.gp.gptd import Chain, gptd
+from ccrl.gp.kernels import rbf
 from ccrl.policies import MLPPolicy
 from ccrl.testing import ClockEnv, Episode
 
@@ -25,9 +27,13 @@ def rollout(agent: BAC) -> tuple[Tensor, object]:
     return theta, agent.estimator.prepare({"on": agent.collector.collect(request, agent.policy)}, agent.ctx)["on"]
 
 
-def test_on_terminating_episodes_it_is_regression_on_returns() -> None:
-    """mean = c_F U (K + sigma^2 I)^-1 g with discounted returns to go g, by hand."""
-    config = BACConfig(num_envs=3, n_steps=20, gamma=0.9, noise=0.5, state_scale=2.0, fisher_scale=0.3, fisher="mean")
+@pytest.mark.parametrize("natural", [False, True])
+def test_on_terminating_episodes_it_is_regression_on_returns(natural: bool) -> None:
+    """mean = c_F U (K + sigma^2 I)^-1 g with discounted returns to go g, by hand; G^-1 of it where natural."""
+    config = BACConfig(
+        num_envs=3, n_steps=20, gamma=0.9, noise=0.5, state_scale=2.0, fisher_scale=0.3, fisher="mean",
+        lengthscale=0.7, natural=natural,
+    )  # fmt: skip
     env = ClockEnv([[Episode(0, 4)], [Episode(1, 2)], [Episode(3, 5)]])
     agent = BAC(env, config)
     theta, data = rollout(agent)
@@ -36,16 +42,56 @@ def test_on_terminating_episodes_it_is_regression_on_returns() -> None:
     assert u.shape[1] == 4 + 2 + 5
     fisher = BatchFisher("mean", 1e-6).estimate(u)
     x = agent.estimator.states(data["obs"][0])
-    k = 2.0 * torch.exp(-0.5 * (x - x.T).square()) + 0.3 * u.T @ fisher.inverse @ u
+    k = 2.0 * torch.exp(-0.5 * ((x - x.T) / 0.7).square()) + 0.3 * u.T @ fisher.inverse @ u
     returns = torch.tensor([sum(0.9**t for t in range(n - i)) for n in (4, 2, 5) for i in range(n)], dtype=DOUBLE)
     weights = torch.linalg.inv(k + 0.5 * torch.eye(len(k), dtype=DOUBLE))
-    assert torch.allclose(estimate.mean, 0.3 * u @ weights @ returns, atol=1e-8)
     covariance = 0.3 * fisher.matrix - 0.09 * u @ weights @ u.T
+    shape = fisher.inverse if natural else torch.eye(len(theta), dtype=DOUBLE)
+    assert torch.allclose(estimate.mean, shape @ (0.3 * u @ weights @ returns), atol=1e-8)
     v = torch.randn(len(theta), dtype=DOUBLE)
-    assert torch.allclose(estimate.covariance(v), covariance @ v, atol=1e-8)
+    assert torch.allclose(estimate.covariance(v), shape @ covariance @ shape @ v, rtol=1e-4, atol=1e-8)
     eigenvalues = torch.linalg.eigvalsh(covariance)
     assert float(eigenvalues.min()) > -1e-10
     assert float(torch.linalg.eigvalsh(0.3 * fisher.matrix - covariance).min()) > -1e-10
+
+
+@pytest.mark.parametrize("time_limit", ["bootstrap", "terminal"])
+def test_a_time_limit_is_followed_by_a_bootstrap_pair_or_ends_the_task(time_limit: str) -> None:
+    env = ClockEnv([[Episode(0, 4, "truncate")], [Episode(1, 2)]])
+    agent = BAC(env, BACConfig(num_envs=2, n_steps=20, time_limit=time_limit))
+    _, data = rollout(agent)
+    assert int((~data["rewarded"]).sum()) == (1 if time_limit == "bootstrap" else 0)
+
+
+def test_a_kernel_of_ones_own_takes_the_place_of_the_gaussian() -> None:
+    agent = BAC(ClockEnv([[Episode(0, 4)]]), BACConfig(num_envs=1, n_steps=20, fisher="mean"))
+    theta, data = rollout(agent)
+    means = [
+        BACEstimator(agent.config, agent.policy, agent.estimator.states, kernel).gradient(theta, data, agent.ctx).mean
+        for kernel in (None, rbf(1.0), rbf(0.1))
+    ]
+    assert torch.equal(means[0], means[1])
+    assert not torch.allclose(means[0], means[2])
+
+
+def test_large_batches_are_solved_by_conjugate_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels: list[bool] = []
+    solve = agents.bac.gptd
+    monkeypatch.setattr(agents.bac, "gptd", lambda k, *rest: kernels.append(torch.is_tensor(k)) or solve(k, *rest))
+    agent = BAC("CartPole-v1", BACConfig(num_envs=2, n_steps=5, noise=1.0))
+    theta, data = rollout(agent)
+    for limit in (data.shape[1], data.shape[1] - 1):
+        monkeypatch.setattr(agents.bac, "EXACT_UP_TO", limit)
+        agent.estimator.gradient(theta, data, agent.ctx)
+    assert kernels == [True, False]
+
+
+def test_defaults_are_those_of_the_mountain_car() -> None:
+    """bpg sheet, section 5."""
+    c = BACConfig()
+    assert (c.num_envs, c.n_steps, c.gamma, c.learning_rate, c.lr_decay) == (5, 200, 0.99, 0.025, None)
+    assert (c.noise, c.nu, c.state_scale, c.fisher_scale, c.lengthscale) == (9.0, 0.1, 1.0, 1.0, 1.0)
+    assert (c.fisher, c.damping, c.grid, c.discounted) == ("sum", 1e-6, 4, False)
 
 
 def test_solvers_agree() -> None:
@@ -75,15 +121,15 @@ def test_a_state_kernel_alone_changes_no_prior() -> None:
 
 
 def test_discounting_weights_late_scores_less() -> None:
-    agents = [
+    both = [
         BAC("CartPole-v1", BACConfig(num_envs=2, n_steps=8, gamma=0.5, discounted=d, noise=1e12, fisher="sum"))
         for d in (False, True)
     ]
-    theta, data = rollout(agents[0])
-    u = agents[0].ctx.scores(theta.double(), data, "step").dense()
+    theta, data = rollout(both[0])
+    u = both[0].ctx.scores(theta.double(), data, "step").dense()
     keep, t = data["rewarded"][0], data["t"][0].double()
     v = torch.randn(len(theta), dtype=DOUBLE)
-    for agent, weight in zip(agents, (torch.ones_like(t), 0.5**t)):
+    for agent, weight in zip(both, (torch.ones_like(t), 0.5**t)):
         prior = (u * weight)[:, keep] @ u[:, keep].T @ v + 1e-6 * v
         assert torch.allclose(agent.estimator.gradient(theta, data, agent.ctx).covariance(v), prior, atol=1e-6)
 
@@ -163,6 +209,10 @@ def test_states_are_scaled_by_their_bounds() -> None:
     space = gym.spaces.Box(torch.tensor([-2.0, -torch.inf]).numpy(), torch.tensor([2.0, torch.inf]).numpy())
     policy = MLPPolicy(space, gym.spaces.Discrete(2), hidden=())
     assert StateScale(space, policy)(torch.tensor([[0.0, 7.0]])).tolist() == [[0.5, 7.0]]
+    # finite only because a number had to stand there: scaled, nothing would be left of the coordinate
+    nominal = gym.spaces.Box(-3e38, 3e38, (1,))
+    policy = MLPPolicy(nominal, gym.spaces.Discrete(2), hidden=())
+    assert StateScale(nominal, policy)(torch.tensor([[7.0]])).tolist() == [[7.0]]
     discrete = gym.spaces.Discrete(3)
     policy = MLPPolicy(discrete, gym.spaces.Discrete(2), hidden=())
     assert StateScale(discrete, policy)(torch.tensor([2])).tolist() == [[0.0, 0.0, 1.0]]

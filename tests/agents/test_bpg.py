@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import gymnasium as gym
 import pytest
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor
 pytest.importorskip("gpytorch")
 
 import envs
-from agents.bpg import BPG, BPGConfig, BPGEstimator
+from agents.bpg import BPG, BPGConfig, BPGEstimator, make_fisher
 from ccrl.batched_env import AutoresetMode, StepResult
-from ccrl.gp.fisher import AnalyticFisher
+from ccrl.data import Data
+from ccrl.gp.fisher import AnalyticFisher, FisherEstimate, RunningFisher
 from ccrl.gp.quadrature import model1, model2
 from ccrl.policies import MLPPolicy
 
@@ -61,6 +64,45 @@ def test_the_estimate_is_the_posterior_of_scores_and_returns(number: int, model)
     assert torch.allclose(estimate.mean, expected.mean, rtol=1e-3, atol=1e-4 * float(expected.mean.norm()))
     v = torch.randn(len(theta), dtype=torch.float64)
     assert torch.allclose(estimate.covariance(v), expected.covariance(v), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("natural", [False, True])
+def test_every_setting_of_the_posterior_counts(natural: bool) -> None:
+    """Amplitude, constant, sparsity and natural step; scores of the float32 policy are those of a float64 one."""
+    settings = {"amplitude": 2.0, "constant": 3.0, "sparsity": 2.0}
+    config = BPGConfig(
+        num_envs=6, n_steps=20, fisher="sum", damping=0.7, noise=0.5, natural=natural, baseline=False, **settings
+    )
+    agent = BPG("ccrl/LQR-v0", config, seed=1)
+    theta, data = rollout(agent)
+    estimate = agent.estimator.gradient(theta, data, agent.ctx)
+    policy, scores = copy.deepcopy(agent.policy).double(), []
+    for i in range(6):
+        policy.zero_grad()
+        obs, action = (data[k][:, i : i + 1].double() for k in ("obs", "action"))
+        column = Data({"obs": obs, "action": action, "valid": torch.ones(20, 1)})
+        policy.evaluate(column, frozenset({"log_prob"}))["log_prob"].sum().backward()
+        scores.append(torch.cat([p.grad.flatten() for p in policy.parameters()]))
+    u = torch.stack(scores, 1)
+    matrix = u @ u.T + 0.7 * torch.eye(len(u), dtype=torch.float64)
+    fisher = FisherEstimate(matrix, torch.linalg.inv(matrix))
+    expected = model2(u, data["score"].double(), fisher, 0.5, **settings)
+    dense = model2(u, data["score"].double(), fisher, 0.5, **(settings | {"sparsity": None}))
+    assert not torch.allclose(expected.mean, dense.mean, rtol=1e-3)
+    if natural:
+        expected = expected.natural(fisher.inverse)
+    torch.testing.assert_close(estimate.mean, expected.mean, rtol=1e-8, atol=1e-10)
+    v = torch.randn(len(theta), dtype=torch.float64)
+    torch.testing.assert_close(estimate.covariance(v), expected.covariance(v), rtol=1e-8, atol=1e-10)
+
+
+def test_the_fisher_matrix_that_the_settings_name() -> None:
+    running = make_fisher(BPGConfig(fisher_rate=0.3, damping=1e-3), 2)
+    assert isinstance(running, RunningFisher)
+    assert (running.rate, running.damping, running.matrix.shape) == (0.3, 1e-3, (2, 2))
+    for kind in ("mean", "sum"):
+        batch = make_fisher(BPGConfig(fisher=kind, damping=0.5), 2)
+        assert (batch.reduction, batch.damping) == (kind, 0.5)
 
 
 def test_angles_to_the_exact_gradient_on_the_regulator() -> None:
