@@ -11,7 +11,8 @@ import torch
 from agents.harpg import HARPG, HARPGConfig, HARPGEstimator
 from agents.npg_igt import NPGIGT, NPGIGTConfig, NPGIGTEstimator
 from ccrl.data import Data
-from ccrl.estimators.trajectory import LinearBaseline
+from ccrl.estimators.scores import Scores
+from ccrl.estimators.trajectory import LinearBaseline, TrajectoryEstimator
 from ccrl.policies import GibbsPolicy, OneHot
 from ccrl.testing import AgentContract
 from envs.classic import RandomMDP
@@ -105,6 +106,73 @@ def test_oracle_7_scaled_rewards(variant, monkeypatch):
     assert torch.allclose(plain, scaled, rtol=0, atol=1e-12) == (variant != "pg")
 
 
+# -- one iteration by hand --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["nharpg", "storm"])
+def test_the_third_direction_of_harpg_by_hand(variant):
+    """Hessian products at the point of the line and along the whole move; importance weights for STORM."""
+    agent = make(HARPG, HARPGConfig, variant)
+    train(agent, 2)
+    theta, prev, d = (x.clone() for x in (agent.updaters["policy"].flat, agent.estimator.prev, agent.estimator.d))
+    seen, points, step = {}, {}, agent.direction.step
+    plan = agent.estimator.plan
+    agent.estimator.plan = lambda at, have, ctx: (
+        points.update({k: v.clone() for k, v in at.items()}) or plan(at, have, ctx)
+    )
+
+    def watched(now, gradient, have, ctx):
+        seen.update(have, g=gradient("on").mean)
+        return step(now, gradient, have, ctx)
+
+    agent.direction.step = watched
+    after = train(agent, 1)
+    g = seen["g"]
+    if variant == "storm":
+        eta = (2 / 4) ** (2 / 3)
+        at_theta, at_prev = (Scores(agent.policy, x, seen["on"], "trajectory").log_prob(x) for x in (theta, prev))
+        weight = (at_prev - at_theta).exp()
+        old = Scores(agent.policy, prev, seen["on"]).vjp(seen["on"]["psi"] * weight / 2)
+        expected = g + (1 - eta) * (d - old)
+        close(after, theta + 0.5 * (2 / 4) ** (1 / 3) * expected, 1e-10)
+    else:
+        eta = 2 / 4
+        product = Scores(agent.policy, points["line"], seen["line"], "trajectory")
+        expected = (1 - eta) * (d + product.hvp(seen["line"]["psi"], theta - prev)) + eta * g
+        close(after, theta + 0.5 * 2 / 4 * expected / expected.norm(), 1e-10)
+    close(agent.estimator.d, expected, 1e-10)
+
+
+def test_schedules_of_every_rule():
+    """Section 3 of the sheet (and STORM's) at t = 2, where c = 1/2: exponents of the step and of the weight."""
+    expected = {
+        "npg_igt": (1, 4 / 5), "nmpg": (1, 2 / 3), "normalised": (1, None), "pg": (2 / 3, None),
+        "nharpg": (1, 1), "harpg": (1 / 2, 1), "storm": (1 / 3, 2 / 3),
+    }  # fmt: skip
+    k = torch.tensor(2.0, dtype=F64)
+    for cls, config, variant in METHODS:
+        rule = cls.Direction(config(variant=variant, learning_rate=3.0, momentum=0.9), torch.zeros(1))
+        step, eta = expected[variant]
+        assert rule.step_size(k).item() == pytest.approx(3.0 * 0.5**step), variant
+        assert rule.eta(k).item() == pytest.approx(1.0 if eta is None else 0.9 * 0.5**eta), variant
+
+
+def test_the_settings_reach_the_estimates():
+    agent = make(NPGIGT, NPGIGTConfig, "nmpg", discount_from_start=False, min_steps=7)
+    assert (agent.estimator.discount_from_start, agent.estimator.min_steps, agent.estimator.gamma) == (False, 7, 0.9)
+    train(agent, 3)
+    assert float(agent.scalars["train/learning_rate"]) == pytest.approx(0.5 * 2 / 4)  # gamma_t of the last iteration
+
+
+def test_defaults_are_those_of_the_released_code():
+    """npg_igt_harpg sheet, section 5."""
+    for c in (NPGIGTConfig(), HARPGConfig()):
+        assert (c.gamma, c.learning_rate, c.momentum, c.baseline, c.hidden) == (0.99, 0.1, 1.0, "none", (32, 32))
+    assert (NPGIGTConfig().variant, NPGIGTConfig().lookahead_eta, HARPGConfig().variant) == (
+        "npg_igt", "current", "nharpg",
+    )  # fmt: skip
+
+
 # -- the machinery ----------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +238,12 @@ def test_linear_baseline_is_a_regression_on_the_iterations_before():
     assert not baseline(data).any()
     baseline.fit(data, torch.where(valid > 0, target, 1e9))
     close(baseline(data)[valid > 0], target[valid > 0], 1e-4)
+
+    baseline.fit(data, target)
+    estimator = TrajectoryEstimator(episodes=4, horizon=6, gamma=0.9, baseline=baseline)
+    to_go = torch.tensor([sum(0.9**i for i in range(6 - s)) for s in range(6)], dtype=F64)
+    psi = estimator.weigh(Data({**data, "valid": torch.ones(6, 4), "carry": (t < 5).double()}))["psi"]
+    close(psi, 0.9**t * (to_go[:, None] - baseline(data)).to(psi), 1e-5)
 
     agent = NPGIGT("CartPole-v1", NPGIGTConfig(num_envs=4, n_steps=30, baseline="linear"))
     agent.learn(1)
