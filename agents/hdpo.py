@@ -362,12 +362,10 @@ class HDPO(Agent):
         """Returns of ``episodes`` new scenarios (recorded demand: of the first series, in their training weeks) over
         the training horizon: minus the cost per store, what the batched environment pays, warm-up included. The policy
         is deterministic; ``env`` is not needed."""
-        found = self.scenarios("train", episodes, 10**6 + seed)
+        found, periods = self.scenarios("train", episodes, 10**6 + seed), self.simulator.periods
         unrolled = Unrolled(self.simulator, self.ctx.bank.policy("best"))
-        with torch.no_grad():
-            total = unrolled(scenario_data(self.simulator, found), frozenset({"cost"}))["cost"].double().sum(0)
-        returns = (-total / self.simulator.network.stores).cpu().numpy()
-        return Evaluation(returns, torch.full((episodes,), self.simulator.periods).numpy())
+        costs = average_cost(unrolled, found, whole_units=self.config.whole_units, ignore=0)
+        return Evaluation((-costs * periods).cpu().numpy(), torch.full((episodes,), periods).numpy())
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -114,13 +114,17 @@ def cost_term(stores: int) -> Term:
 
 
 @torch.no_grad()
-def average_cost(unrolled: Unrolled, scenarios: State, *, whole_units: bool = False, chunk: int = 4096) -> Tensor:
-    """Cost per period and store of each scenario, ``[B]`` float64, over the periods ``t >= ignore`` of its simulator.
+def average_cost(
+    unrolled: Unrolled, scenarios: State, *, whole_units: bool = False, ignore: int | None = None, chunk: int = 4096
+) -> Tensor:
+    """Cost per period and store of each scenario, ``[B]`` float64, over the periods ``t >= ignore``.
 
+    :param ignore: periods of warm-up; None: those of the simulator.
     :param whole_units: round orders to integers (an integer demand is served by integer stock), never above the stock.
     :param chunk: scenarios simulated together.
     """
     env, found = unrolled.env, []
+    ignore = env.ignore if ignore is None else ignore
     count = scenarios["demand"].shape[0]
     for first in range(0, count, chunk):
         part: State = {k: v[first : first + chunk] for k, v in scenarios.items()}
@@ -133,7 +137,7 @@ def average_cost(unrolled: Unrolled, scenarios: State, *, whole_units: bool = Fa
             if whole_units:
                 action = env.feasible(state, action.round())
             state, cost = env.step(state, action, now)
-            if t >= env.ignore:
+            if t >= ignore:
                 total += cost
-        found.append(total / ((env.periods - env.ignore) * env.network.stores))
+        found.append(total / ((env.periods - ignore) * env.network.stores))
     return torch.cat(found)
