@@ -136,6 +136,82 @@ def test_message_passing_against_a_loop_over_edges(rounds: int) -> None:
     torch.testing.assert_close(part(x, weight), expected[:, :-5], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
+def test_node_features_by_hand(recorded: bool) -> None:
+    """Slots, holding cost, then a warehouse's cost per unit ordered, or what is known of a store."""
+    obs = observation(PARTIAL, 3, recorded)
+    found = GNNPolicy(PARTIAL, obs).features(obs)
+    known = 18 if recorded else 3
+    assert found.shape == (3, 5, PARTIAL.slots + 1 + known)
+    for b in range(3):
+        for node in range(5):
+            row = [*obs["inventory"][b, node].tolist(), float(obs["holding"][b, node])]
+            if node < 2:
+                row += [float(obs["edge_cost"][b, 4 + node]), *[0.0] * (known - 1)]
+            elif recorded:
+                row += [float(obs["underage"][b, node - 2]), *obs["past_demand"][b, node - 2].tolist()]
+                row += [float(obs["days_from_christmas"][b, 0])]
+            else:
+                row += [float(obs[k][b, node - 2]) for k in ("underage", "mean", "std")]
+            torch.testing.assert_close(found[b, node], torch.tensor(row))
+
+
+def test_the_gnn_by_hand() -> None:
+    """Edges without a lead time have weight 0; a warehouse's own request is that of its own self-loop."""
+    torch.manual_seed(0)
+    obs = observation(PARTIAL, 8)
+    policy = GNNPolicy(PARTIAL, obs)
+    assert policy.net.head[-1].bias.tolist() == [5.0]
+    edges = [*PARTIAL.edges, (0, 0), (1, 1), (2, -1), (3, -1), (4, -1)]
+    weight = F.pad(obs["lead_time"], (0, 5))
+    with torch.no_grad():
+        policy.net.head[-1].bias.fill_(0.0)  # requests near the stock: some are cut, others not
+        out = reference(policy.net, edges, policy.features(obs), weight)
+        found = policy(obs)
+    for warehouse, links, own in ((0, [0], 6), (1, [1, 2, 3], 7)):
+        stock = obs["inventory"][:, warehouse, 0]
+        share = (stock / (out[:, links].sum(1) + out[:, own])).clamp_max(1.0)
+        torch.testing.assert_close(found[:, links], out[:, links] * share[:, None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[:, 4:], out[:, 4:6], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("net", [STORE, PARTIAL], ids=["store", "partial"])
+def test_the_symmetry_aware_network_by_hand(net: Network) -> None:
+    torch.manual_seed(0)
+    obs = observation(net, 5)
+    policy = SymmetryAwarePolicy(net, obs)
+    context = policy.context[0](policy.inventories(obs)).sigmoid()
+    assert context.shape == (5, 256)
+    assert [m.out_features for m in policy.store if isinstance(m, torch.nn.Linear)] == [32, 32, 1]
+    wanted = []
+    for i, (_, target) in enumerate(net.edges[: net.internal or None]):
+        store = target - net.first_store
+        known = [obs[k][:, store : store + 1] for k in ("mean", "std", "underage")]
+        row = torch.cat([obs["inventory"][:, target], *known, obs["lead_time"][:, i : i + 1], context], 1)
+        wanted.append(F.softplus(policy.store(row)))
+    expected = torch.cat(wanted, 1)
+    if net.internal:
+        assert [m.out_features for m in policy.warehouse if isinstance(m, torch.nn.Linear)] == [16, 16, 1]
+        for warehouse, links in ((0, [0]), (1, [1, 2, 3])):
+            share = (obs["inventory"][:, warehouse, 0] / expected[:, links].sum(1)).clamp_max(1.0)
+            expected = expected.index_copy(1, torch.tensor(links), expected[:, links] * share[:, None])
+        bound = 4.0 * obs["mean"].sum(1, keepdim=True)
+        stock = [torch.cat([obs["inventory"][:, w], context], 1) for w in range(2)]
+        expected = torch.cat([expected, *(bound * policy.warehouse(x).sigmoid() for x in stock)], 1)
+    torch.testing.assert_close(policy(obs), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_data_driven_network_starts_with_requests_of_one() -> None:
+    """It reads every slot in use, past demand, the calendar, prices, holding costs and lead times."""
+    obs = observation(PARTIAL, 4, recorded=True)
+    policy = DataDrivenPolicy(PARTIAL, obs)
+    assert policy.net[0].in_features == sum(PARTIAL.node_slots) + 3 * 16 + 1 + 3 + 5 + 6
+    assert [m.out_features for m in policy.net if isinstance(m, torch.nn.Linear)] == [64, 64, 6]
+    torch.nn.init.zeros_(policy.net[-1].weight)
+    obs["inventory"] = torch.full((4, 5, PARTIAL.slots), 1.5)
+    torch.testing.assert_close(policy(obs), torch.tensor([[1.0, 0.5, 0.5, 0.5, 1.0, 1.0]]).expand(4, 6))
+
+
 def permuted(net: Network, obs: State, order: list[int]) -> tuple[Network, State, list[int]]:
     """The same instance with store ``order[k]`` called ``k``, and where each edge went."""
     first = net.first_store
