@@ -63,6 +63,40 @@ def test_actions_are_clipped_for_the_environment_only() -> None:
     action = policy.act(torch.ones(1, 1), None)["action"]
     assert action.item() == 3.0
     assert policy.to_env(action).item() == 1.0
+    assert policy.to_env(-action).item() == -1.0
+    assert policy.to_env(0.1 * action).item() == pytest.approx(0.3)
+
+
+def test_the_mean_is_the_gain_times_the_observation() -> None:
+    """More observations than actions: rows of the gain are actions."""
+    policy = LinearGaussianPolicy(spaces.Box(-1, 1, (3,)), spaces.Box(-9, 9, (2,)))
+    policy.gain.data = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 0.5]])
+    torch.testing.assert_close(policy.params(torch.tensor([[1.0, 10.0, 100.0]]))["mean"], torch.tensor([[321.0, 40.0]]))
+
+
+def test_a_state_index_is_rounded() -> None:
+    """A division in float32 may leave 1.9999999 of a 2."""
+    assert OneHot(4)(torch.tensor([[1.9999999], [0.0]])).tolist() == [[0.0, 0.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
+
+
+def test_noise_is_what_the_distribution_reads() -> None:
+    """Uniform numbers choose among actions, normal ones move a mean."""
+    gibbs = GibbsPolicy(spaces.Box(-1, 1, (2,)), spaces.Discrete(3))
+    uniform = gibbs.draw_noise(2000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert (uniform.shape, bool(((uniform >= 0) & (uniform < 1)).all())) == ((2000,), True)
+    linear = LinearGaussianPolicy(LINE, LINE)
+    normal = linear.draw_noise(2000, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert normal.shape == (2000, 1)
+    assert float(normal.min()) < -2.0
+
+
+def test_evaluated_parameters_carry_gradients() -> None:
+    """Natural steps differentiate the KL through them."""
+    policy = LinearGaussianPolicy(LINE, LINE, gain=0.5)
+    data = rows(torch.tensor([[[2.0], [3.0]]]), torch.zeros(1, 2, 1))
+    out = policy.evaluate(data, frozenset({"dist"}))
+    (grad,) = torch.autograd.grad(out["mean"].sum(), policy.gain)
+    assert grad.item() == 5.0
 
 
 def test_tabular_scores() -> None:
