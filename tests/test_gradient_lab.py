@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
@@ -78,6 +78,89 @@ def test_bayesian_quadrature_on_the_bandit():
     assert 0.09 < spread["mc"][0] < 0.21
     assert 0.2 < spread["mc"][1] < 0.45
     assert spread["bpg1"].max() < 2e-5
+
+
+@pytest.fixture(scope="module")
+def mdp():
+    """Discounted, unlike the regulator."""
+    return problems.Setting("random-mdp", warmup=200)
+
+
+def test_the_advantage_estimator_is_discounted_from_the_start(mdp):
+    data = next(mdp.rollouts(4, seed=3))
+    value, next_value = data.state_values(lambda x: problems.design(mdp.problem.features(x)).double() @ mdp.critic)
+    a = torch.zeros_like(value)
+    carried = torch.zeros(4, dtype=F64)
+    for t in reversed(range(data.shape[0])):
+        error = data["reward"][t].double() + 0.9 * data["alive"][t] * next_value[t] - value[t]
+        carried = error + 0.9 * 0.95 * data["carry"][t] * carried
+        a[t] = carried
+    expected = mdp.scores(mdp.theta, data, "step").vjp(a * 0.9 ** data["t"].double() / 4)
+    torch.testing.assert_close(estimators.build("gae", mdp, 4)(data).mean, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_scaled_estimates_have_squared_covariances(mdp):
+    class Fixed:
+        def fit(self, have, ctx): ...
+
+        def prepare(self, have, ctx):
+            return have
+
+        def gradient(self, theta, data, ctx):
+            return GradientEstimate(vector(1, 2), covariance=lambda v: 3.0 * v)
+
+    got = estimators._prepared(mdp, Fixed(), lambda data, ready: vector(2)[0])(next(mdp.rollouts(2, seed=0)))
+    assert got.mean.tolist() == [2.0, 4.0]
+    assert got.covariance(vector(1, 0)).tolist() == [12.0, 0.0]
+
+
+def test_the_actor_critic_is_scaled_to_whole_paths(mdp, monkeypatch):
+    monkeypatch.setattr(estimators, "_prepared", lambda setting, estimator, scale=None: scale)
+    setting = problems.Setting("CartPole-v1", warmup=5, reference=10)
+    data = next(setting.rollouts(5, seed=0))
+    scale = estimators.build("bac", mdp, 5)
+    assert float(scale(data, None)) == pytest.approx(float(data["valid"].sum()) / 5)
+
+
+def test_a_scaled_quadrature_has_the_mean_of_the_plain_one(lqr):
+    """And a covariance in the scale of the returns: their variance over the number of parameters."""
+    data = next(lqr.rollouts(20, seed=5))
+    plain, scaled = (estimators.build(name, lqr, 20)(data) for name in ("bpg2c", "bpg2s"))
+    torch.testing.assert_close(scaled.mean, plain.mean, rtol=1e-5, atol=1e-6)
+    s = float(data["reward"].double().sum(0).var(unbiased=False)) / 2
+    torch.testing.assert_close(scaled.covariance(vector(1, 2)), s * plain.covariance(vector(1, 2)), rtol=1e-4, atol=0)
+
+
+def test_momentum_methods_arrive_along_the_gradient_by_their_own_steps(mdp, monkeypatch):
+    seen, step = [], estimators.NPGIGTEstimator.step
+
+    def watched(self, theta, gradient, have, ctx):
+        seen.append((theta.clone(), float(ctx.k)))
+        return step(self, theta, gradient, have, ctx)
+
+    monkeypatch.setattr(estimators.NPGIGTEstimator, "step", watched)
+    estimators.build("npg_igt", mdp, 2, path_step=0.1)(next(mdp.rollouts(2, seed=0)))
+    assert [k for _, k in seen] == list(range(estimators.PATH + 1))
+    torch.testing.assert_close(seen[-1][0], mdp.theta)
+    for k, ((before, _), (after, _)) in enumerate(pairwise(seen)):
+        torch.testing.assert_close(after - before, 0.1 * 2 / (k + 2) * mdp.truth / mdp.truth.norm())
+
+
+def test_critic_and_fisher_matrix_of_the_warm_up():
+    """Ridge regression on the reward to go of valid rows; the mean over episodes of their scores' products."""
+    setting = problems.Setting("CartPole-v1", warmup=20, reference=40)
+    data = next(setting.rollouts(20, setting.seed + 2))
+    u = setting.scores(setting.theta, data, "trajectory").dense()
+    torch.testing.assert_close(setting.fisher, u @ u.T / 20)
+    keep = data["valid"] > 0
+    x = problems.design(data["obs"][keep].double())
+    residual = x @ setting.critic - setting.weigh(data)["reward_to_go"][keep].double()
+    torch.testing.assert_close(x.T @ residual, -1e-3 * setting.critic, rtol=1e-3, atol=1e-6)
+
+
+def test_the_reference_is_discounted(mdp):
+    mean, error = mdp._reference(mdp.make(200), 20)
+    assert ((mean - mdp.truth).abs() / error).max() < 4.5
 
 
 def test_the_reference_is_the_gradient(lqr):
