@@ -109,6 +109,11 @@ class BPGConfig(EpisodicConfig):
             raise ValueError(f"noise, amplitude, constant: expected > 0, > 0, >= 0, got {got}")
         if self.sparsity is not None and self.sparsity <= 0.0:
             raise ValueError(f"sparsity: expected > 0 or None, got {self.sparsity}")
+        if self.time_limit != "bootstrap":
+            raise ValueError(
+                "time_limit: returns of whole paths bootstrap nothing, this agent has no use for it; expected "
+                f"'bootstrap', got {self.time_limit!r}"
+            )
 
 
 class BPGEstimator(Estimator):

@@ -78,10 +78,13 @@ def test_the_clock_counts_the_steps_of_episodes_only(agent: type, config: type) 
     assert learner.iteration == 2
 
 
+@pytest.mark.parametrize("config", [BPGConfig, BACConfig])
 @pytest.mark.parametrize("name", ["gae_lambda", "normalise_reward", "adam_eps"])
-def test_settings_without_a_meaning_are_refused(name: str) -> None:
+def test_settings_without_a_meaning_are_refused(name: str, config: type) -> None:
     with pytest.raises(ValueError, match=name):
-        BPGConfig(**{name: True if name == "normalise_reward" else 0.5})
+        config(**{name: True if name == "normalise_reward" else 0.5})
+    with pytest.raises(ValueError, match="time_limit: returns of whole paths"):
+        BPGConfig(time_limit="terminal")
 
 
 def test_resume_is_exact(tmp_path) -> None:
