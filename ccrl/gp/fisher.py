@@ -116,7 +116,8 @@ class RunningFisher(Fisher):
             self.matrix.diagonal().add_(self.damping - self.share)
             self.share.fill_(self.damping)
             self.inverse.copy_(symmetric_inverse(self.matrix, rtol=0.0))
-        return FisherEstimate(self.matrix.to(scores), self.inverse.to(scores))
+        # copies: a covariance multiplies with them later, when the next batch has moved the running ones
+        return FisherEstimate(self.matrix.to(scores, copy=True), self.inverse.to(scores, copy=True))
 
     def _add(self, u: Tensor) -> None:
         self.count += 1.0

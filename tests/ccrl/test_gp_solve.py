@@ -143,6 +143,10 @@ def test_running_inverse_is_the_inverse_of_the_running_matrix() -> None:
     assert torch.allclose(matrix, (torch.eye(3, dtype=DOUBLE) + u @ u.T) / 21.0)
     weighted = RunningFisher(3).estimate(u, w).matrix
     assert torch.allclose(weighted, (torch.eye(3, dtype=DOUBLE) + (u * w) @ u.T) / 21.0)
+    kept, before = fisher.estimate(u[:, :3]), fisher.matrix.clone()
+    fisher.estimate(u[:, 3:])
+    assert torch.equal(kept.matrix, before), "the covariance of the last iteration would change with this one"
+    assert torch.allclose(kept.matrix @ kept.inverse, torch.eye(3, dtype=DOUBLE))
     copy = RunningFisher(3)
     copy.load_state_dict(fisher.state_dict())
     assert torch.equal(copy.estimate(u[:, :1]).inverse, fisher.estimate(u[:, :1]).inverse)
