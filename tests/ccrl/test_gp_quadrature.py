@@ -98,6 +98,20 @@ def test_properties_of_the_posterior(model, constant: float) -> None:
     assert torch.allclose(nothing.covariance.dense(), prior)
 
 
+@pytest.mark.parametrize("constant", [0.0, 3.0])
+def test_model_1_with_amplitude_and_constant_by_hand(constant: float) -> None:
+    """k = s (1 + q_ij)^2 + c, b_i = s (1 + q_ii) + c, b0 = s (1 + n) + c with q = u' G^-1 u."""
+    u, y = torch.randn(2, 5, dtype=DOUBLE), torch.randn(5, dtype=DOUBLE)
+    fisher = known(1.0, 2.0)
+    q = u.T @ fisher.inverse @ u
+    inverse = torch.linalg.inv(1.5 * (1.0 + q).square() + constant + 0.3 * torch.eye(5, dtype=DOUBLE))
+    b = 1.5 * (1.0 + q.diagonal()) + constant
+    posterior = model1(u, y, fisher, 0.3, amplitude=1.5, constant=constant)
+    assert torch.allclose(posterior.mean, u @ (y * (inverse @ b)))
+    variance = 1.5 * 3.0 + constant - b @ inverse @ b
+    assert torch.allclose(posterior.covariance.dense(), variance * torch.eye(2, dtype=DOUBLE))
+
+
 def test_the_natural_gradient_has_the_transformed_covariance() -> None:
     u, y = torch.randn(2, 5, dtype=DOUBLE), torch.randn(5, dtype=DOUBLE)
     fisher = known(1.0, 4.0)

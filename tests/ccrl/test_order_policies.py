@@ -163,11 +163,13 @@ def test_the_gnn_by_hand() -> None:
     policy = GNNPolicy(PARTIAL, obs)
     assert policy.net.head[-1].bias.tolist() == [5.0]
     edges = [*PARTIAL.edges, (0, 0), (1, 1), (2, -1), (3, -1), (4, -1)]
-    weight = F.pad(obs["lead_time"], (0, 5))
+    weight, seen = F.pad(obs["lead_time"], (0, 5)), list[Tensor]()
+    policy.net.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[1]))
     with torch.no_grad():
         policy.net.head[-1].bias.fill_(0.0)  # requests near the stock: some are cut, others not
         out = reference(policy.net, edges, policy.features(obs), weight)
         found = policy(obs)
+    assert torch.equal(seen[-1], weight)
     for warehouse, links, own in ((0, [0], 6), (1, [1, 2, 3], 7)):
         stock = obs["inventory"][:, warehouse, 0]
         share = (stock / (out[:, links].sum(1) + out[:, own])).clamp_max(1.0)
