@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,16 +59,17 @@ class EnvContract:
         for env in self._envs():
             _check_obs(env.reset(seed=0), env)
             for result in self._steps(env, 5):
-                _check_obs(result.obs, env)
-                assert isinstance(result, StepResult)
-                assert result.reward.shape == (self.num_envs,)
-                assert result.reward.dtype == torch.float32
-                for flag in (result.terminated, result.truncated):
-                    assert flag.shape == (self.num_envs,)
-                    assert flag.dtype == torch.bool
-                for tensor in (result.reward, result.terminated, result.truncated):
-                    assert tensor.device == env.device
-                assert (result.final_obs is not None) == env.provides_final_obs
+                _check_result(result, env)
+
+    def test_a_single_copy_keeps_its_axis(self) -> None:
+        """``squeeze()`` and broadcasting go wrong with one copy first."""
+        for mode in self.autoreset_modes:
+            env = self.make_env(1, mode)
+            assert env.num_envs == 1
+            _check_obs(env.reset(seed=0), env)
+            for result in self._steps(env, 5):
+                _check_result(result, env)
+            env.close()
 
     def test_observations_are_in_the_space(self) -> None:
         for env in self._envs():
@@ -93,36 +95,86 @@ class EnvContract:
         assert not _equal(second, third), "reset() without a seed repeated the episode starts"
         assert not _equal(_row(first, 0), _row(first, 1)), "copies 0 and 1 start alike"
 
+    def test_reset_with_a_seed_forgets_the_past(self) -> None:
+        """Clocks, flags and random streams, also of an episode that has just ended."""
+        steps = max(40, (self.time_limit or 0) + 1)
+        for mode in self.autoreset_modes:
+            env, *_ = self._until_end(mode)
+            used = self._play(env, seed=3, steps=steps)
+            new = self._rollout(mode, seed=3, steps=steps)
+            assert len(used) == len(new), f"{mode}: an episode ended at another step than in a new environment"
+            assert all(_equal(a, b) for a, b in zip(used, new)), f"{mode}: reset(seed=3) is not that of a new one"
+
+    def test_environments_leave_each_other_and_the_callers_random_numbers_alone(self) -> None:
+        mode = self.autoreset_modes[0]
+        alone = self._rollout(mode, seed=3)
+        env, other = self._env(mode), self._env(mode)
+        state, numbers = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
+        rows = [_copy(env.reset(seed=3))]
+        other.reset(seed=4)
+        for result, _ in zip(self._steps(env, 40), self._steps(other, 40, seed=1)):
+            rows.append(_snapshot(result))
+        env.close()
+        other.close()
+        assert torch.get_rng_state().equal(state), "it drew from torch's global random numbers, or seeded them"
+        assert np.random.get_state()[1].tolist() == numbers, "it drew from NumPy's global random numbers"  # type: ignore[index]  # noqa: NPY002
+        assert all(_equal(a, b) for a, b in zip(rows, alone)), "a second environment changed the first"
+
+    def test_copies_do_not_depend_on_each_other(self) -> None:
+        """Other actions of the others change nothing for a copy in the middle, up to the first end of an episode: from
+        there on the copies may share a random stream."""
+        kept = self.num_envs // 2  # neither the first nor the last, whose action a mistake may hand to all
+        for mode in self.autoreset_modes:
+            runs: list[tuple[list[Any], list[Any]]] = []
+            for seed in (1, 2):
+                env = self._env(mode)
+                seen, told = [_row(env.reset(seed=0), kept)], []
+                generators = [torch.Generator().manual_seed(s) for s in (0, seed)]
+                for _ in range(20):
+                    same, action = (sample_actions(env.single_action_space, self.num_envs, g) for g in generators)
+                    action[kept] = same[kept]
+                    result = env.step(action.to(env.device))
+                    told.append([_row(x, kept) for x in (result.reward, result.terminated, result.truncated)])
+                    if bool((result.terminated | result.truncated).any()):
+                        break
+                    seen.append(_row(result.obs, kept))
+                runs.append((seen, told))
+                env.close()
+            for first, second in zip(*runs):
+                equal = [_equal(a, b) for a, b in zip(first, second)]
+                assert all(equal), f"{mode}: copy {kept} depends on the actions of the others"
+
     def test_same_step_returns_the_first_observation_and_keeps_the_last(self) -> None:
         if AutoresetMode.SAME_STEP not in self.autoreset_modes:
             return
-        env, result, row, before = self._until_end(AutoresetMode.SAME_STEP)
-        if env.provides_final_obs:
+        env, result, rows, before = self._until_end(AutoresetMode.SAME_STEP)
+        for row in rows if env.provides_final_obs else ():
             assert result.final_obs is not None
             final = _row(result.final_obs, row)
             assert env.single_observation_space.contains(final), f"{final} not in the observation space"
             assert not _equal(final, _row(result.obs, row)), "final_obs is the observation after the reset"
-            assert not _equal(final, before), "final_obs is the observation before the last step"
+            assert not _equal(final, _row(before, row)), "final_obs is the observation before the last step"
         following = next(self._steps(env, 1, seed=5))
         if self.time_limit != 1:
-            assert not bool(following.truncated[row]), "the clock did not restart"
+            assert not bool(following.truncated[rows].any()), "the clock did not restart"
         env.close()
 
     def test_next_step_inserts_a_dummy_row(self) -> None:
         if AutoresetMode.NEXT_STEP not in self.autoreset_modes:
             return
-        env, result, row, _ = self._until_end(AutoresetMode.NEXT_STEP)
-        last = _row(_copy(result.obs), row)
+        env, result, rows, _ = self._until_end(AutoresetMode.NEXT_STEP)
+        last = _copy(result.obs)
         dummy = next(self._steps(env, 1, seed=5))
-        assert float(dummy.reward[row]) == 0.0
-        assert not bool(dummy.terminated[row] | dummy.truncated[row])
-        assert not _equal(_row(dummy.obs, row), last), "the dummy row does not show a new episode"
+        for row in rows:
+            assert float(dummy.reward[row]) == 0.0
+            assert not bool(dummy.terminated[row] | dummy.truncated[row])
+            assert not _equal(_row(dummy.obs, row), _row(last, row)), "the dummy row does not show a new episode"
         env.close()
 
     def test_disabled_waits_for_reset_with_mask(self) -> None:
         if AutoresetMode.DISABLED not in self.autoreset_modes:
             return
-        env, result, row, _ = self._until_end(AutoresetMode.DISABLED)
+        env, result, rows, _ = self._until_end(AutoresetMode.DISABLED)
         done = (result.terminated | result.truncated).clone()
         last = _copy(result.obs)
         obs = _copy(env.reset(mask=done))
@@ -133,55 +185,70 @@ class EnvContract:
             )
         following = next(self._steps(env, 1, seed=5))
         if self.time_limit != 1:
-            assert not bool(following.truncated[row]), "the clock did not restart"
+            assert not bool(following.truncated[rows].any()), "the clock did not restart"
+        env.close()
+
+    def test_disabled_reset_with_mask_leaves_the_other_copies_alone(self) -> None:
+        """In the middle of an episode: where all copies end together, a mask that is ignored would not show."""
+        if AutoresetMode.DISABLED not in self.autoreset_modes:
+            return
+        env = self._env(AutoresetMode.DISABLED)
+        env.reset(seed=0)
+        result = next(self._steps(env, 1))
+        mask = result.terminated | result.truncated
+        mask[0] = True
+        before, others = _copy(result.obs), (~mask).nonzero().flatten().tolist()
+        after = _copy(env.reset(mask=mask))
+        for row in others:
+            assert _equal(_row(after, row), _row(before, row)), f"copy {row} is not in the mask and was reset"
+        for age, result in enumerate(self._steps(env, self.time_limit or 0), start=1):
+            at_limit = age + 1 == self.time_limit
+            ended = result.terminated
+            assert all(bool(result.truncated[row]) == at_limit for row in others if not ended[row]), f"step {age}"
+            assert age == self.time_limit or not bool(result.truncated[mask].any()), "the clock did not restart"
         env.close()
 
     def test_disabled_finished_copies_stay_finished(self) -> None:
         """Either the environment refuses the step, or the copy stays finished and is rewarded nothing."""
         if AutoresetMode.DISABLED not in self.autoreset_modes:
             return
-        env, _, row, _ = self._until_end(AutoresetMode.DISABLED)
+        env, _, rows, _ = self._until_end(AutoresetMode.DISABLED)
         try:
             after = next(self._steps(env, 1, seed=5))
         except (RuntimeError, AssertionError):  # Gymnasium asserts
             pass
         else:
-            assert bool(after.terminated[row] | after.truncated[row])
-            assert float(after.reward[row]) == 0.0
+            for row in rows:
+                assert bool(after.terminated[row] | after.truncated[row])
+                assert float(after.reward[row]) == 0.0
         finally:
             env.close()
 
     def test_time_limit_truncates(self) -> None:
+        """The first episode and those that the environment starts by itself."""
         if self.time_limit is None:
             return
         for env in self._envs():
             env.reset(seed=0)
-            running = torch.ones(self.num_envs, dtype=torch.bool, device=env.device)
-            for count, result in enumerate(self._steps(env, self.time_limit), start=1):
-                at_limit = torch.full_like(running, count == self.time_limit)
-                assert torch.equal(result.truncated[running], at_limit[running]), f"wrong at step {count}"
-                running = running & ~result.terminated & ~result.truncated
+            age = torch.zeros(self.num_envs, dtype=torch.int64, device=env.device)
+            dummy = torch.zeros(self.num_envs, dtype=torch.bool, device=env.device)
+            for count, result in enumerate(self._steps(env, 3 * self.time_limit + 2), start=1):
+                age = torch.where(dummy, 0, age + 1)
+                at_limit = age == self.time_limit
+                assert torch.equal(result.truncated, at_limit), f"wrong at step {count}: {result.truncated}"
+                done = result.terminated | result.truncated
+                if env.autoreset_mode == AutoresetMode.NEXT_STEP:
+                    dummy = done.clone()
+                else:
+                    age = torch.where(done, 0, age)
 
     def test_state_dict_continues_exactly(self) -> None:
+        """Saved in the middle of an episode and right after an end, when a reset may be pending."""
         if not self.resumable:
             return
         for mode in self.autoreset_modes:
-            env, other = self._env(mode), self._env(mode)
-            saver, loader = _resumable(env), _resumable(other)
-            env.reset(seed=0)
-            other.reset(seed=99)
-            for _ in self._steps(env, 7):
-                pass
-            loader.load_state_dict(saver.state_dict())
-            mask = torch.ones(self.num_envs, dtype=torch.bool, device=env.device)
-            if mode == AutoresetMode.DISABLED:
-                assert _equal(_copy(env.reset(mask=mask)), _copy(other.reset(mask=mask)))
-            ours = [_snapshot(result) for result in self._steps(env, 60, seed=8)]
-            theirs = [_snapshot(result) for result in self._steps(other, 60, seed=8)]
-            assert len(ours) == len(theirs)
-            assert all(_equal(a, b) for a, b in zip(ours, theirs)), f"{mode}: the resumed copy went another way"
-            env.close()
-            other.close()
+            self._check_resume(mode, self._after(mode, 7), steps=60)
+            self._check_resume(mode, self._until_end(mode)[0], steps=20)
 
     def test_wrong_actions_are_refused(self) -> None:
         env = self._env(self.autoreset_modes[0])
@@ -206,29 +273,61 @@ class EnvContract:
         """Results of up to ``count`` random steps; without autoreset only up to the first end of an episode."""
         generator = torch.Generator().manual_seed(seed)
         for _ in range(count):
-            result = env.step(sample_actions(env.single_action_space, self.num_envs, generator).to(env.device))
+            result = env.step(sample_actions(env.single_action_space, env.num_envs, generator).to(env.device))
             yield result
             disabled = env.autoreset_mode == AutoresetMode.DISABLED
             if disabled and bool((result.terminated | result.truncated).any()):
                 return
 
-    def _rollout(self, mode: AutoresetMode, seed: int) -> list[Any]:
-        env = self._env(mode)
+    def _rollout(self, mode: AutoresetMode, seed: int, steps: int = 40) -> list[Any]:
+        return self._play(self._env(mode), seed, steps)
+
+    def _play(self, env: BatchedEnv, seed: int, steps: int) -> list[Any]:
+        """All that an environment shows from ``reset(seed)`` on; closes it."""
         start = _copy(env.reset(seed=seed))
-        steps = self._steps(env, 40)
-        rows = [start, *(_snapshot(result) for result in steps)]
+        rows = [start, *(_snapshot(result) for result in self._steps(env, steps))]
         env.close()
         return rows
 
-    def _until_end(self, mode: AutoresetMode) -> tuple[BatchedEnv, StepResult, int, Any]:
-        """The environment right after the first end of an episode, that step, its copy, its observation before."""
+    def _after(self, mode: AutoresetMode, steps: int) -> BatchedEnv:
+        env = self._env(mode)
+        env.reset(seed=0)
+        for _ in self._steps(env, steps):
+            pass
+        return env
+
+    def _check_resume(self, mode: AutoresetMode, env: BatchedEnv, steps: int) -> None:
+        """A new environment goes on as ``env`` does, from its state as a checkpoint holds it."""
+        other = self._env(mode)
+        saver, loader = _resumable(env), _resumable(other)
+        other.reset(seed=99)
+        file = io.BytesIO()
+        torch.save(saver.state_dict(), file)
+        file.seek(0)
+        # checkpoints are read so: tensors, numbers, strings and containers of them, and no pickled objects
+        loader.load_state_dict(torch.load(file, weights_only=True))
+        if mode == AutoresetMode.DISABLED:
+            mask = torch.ones(self.num_envs, dtype=torch.bool, device=env.device)
+            mask[1:] = False
+            assert _equal(_copy(env.reset(mask=mask)), _copy(other.reset(mask=mask))), "another reset"
+            mask[:] = True
+            assert _equal(_copy(env.reset(mask=mask)), _copy(other.reset(mask=mask))), "another reset"
+        ours = [_snapshot(result) for result in self._steps(env, steps, seed=8)]
+        theirs = [_snapshot(result) for result in self._steps(other, steps, seed=8)]
+        assert len(ours) == len(theirs)
+        assert all(_equal(a, b) for a, b in zip(ours, theirs)), f"{mode}: the resumed copy went another way"
+        env.close()
+        other.close()
+
+    def _until_end(self, mode: AutoresetMode) -> tuple[BatchedEnv, StepResult, list[int], Any]:
+        """The environment right after the first end of an episode, that step, the copies that ended, the observations
+        before."""
         env = self._env(mode)
         before = _copy(env.reset(seed=0))
         for result in self._steps(env, self.max_steps):
             done = result.terminated | result.truncated
             if bool(done.any()):
-                row = int(done.nonzero()[0])
-                return env, result, row, _row(before, row)
+                return env, result, done.nonzero().flatten().tolist(), before
             before = _copy(result.obs)
         raise AssertionError(f"no episode ended within {self.max_steps} steps; raise max_steps or lower the time limit")
 
@@ -243,6 +342,21 @@ def _check_obs(obs: Tree, env: BatchedEnv) -> None:
         assert leaf.device == env.device
         if leaf.is_floating_point():
             assert leaf.dtype == torch.float32
+
+
+def _check_result(result: StepResult, env: BatchedEnv) -> None:
+    assert isinstance(result, StepResult)
+    _check_obs(result.obs, env)
+    assert result.reward.shape == (env.num_envs,)
+    assert result.reward.dtype == torch.float32
+    for flag in (result.terminated, result.truncated):
+        assert flag.shape == (env.num_envs,)
+        assert flag.dtype == torch.bool
+    for tensor in (result.reward, result.terminated, result.truncated):
+        assert tensor.device == env.device
+    assert (result.final_obs is not None) == env.provides_final_obs
+    if result.final_obs is not None:
+        _check_obs(result.final_obs, env)
 
 
 def _snapshot(result: StepResult) -> dict[str, Tensor]:
