@@ -12,7 +12,7 @@ import torch
 import envs
 from ccrl.adapters import GymnasiumEnv, SB3Env, as_vec_env, from_gymnasium
 from ccrl.batched_env import AutoresetMode
-from ccrl.testing import ClockEnv, EnvContract, Episode
+from ccrl.testing import ClockEnv, EnvContract, Episode, sample_actions
 from envs.classic import Acrobot, CartPole, MountainCar, MountainCarContinuous, Pendulum
 
 
@@ -154,6 +154,24 @@ class TestExportedToSB3AndImportedAgain(EnvContract):
     def make_env(self, num_envs, autoreset_mode):
         pytest.importorskip("stable_baselines3")
         return SB3Env(as_vec_env(Pendulum(num_envs, max_episode_steps=5)))
+
+
+@pytest.mark.parametrize("id", ["CartPole-v1", "Pendulum-v1", "Hopper-v5", "ccrl/InventorySerial-v0"])
+def test_finished_copies_of_native_environments_repeat_what_they_showed(id):
+    """In DISABLED mode, however often they are stepped; whoever steps on sees no episode that nobody started."""
+    env = envs.make(id, 3, autoreset_mode=AutoresetMode.DISABLED, max_episode_steps=4, seed=0)
+    actions = [sample_actions(env.single_action_space, 3, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    for action in actions[:4]:
+        last = env.step(action)
+    obs, flags = last.obs.clone(), (last.terminated.clone(), last.truncated.clone())
+    assert flags[1].all()
+    for action in actions[4:]:
+        result = env.step(action)
+        assert torch.equal(result.obs, obs)
+        assert torch.equal(result.terminated, flags[0])
+        assert torch.equal(result.truncated, flags[1])
+        assert not result.reward.any()
+    assert not torch.equal(env.reset(mask=torch.tensor([False, True, False]))[1], obs[1])
 
 
 # -- the contract itself: environments with a fault are found ---------------------------------------------------------

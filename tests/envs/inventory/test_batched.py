@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from ccrl.batched_env import AutoresetMode
 from ccrl.testing import EnvContract
 from envs.inventory import TASKS, InventoryEnv, InventoryVector, make_task
 from envs.inventory.batched import mean_flow
+from envs.inventory.demand import days_from_christmas
 
 IDS = [name for name in envs.OWN if name.startswith("Inventory")]
 
@@ -72,6 +75,25 @@ def test_a_step_is_that_of_the_simulator():
         result = vector.step(action)
         obs = result.obs
         assert torch.allclose(result.reward, -cost)
+
+
+def test_recorded_demand_sets_the_scale_of_actions():
+    """0 asks for the mean of the 16 weeks before plus a tenth of the mean of all series; nothing else is on the way."""
+    env = InventoryVector("one_store_real_data", 5, count=30)
+    start = env.reset(seed=0)
+    assert torch.equal(start[:, :6], torch.zeros(5, 6))
+    assert start[:, -3].tolist() == pytest.approx([(16 * 7 + 7) / 182] * 5), "2013-01-01 is a week after Christmas"
+    obs = env.step(torch.zeros(5, 1)).obs
+    asked = start[:, 6:22].mean(1) + 0.1 * env.env.task.demand.mean[0]
+    slot = start[:, -1].long() - 1
+    torch.testing.assert_close(obs[torch.arange(5), slot], asked)
+    assert torch.equal(obs[:, :6].sum(1), obs[torch.arange(5), slot])
+
+
+def test_split_is_that_of_the_simulator():
+    assert InventoryVector("one_store_lost", split="dev").env.periods == 100
+    start = InventoryVector("one_store_real_data", split="test", count=5).reset(seed=0)
+    assert torch.equal(start[:, -3], torch.full((1,), days_from_christmas(datetime.date(2013, 1, 1), 135)[134] / 182))
 
 
 def test_actions_beyond_the_bounds_count_as_the_bounds():

@@ -24,6 +24,53 @@ def test_published_stores():
     assert (wide.stores, wide.warehouses, wide.slots) == (21, 3, 6)
 
 
+def test_published_costs_and_lead_times():
+    """Section 5 of the hdpo_inventory sheet: the seeds and ranges of NumPy's legacy generator."""
+    holding, underage = (
+        tuple(np.random.RandomState(seed).uniform(low, high, 21).tolist())
+        for seed, low, high in ((73, 0.7, 1.3), (28, 6.3, 11.7))
+    )
+    task = make_task("one_warehouse_lost_demand", stores=5)
+    assert task.holding == (0.3, *holding[:5])
+    assert task.underage == underage[:5]
+    assert task.network.lead_times == (*np.random.RandomState(41).randint(2, 4, 5), 3)
+    assert task.lost
+    assert task.demand.clip
+    task = make_task("many_warehouses_lost_demand")
+    assert task.holding == (0.3, 0.4, *holding[:10])
+    assert task.underage == underage[:10]
+    assert task.edge_cost == (0.0,) * 15 + (0.5, 1.5)
+    assert task.demand.clip
+    leads = dict(zip(task.network.edges, task.network.lead_times, strict=True))
+    assert {lead for (source, _), lead in leads.items() if source == 0} == {5, 6}
+    assert {lead for (source, _), lead in leads.items() if source == 1} == {1, 2}
+    assert task.network.lead_times[-2:] == (3, 3)
+    task = make_task("many_warehouses_real_data", count=2)
+    assert task.holding == (0.3, 0.4, 0.2, *holding)
+    assert task.underage == underage
+    assert task.edge_cost == (0.0,) * task.network.internal + (0.5, 1.5, 0.7)
+    assert task.network.lead_times[-3:] == (3, 3, 3)
+    assert set(task.network.lead_times) == set(range(1, 7))
+    assert (task.lost, task.profit) == (True, True)
+    task = make_task("one_store_real_data", count=21)
+    assert task.holding == (1.0,)
+    assert task.underage_by_series == underage
+    assert task.lead_time_by_series == tuple(np.random.RandomState(41).randint(4, 7, 21).tolist())
+    assert (task.lost, task.profit) == (True, True)
+    task = make_task("transshipment_backlogged")
+    assert task.network.lead_times == (2, 2, 2, 3)
+    assert (task.lost, task.demand.clip, task.network.keeps_stock) == (False, False, False)
+
+
+def test_policies_see_mean_and_deviation():
+    """A Poisson variable has the square root of its mean as deviation; recorded means are those of each store."""
+    env = InventoryEnv(make_task("one_store_lost", mean=9.0))
+    seen = env.observe(env.initial(env.sample(2, torch.Generator())))
+    assert (seen["mean"].tolist(), seen["std"].tolist()) == ([[9.0]] * 2, [[3.0]] * 2)
+    series = torch.tensor([[[1.0, 0.0], [2.0, 8.0]], [[3.0, 0.0], [6.0, 0.0]]])
+    assert Recorded(series, "two stores").mean == (3.0, 2.0)
+
+
 def test_moments():
     generator = torch.Generator().manual_seed(0)
     poisson = Poisson((5.0, 2.0)).draw(2000, 50, generator)
@@ -88,6 +135,11 @@ def test_load_npz(tmp_path):
     env = InventoryEnv(make_task("one_store_real_data", series=series))
     assert env.sample(3, torch.Generator())["demand"].shape == (3, 111, 1)
     assert "sales.npz" in env.task.name
+    np.savez(file, demand=np.ones((3, 171, 2)))
+    undated = load_series(file)
+    assert (undated.series.shape[2], undated.first_day) == (2, datetime.date(2013, 1, 1))
+    np.savez(file, demand=np.ones((3, 171)))
+    series = load_series(file)
     by_path = make_task("one_store_real_data", series=str(file))
     assert torch.equal(by_path.demand.series, series.series)
 
@@ -100,7 +152,8 @@ def test_the_stand_in_says_what_it_is():
     demand = series.series
     assert demand.shape == (200, 171, 3)
     assert torch.equal(demand, demand.round())
-    assert demand.min() == 0
+    busy = demand[demand.mean((1, 2)) > 20]
+    assert 0.03 < (busy == 0).float().mean() < 0.12, "weeks without sales, 7.5 % of them, where much is sold in others"
     assert torch.equal(synthetic_series(200, 3).series, demand)
     assert not torch.equal(synthetic_series(200, 3, seed=1).series, demand)
     days = days_from_christmas(series.first_day, 171)

@@ -220,6 +220,9 @@ def test_oracle_cost():
     }
     for name, cost in expected.items():
         assert abs(oracle_cost(make_task(name)) - cost) < 6e-5
+        task = make_task(name)
+        twice = {key: tuple(2 * x for x in getattr(task, key)) for key in ("holding", "underage")}
+        assert oracle_cost(dataclasses.replace(task, **twice)) == pytest.approx(2 * oracle_cost(task), rel=1e-5)
     assert oracle_cost(make_task("one_warehouse_lost_demand")) is None
     assert oracle_cost(make_task("one_store_real_data", count=2)) is None
     for name, change in (
@@ -236,7 +239,9 @@ def test_search_on_recorded_demand():
     env = InventoryEnv(task)
     scenarios = env.sample(30, torch.Generator())
     found = search_base_stock(env, scenarios, torch.tensor([5.0, 40.0, 4000.0]), torch.tensor([3.0, math.inf]))
-    assert found.level == 40.0
+    assert (found.level, found.cap) == (40.0, math.inf)
+    capped = search_base_stock(env, scenarios, torch.tensor([40.0]), torch.tensor([3.0]))
+    assert capped.cost > found.cost, "of most series more than 3 are sold a week"
     assert found.cost < 0  # profit
 
 

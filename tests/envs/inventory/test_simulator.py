@@ -47,6 +47,51 @@ def test_profit_step():
     demand = torch.tensor([[5.0], [1.0]], dtype=F64)
     _, cost = env.step(state | constants, torch.zeros(2, 1, dtype=F64), demand)
     assert cost.tolist() == [-36.0, -9.0 + 3.0]
+    owed, constants = store(1, lost=False, profit=True)  # sold is min(on hand, demand), also where 2 are owed
+    _, cost = owed.step(
+        state | constants | {"inventory": state["inventory"] - 6.0}, torch.zeros(2, 1, dtype=F64), demand
+    )
+    assert cost.tolist() == [9.0 * 2] * 2
+
+
+@pytest.mark.parametrize("profit", [False, True])
+def test_costs_are_those_of_their_node_and_edge(profit):
+    """A warehouse and two stores; store 0 has 3 units left, store 1 misses 2 of 3 demanded."""
+    net = Network(0, 1, 2, ((0, 1), (0, 2), (-1, 0)), (1, 2, 1))
+    demand, edge_cost = Normal((5.0, 2.0), (1.0, 0.5)), (0.01, 0.02, 0.04)
+    task = Task("fan", net, demand, (0.3, 0.7, 1.1), (6.0, 11.0), lost=True, profit=profit, edge_cost=edge_cost)
+    state = {"inventory": torch.zeros(1, 3, 2, dtype=F64)}
+    state["inventory"][0, :, 0] = torch.tensor([9.0, 4.0, 1.0])
+    action = torch.tensor([[2.0, 3.0, 5.0]], dtype=F64)
+    following, cost = InventoryEnv(task).step(state, action, torch.tensor([[1.0, 3.0]], dtype=F64))
+    moved = 0.3 * (9 - 2 - 3) + 0.01 * 2 + 0.02 * 3 + 0.04 * 5
+    served = 0.7 * 3 + (-6.0 * 1 - 11.0 * 1 if profit else 11.0 * 2)
+    torch.testing.assert_close(cost, torch.tensor([moved + served], dtype=F64), rtol=1e-14, atol=0)
+    assert following["inventory"].tolist() == [[[9, 0], [5, 0], [0, 3]]]
+
+
+def test_initial_stock():
+    """Every slot of a store up to its own lead time is uniform from 0 to its mean demand; warehouses start empty."""
+    env = InventoryEnv(make_task("one_warehouse_lost_demand", stores=6))
+    stock = env.sample(4000, torch.Generator().manual_seed(0))["inventory"]
+    assert (stock[:, 0] == 0).all()
+    leads = env.network.node_slots[1:]
+    assert set(leads) == {2, 3}
+    for stocks, lead, mean in zip(stock[:, 1:].unbind(1), leads, env.task.demand.mean, strict=True):
+        assert (stocks[:, lead:] == 0).all()
+        filled = stocks[:, :lead] / mean
+        assert filled.min() >= 0
+        assert 0.99 < filled.max() <= 1
+        assert abs(filled.mean() - 0.5) < 0.02
+        assert abs(filled.var() - 1 / 12) < 0.005
+
+
+def test_constants_of_a_series_go_with_its_demand():
+    task = make_task("one_store_real_data", count=9)
+    scenarios = InventoryEnv(task).sample(5, torch.Generator())
+    assert torch.equal(scenarios["demand"], task.demand.series[:5, :111])
+    assert scenarios["lead_time"].flatten().tolist() == list(task.lead_time_by_series[:5])
+    assert torch.equal(scenarios["underage"].flatten(), torch.tensor(task.underage_by_series[:5]))
 
 
 def test_lead_times_by_scenario_agree_with_those_of_the_network():
@@ -75,7 +120,8 @@ def test_serial_step_by_hand():
     following, cost = env.step(state, action, torch.tensor([[6.0]], dtype=F64))
     expected = [[0, 7, 0, 0], [3 + 3, 0, 0, 10], [4, 0, 5, 0], [-2, 2, 0, 0]]
     assert torch.allclose(following["inventory"][0], torch.tensor(expected, dtype=F64))
-    assert torch.allclose(cost, torch.tensor([0.1 * 0 + 0.2 * 3 + 0.5 * 4 + 4 * 2], dtype=F64))
+    # to float64: constants that were float32 on the way would be 1e-8 away
+    torch.testing.assert_close(cost, torch.tensor([0.2 * 3 + 0.5 * 4 + 4 * 2], dtype=F64), rtol=1e-11, atol=0)
 
 
 def test_edge_costs_and_warehouse_holding():
