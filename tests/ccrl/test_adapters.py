@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import gymnasium
 import numpy as np
 import pytest
@@ -11,9 +9,9 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
-from ccrl.adapters import GymnasiumEnv, SB3Env, SingleEnv, as_vec_env, as_vector_env, from_gymnasium
+from ccrl.adapters import GymnasiumEnv, SB3Env, as_vector_env, from_gymnasium
 from ccrl.adapters.spaces import numpy_act
-from ccrl.batched_env import AutoresetMode, resolve_env
+from ccrl.batched_env import AutoresetMode, check_device, resolve_env
 from ccrl.testing import ClockEnv, Episode
 
 A, B = Episode(0.0, 3, "terminate"), Episode(10.0, 2, "truncate")
@@ -223,6 +221,31 @@ def test_an_environment_of_another_library_is_told_its_adapter(env, how):
         resolve_env(env(), 2)
 
 
+def test_an_id_is_built_with_its_options():
+    env = resolve_env("Pendulum-v1", 3, g=1.0, max_episode_steps=5)
+    assert (env.num_envs, env.g, env.max_episode_steps) == (3, 1.0, 5)
+    made = ClockEnv([[A]])
+    assert resolve_env(made, 7) is made
+
+
+@pytest.mark.parametrize(("device", "gpus", "there"), [("cuda", 0, False), ("cuda", 1, True), ("cuda:1", 1, False)])
+def test_devices_that_are_here(monkeypatch, device, gpus, there):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    if there:
+        assert check_device(device) == torch.device(device)
+        return
+    with pytest.raises(ValueError, match=f"expected one that is here, got {device!r}.*finds {gpus} CUDA GPUs"):
+        check_device(device)
+
+
+def test_a_mask_that_is_empty_changes_nothing():
+    """Collectors ask with one after every step; Gymnasium's environments refuse it."""
+    env = from_gymnasium(lambda: Scripted(A), 2, autoreset_mode=AutoresetMode.DISABLED)
+    env.reset(seed=0)
+    obs = env.step(torch.zeros(2, dtype=torch.int64)).obs.clone()
+    assert torch.equal(env.reset(mask=torch.zeros(2, dtype=torch.bool)), obs)
+
+
 def test_options_for_an_environment_that_is_made():
     with pytest.raises(ValueError, match=r"env_kwargs: options go with an id, got \['length'\]"):
         resolve_env(ClockEnv([[A]]), 1, length=3)
@@ -260,16 +283,6 @@ def act(obs):
     ACTED[:] = [obs]
     first = obs["a"] if isinstance(obs, dict) else obs
     return torch.arange(len(first))
-
-
-def test_a_vector_environment_shows_every_copy():
-    class Pictured(ClockEnv):
-        def render(self, index):
-            return np.full((2, 2, 3), index, np.uint8)
-
-    first, second = as_vector_env(Pictured([[A], [B]]), "rgb_array").render()
-    assert (first[0, 0, 0], second[0, 0, 0]) == (0, 1)
-    assert as_vector_env(Pictured([[A], [B]])).render() is None
 
 
 def test_one_observation_or_a_batch_as_numpy():
@@ -323,15 +336,6 @@ def test_vector_entry_points_with_dense_or_missing_final_observations():
         GymnasiumEnv(VectorClock(True, None))
 
 
-def test_single_env_wants_one_copy_without_autoreset():
-    with pytest.raises(ValueError, match="num_envs=2"):
-        SingleEnv(ClockEnv([[A], [B]], autoreset_mode=AutoresetMode.DISABLED))
-    env = SingleEnv(ClockEnv([[A]], autoreset_mode=AutoresetMode.DISABLED))
-    assert env.reset()[0].tolist() == [0.0]
-    assert [env.step(0)[2] for _ in range(3)] == [False, False, True]
-    assert env.reset()[0].tolist() == [0.0]
-
-
 class FakeVecEnv:
     """What SB3's ``VecEnv`` hands out, without SB3: copy 0 terminates, copy 1 is cut by the time limit."""
 
@@ -370,45 +374,18 @@ def test_sb3_import_needs_no_sb3():
     assert result.final_obs.tolist() == [[3.0], [4.0]]
     assert (result.terminated.tolist(), result.truncated.tolist()) == ([True, False], [False, True])
     assert result.reward.tolist() == [1.0, 2.0]
+    step_wait = vec_env.step_wait
+
+    def without_time_limits():
+        obs, reward, done, infos = step_wait()
+        for info in infos:
+            del info["TimeLimit.truncated"]
+        return obs, reward, done, infos
+
+    vec_env.step_wait = without_time_limits
+    result = env.step(torch.tensor([0, 1]))
+    assert (result.terminated.tolist(), result.truncated.tolist()) == ([True, True], [False, False])
     with pytest.raises(ValueError, match="without a mask"):
         env.reset(mask=torch.ones(2, dtype=torch.bool))
     with pytest.raises(TypeError, match="expected an SB3 VecEnv"):
         SB3Env(object())
-
-
-def test_sb3_export_reports_episodes_and_endings():
-    pytest.importorskip("stable_baselines3")
-    env = as_vec_env(ClockEnv([[A], [B]], reward=0.5))
-    first = env.reset()
-    assert first.tolist() == [[0.0], [10.0]]
-    reports = []
-    for _ in range(3):
-        _, _, dones, infos = env.step(np.array([0, 0]))
-        for row in np.flatnonzero(dones):
-            info = infos[row]
-            episode = (info["episode"]["r"], info["episode"]["l"])
-            reports.append((int(row), *episode, info["terminal_observation"].tolist(), info["TimeLimit.truncated"]))
-    assert reports == [(1, 1.0, 2, [12.0], True), (0, 1.5, 3, [3.0], False)]
-    assert first.tolist() == [[0.0], [10.0]], "the first observation changed with the environment's buffer"
-    with pytest.raises(ValueError, match="SAME_STEP"):
-        as_vec_env(ClockEnv([[A]], autoreset_mode=AutoresetMode.NEXT_STEP))
-    with pytest.raises(ValueError, match="final_obs"):
-        as_vec_env(ClockEnv([[A]], provides_final_obs=False))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_sb3_trains_on_our_environments():
-    sb3 = pytest.importorskip("stable_baselines3")
-    from envs.classic import CartPole
-
-    model = sb3.PPO("MlpPolicy", as_vec_env(CartPole(4)), n_steps=64, batch_size=64, n_epochs=1, seed=0, device="cpu")
-    before = [parameter.clone() for parameter in model.policy.parameters()]
-    model.learn(512)
-    assert any(not torch.equal(a, b) for a, b in zip(before, model.policy.parameters()))
-    assert 8 <= np.mean([episode["l"] for episode in model.ep_info_buffer]) <= 500
-
-
-def test_missing_sb3_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, "stable_baselines3", None)  # makes its import fail
-    with pytest.raises(ImportError, match=r"\[sb3\]"):
-        as_vec_env(ClockEnv([[A]]))

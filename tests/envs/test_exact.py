@@ -255,6 +255,20 @@ def test_wrong_tables_are_refused():
             TabularMDP(**(good | wrong))
 
 
+def test_options_of_a_random_mdp():
+    """Another seed is another problem; the more concentrated its Dirichlet distribution, the flatter the rows."""
+    first, again, other = (RandomMDP(states=6, actions=2, mdp_seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(first.transition, again.transition)
+    assert not torch.equal(first.transition, other.transition)
+    assert not torch.equal(first.reward_table, other.reward_table)
+    flat, peaked = (RandomMDP(states=6, concentration=c).transition.amax(-1).mean() for c in (100.0, 0.01))
+    assert flat < 0.3
+    assert peaked > 0.9
+    assert (first.transition.shape, first.gamma, first.horizon) == ((6, 2, 6), 0.9, 15)
+    options = RandomMDP(gamma=0.5, horizon=3)
+    assert (options.gamma, options.horizon) == (0.5, 3)
+
+
 # -- mountain car and ship --------------------------------------------------------------------------------------------
 
 
@@ -304,6 +318,15 @@ def test_ship_dynamics():
     clipped = sail(env, (50, 40, 0.3, 0.1), 9.0).obs
     assert torch.equal(clipped, sail(env, (50, 40, 0.3, 0.1), math.pi / 12).obs)
     assert sail(env, (50, 40, math.pi - 0.01, 0.2)).obs[0, 2] < -3.0, "headings wrap"
+
+
+@pytest.mark.parametrize("substeps", [1, 5])
+def test_ship_substeps(substeps):
+    """Straight ahead: .6 per sub-step."""
+    env = ShipSteering(1, dtype=F64, substeps=substeps)
+    close(sail(env, (50.0, 40.0, 0.0, 0.0)).obs[0, :2].double(), vector(50 + 0.6 * substeps, 40.0), atol=1e-5)
+    with pytest.raises(ValueError, match="substeps must be at least 1, got 0"):
+        ShipSteering(1, substeps=0)
 
 
 def test_ship_ends():

@@ -51,6 +51,7 @@ def test_published_costs_and_lead_times():
     assert task.edge_cost == (0.0,) * task.network.internal + (0.5, 1.5, 0.7)
     assert task.network.lead_times[-3:] == (3, 3, 3)
     assert set(task.network.lead_times) == set(range(1, 7))
+    assert len(task.demand.series) == 2
     assert (task.lost, task.profit) == (True, True)
     task = make_task("one_store_real_data", count=21)
     assert task.holding == (1.0,)

@@ -56,18 +56,18 @@ def test_profit_step():
 
 @pytest.mark.parametrize("profit", [False, True])
 def test_costs_are_those_of_their_node_and_edge(profit):
-    """A warehouse and two stores; store 0 has 3 units left, store 1 misses 2 of 3 demanded."""
+    """A warehouse and two stores; store 0 has 2 units left, store 1 misses 2 of 3 demanded."""
     net = Network(0, 1, 2, ((0, 1), (0, 2), (-1, 0)), (1, 2, 1))
     demand, edge_cost = Normal((5.0, 2.0), (1.0, 0.5)), (0.01, 0.02, 0.04)
     task = Task("fan", net, demand, (0.3, 0.7, 1.1), (6.0, 11.0), lost=True, profit=profit, edge_cost=edge_cost)
     state = {"inventory": torch.zeros(1, 3, 2, dtype=F64)}
     state["inventory"][0, :, 0] = torch.tensor([9.0, 4.0, 1.0])
     action = torch.tensor([[2.0, 3.0, 5.0]], dtype=F64)
-    following, cost = InventoryEnv(task).step(state, action, torch.tensor([[1.0, 3.0]], dtype=F64))
+    following, cost = InventoryEnv(task).step(state, action, torch.tensor([[2.0, 3.0]], dtype=F64))
     moved = 0.3 * (9 - 2 - 3) + 0.01 * 2 + 0.02 * 3 + 0.04 * 5
-    served = 0.7 * 3 + (-6.0 * 1 - 11.0 * 1 if profit else 11.0 * 2)
+    served = 0.7 * 2 + (-6.0 * 2 - 11.0 * 1 if profit else 11.0 * 2)
     torch.testing.assert_close(cost, torch.tensor([moved + served], dtype=F64), rtol=1e-14, atol=0)
-    assert following["inventory"].tolist() == [[[9, 0], [5, 0], [0, 3]]]
+    assert following["inventory"].tolist() == [[[9, 0], [4, 0], [0, 3]]]
 
 
 def test_initial_stock():

@@ -75,10 +75,24 @@ def test_arms() -> None:
     torch.testing.assert_close(everything(make_task("arms")), torch.tensor([[1, 0.3, -0.5]]))
 
 
-def test_rules_come_from_the_seed_alone() -> None:
-    one, same, other = (make_task("dead_prompts", seed=s) for s in (1, 1, 2))
-    assert one.allowed.equal(same.allowed)
-    assert not one.allowed.equal(other.allowed)
+@pytest.mark.parametrize(
+    ("name", "rules"),
+    [
+        ("dead_prompts", ("allowed", "dead", "demonstrations")),
+        ("sum_rule", ("allowed",)),
+        ("easy_hard", ("allowed",)),
+        ("sequence_match", ("targets",)),
+    ],
+)
+def test_rules_come_from_the_seed_alone(name: str, rules: tuple[str, ...]) -> None:
+    tasks = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(tasks))
+        tasks.append(make_task(name, seed=seed))
+    for rule in rules:
+        one, same, other = (getattr(task, rule) for task in tasks)
+        assert one.equal(same)
+        assert not one.equal(other)
 
 
 def test_test_questions_come_once_before_any_comes_again() -> None:
