@@ -96,6 +96,8 @@ class TextTaskContract:
                 continue
             length = demonstration_length(task, prompts)
             assert (length <= task.max_new_tokens).all()
+            written = (prompts.demonstration != task.vocab.pad).any(1)
+            assert (length[written] > 0).all(), "a demonstration without its end token"
             shown = (length > 0).nonzero().flatten()
             score = task.score(prompts, shown, prompts.demonstration[shown].t(), length[shown])
             assert (score.components[:, 0] == 1).all()
@@ -114,6 +116,29 @@ class TextTaskContract:
             assert score.answer.dtype == torch.int64
             assert (score.answer >= -1).all()
             assert (score.components[:, 0] <= 1).all()
+
+    def test_one_question_and_one_completion_keep_their_axis(self) -> None:
+        task = self.make_task()
+        for split in self.splits:
+            prompts = task.prompts(1, Generator().manual_seed(0), split)
+            assert len(prompts) == prompts.tokens.shape[0] == 1
+            tokens = torch.randint(task.vocab.size, (1, 1), generator=Generator().manual_seed(0))
+            score = task.score(prompts, torch.zeros(1, dtype=torch.int64), tokens, torch.ones(1, dtype=torch.int64))
+            assert score.components.shape == (1, len(task.components))
+            assert score.answer.shape == (1,)
+
+    def test_scoring_writes_nothing(self) -> None:
+        """Completions and prompts are the rollout that is trained on afterwards."""
+        for task, prompts in self._draws():
+            shown, length = self._completions(task, prompts)
+            question = torch.arange(self.n)
+            given = (prompts.tokens, prompts.valid, prompts.index, question, shown, length)
+            before = [x.clone() for x in given]
+            first = task.score(prompts, question, shown, length)
+            assert all(x.equal(y) for x, y in zip(given, before))
+            again = task.score(prompts, question, shown, length)
+            assert first.components.equal(again.components), "the same completions score differently the second time"
+            assert first.answer.equal(again.answer)
 
     def test_garbage_is_wrong(self) -> None:
         for task, prompts in self._draws():

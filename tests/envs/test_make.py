@@ -12,7 +12,7 @@ from gymnasium.utils.env_checker import check_env
 from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 import envs
-from ccrl.adapters import GymnasiumEnv, TorchVectorEnv
+from ccrl.adapters import GymnasiumEnv, TorchVectorEnv, as_vector_env
 from ccrl.batched_env import AutoresetMode, BatchedEnv
 from envs.classic import CartPole
 
@@ -102,6 +102,19 @@ def test_make_vec_builds_the_native_environment():
             episodes.append(infos["episode"]["l"][row])
         assert ("final_obs" in infos) == terminated.any()
     assert min(episodes) >= 8
+
+
+def test_a_vector_entry_point_of_ours_is_taken_out_of_its_wrapping():
+    """With its state, which the way through Gymnasium would lose."""
+    gymnasium.register("mine/Pole-v0", vector_entry_point=lambda num_envs: as_vector_env(CartPole(num_envs)))
+    try:
+        env = envs.make("mine/Pole-v0", 3, seed=0)
+        assert isinstance(env, CartPole)
+        assert env.num_envs == 3
+        with pytest.raises(ValueError, match="use backend='sync' or 'async' to choose it"):
+            envs.make("mine/Pole-v0", 3, autoreset_mode=AutoresetMode.DISABLED)
+    finally:
+        gymnasium.registry.pop("mine/Pole-v0")
 
 
 def test_make_vec_resets_single_copies():

@@ -227,6 +227,17 @@ def test_set_state_starts_given_rows():
         env.set_state(qpos, qpos)
 
 
+def test_set_state_starts_every_copy_if_no_rows_are_given():
+    env = make_mujoco("Reacher-v5", 3, seed=0, max_episode_steps=3)
+    env.reset()
+    env.step(torch.zeros(3, 2))
+    qpos = torch.arange(12.0, dtype=torch.float64).reshape(3, 4) / 100
+    obs = env.set_state(qpos, torch.zeros(3, 4, dtype=torch.float64))
+    torch.testing.assert_close(obs[:, :2], qpos[:, :2].cos().float())
+    ends = [env.step(torch.zeros(3, 2)).truncated.all().item() for _ in range(3)]
+    assert ends == [False, False, True], "the clock did not restart"
+
+
 def bad_shape(self, state):
     return state.qpos
 

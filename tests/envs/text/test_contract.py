@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ccrl.llm.task import ConversationTask, TextTask
 from ccrl.testing.text_contract import TextTaskContract
 from envs.text import TASKS, make_task
+from envs.text.generated import Verdict
+from envs.text.sorting import Sorting
 
 PROMPTS = Path(__file__).with_name("prompts.jsonl")
 
@@ -97,6 +101,98 @@ def test_every_task_is_tested_here() -> None:
         c().make_task() for c in list(globals().values()) if isinstance(c, type) and c.__name__.startswith("Test")
     ]
     assert sorted(task.name for task in tested) == sorted(TASKS)
+
+
+# -- the contract itself: tasks with a fault are found ----------------------------------------------------------------
+
+
+class TruthByPosition(Sorting):
+    """Takes the question of completion ``n`` to be question ``n``."""
+
+    def score(self, prompts, question, tokens, length):
+        return super().score(prompts, torch.arange(len(question)) % len(prompts), tokens, length)
+
+
+class ReadsBeyondTheEnd(Sorting):
+    def score(self, prompts, question, tokens, length):
+        return super().score(prompts, question, tokens, torch.full_like(length, len(tokens)))
+
+
+class Overwrites(Sorting):
+    """Blanks what follows a completion, in the rollout itself."""
+
+    def score(self, prompts, question, tokens, length):
+        tokens[torch.arange(len(tokens))[:, None] >= length] = self.vocab.pad
+        return super().score(prompts, question, tokens, length)
+
+
+class Remembers(Sorting):
+    """Pays for what it has not seen before."""
+
+    def __init__(self):
+        self.seen = set()
+        super().__init__()
+
+    def judge(self, truth, text):
+        fresh = text not in self.seen
+        self.seen.add(text)
+        return super().judge(truth, text) if fresh else Verdict((0.0,), -1)
+
+
+class SqueezesOne(Sorting):
+    def score(self, prompts, question, tokens, length):
+        score = super().score(prompts, question, tokens, length)
+        return score._replace(answer=score.answer.squeeze())
+
+
+class IgnoresTheGenerator(Sorting):
+    def draw(self, n, generator):
+        return super().draw(n, None)
+
+
+class TrainsOnTheTest(Sorting):
+    def prompts(self, n, generator, split="train"):
+        return super().prompts(n, generator, "train")
+
+
+class PadsRight(Sorting):
+    """Prompts of different lengths end at different columns."""
+
+    def prompts(self, n, generator, split="train"):
+        prompts = super().prompts(n, generator, split)
+        tokens, valid = (torch.cat((x, torch.zeros_like(x[:, :1])), 1) for x in (prompts.tokens, prompts.valid))
+        return dataclasses.replace(prompts, tokens=tokens, valid=valid)
+
+
+class ForgetsTheEnd(Sorting):
+    """Demonstrations without the end token: their policy never stops."""
+
+    def prompts(self, n, generator, split="train"):
+        prompts = super().prompts(n, generator, split)
+        shown = torch.where(prompts.demonstration == self.vocab.eos, self.vocab.pad, prompts.demonstration)
+        return dataclasses.replace(prompts, demonstration=shown)
+
+
+@pytest.mark.parametrize(
+    ("faulty", "test"),
+    [
+        (TruthByPosition, "test_completions_are_judged_apart"),
+        (ReadsBeyondTheEnd, "test_only_the_length_counts"),
+        (Overwrites, "test_scoring_writes_nothing"),
+        (Remembers, "test_scoring_writes_nothing"),
+        (SqueezesOne, "test_one_question_and_one_completion_keep_their_axis"),
+        (IgnoresTheGenerator, "test_generator_decides_the_prompts"),
+        (TrainsOnTheTest, "test_splits_are_disjoint"),
+        (PadsRight, "test_prompts_are_left_padded"),
+        (ForgetsTheEnd, "test_demonstrations_are_right"),
+    ],
+)
+def test_the_contract_finds_faulty_tasks(faulty: type[Sorting], test: str) -> None:
+    contract = TestSorting()
+    getattr(contract, test)()
+    contract.make_task = faulty  # type: ignore[method-assign]
+    with pytest.raises(AssertionError):
+        getattr(contract, test)()
 
 
 def test_an_unknown_task_and_an_unknown_option() -> None:

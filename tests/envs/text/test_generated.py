@@ -37,6 +37,15 @@ def test_arithmetic_by_hand() -> None:
     assert answers == [19, 19, 91, -1, 0, -1]
 
 
+def test_prompts_begin_and_demonstrations_end_with_their_token() -> None:
+    task = make_task("arithmetic")
+    prompts = task.prompts(20, Generator().manual_seed(0))
+    for row, valid, shown in zip(prompts.tokens, prompts.valid, prompts.demonstration):
+        tokens = row[valid > 0].tolist()
+        assert tokens == [task.vocab.bos, *task.vocab.encode(task.vocab.decode(tokens))]
+        assert shown.tolist().count(task.vocab.eos) == 1
+
+
 def test_arithmetic_questions_are_right() -> None:
     """Python's own operators, ``%`` made to bind weakest, against the task's evaluation."""
     task = make_task("arithmetic", operands=4, operators="*-+", digits=3, modulus=1000)

@@ -117,6 +117,25 @@ def test_bad_rewards(write: Write) -> None:
         make_task("jsonl", path=path.with_name("nowhere"))
 
 
+def test_prompts_begin_and_demonstrations_end_with_their_token(write: Write) -> None:
+    task = make_task("jsonl", path=write([{"prompt": "say 7", "answer": "7", "demonstration": "7"}] * 2))
+    prompts = task.prompts(2, Generator().manual_seed(0))
+    encode, (bos, eos) = task.vocab.encode, (task.vocab.bos, task.vocab.eos)
+    assert prompts.tokens.tolist() == [[bos, *encode("say 7")]] * 2
+    assert prompts.demonstration.tolist() == [[*encode("7"), eos]] * 2
+
+
+def test_answers_that_differ_in_white_space_alone_are_equal(write: Write) -> None:
+    task = make_task("jsonl", path=write([{"prompt": "1+1 =", "answer": "2"}]))
+    prompts = task.prompts(1, Generator().manual_seed(0))
+    rows = [[*task.vocab.encode(text), task.vocab.eos] for text in ("2", " 2 ", "1", "  ")]
+    length = torch.tensor([len(row) for row in rows])
+    question = torch.zeros(4, dtype=torch.int64)
+    answer = task.score(prompts, question, pad_right(rows, task.vocab.pad).t(), length).answer.tolist()
+    assert answer[0] == answer[1] != answer[2]
+    assert answer[3] == -1
+
+
 def test_splits(write: Write) -> None:
     path = write(RECORDS)
     own = make_task("jsonl", path=path, test_path=write([{"prompt": "say 99", "answer": "99"}], "test.jsonl"))
