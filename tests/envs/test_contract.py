@@ -71,8 +71,12 @@ class TestAcrobotFloat64(EnvContract):
 
 
 class TestHopper(EnvContract):
+    """Some fall before the time limit."""
+
+    time_limit = 25
+
     def make_env(self, num_envs, autoreset_mode):
-        return envs.make("Hopper-v5", num_envs, autoreset_mode=autoreset_mode)
+        return envs.make("Hopper-v5", num_envs, autoreset_mode=autoreset_mode, max_episode_steps=25)
 
 
 class TestSync(EnvContract):

@@ -166,6 +166,8 @@ def test_countdown_demonstrations_bracket_what_needs_it() -> None:
     length = (prompts.demonstration == task.vocab.eos).int().argmax(1) + 1
     assert task.score(prompts, torch.arange(300), prompts.demonstration.t(), length).components.mean() == 1
     assert length.max() <= task.max_new_tokens
+    targets = [truth[0] for truth in prompts.truth]
+    assert (min(targets), max(targets)) == (0, 30)
     assert any("(" in task.vocab.decode(row) for row in prompts.demonstration.tolist())
 
 
