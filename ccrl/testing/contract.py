@@ -362,11 +362,11 @@ def _check_result(result: StepResult, env: BatchedEnv) -> None:
 def _snapshot(result: StepResult) -> dict[str, Tensor]:
     obs = result.obs if isinstance(result.obs, dict) else {"obs": result.obs}
     flags = {"reward": result.reward, "terminated": result.terminated, "truncated": result.truncated}
-    return {key: value.clone() for key, value in (obs | flags).items()}
+    return {key: value.cpu().clone() for key, value in (obs | flags).items()}
 
 
 def _copy(tree: Tree) -> Any:
-    return {key: leaf.clone() for key, leaf in tree.items()} if isinstance(tree, dict) else tree.clone()
+    return {key: leaf.cpu().clone() for key, leaf in tree.items()} if isinstance(tree, dict) else tree.cpu().clone()
 
 
 def _row(tree: Any, row: int) -> Any:
