@@ -45,12 +45,13 @@ class Options:
 
 def main(options: Options, command: str = "") -> list[Path]:
     study = load_study(options.runs, options.metric, options.by, options.points)
+    tables = study.table(options.fractions, options.thresholds)  # first: what it refuses leaves no files
     written = plots.save(plots.learning_curves(study, options.title, command), f"{options.out}_curves")
     if study.shared_envs:
         written += plots.save(plots.profile(study, options.title, command), f"{options.out}_profile")
         if len(study.agents) > 1:
             written += plots.save(plots.improvement(study, options.title, command), f"{options.out}_improvement")
-    for suffix, text in zip((".md", ".csv"), study.table(options.fractions, options.thresholds), strict=True):
+    for suffix, text in zip((".md", ".csv"), tables, strict=True):
         path = Path(f"{options.out}_table{suffix}")
         path.write_text(text, encoding="utf-8")
         written.append(path)

@@ -148,7 +148,12 @@ class Study:
         Args:
             fractions: thresholds as fractions of the way from ``span``'s 0 to its 1.
             thresholds: env to one threshold in raw units, used instead there.
+
+        Raises:
+            ValueError: a threshold of an env that has no runs.
         """
+        if unknown := sorted(set(thresholds or {}) - set(self.envs)):
+            raise ValueError(f"thresholds: expected some of {', '.join(self.envs)}; received {', '.join(unknown)}.")
         lines = [
             f"Metric `{self.metric}`. Final: IQM of the runs' means over the last tenth of the {self.unit}s, with its "
             f"95 % bootstrap interval. {self.unit.capitalize()}s: median over runs of the first {self.unit} at or "
@@ -238,10 +243,13 @@ def load_study(
 
     Args:
         by: a key of ``config.yaml`` (``a.b`` for nested ones) whose value splits an agent into several.
+        points: of the grid that the runs are compared on.
 
     Raises:
-        ValueError: no run has the metric; the message lists those that are there.
+        ValueError: no run has the metric; the message lists those that are there. Fewer than two points.
     """
+    if points < 2:
+        raise ValueError(f"points: expected at least 2, the first and the last step; received {points}.")
     runs = find_runs(paths)
     curves: dict[tuple[str, str, int], Curve] = {}
     notes: list[str] = []

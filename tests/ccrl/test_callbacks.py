@@ -8,11 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from agents import PPO
+from ccrl.experiment import callbacks
 from ccrl.experiment.callbacks import (
     CheckpointCallback,
+    EvalCallback,
     FunctionCallback,
     LogCallback,
     StopOnReward,
@@ -20,6 +23,8 @@ from ccrl.experiment.callbacks import (
     as_callback,
 )
 from ccrl.experiment.checkpoint import latest, load
+from ccrl.experiment.csv_table import read_columns
+from ccrl.experiment.evaluation import Evaluation
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +47,10 @@ def test_a_list_may_hold_functions() -> None:
     one, two = as_callback([StopOnReward(1e9), lambda a: seen.append(a.iteration)])
     assert isinstance(one, StopOnReward)
     assert isinstance(two, FunctionCallback)
+    assert isinstance(as_callback((one, two))[0], StopOnReward)
     agent().learn(32, [lambda a: seen.append(a.iteration)])
     assert seen == [1, 2]
+    assert agent().learn(160, lambda a: a.iteration < 3).iteration == 3, "False ends training"
     for wrong in (3, [None]):
         with pytest.raises(TypeError, match="expected a Callback or a function of the agent"):
             as_callback(wrong)  # type: ignore[arg-type]
@@ -54,6 +61,106 @@ def test_counts_below_one_are_refused_at_construction(tmp_path: Path) -> None:
         LogCallback(None, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="CheckpointCallback: expected keep >= 1 checkpoints, got 0"):
         CheckpointCallback(tmp_path, 10, keep=0)
+
+
+class Player:
+    """An agent whose deterministic evaluations are ``scores`` in turn, the stochastic ones their negatives."""
+
+    def __init__(self, *scores: float) -> None:
+        self.scores, self.asked, self.saved = list(scores), list[Any](), list[int]()
+        self.num_timesteps = self.iteration = 0
+        self.healthy, self.ep_rew_mean = True, 0.0
+
+    def evaluate(self, env: Any, episodes: int, seed: int, deterministic: bool) -> Evaluation:
+        self.asked.append((env, episodes, seed, deterministic))
+        score = self.scores[0] if deterministic else -self.scores.pop(0)
+        return Evaluation(np.full(episodes, score), np.full(episodes, 1))
+
+    def save(self, path: Path) -> None:
+        self.saved.append(self.num_timesteps)
+        path.touch()
+
+    def at(self, steps: int, callback: callbacks.Callback) -> bool | None:
+        self.num_timesteps, self.iteration = steps, self.iteration + 1
+        return callback.on_iteration(self)
+
+
+def test_evaluations_are_of_both_kinds_on_the_same_episodes_and_the_best_is_kept(tmp_path: Path) -> None:
+    player, env = Player(1.0, 3.0, 2.0, 3.0), object()
+    callback = EvalCallback(env, tmp_path, every=10, episodes=4)  # type: ignore[arg-type]
+    for steps in (10, 20, 30, 40):
+        player.at(steps, callback)
+    assert player.asked == [(env, 4, 10_000, True), (env, 4, 10_000, False)] * 4
+    columns = read_columns(tmp_path / "eval.csv")
+    assert columns["eval/mean_reward"].tolist() == [1, 3, 2, 3]
+    assert columns["eval_stochastic/mean_reward"].tolist() == [-1, -3, -2, -3]
+    assert player.saved == [10, 20]
+    later, resumed = Player(2.5, 3.5), EvalCallback(env, tmp_path, every=10, resume_step=40)  # type: ignore[arg-type]
+    resumed.load_state_dict(callback.state_dict())
+    for steps in (50, 60):
+        later.at(steps, resumed)
+    assert later.saved == [60], "a resumed run must not overwrite the best with something worse"
+
+
+def test_the_time_of_evaluations_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self) -> float:
+            return self.now
+
+        def process_time(self) -> float:
+            return 2.0 * self.now
+
+    class Slow(Player):
+        def evaluate(self, *arguments: Any) -> Evaluation:
+            clock.now += 1.5
+            return super().evaluate(*arguments)
+
+    clock = Clock()
+    monkeypatch.setattr(callbacks, "time", clock)
+    player, callback = Slow(1.0, 2.0), EvalCallback(object(), tmp_path, every=1)  # type: ignore[arg-type]
+    for steps in (1, 2):
+        player.at(steps, callback)
+    assert (callback.seconds, callback.cpu_seconds) == (6.0, 12.0)
+
+
+def test_due_at_multiples_of_every_also_after_a_resume(tmp_path: Path) -> None:
+    player, callback = Player(), CheckpointCallback(tmp_path, every=10, keep=2)
+    for steps in (9, 10, 11, 35, 39, 40):
+        player.at(steps, callback)
+    assert player.saved == [10, 35, 40]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000000000035.pt", "step_000000000040.pt"]
+    resumed = CheckpointCallback(tmp_path, every=10)
+    resumed.load_state_dict(callback.state_dict())
+    player.at(49, resumed)
+    player.at(50, resumed)
+    assert player.saved == [10, 35, 40, 50]
+    resumed.on_training_end(player)
+    assert player.saved == [10, 35, 40, 50], "what is saved already"
+
+
+def test_stop_on_reward_when_the_mean_reaches_it() -> None:
+    player = Player()
+    for mean, expected in ((None, None), (4.9, None), (5.0, False), (5.1, False)):
+        player.ep_rew_mean = mean  # type: ignore[assignment]
+        assert player.at(1, StopOnReward(5.0)) is expected
+
+
+def test_log_every_so_many_iterations() -> None:
+    rows: list[Any] = []
+    logger = type("Rows", (), {"log": lambda self, *row: rows.append(row)})()
+    player = Player()
+    player.scalars = {"a": 1.0}  # type: ignore[attr-defined]
+    for steps in (8, 16, 24, 32):
+        player.at(steps, LogCallback(logger, every=2))
+    assert rows == [(16, {"a": 1.0}), (32, {"a": 1.0})]
+
+
+def test_two_states_under_one_key_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\['CheckpointCallback'\] occur twice.*override their key"):
+        as_callback([CheckpointCallback(tmp_path / "a", 1), CheckpointCallback(tmp_path / "b", 1)])
+    assert len(as_callback([StopOnReward(1.0), StopOnReward(2.0)])) == 2, "without state there is nothing to lose"
 
 
 def test_a_callback_that_raises_leaves_the_state_before_it(tmp_path: Path) -> None:
@@ -98,6 +205,13 @@ def test_the_second_signal_acts_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trained.learn(160, [CheckpointCallback(tmp_path, 1_000), StopOnSignal()])
     assert latest(tmp_path) is None, "half an iteration was saved"
+
+
+def test_without_a_signal_the_handlers_are_put_back() -> None:
+    before, during = signal.getsignal(signal.SIGTERM), list[Any]()
+    agent().learn(16, [lambda _: during.append(signal.getsignal(signal.SIGTERM)), StopOnSignal()])
+    assert during != [before]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

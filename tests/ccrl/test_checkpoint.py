@@ -1,3 +1,4 @@
+import os
 import pickle
 import random
 import signal
@@ -88,6 +89,42 @@ def test_missing_and_truncated_files(tmp_path):
         (tmp_path / "a.pt").write_bytes(whole[:size])
         with pytest.raises(checkpoint.CheckpointError, match="truncated"):
             checkpoint.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("bit", [0, 4])
+def test_a_flipped_bit_is_never_loaded(tmp_path, bit):
+    """Wherever it is: what loads is what was saved, and the newest checkpoint that does not load is passed over."""
+    older, newest = (checkpoint.checkpoint_path(tmp_path, step) for step in (1, 2))
+    for path in (older, newest):
+        checkpoint.save(path, {"x": torch.ones(8), "s": "text"})
+    whole, refused = newest.read_bytes(), 0
+    for place in range(bit, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        newest.write_bytes(damaged)
+        try:
+            state = checkpoint.load(newest)
+        except checkpoint.CheckpointError as error:
+            refused += 1
+            assert str(error).startswith(str(newest))
+            if refused % 8 == 1:
+                with pytest.warns(UserWarning, match="is damaged; trying the one before"):
+                    assert checkpoint.latest(tmp_path) == older
+        else:  # padding, or a field that nobody reads
+            assert state.keys() == {"x", "s"}
+            assert state["s"] == "text"
+            assert torch.equal(state["x"], torch.ones(8))
+    assert refused > 100
+
+
+def test_data_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
+    """In the other order a power cut leaves an empty file under the name of the good one."""
+    calls = []
+    for name in ("fsync", "replace"):
+        original = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *a, original=original, name=name: calls.append(name) or original(*a))
+    checkpoint.write_atomic(tmp_path / "a.pt", lambda file: file.write(b"x"))
+    assert calls == ["fsync", "replace", "fsync"]  # the file, its name, the folder with the name in it
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path):

@@ -90,9 +90,10 @@ def test_docs_become_comments(tmp_path):
 
 
 def test_yaml_numbers_without_a_dot(tmp_path):
-    (tmp_path / "a.yaml").write_text("learning_rate: 3e-4\ntarget_kl: 1E2\nname: '1e3'\nhidden: [32]\nseed: 7\n")
+    (tmp_path / "a.yaml").write_text("learning_rate: 3e-4\ntarget_kl: 1E2\nweights: {a: 1.5e3, b: -2.e-1, c: +4e+0}\nname: '1e3'\nhidden: [32]\nseed: 7\n")
     config = from_dict(Config, load_yaml(tmp_path / "a.yaml"))
     assert (config.learning_rate, config.target_kl, config.name, config.seed) == (3e-4, 100.0, "1e3", 7)
+    assert config.weights == {"a": 1500.0, "b": -0.2, "c": 4.0}
 
 
 def test_overlay_order(tmp_path):
@@ -149,6 +150,43 @@ def test_unknown_keys_name_near_matches():
 def test_wrong_types(values: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         from_dict(Config, values)
+
+
+@dataclass(frozen=True)
+class Alternatives:
+    number: float | int = 0.0
+    rate: float = 0.0
+    level: Literal["off", 1, 2] = "off"
+    names: dict[int, str] = field(default_factory=dict)
+
+
+def test_a_value_keeps_its_type_where_several_fit():
+    values = [from_dict(Alternatives, {"number": x, "rate": x}) for x in (1, 1.0)]
+    assert [type(v.number) for v in values] == [int, float]
+    assert [type(v.rate) for v in values] == [float, float]
+    assert from_dict(Alternatives, {"level": 1}).level == 1
+    for wrong in (True, 1.0):
+        with pytest.raises(ConfigError, match=r"level: expected one of 'off', 1, 2; received (True|1\.0)"):
+            from_dict(Alternatives, {"level": wrong})
+    with pytest.raises(ConfigError, match=r"names \(a key\): expected int; received 'a'"):
+        from_dict(Alternatives, {"names": {"a": "b"}})
+
+
+def test_long_values_stay_on_their_line(tmp_path):
+    config = replace(Config(), hidden=tuple(range(100)), name="word " * 60)
+    save_yaml(config, tmp_path / "config.yaml")
+    assert from_dict(Config, load_yaml(tmp_path / "config.yaml")) == config
+    assert sum(not line.startswith(("#", "  ")) for line in (tmp_path / "config.yaml").read_text().splitlines()) == 11
+
+
+@dataclass(frozen=True)
+class Derived(Base):
+    seed: int = 1
+    """Seed of the task alone."""
+
+
+def test_the_docstring_of_a_field_defined_again_is_the_new_one():
+    assert field_docs(Derived) == {"seed": "Seed of the task alone."}
 
 
 def test_what_is_not_a_mapping(tmp_path):

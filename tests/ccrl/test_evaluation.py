@@ -8,7 +8,7 @@ from gymnasium.vector import AutoresetMode
 
 from ccrl.batched_env import BatchedEnv, StepResult
 from ccrl.experiment.csv_table import read_columns
-from ccrl.experiment.evaluation import EvalLog, Evaluation, evaluate
+from ccrl.experiment.evaluation import EvalLog, Evaluation, evaluate, evaluate_agent
 from ccrl.experiment.video import record_video
 from ccrl.testing.clock import ClockEnv, Episode
 
@@ -48,7 +48,8 @@ class Script:
         self.over = done.clone()
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
             self._next(done)
-        return StepResult(self._obs(), reward, terminated, truncated)
+        # what a step that only resets returns beside the observation must not count
+        return StepResult(self._obs(), torch.where(idle, 1e6, reward), terminated | idle, truncated)
 
     def render(self, index):
         frame = np.zeros((33, 48, 3), dtype=np.uint8)
@@ -120,12 +121,47 @@ def test_actions_and_the_flag_reach_the_env():
     assert set(seen) == {False}
 
 
+def test_returns_are_summed_in_double_precision():
+    class Large(Script):
+        def step(self, action):
+            result = super().step(action)
+            return result._replace(reward=torch.tensor([2.0**24 if self.t[0] == 1 else 1.0]))
+
+    evaluation = evaluate(zero, Large([[4]], AutoresetMode.NEXT_STEP), episodes=1)
+    assert evaluation.returns.tolist() == [2.0**24 + 3]
+    assert (evaluation.returns.dtype, evaluation.lengths.dtype) == (np.float64, np.int64)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_agents_are_asked_for_the_kind_of_action_that_is_evaluated(deterministic):
+    seen = []
+
+    class Acts:
+        def act(self, obs, deterministic):
+            seen.append(deterministic)
+            return zero(obs, deterministic)
+
+    class Evaluates(Acts):
+        def evaluate(self, *arguments):
+            seen.append(arguments)
+            return "its own"
+
+    env = Script([[3]], AutoresetMode.SAME_STEP)
+    assert evaluate_agent(Acts(), env, 2, 7, deterministic).lengths.tolist() == [3, 3]
+    assert seen == [deterministic] * 6
+    assert env.seed == 7
+    assert evaluate_agent(Evaluates(), env, 2, 7, deterministic) == "its own"
+    assert seen[6:] == [(env, 2, 7, deterministic)]
+
+
 def test_endless_episodes_stop():
     env = Script([[2], [10**9]], AutoresetMode.SAME_STEP)
     with pytest.raises(RuntimeError, match=r"max_steps=50; received one in slot 1 .*time limit, or raise max_steps"):
         evaluate(zero, env, episodes=2, max_steps=50)
     assert evaluate(zero, env, episodes=1, max_steps=2).lengths.tolist() == [2]  # slot 1 has no episode to play
     assert evaluate(zero, Script([[50]], AutoresetMode.SAME_STEP), episodes=1, max_steps=50).lengths.tolist() == [50]
+    with pytest.raises(RuntimeError, match="max_steps=50"):
+        evaluate(zero, Script([[51]], AutoresetMode.SAME_STEP), episodes=1, max_steps=50)
 
 
 @pytest.mark.parametrize("arguments", [{"episodes": 0}, {"max_steps": 0}])
@@ -168,7 +204,9 @@ def test_eval_log_and_resume(tmp_path):
     log.close()
     assert scalars["eval/mean_reward"] == 31.0
     assert scalars["eval_stochastic/mean_reward"] == 0.5
-    EvalLog(tmp_path, resume_step=20).log(40, Evaluation(np.array([1.0, 1.0]), np.array([1, 1])))
+    resumed = EvalLog(tmp_path, resume_step=20)
+    assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [10, 20]
+    resumed.log(40, Evaluation(np.array([1.0, 1.0]), np.array([1, 1])))
     columns = read_columns(tmp_path / "eval.csv")
     assert columns["step"].tolist() == [10, 20, 40]
     assert columns["eval/mean_reward"].tolist() == [11, 21, 1]

@@ -10,7 +10,7 @@ import pytest
 from ccrl.experiment import plots
 from ccrl.experiment.csv_table import CsvTable
 from ccrl.experiment.curves import Curve, Study, load_study, short
-from ccrl.experiment.statistics import iqm
+from ccrl.experiment.statistics import iqm, probability_of_improvement_interval
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,6 +129,78 @@ def test_table_by_hand(tmp_path):
     assert "| 64 (3/3) |" in markdown
 
 
+def bent(start, end, dip=None):
+    """From ``start``, by ``dip`` at step 10, to ``end`` at step 50, where it stays."""
+    return [(0, start), *([] if dip is None else [(10, dip)]), (50, end), (100, end)]
+
+
+@pytest.fixture
+def two_agents(tmp_path):
+    """Env A: IQM at the start 15 and 30, in the end 55 and 75. Env B: from 0 to 1 and to 2. C: ppo alone."""
+    for seed, (start, end) in enumerate([(0, 40), (10, 50), (20, 60), (100, 200)]):
+        make_run(tmp_path, "A", "ppo", seed, bent(start, end, dip=-500))
+        make_run(tmp_path, "B", "ppo", seed, bent(0, 1))
+        make_run(tmp_path, "C", "ppo", seed, bent(0, 1))
+    for seed, end in enumerate([70, 80, 90, -1000]):
+        make_run(tmp_path, "A", "mdpo", seed + 5, bent(30, end))
+        make_run(tmp_path, "B", "mdpo", seed + 5, bent(0, 2))
+    return load_study([tmp_path])
+
+
+def test_normalised_scores_by_hand(two_agents):
+    assert two_agents.span("A") == pytest.approx((15, 75))  # the dip is no start, one high run is no IQM
+    assert two_agents.compared["A", "mdpo"].seeds == (5, 6, 7, 8)
+    ppo, mdpo = (two_agents.normalised(agent) for agent in ("ppo", "mdpo"))
+    np.testing.assert_allclose(ppo, [[25 / 60, 35 / 60, 45 / 60, 185 / 60], [0.5] * 4])
+    np.testing.assert_allclose(mdpo, [[55 / 60, 65 / 60, 75 / 60, -1015 / 60], [1.0] * 4])
+    markdown, text = two_agents.table(fractions=(0.5,))
+    assert {(row["env"], row["threshold"]) for row in csv.DictReader(text.splitlines())} == {
+        ("A", "45.0"), ("B", "1.0"), ("C", "0.5")
+    }  # fmt: skip
+    # ppo: 5/12 and 1/2 cut below, 3/4 and 37/12 above, (3/2 + 7/12) / 4 left; gap (7/12 + 5/12 + 1/4 + 0 + 2) / 8
+    # mdpo: -203/12 and 11/12 cut below, 13/12 and 5/4 above; gap (1/12 + 0 + 0 + 215/12 + 0) / 8
+    head, _, body = markdown.partition("**All of A, B**")
+    assert "| ppo | 0.521 [" in body
+    assert "] | 0.406 [" in body
+    assert "| mdpo | 1.000 [" in body
+    assert "] | 2.250 [" in body
+
+
+def test_comparisons_by_hand(two_agents):
+    axis = plots.improvement(two_agents).axes[0]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["mdpo > ppo"]
+    (point,) = (drawn.get_xdata()[0] for drawn in axis.lines if drawn.get_marker() == "o")
+    assert point == (9 / 16 + 1) / 2  # on A three runs win three of four each, the fourth none; on B all win all
+    final = [[two_agents.final(env, agent) for env in "AB"] for agent in ("mdpo", "ppo")]
+    interval = probability_of_improvement_interval(*final)
+    (bar,) = (list(drawn.get_xdata()) for drawn in axis.lines if drawn.get_linewidth() == 5)
+    assert bar == [interval.low, interval.high]
+    for drawn, above in zip(plots.profile(two_agents).axes[0].lines, (7 / 8, 7 / 8), strict=True):
+        x, y = drawn.get_data()
+        assert y[np.searchsorted(x, 0.45)] == above  # ppo: all but 5/12; mdpo: all but the one that fell
+        assert x[0] < -1015 / 60
+        assert x[-1] > 185 / 60
+
+
+def test_scores_that_do_not_differ_are_no_division_by_zero(tmp_path):
+    for agent in ("ppo", "mdpo"):
+        make_run(tmp_path, "A", agent, 0, bent(3, 3))
+    assert [load_study([tmp_path]).normalised(agent)[0].tolist() for agent in ("ppo", "mdpo")] == [[0.0], [0.0]]
+
+
+def test_options_of_envs_that_are_not_there_are_refused(two_agents, tmp_path):
+    with pytest.raises(ValueError, match=r"thresholds: expected some of A, B, C; received AA\."):
+        two_agents.table(thresholds={"A": 1.0, "AA": 2.0})
+    with pytest.raises(ValueError, match=r"points: expected at least 2.* received 1\."):
+        load_study([tmp_path], points=1)
+
+
+def test_more_agents_than_colours_look_different():
+    curves = tuple(Curve(Path("run"), "E", f"a{i}", 0, np.array([0.0, 1.0]), np.array([0.0, 1.0])) for i in range(16))
+    lines = plots.learning_curves(Study("m", curves, points=2)).axes[0].lines
+    assert len({(drawn.get_color(), str(drawn._dash_pattern)) for drawn in lines}) == 16
+
+
 @pytest.fixture
 def many(tmp_path):
     for env, scale in (("A", 1.0), ("ns/B-v0", -5.0)):
@@ -148,7 +220,9 @@ def test_learning_curves_draw_iqm_and_band(many):
     assert set(drawn) == {"bpo", "mdpo", "ppo"}
     group = study.groups["A", "ppo"]
     np.testing.assert_array_equal(drawn["ppo"].get_ydata(), iqm(group.values, axis=0))
-    assert len(figure.axes[0].collections) == 3
+    bands = [band.get_paths()[0].vertices[:, 1] for band in figure.axes[0].collections]
+    expected = [study.groups["A", agent].band for agent in study.agents]
+    assert [(min(y), max(y)) for y in bands] == [(band.low.min(), band.high.max()) for band in expected]
     words = " ".join(text.get_text() for text in figure.texts)
     assert "Title" in words
     assert "python x" in words

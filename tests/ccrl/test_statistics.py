@@ -22,7 +22,7 @@ def test_iqm_by_hand():
     assert iqm([1.0, 2.0, 6.0]) == 3.0  # fewer than four: nothing is cut
 
 
-@pytest.mark.parametrize("n", range(1, 14))
+@pytest.mark.parametrize("n", [*range(1, 14), 50, 101])
 def test_iqm_is_the_trimmed_mean(n):
     x = np.random.default_rng(n).normal(size=(3, n, 2))
     np.testing.assert_allclose(iqm(x, axis=1), scipy.stats.trim_mean(x, 0.25, axis=1), rtol=1e-12)
@@ -90,6 +90,14 @@ def test_bootstrap_of_the_mean_has_the_known_spread():
     assert high - low == pytest.approx(2 * 1.96 * sigma, rel=0.03)
 
 
+def test_tasks_are_resampled_independently():
+    """Two tasks with the same scores: drawn together, their errors would add up instead of averaging out."""
+    x = np.repeat(np.random.default_rng(3).normal(size=(50, 1)), 2, axis=1)
+    low, high = stratified_bootstrap(x, lambda v, axis: v.mean(axis=axis), repetitions=20_000)[1:]
+    sigma = np.sqrt(2 * x[:, 0].var() / 50) / 2
+    assert high - low == pytest.approx(2 * 1.96 * sigma, rel=0.03)
+
+
 def test_a_curve_is_resampled_whole():
     run = np.random.default_rng(4).normal(size=(6, 1, 1))
     curves = run + np.zeros((6, 1, 50))  # every point of a run is the same, so every point of the band must be
@@ -132,6 +140,30 @@ def test_probability_of_improvement_interval():
     assert probability_of_improvement_interval(x, x - 100) == (1.0, 1.0, 1.0)
 
 
+@pytest.mark.parametrize("sides", [([[0.0, 1.0]], [[0.5]]), ([[0.5]], [[1.0, 0.0]])])
+def test_probability_of_improvement_interval_by_hand(sides):
+    """Two runs against one in the middle, on either side: a resampled probability is 0, 1/2, 1/2 or 1."""
+    interval = probability_of_improvement_interval
+    assert interval(*sides) == (0.5, 0.0, 1.0)
+    assert interval(*sides, confidence=0.4) == (0.5, 0.5, 0.5)
+    single = [interval(*sides, repetitions=1, seed=seed) for seed in range(40)]
+    assert all(one.low == one.high for one in single)
+    assert {float(one.low) for one in single} == {0.0, 0.5, 1.0}
+
+
+def test_probability_of_improvement_interval_agrees_with_scipy():
+    generator = np.random.default_rng(7)
+    x, y = generator.normal(0.5, size=12), generator.normal(size=9)
+    ours = probability_of_improvement_interval([x], [y], repetitions=20_000, confidence=0.9)
+    theirs = scipy.stats.bootstrap(
+        (x, y), lambda a, b, axis: scipy.stats.mannwhitneyu(a, b, axis=axis).statistic / 108, n_resamples=4_000,
+        confidence_level=0.9, method="percentile", random_state=np.random.default_rng(2), batch=500,
+    ).confidence_interval  # fmt: skip
+    width = theirs.high - theirs.low
+    assert abs(ours.low - theirs.low) < 0.05 * width
+    assert abs(ours.high - theirs.high) < 0.05 * width
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -139,6 +171,7 @@ def test_probability_of_improvement_interval():
         (partial(stratified_bootstrap, np.zeros(3)), r"expected \[runs, tasks, ...\]; received shape \(3,\)"),
         (partial(stratified_bootstrap, np.zeros((0, 2))), "expected at least one run"),
         (partial(stratified_bootstrap, [[1.0, np.nan]]), "task 0: expected finite numbers"),
+        (partial(stratified_bootstrap, [[1.0], [-np.inf]]), "task 1: expected finite numbers"),
         (
             partial(stratified_bootstrap, np.zeros((2, 2)), confidence=95),
             "confidence: expected a number between 0 and 1",
