@@ -154,6 +154,11 @@ def _is_zip(path: Path) -> bool:
 def _check_sums(path: Path) -> None:
     # torch reads tensors without looking at their checksums: a flipped bit would become a parameter
     with zipfile.ZipFile(path) as archive:
+        for x in archive.infolist():
+            # nothing is compressed; with a wrong size testzip() would not get as far as the checksum, and of what
+            # calls itself a folder (bit 4) torch reads nothing and returns memory as it finds it
+            if x.file_size != x.compress_size or x.compress_type != zipfile.ZIP_STORED or x.external_attr & 16:
+                raise zipfile.BadZipFile(f"bad header of {x.filename}")
         if (damaged := archive.testzip()) is not None:
             raise zipfile.BadZipFile(f"bad checksum of {damaged}")
 

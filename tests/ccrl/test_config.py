@@ -90,7 +90,9 @@ def test_docs_become_comments(tmp_path):
 
 
 def test_yaml_numbers_without_a_dot(tmp_path):
-    (tmp_path / "a.yaml").write_text("learning_rate: 3e-4\ntarget_kl: 1E2\nweights: {a: 1.5e3, b: -2.e-1, c: +4e+0}\nname: '1e3'\nhidden: [32]\nseed: 7\n")
+    weights = "weights: {a: 1.5e3, b: -2.e-1, c: +4e+0}\n"
+    rest = "learning_rate: 3e-4\ntarget_kl: 1E2\nname: '1e3'\nhidden: [32]\nseed: 7\n"
+    (tmp_path / "a.yaml").write_text(weights + rest)
     config = from_dict(Config, load_yaml(tmp_path / "a.yaml"))
     assert (config.learning_rate, config.target_kl, config.name, config.seed) == (3e-4, 100.0, "1e3", 7)
     assert config.weights == {"a": 1500.0, "b": -0.2, "c": 4.0}

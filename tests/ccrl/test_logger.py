@@ -1,3 +1,4 @@
+import io
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from ccrl.experiment.csv_table import CsvTable, read_columns, read_rows
 from ccrl.experiment.logger import Logger, read_scalars, table
@@ -125,7 +127,10 @@ def test_hparams(tmp_path):
     accumulator.Reload()
     data = accumulator.PluginTagToContent("hparams")
     assert set(data) == {"_hparams_/experiment", "_hparams_/session_start_info", "_hparams_/session_end_info"}
-    assert b"learning_rate" in data["_hparams_/session_start_info"]
+    start = HParamsPluginData.FromString(data["_hparams_/session_start_info"]).session_start_info.hparams
+    # TensorBoard sorts and filters by numbers; as text 1e-4 would come after 3
+    assert start["learning_rate"].number_value == 3e-4
+    assert start["agent"].string_value == "ppo"
     assert b"(64, 64)" in data["_hparams_/session_start_info"]
 
 
@@ -149,3 +154,21 @@ def test_progress_bar_is_silent_without_a_terminal(capsys):
     bar.close()
     captured = capsys.readouterr()
     assert captured.out + captured.err == ""
+
+
+def test_progress_bar_on_a_terminal(monkeypatch):
+    """Told where the clock stands, not how far it moved; a resumed run begins where it was."""
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = ProgressBar(1000, initial=200)
+    for step in (400, 500):
+        bar.update(step, -1.25)
+    bar.close()
+    last = terminal.getvalue().split("\r")[-1]
+    assert "50%" in last
+    assert "500/1.00k" in last
+    assert "return -1.2" in last
+    terminal.truncate(0)
+    ProgressBar(1000, enabled=False).update(10)
+    assert terminal.getvalue() == ""

@@ -159,7 +159,7 @@ def test_normalised_scores_by_hand(two_agents):
     }  # fmt: skip
     # ppo: 5/12 and 1/2 cut below, 3/4 and 37/12 above, (3/2 + 7/12) / 4 left; gap (7/12 + 5/12 + 1/4 + 0 + 2) / 8
     # mdpo: -203/12 and 11/12 cut below, 13/12 and 5/4 above; gap (1/12 + 0 + 0 + 215/12 + 0) / 8
-    head, _, body = markdown.partition("**All of A, B**")
+    body = markdown.partition("**All of A, B**")[2]
     assert "| ppo | 0.521 [" in body
     assert "] | 0.406 [" in body
     assert "| mdpo | 1.000 [" in body
