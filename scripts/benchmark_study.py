@@ -91,11 +91,9 @@ class Study:
         return sorted(found, key=lambda spec: spec.order)
 
     def _of(self, entry: Entry) -> Iterator[Spec]:
-        for name, value in (("evals", self.evals), ("eval_episodes", self.eval_episodes)):
-            if value < 0 or entry.total_timesteps < 1:
-                raise ConfigError(
-                    f"expected total_timesteps >= 1 and {name} >= 0, got {entry.total_timesteps}, {value}"
-                )
+        if entry.total_timesteps < 1 or self.evals < 0 or self.eval_episodes < 1:
+            got = f"{entry.total_timesteps}, {self.evals} and {self.eval_episodes}"
+            raise ConfigError(f"expected total_timesteps >= 1, evals >= 0 and eval_episodes >= 1, got {got}")
         for env in entry.envs:
             envs.make(env, 1, **entry.env_kwargs).close()
         seeds = self.seeds if entry.seeds is None else entry.seeds
@@ -107,7 +105,8 @@ class Study:
             settings = self.settings.get(agent, {}) | entry.settings.get(agent, {}) | swept
             plain = {
                 "env": env, "total_timesteps": entry.total_timesteps, "seed": seed, "env_kwargs": entry.env_kwargs,
-                "eval_every": entry.total_timesteps // self.evals if self.evals else 0,
+                # not 0 for a run that is shorter than its number of evaluations: that would be none of them
+                "eval_every": max(1, entry.total_timesteps // self.evals) if self.evals else 0,
                 "eval_episodes": self.eval_episodes, "agent": settings,
             }  # fmt: skip
             label = "__".join([agent, *(f"{name}={value}" for name, value in swept.items())])

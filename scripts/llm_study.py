@@ -83,6 +83,8 @@ class Run:
         unknown = set(self.methods) - set(agents.METHODS)
         if unknown:
             raise ValueError(f"methods: expected some of {sorted(agents.METHODS)}, got {sorted(unknown)}")
+        if not 1 <= len(self.seeds) <= max(STUDENT) or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected 1 to {max(STUDENT)} different ones, got {self.seeds}")
         for name in ("layers", "width", "warm_steps", "iterations", "eval_every", "jobs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")

@@ -216,6 +216,14 @@ def test_eval_log_and_resume(tmp_path):
     assert saved["ep_lengths"].tolist() == [[1, 2], [1, 2], [1, 1]]
 
 
+def test_another_number_of_episodes_gives_ragged_results(tmp_path):
+    log = EvalLog(tmp_path)
+    for returns in ([1.0, 2.0], [3.0]):
+        log.log(len(returns), Evaluation(np.array(returns), np.array([1] * len(returns))))
+    results = np.load(tmp_path / "evaluations.npz", allow_pickle=True)["results"]
+    assert results.tolist() == [[1.0, 2.0], [3.0]]
+
+
 def test_npz_is_like_that_of_sb3(tmp_path):
     sb3 = pytest.importorskip("stable_baselines3")
     from stable_baselines3.common.callbacks import EvalCallback

@@ -22,7 +22,7 @@ def test_iqm_by_hand():
     assert iqm([1.0, 2.0, 6.0]) == 3.0  # fewer than four: nothing is cut
 
 
-@pytest.mark.parametrize("n", [*range(1, 14), 50, 101])
+@pytest.mark.parametrize("n", [*range(1, 14), 1001])
 def test_iqm_is_the_trimmed_mean(n):
     x = np.random.default_rng(n).normal(size=(3, n, 2))
     np.testing.assert_allclose(iqm(x, axis=1), scipy.stats.trim_mean(x, 0.25, axis=1), rtol=1e-12)

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from ccrl.experiment import config as configs
 from ccrl.experiment.config import ConfigError
@@ -82,6 +83,60 @@ def test_seeds_come_before_agents_and_settings_are_laid_over_one_another() -> No
     assert (config.eval_every, config.checkpoint_every) == (128, 128)
     assert specs[2].config().agent.num_envs == 16
     assert len({s.root(Path("x")) for s in specs}) == 4
+
+
+def test_settings_of_an_entry_win_over_the_studys_and_a_sweep_over_both() -> None:
+    entry = {"agents": ["ppo"], "envs": ["CartPole-v1"], "total_timesteps": 256, "sweep": {"gamma": [0.9]}}
+    entry["settings"] = {"ppo": {"n_epochs": 3, "gamma": 0.8, "n_steps": 16}}
+    values = {"entries": [entry], "seeds": [0], "settings": {"ppo": {"n_epochs": 2, "gamma": 0.7, "num_envs": 4}}}
+    (spec,) = configs.from_dict(Study, values).specs()
+    agent = spec.config().agent
+    assert (agent.n_epochs, agent.gamma, agent.n_steps, agent.num_envs) == (3, 0.9, 16, 4)
+
+
+def test_a_run_shorter_than_its_number_of_evaluations_is_evaluated() -> None:
+    (spec,) = study(evals=500).specs()
+    assert spec.config().eval_every == 1
+    (spec,) = study(evals=0).specs()
+    assert spec.config().eval_every == 0
+    for wrong in ({"eval_episodes": 0}, {"evals": -1}, {"total_timesteps": 0}):
+        with pytest.raises(ConfigError, match="total_timesteps >= 1, evals >= 0 and eval_episodes >= 1"):
+            broken_study(**wrong).specs()
+
+
+def broken_study(**changes: int) -> Study:
+    plain = configs.to_dict(study())
+    plain["entries"][0] |= {k: v for k, v in changes.items() if k == "total_timesteps"}
+    return configs.from_dict(Study, plain | {k: v for k, v in changes.items() if k != "total_timesteps"})
+
+
+def test_the_finished_run_is_found_before_a_newer_one_whatever_its_simulator_threads(tmp_path: Path) -> None:
+    spec, other = study(seeds=[0, 1], settings={"ppo": TINY}).specs()
+    runs = []
+    for of, finished, threads in ((spec, False, 1), (spec, True, 7), (spec, False, 1), (other, True, 1)):
+        config = of.config(env_kwargs={"nthread": threads})
+        runs.append(RunFolder.create(of.root(tmp_path), "CartPole-v1", "ppo", of.values["seed"], config))
+        if finished:
+            runs[-1].record(finished={"step": 256})
+        os.utime(runs[-1].path, (len(runs), len(runs)))
+    assert spec.find(tmp_path) == runs[1]
+    assert other.find(tmp_path) == runs[3]
+    runs[1].info_file.rename(runs[1].path / "abandoned.json")
+    assert spec.find(tmp_path) == runs[2], "the newest of those that go on"
+
+
+def test_cores_are_shared_by_the_jobs_and_go_to_the_simulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    got: list[Any] = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(benchmark, "_launch", lambda spec, out, cores: got.append(cores) or 0)
+    specs = study(seeds=[0, 1, 2]).specs()
+    assert [code for _, code in benchmark._here(specs, tmp_path, 3)] == [0, 0, 0]
+    assert got == [2, 2, 2]
+    monkeypatch.setattr(benchmark.train, "train", lambda agent, config: got.append(config.env_kwargs))
+    for env, kwargs in (("HalfCheetah-v5", {}), ("HalfCheetah-v5", {"nthread": 1}), ("CartPole-v1", {})):
+        (spec,) = study(envs=[env], env_kwargs=kwargs).specs()
+        benchmark._train(spec, tmp_path, 4)
+    assert got[3:] == [{"nthread": 4}, {"nthread": 1}, {}]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "scripts/studies").glob("*.yaml")), ids=lambda path: path.stem)
@@ -236,6 +291,40 @@ def test_sb3_writes_folders_that_the_plots_read(tmp_path: Path) -> None:
     evaluation = read_columns(run.path / "eval.csv")
     assert list(evaluation["step"]) == [2048]
     assert {"eval/mean_reward", "eval_stochastic/mean_reward"} <= evaluation.keys()
+
+
+def test_our_names_of_sb3s_settings() -> None:
+    arguments, num_envs = benchmark.sb3.model_arguments(
+        {"num_envs": 3, "hidden": [8, 4], "activation": "relu", "adam_eps": 1e-6, "orthogonal": False,
+         "log_std_init": -0.5, "gamma": 0.9, "policy_kwargs": {"squash_output": True}}
+    )  # fmt: skip
+    assert num_envs == 3
+    assert arguments == {"gamma": 0.9, "policy_kwargs": {
+        "squash_output": True, "net_arch": [8, 4], "activation_fn": torch.nn.ReLU, "optimizer_kwargs": {"eps": 1e-6},
+        "ortho_init": False, "log_std_init": -0.5,
+    }}  # fmt: skip
+    assert benchmark.sb3.model_arguments({}) == ({}, 1)
+
+
+def test_our_callbacks_read_an_sb3_model() -> None:
+    asked: list[bool] = []
+
+    class Model:
+        num_timesteps = 12
+        ep_info_buffer = ({"r": 1.0, "l": 3}, {"r": 4.0, "l": 5})
+
+        def predict(self, obs: Any, deterministic: bool) -> Any:
+            asked.append(deterministic)
+            return (obs["x"] if isinstance(obs, dict) else obs) + 1, None
+
+    learner = benchmark.sb3._Learner(Model())
+    assert (learner.num_timesteps, learner.ep_rew_mean) == (12, 2.5)
+    for deterministic in (True, False):
+        assert learner.act({"x": torch.zeros(2)}, deterministic).tolist() == [1.0, 1.0]
+        assert learner.act(torch.zeros(2), deterministic).tolist() == [1.0, 1.0]
+    assert asked == [True, True, False, False]
+    Model.ep_info_buffer = ()
+    assert learner.ep_rew_mean is None
 
 
 def test_an_sb3_argument_that_does_not_exist_is_refused() -> None:

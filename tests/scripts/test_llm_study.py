@@ -15,6 +15,12 @@ pytest.importorskip("transformers", reason='pip install -c constraints.txt -e ".
 TINY = {"layers": 1, "width": 16, "warm_steps": 2, "iterations": 2, "eval_every": 1}
 
 
+def test_student_s_quantiles_are_those_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    for n, quantile in study.STUDENT.items():
+        assert quantile == pytest.approx(stats.t.ppf(0.975, n - 1), abs=6e-4)
+
+
 def test_interval_by_hand():
     mean, half = study.interval([1.0, 2.0, 6.0])
     assert mean == 3.0
@@ -68,7 +74,14 @@ def test_differences_are_paired_by_seed():
 
 @pytest.mark.parametrize(
     ("options", "match"),
-    [({"methods": ("grop",)}, "methods"), ({"iterations": 0}, "iterations"), ({"jobs": 0}, "jobs")],
+    [
+        ({"methods": ("grop",)}, "methods"),
+        ({"iterations": 0}, "iterations"),
+        ({"jobs": 0}, "jobs"),
+        ({"seeds": tuple(range(11))}, "seeds: expected 1 to 10 different ones"),
+        ({"seeds": (0, 0)}, "seeds"),
+        ({"seeds": ()}, "seeds"),
+    ],
 )
 def test_bad_input(tmp_path: Path, options: dict, match: str):
     with pytest.raises(ValueError, match=match):

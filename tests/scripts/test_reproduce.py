@@ -56,5 +56,5 @@ def test_every_paper_has_its_module() -> None:
 
 @pytest.mark.parametrize("options", [{"papers": ("nobody",)}, {"seeds": 0}])
 def test_bad_input(options: dict, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="expected papers among .* and seeds >= 1"):
+    with pytest.raises(SystemExit, match=r"expected papers among .* and seeds >= 1"):
         reproduce.main(reproduce.Options(**options, page=tmp_path / "page.md"))

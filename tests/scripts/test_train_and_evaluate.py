@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,6 +44,8 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults_and_a_run_goes_on(
     assert again.info["resumes"][0]["step"] == 64
     assert (again.info["finished"]["step"], again.info["finished"]["since"]) == (128, 64)
     assert [int(row["step"]) for row in read_rows(run.path / "eval.csv")] == [64, 128]
+    # an iteration and an evaluation at each
+    assert [int(row["step"]) for row in read_rows(run.path / "progress.csv")] == [64, 64, 128, 128]
     after = torch.load(run.path / "checkpoints/step_000000000128.pt", weights_only=True)["state"]["updaters"]
     assert not torch.equal(parameters["policy"]["flat"], after["policy"]["flat"])
 
@@ -138,6 +141,79 @@ def test_a_finished_run_is_left_as_it_is_until_it_gets_more_steps(tmp_path: Path
     message = r"changed since step_000000000128.pt \(agent.clip_range: expected 0.2, got 0.3, seed: expected 0, got 5\)"
     with pytest.raises(ConfigError, match=message):
         train.main(["--resume", str(run.path)])
+
+
+def test_every_option_of_a_run_reaches_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kwargs = ["--env-kwargs", '{"max_episode_steps": 5}']  # no pole falls within five steps
+    threads: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    run = tiny_run(
+        tmp_path, "--total-timesteps", "256", "--eval-every", "128", "--checkpoint-every", "64", "--keep-checkpoints",
+        "1", "--log-interval", "2", "--torch-threads", "3", *kwargs,
+    )  # fmt: skip
+    monkeypatch.undo()
+    assert threads == [3]
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step_000000000256.pt"]
+    rows = read_rows(run.path / "progress.csv")
+    assert [row["step"] for row in rows if row["time/fps"]] == ["128", "256"]
+    for row in read_rows(run.path / "eval.csv"):
+        assert json.loads(row["eval/lengths"]) == json.loads(row["eval_stochastic/lengths"]) == [5, 5]
+
+    asked: list[Any] = []
+    original = evaluate.evaluate_agent
+
+    def spy(agent: Any, env: Any, *rest: Any) -> Any:
+        asked.append((agent.num_timesteps, *rest))
+        return original(agent, env, *rest)
+
+    monkeypatch.setattr(evaluate, "evaluate_agent", spy)
+    for checkpoint, step in (("best", 128), ("latest", 256)):  # all evaluations return 5: the first is the best
+        scalars = evaluate.main(evaluate.EvaluateConfig(run.path, checkpoint, episodes=3, seed=77))
+        assert asked[-2:] == [(step, 3, 77, True), (step, 3, 77, False)]
+        assert scalars["deterministic/mean_ep_length"] == scalars["stochastic/mean_ep_length"] == 5.0
+
+    text = run.config_file.read_text().replace("total_timesteps: 256", "total_timesteps: 512")
+    for key, other in (("env_kwargs: {max_episode_steps: 5}", "env_kwargs: {max_episode_steps: 6}"),
+                       ("env: CartPole-v1", "env: Acrobot-v1")):  # fmt: skip
+        assert key in text
+        run.config_file.write_text(text.replace(key, other))
+        with pytest.raises(ConfigError, match=f"{key.split(':')[0]}.*: expected .*; a run keeps these settings"):
+            train.main(["--resume", str(run.path)])
+
+
+def test_speed_leaves_out_evaluations_and_what_was_before_a_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(
+        train, "time", SimpleNamespace(perf_counter=lambda: 100 + now[0], process_time=lambda: 7 + 2 * now[0])
+    )
+    run = RunFolder.create(tmp_path, "E-v0", "ppo", 0)
+    learner = SimpleNamespace(num_timesteps=1000, ep_rew_mean=2.5)
+    evaluation: Any = SimpleNamespace(seconds=0.0, cpu_seconds=0.0)
+    with train.timed(run, learner, evaluation):
+        now[0], learner.num_timesteps = 10.0, 1300
+        evaluation.seconds, evaluation.cpu_seconds = 4.0, 5.0
+    assert run.info["finished"] == {
+        "step": 1300, "ep_rew_mean": 2.5, "since": 1000, "seconds": 6.0, "cpu_seconds": 15.0, "steps_per_second": 50.0,
+    }  # fmt: skip
+
+    def broken_off() -> None:
+        with train.timed(run, learner, None):
+            learner.num_timesteps = 9999
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken_off()
+    assert run.info["finished"]["step"] == 1300, "training that was broken off is not finished"
+
+
+def test_a_signal_in_the_last_iteration_does_not_unfinish_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    iterate = PPO._iterate
+    monkeypatch.setattr(PPO, "_iterate", lambda agent: (iterate(agent), signal.raise_signal(signal.SIGTERM)))
+    assert tiny_run(tmp_path, "--total-timesteps", "64", "--eval-every", "0").info["finished"]["step"] == 64
 
 
 def test_a_signal_saves_the_iteration_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
