@@ -151,6 +151,11 @@ class EvalCallback(_Periodic):
         """Wall time spent evaluating, to be left out of speed figures."""
         self.cpu_seconds = 0.0
         """The same in seconds of this process on all its cores."""
+        self._ended = False
+
+    def on_training_start(self, agent: Any) -> None:
+        if self._ended:  # a second call of learn() with this callback adds to the file of the first
+            self.log, self._ended = EvalLog(self.folder), False
 
     def on_iteration(self, agent: Any) -> bool | None:
         if self.due(agent.num_timesteps):
@@ -168,6 +173,7 @@ class EvalCallback(_Periodic):
 
     def on_training_end(self, agent: Any) -> None:
         self.log.close()
+        self._ended = True
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"best": self.best}

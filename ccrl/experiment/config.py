@@ -197,6 +197,9 @@ def _convert(value: Any, hint: Any, current: Any, where: str) -> Any:
             return value
         near = difflib.get_close_matches(str(value), [str(option) for option in options], n=1)
         hint_text = f" Did you mean {near[0]}?" if near else ""
+        words = [option for option in options if yaml.safe_load(str(option)) is value] if type(value) is bool else []
+        if words:  # compile: off
+            hint_text = f' Write "{words[0]}", in quotes: YAML takes the bare word for a boolean.'
         raise ConfigError(f"{where}: expected one of {', '.join(map(repr, options))}; received {value!r}.{hint_text}")
     elif origin in (tuple, list) and isinstance(value, list | tuple):
         if origin is list or options[1:] == (...,):
@@ -230,6 +233,8 @@ def _fix(value: Any, hint: Any) -> str:
         return " Write it without quotes."
     if hint is int and isinstance(value, float) and value.is_integer():
         return f" Write {int(value)}."
+    if hint is str and isinstance(value, bool):  # compile: off
+        return " Write the word in quotes: YAML takes on, off, yes and no for booleans."
     if hint is str:
         return f' Write "{value}", in quotes.'
     return ""

@@ -87,9 +87,12 @@ class Player:
 
 def test_evaluations_are_of_both_kinds_on_the_same_episodes_and_the_best_is_kept(tmp_path: Path) -> None:
     player, env = Player(1.0, 3.0, 2.0, 3.0), object()
-    callback = EvalCallback(env, tmp_path, every=10, episodes=4)  # type: ignore[arg-type]
+    rows: list[Any] = []
+    logger: Any = type("Rows", (), {"log": lambda self, step, row: rows.append((step, row["eval/mean_reward"]))})()
+    callback = EvalCallback(env, tmp_path, every=10, episodes=4, logger=logger)  # type: ignore[arg-type]
     for steps in (10, 20, 30, 40):
         player.at(steps, callback)
+    assert rows == [(10, 1), (20, 3), (30, 2), (40, 3)]
     assert player.asked == [(env, 4, 10_000, True), (env, 4, 10_000, False)] * 4
     columns = read_columns(tmp_path / "eval.csv")
     assert columns["eval/mean_reward"].tolist() == [1, 3, 2, 3]
@@ -100,6 +103,15 @@ def test_evaluations_are_of_both_kinds_on_the_same_episodes_and_the_best_is_kept
     for steps in (50, 60):
         later.at(steps, resumed)
     assert later.saved == [60], "a resumed run must not overwrite the best with something worse"
+
+
+def test_one_callback_evaluates_in_several_calls_of_learn(tmp_path: Path) -> None:
+    player, callback = Player(1.0, 2.0), EvalCallback(object(), tmp_path, every=10)  # type: ignore[arg-type]
+    for steps in (10, 20):
+        callback.on_training_start(player)
+        player.at(steps, callback)
+        callback.on_training_end(player)
+    assert read_columns(tmp_path / "eval.csv")["step"].tolist() == [10, 20]
 
 
 def test_the_time_of_evaluations_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

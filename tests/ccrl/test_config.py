@@ -139,6 +139,7 @@ def test_unknown_keys_name_near_matches():
         ({"learning_rate": True}, r"learning_rate: expected float; received True"),
         ({"learning_rate": None}, r"learning_rate: expected float; received None"),
         ({"compile": 1}, r"compile: expected bool; received 1"),
+        ({"name": False}, r"name: expected str; received False \(bool\). Write the word in quotes: YAML takes on, off"),
         ({"name": 5}, r'name: expected str; received 5 \(int\). Write "5", in quotes'),
         ({"activation": "rélu"}, r"activation: expected one of 'tanh', 'relu'; received 'rélu'. Did you mean relu\?"),
         ({"hidden": 64}, r"hidden: expected tuple\[int, \.\.\.\]; received 64"),
@@ -158,7 +159,7 @@ def test_wrong_types(values: dict[str, Any], message: str):
 class Alternatives:
     number: float | int = 0.0
     rate: float = 0.0
-    level: Literal["off", 1, 2] = "off"
+    level: Literal["off", "on", 1, 2] = "off"
     names: dict[int, str] = field(default_factory=dict)
 
 
@@ -168,10 +169,19 @@ def test_a_value_keeps_its_type_where_several_fit():
     assert [type(v.rate) for v in values] == [float, float]
     assert from_dict(Alternatives, {"level": 1}).level == 1
     for wrong in (True, 1.0):
-        with pytest.raises(ConfigError, match=r"level: expected one of 'off', 1, 2; received (True|1\.0)"):
+        with pytest.raises(ConfigError, match=r"level: expected one of 'off', 'on', 1, 2; received (True|1\.0)"):
             from_dict(Alternatives, {"level": wrong})
     with pytest.raises(ConfigError, match=r"names \(a key\): expected int; received 'a'"):
         from_dict(Alternatives, {"names": {"a": "b"}})
+
+
+def test_a_word_that_yaml_takes_for_a_boolean_is_told_apart(tmp_path):
+    for word, boolean in (("off", "False"), ("on", "True")):
+        (tmp_path / "a.yaml").write_text(f"level: {word}\n")
+        with pytest.raises(ConfigError, match=f'level: .* received {boolean}. Write "{word}", in quotes: YAML takes'):
+            from_dict(Alternatives, load_yaml(tmp_path / "a.yaml"))
+        (tmp_path / "a.yaml").write_text(f"level: '{word}'\n")
+        assert from_dict(Alternatives, load_yaml(tmp_path / "a.yaml")).level == word
 
 
 def test_long_values_stay_on_their_line(tmp_path):
