@@ -55,6 +55,14 @@ def test_resumes_are_recorded(tmp_path):
     assert {**after, "resumes": []} == before
 
 
+def test_facts_recorded_again_replace_the_old_ones(tmp_path):
+    run = RunFolder.create(tmp_path, "A-v0", "ppo", 0)
+    before = run.info
+    run.record(finished=1, error="x")
+    run.record(finished=2)
+    assert run.info == {**before, "finished": 2, "error": "x"}
+
+
 def test_open_wants_a_run_folder(tmp_path):
     run = RunFolder.create(tmp_path / "runs", "A-v0", "ppo", 0)
     with pytest.raises(FileNotFoundError, match="expected a run folder") as error:
@@ -68,6 +76,8 @@ def test_find_runs_lists_each_once(tmp_path):
     runs = [RunFolder.create(tmp_path / "runs" / part, "A-v0", "ppo", seed) for seed, part in enumerate(("a", "b/c"))]
     assert find_runs([tmp_path, tmp_path / "runs", runs[0].path]) == runs
     assert find_runs([tmp_path / "runs" / "b"]) == runs[1:]
+    (tmp_path / "link").symlink_to(tmp_path / "runs" / "a")
+    assert len(find_runs([tmp_path / "runs", tmp_path / "link"])) == 2, "a run found on two ways would count twice"
 
 
 @pytest.mark.parametrize("tracked", [True, False])
@@ -92,6 +102,8 @@ def test_git_state_is_that_of_the_code(tmp_path, monkeypatch, tracked):
         return
     assert len(state["commit"]) == 40
     assert state["dirty"] is False
+    (tmp_path / "run.log").write_text("untracked")
+    assert describe()["git"]["dirty"] is False
     (tmp_path / "other").write_text("2")
     assert describe()["git"] == {"commit": state["commit"], "dirty": True}
 
