@@ -21,13 +21,13 @@ formed: the square form is the within-prompt variance of ``R_beta`` over ``beta`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
+from agents.llm.recipe import Parts, Recipe
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context, Stage
@@ -74,6 +74,10 @@ class CoPGConfig(LLMConfig):
             raise ValueError("behaviours: expected at least one version of the policy, got none")
         if self.kl_coef:
             raise ValueError(f"kl_coef: expected 0 (beta weighs the KL to the reference), got {self.kl_coef}")
+        if self.lora_rank and "ref" in self.behaviours:
+            raise ValueError("behaviours: expected none that is 'ref' with lora_rank > 0 (the reference is the model "
+                             "with its adapters off, which no version in the bank is), got "
+                             f"{self.behaviours}")  # fmt: skip
         together = self.group_size * len(self.behaviours)
         if together < 2:
             raise ValueError("group_size: expected at least two completions per prompt (there is no pair else), got 1")
@@ -166,6 +170,13 @@ class CoPGRecipe(Recipe):
 
     config: CoPGConfig
     unit = "group"
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        super().__init__(config, parts)
+        if len(config.behaviours) > 1 and parts.request.counts is None:
+            # episodes of another rollout begin elsewhere: labels would be equal and the starts not
+            raise ValueError("behaviours: expected one on control tasks, where a second rollout has other starts and "
+                             f"makes no pairs with the first, got {config.behaviours}")  # fmt: skip
 
     def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
         """``group_size`` completions of every behaviour policy, to the same prompts."""

@@ -66,7 +66,7 @@ def build_policy(config: Any, task: TextTask) -> nn.Module:
     """The policy that ``config.model`` names, for ``task``.
 
     :raises ValueError: if the model's vocabulary is smaller than the task's, or a table is asked for where prompts are
-        not numbers of questions.
+        not numbers of questions, or with adapters.
     """
     options = {"temperature": config.temperature, "second_temperature": config.second_temperature}
     if config.model == "tabular":
@@ -74,6 +74,9 @@ def build_policy(config: Any, task: TextTask) -> nn.Module:
             raise ValueError(
                 f"model: tabular needs a bandit task (fixed length, numbered questions), got {task.name!r}"
             )
+        if config.lora_rank:
+            raise ValueError(f"lora_rank: expected 0 with model='tabular' (a table has no layers), got "
+                             f"{config.lora_rank}")  # fmt: skip
         bandit: Any = task
         init = bandit.initial_logits() if hasattr(bandit, "initial_logits") else None
         return TabularTokenPolicy(bandit.questions, bandit.fixed_length, task.vocab.size, init=init, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from agents.llm.copg import CoPG, CoPGConfig, CoPGRecipe, contrast
+from agents.llm.recipe import Parts
+from ccrl.collect import Request
 from ccrl.data import Batching, Data
 from ccrl.estimators.stages import GroupBaseline
 from ccrl.estimators.terms import surrogate
@@ -298,10 +301,21 @@ def test_bad_settings_are_refused() -> None:
         ({"group_size": 1}, "group_size: expected at least two"),
         ({"kl_coef": 0.1}, "kl_coef: expected 0"),
         ({"microbatch": 6}, "microbatch: expected a multiple of the 4"),
+        ({"behaviours": ("live", "ref"), "microbatch": 4}, "microbatch: expected a multiple of the 8"),
+        ({"behaviours": ("live", "ref"), "lora_rank": 2}, "behaviours: expected none that is 'ref' with lora_rank > 0"),
     ):
         with pytest.raises(ValueError, match=message):
             CoPGConfig(**settings)
     assert CoPGConfig(group_size=1, behaviours=("live", "ref"), microbatch=4).group_size == 1
+
+
+def test_episodes_of_two_behaviours_would_have_other_starts() -> None:
+    """Equal group labels would compare episodes that have nothing in common."""
+    config = CoPGConfig(behaviours=("live", "ref"))
+    parts = Parts(torch.nn.Identity(), None, Request(episodes=8, horizon=3, groups=2), 3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="behaviours: expected one on control tasks"):
+        CoPGRecipe(config, parts)
+    assert CoPGRecipe(replace(config, behaviours=("ref",)), parts).parts is parts
 
 
 # -- the agent ------------------------------------------------------------------------------------------------------
