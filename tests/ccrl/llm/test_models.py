@@ -14,6 +14,7 @@ from ccrl.collect import Request
 from ccrl.llm.models import WithoutAdapters, build_policy, load_model, tiny_model
 from ccrl.llm.policy import CausalLMPolicy
 from ccrl.llm.sampler import TokenCollector
+from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.llm.task import TextTask
 from ccrl.packages import require
 from ccrl.testing.recipe_contract import RaggedTask
@@ -69,6 +70,22 @@ def test_tables_are_for_bandits(task: TextTask) -> None:
         build_policy(config(model="tabular"), task)
     policy = build_policy(config(model="tabular"), RaggedTask())
     assert torch.equal(policy.logits, RaggedTask().initial_logits())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"lora_rank: expected 0 with model='tabular' .*, got 2"):
+        build_policy(config(model="tabular", lora_rank=2), RaggedTask())
+
+
+@pytest.mark.parametrize("model", ["tiny", "tabular"])
+def test_temperatures_reach_the_policy(transformers: Any, model: str) -> None:
+    policy: Any = build_policy(config(model=model, temperature=0.7, second_temperature=1.3), RaggedTask())
+    assert (policy.temperature, policy.second_temperature) == (0.7, 1.3)
+
+
+def test_a_table_does_not_train_its_start() -> None:
+    start = torch.zeros(1, 1, 2)
+    table = TabularTokenPolicy(1, 1, 2, init=start)
+    with torch.no_grad():
+        table.logits.add_(1.0)
+    assert not start.any()
 
 
 def test_missing_extras_say_what_to_install(monkeypatch: pytest.MonkeyPatch, task: TextTask) -> None:
