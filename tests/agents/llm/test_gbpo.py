@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agents.llm.gbpo import GBPO, BoundedGroupTarget, GBPOConfig, GBPORecipe, bounded_regression
 from ccrl.data import Batching, Data
-from ccrl.estimators.terms import Level
+from ccrl.estimators.terms import Level, surrogate
 from scripts.reproductions.gbpo import uniform_bandit
 
 LOG_PROB = [[-1.0, -0.5, -2.0], [-0.3, -1.2, 0.0], [-0.7, -0.7, -0.7], [-1.5, 0.0, 0.0]]
@@ -53,6 +53,19 @@ def test_graded_scores() -> None:
     advantage, found = target([1, 0, 0.5, 0.25])
     close(advantage, [1.3175, -1.0247, 0.1464, -0.4392])
     close(found, [1.2, 0.8, 1.2, 0.8])
+
+
+def test_the_logged_gap_is_that_of_all_informative_tokens(recipe: Any, rollout: Any) -> None:
+    """Of both signs of the advantage, and of none where it is 0."""
+    made = recipe(GBPORecipe, GBPOConfig())
+    columns = {"score": torch.tensor([1.0, 0.0, 1.0, 1.0]).double(), "group": torch.tensor([0, 0, 1, 1])}
+    data = made.prepare({"on": rollout(OLD, MASK, **columns)}, None)["on"]
+    batch = data.epoch(Batching("sequence", "full"), None)[0]
+    _, stats = surrogate(made.phases()[0].terms, {"log_prob": torch.tensor(LOG_PROB).double().t()}, batch)
+    ratio = (torch.tensor(LOG_PROB) - torch.tensor(OLD)).double().exp()
+    gap = (ratio - data["ratio_target"].unsqueeze(1)).abs() * torch.tensor(MASK)
+    gap = gap[data["advantage"][0] != 0]
+    assert float(stats["target_gap"]) == pytest.approx(float(gap.sum()) / 9.0)
 
 
 def test_equal_scores_have_no_loss_and_a_group_of_one_keeps_its_score() -> None:

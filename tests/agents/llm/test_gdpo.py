@@ -157,6 +157,15 @@ def test_token_statistics_weigh_long_sequences_more() -> None:
     assert advantage(data)[3:].abs().max() < 1e-12
 
 
+def test_token_statistics_have_their_constant_inside_the_root() -> None:
+    """Weights of 1e-4 make a variance of the constant's size; the released trainer's divisor is sqrt(var + 1e-8)."""
+    options: dict[str, Any] = {"weights": (1e-4,), "batch_norm": "token", "group_eps": 0.0}
+    data = rollout([[1, 0]])
+    z = torch.tensor([1.0, -1.0], dtype=torch.float64) * 1e-4 / 2**0.5
+    tokens = z.repeat_interleave(2)
+    torch.testing.assert_close(advantage(data, **options), z / (tokens.var() + 1e-8).sqrt())
+
+
 @pytest.mark.parametrize(
     ("options", "word"),
     [

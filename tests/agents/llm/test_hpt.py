@@ -186,6 +186,11 @@ def test_a_gate_of_a_fifth_in_single_precision() -> None:
     assert config.coefficients(torch.tensor([3.0]), n).tolist() == [[1.0, 0.0, 0.0]]
 
 
+def test_half_right_is_not_solved(rollout: Any) -> None:
+    assert mix(rollout, [[0.5, 0.9]], [True])["demonstration"].tolist() == [1.0]
+    assert mix(rollout, [[0.5, 1.0]], [True])["demonstration"].tolist() == [0.0, 0.0]
+
+
 def test_coefficients_of_the_other_mixtures() -> None:
     solved, n = torch.arange(9.0), torch.full((9,), 8.0)
     soft = HPTConfig(mixture="soft").coefficients(solved, n)
@@ -256,6 +261,30 @@ def test_both_parts_by_hand(recipe: Any, rollout: Any) -> None:
     torch.testing.assert_close(gradient, released, atol=1e-12, rtol=0)
     with_bonus, _ = value_of(recipe, data, seen, replace(config, entropy_coef=0.1))
     assert with_bonus == pytest.approx(value - 0.1 * 0.5, abs=1e-12)
+
+
+@pytest.mark.parametrize(("norm", "one", "three"), [("seq_mean", 1 / 2, 1 / 6), ("token_mean", 1 / 4, 1 / 4)])
+def test_means_over_samples_of_different_lengths(
+    recipe: Any, rollout: Any, norm: str, one: float, three: float
+) -> None:
+    """Of question 1 a right sample of one token, a wrong one of three; question 0 is imitated, in three tokens."""
+    data = with_scores(mixed(rollout, [[0.0, 0.0], [1.0, 0.0]], [True, True], steps=3))
+    valid = data["valid"].clone()
+    valid[1:, 2] = 0.0
+    data = Data({k: data[k] for k in data} | {"valid": valid}, sequence=data.sequence)
+    config = HPTConfig(entropy_coef=0.0, rl_norm=norm)
+    _, gradient = value_of(recipe, data, torch.full((3, 3), -1.0, dtype=F64), config)
+    right, wrong, shown = gradient.unbind(1)
+    torch.testing.assert_close(right, torch.tensor([-0.5 * one, 0.0, 0.0], dtype=F64))
+    torch.testing.assert_close(wrong, torch.full((3,), 0.5 * three, dtype=F64))
+    torch.testing.assert_close(shown, torch.full((3,), -1 / 3, dtype=F64))
+
+
+def test_the_log_describes_the_samples_alone(recipe: Any, rollout: Any) -> None:
+    on = with_scores(mixed(rollout, [[0.0, 1.0]], []))
+    demo = with_scores(mixed(rollout, [], [True]))
+    found = recipe(HPTRecipe, HPTConfig()).prepare({"on": on, "demo": demo}, None)
+    assert found["sampled"] is on
 
 
 def test_parts_that_are_empty(recipe: Any, rollout: Any) -> None:
