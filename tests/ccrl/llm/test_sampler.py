@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -153,6 +154,51 @@ def test_the_length_cap(build: Build, task: TextTask, prompts: Prompts) -> None:
     assert TokenCollector(task, max_new_tokens=100).steps == task.max_new_tokens
 
 
+def test_tasks_of_fixed_length_end_at_the_last_position() -> None:
+    """There is nothing to cut: the last token is an end, not a truncation."""
+    task = RaggedTask()
+    logits = task.initial_logits()
+    logits[..., task.vocab.eos] = -40.0
+    policy = TabularTokenPolicy(3, 8, 5, init=logits)
+    data = TokenCollector(task, seed=0).collect(Request(counts=torch.tensor([2, 2])), policy)
+    assert data["length"].tolist() == [8] * 4
+    assert data["terminated"].any(0).all()
+    assert not data["truncated"].any()
+    assert not data["capped"].any()
+
+
+def test_nothing_is_left_of_the_rollout_before() -> None:
+    """The buffer of a tag is used again: what is not valid is 0 there."""
+    task = RaggedTask()
+    collector, request = TokenCollector(task, seed=0, fields=(Field("entropy"),)), Request(counts=torch.tensor([4, 4]))
+    long, short = task.initial_logits(), task.initial_logits()
+    long[:, :5, task.vocab.eos], short[:, 1:, task.vocab.eos] = -40.0, 40.0
+    assert collector.collect(request, TabularTokenPolicy(3, 8, 5, init=long))["length"].tolist() == [6] * 8
+    noise = 4.0 * torch.randn(3, 8, 5, generator=torch.Generator().manual_seed(1))
+    data = collector.collect(request, TabularTokenPolicy(3, 8, 5, init=task.initial_logits() + noise))
+    assert len(data["length"].unique()) > 1
+    for name in ("log_prob", "entropy"):
+        assert not data[name][data["valid"] == 0].any()
+    shown = collector.collect(replace(request, demonstrations=True), table(task))
+    assert shown["demonstration"].all()
+    for name in ("log_prob", "entropy"):
+        assert not shown[name].any()
+
+
+def test_test_questions_are_of_the_test_split() -> None:
+    class Split(RaggedTask):
+        def prompts(self, n: int, generator: Any, split: Any = "train") -> Prompts:
+            asked.append(split)
+            return super().prompts(n, generator, split)
+
+    asked: list[str] = []
+    task = Split()
+    collector = TokenCollector(task, seed=0)
+    collector.test_prompts(3, 0)
+    collector.collect(Request(counts=torch.tensor([2])), table(task))
+    assert asked == ["test", "train"]
+
+
 def test_buckets() -> None:
     data = collect(0, bucket=4)
     assert data.shape[0] == 8
@@ -278,6 +324,25 @@ def test_replies_are_present_and_not_trained_on() -> None:
     assert data["terminated"][:, 0].nonzero().flatten().tolist() == [7]
     assert not data["log_prob"][:, 0][data["valid"][:, 0] == 0].any()
     assert task.heard == [[0, 0, 2], [0, 0, 2, 1, 0, 0, 2], [0, 0, 2, 1, 0, 0, 2, 1, 2]]
+
+
+def test_what_a_reply_says_has_no_effect() -> None:
+    """An end token in a reply does not end the episode, a turn token there asks for nothing."""
+
+    class Rude(Scripted):
+        def respond(self, truth: Any, tokens: Sequence[int]) -> list[int] | None:
+            super().respond(truth, tokens)
+            return [3, 2, 1]
+
+    task, policy = Rude(), Follows([0, 2, 0, 0, 0, 1, 3, 0, 0, 0, 0, 0])
+    collector = TokenCollector(task, seed=0, fields=(Field("entropy"),))
+    data = collector.collect(Request(counts=torch.tensor([1])), policy)
+    assert data["action"][:, 0].tolist() == [0, 2, 3, 2, 1, 1, 3]
+    assert data["valid"][:, 0].tolist() == [1, 1, 0, 0, 0, 1, 1]
+    assert data["terminated"][:, 0].nonzero().flatten().tolist() == [6]
+    assert len(task.heard) == 1
+    assert not data["entropy"][data["valid"] == 0].any()
+    assert collector.tokens == 4  # what was chosen, not what was replied
 
 
 def test_a_reply_is_cut_at_the_cap() -> None:
