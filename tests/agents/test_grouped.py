@@ -87,6 +87,27 @@ def test_the_reference_is_the_policy_at_the_start(tmp_path: Path) -> None:
     assert not all(torch.equal(p, q) for p, q in zip(agent.policy.parameters(), start, strict=True))
 
 
+def test_settings_go_where_they_belong() -> None:
+    """What the recipe shares with this config comes from here, unless the recipe's settings say otherwise."""
+    own = {"clip_low": 0.05, "tau_positive": 2.0}
+    config = GroupedConfig(**SMALL, method="sapo", n_epochs=3, clip_high=0.4, settings=own)
+    recipe = config.recipe()[1]
+    assert (recipe.clip_low, recipe.clip_high, recipe.n_epochs, recipe.group_size) == (0.05, 0.4, 3, 3)
+    assert (recipe.tau_positive, recipe.tau_negative) == (2.0, 1.05)
+    config = GroupedConfig(**SMALL, learning_rate=0.02, max_grad_norm=0.3, adam_eps=1e-6)
+    agent = Grouped("CartPole-v1", config)
+    updater, parts = agent.updaters["policy"], agent.estimator.parts
+    assert (float(updater.lr), updater.max_grad_norm, updater.eps) == (0.02, 0.3, 1e-6)
+    assert parts.request == Request(episodes=6, horizon=12, groups=2)
+    assert parts.max_length == 12
+
+
+def test_two_behaviours_are_refused() -> None:
+    config = GroupedConfig(**SMALL, method="copg", settings={"behaviours": ("live", "ref")})
+    with pytest.raises(ValueError, match="'copg' does not fit control tasks: behaviours: expected one"):
+        Grouped("CartPole-v1", config)
+
+
 def test_episodes_that_groups_do_not_divide_are_refused() -> None:
     env = resolve_env("CartPole-v1", 4)
     collector = Collector(env, make_env=lambda n: resolve_env("CartPole-v1", n))

@@ -14,6 +14,7 @@ from torch import Tensor
 from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, RolloutRing, dual_step, lagrangian
 from ccrl.data import Batching, Data
 from ccrl.estimators.terms import Level, surrogate
+from ccrl.testing.recipe_contract import RaggedTask
 from scripts.reproductions import r2vpo as reproduction
 from scripts.reproductions.r2vpo import bandit
 
@@ -152,6 +153,28 @@ def test_one_dual_step_per_rollout_or_per_minibatch() -> None:
             2.0 * (s["train/variance_after"] - 0.04) if every == "rollout" else 4.0 * (s["train/ratio_variance"] - 0.04)
         )
         assert s["train/dual"] == pytest.approx(1.0 + moved, abs=1e-5)
+
+
+@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean"])
+def test_the_variance_is_a_mean_over_tokens(aggregate: str) -> None:
+    """Whatever the loss averages, and padding is no token."""
+    config = R2VPOConfig(model="tabular", n_prompts=3, group_size=8, learning_rate=0.3, n_epochs=2, aggregate=aggregate)
+    agent, seen = R2VPO(RaggedTask(), config, seed=0), list[float]()
+    collect, held = agent.collector.collect, list[Data]()
+    agent.collector.collect = lambda *args: held.append(collect(*args)) or held[-1]
+
+    def variance() -> float:
+        data = held[0]
+        with torch.no_grad():
+            ratio = (agent.policy(data, frozenset({"log_prob"}))["log_prob"] - data["log_prob"]).exp()
+        return float((ratio - 1.0).square()[data["valid"] > 0].mean())
+
+    step = agent.updaters["policy"].step
+    agent.updaters["policy"].step = lambda *args: seen.append(variance()) or step(*args)
+    agent.learn(1)
+    assert (held[0]["valid"] == 0).any()
+    assert float(agent.scalars["train/ratio_variance"]) == pytest.approx(sum(seen) / 2, rel=1e-4)
+    assert float(agent.scalars["train/variance_after"]) == pytest.approx(variance(), rel=1e-4)
 
 
 # -- old rollouts -----------------------------------------------------------------------------------------------------
