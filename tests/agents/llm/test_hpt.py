@@ -280,6 +280,14 @@ def test_means_over_samples_of_different_lengths(
     torch.testing.assert_close(shown, torch.full((3,), -1 / 3, dtype=F64))
 
 
+def test_ratios_are_clipped_on_request_alone(recipe: Any) -> None:
+    one = torch.ones(1, 1, dtype=F64)
+    level = Level(torch.log(3.0 * one), 0.0 * one, one)
+    for settings, expected in (({}, -3.0), ({"clip": True, "clip_high": 0.4}, -1.4)):
+        loss = recipe(HPTRecipe, HPTConfig(**settings)).loss()
+        assert float(loss(level, one, {}, Data({}))) == pytest.approx(expected)
+
+
 def test_the_log_describes_the_samples_alone(recipe: Any, rollout: Any) -> None:
     on = with_scores(mixed(rollout, [[0.0, 1.0]], []))
     demo = with_scores(mixed(rollout, [], [True]))
