@@ -57,7 +57,7 @@ class Bank:
             self._versions[version] = frozen.eval()
             return
         target = self._versions[version]
-        weight = torch.as_tensor(mix)
+        weight = torch.as_tensor(mix, device=next(target.parameters()).device)
         for p, q in zip(target.parameters(), module.parameters()):
             if isinstance(mix, Tensor) or mix < 1.0:
                 p.lerp_(q, weight.to(p))

@@ -118,6 +118,8 @@ class Collector:
     def collect(self, request: Request, policy: Actor) -> Data:
         """Run ``policy`` as asked; the returned columns are views of the buffer, valid until the next request of this
         tag."""
+        if request.source is not None or request.demonstrations:
+            raise ValueError(f"Collector: environments have no prompts to repeat and no demonstrations, got {request}")
         if request.steps is not None:
             if self._stream.obs is None:
                 self._stream.obs = self.env.reset(seed=self.seed)
@@ -179,7 +181,7 @@ class Collector:
         fields = (f.name for f in policy.behaviour_fields() if f.per == "step" and f.name != "log_prob")
         names = {name: name.removeprefix("old_") for name in fields}
         # asked after every step only where that costs nothing: elsewhere the host would wait for the device
-        running = torch.ones(n, dtype=torch.bool) if fresh and self.device.type == "cpu" else None
+        running = torch.ones(n, dtype=torch.bool, device=self.device) if fresh and self.device.type == "cpu" else None
         for t in range(steps):
             out = policy.act(buffer.row(t), noise_rows[t])
             executed = policy.to_env(out["action"])

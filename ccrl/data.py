@@ -242,12 +242,12 @@ class Data(Mapping[str, Tree]):
         labels, inverse, counts = torch.unique(self["group"], return_inverse=True, return_counts=True)
         groups = labels.shape[0]
         if size == "full":
-            per_batch, order = groups, torch.arange(groups)
+            per_batch, order = groups, list(range(groups))
         else:
             per_batch = min(int(size), groups)
-            order = torch.randperm(groups, generator=generator, device=labels.device).cpu()
-        members = [m.to(labels.device) for m in torch.split(torch.argsort(inverse, stable=True), counts.tolist())]
-        chunks = [order[i : i + per_batch].tolist() for i in range(0, groups, per_batch)]
+            order = torch.randperm(groups, generator=generator, device=labels.device).tolist()
+        members = torch.split(torch.argsort(inverse, stable=True), counts.tolist())
+        chunks = [order[i : i + per_batch] for i in range(0, groups, per_batch)]
         # one static width for every batch: ragged groups would otherwise compile once per width
         width = max(sum(len(members[g]) for g in chunk) for chunk in chunks)
         batches = []

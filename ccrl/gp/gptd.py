@@ -108,7 +108,7 @@ def gptd(
     if isinstance(kernel, Tensor):
         if kernel.shape != (n, n):
             raise ValueError(f"gptd: expected a kernel matrix [{n}, {n}], got {tuple(kernel.shape)}")
-        matrix = kernel + noise * torch.eye(n).to(kernel)
+        matrix = kernel + torch.diag_embed(noise * kernel.new_ones(n))
         if not chain.terminated:
             matrix = chain.apply(chain.apply(matrix).T)  # H (K + sigma^2 I) H^T
         solver = Cholesky(matrix)

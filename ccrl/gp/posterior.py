@@ -29,7 +29,7 @@ class Covariance:
         return self.product(v.to(self.like))
 
     def dense(self) -> Tensor:
-        matrix = self(torch.eye(self.size).to(self.like))
+        matrix = self(torch.eye(self.size, dtype=self.like.dtype, device=self.like.device))
         return 0.5 * (matrix + matrix.T)
 
     def diagonal(self) -> Tensor:

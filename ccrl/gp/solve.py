@@ -44,7 +44,7 @@ class Cholesky:
         mean = float(matrix.detach().diagonal().mean()) if matrix.shape[0] else 0.0
         for level in (0.0, 1e-8, 1e-7, 1e-6, 1e-5, 1e-4):
             self.jitter = level * mean
-            shifted = matrix if level == 0.0 else matrix + self.jitter * torch.eye(len(matrix)).to(matrix)
+            shifted = matrix if level == 0.0 else matrix + torch.diag_embed(self.jitter * matrix.new_ones(len(matrix)))
             self.factor, info = torch.linalg.cholesky_ex(shifted)
             if int(info) == 0 and bool(self.factor.diagonal().isfinite().all()):
                 return

@@ -104,7 +104,7 @@ def ald(column: Column, diagonal: Tensor, nu: float) -> SparseSet:
     a = diagonal.new_zeros(len(rows), m)
     for i, row in enumerate(rows):
         a[i, : row.shape[0]] = row
-    return SparseSet(torch.tensor(dictionary.index, dtype=torch.int64), a, dictionary.gram)
+    return SparseSet(torch.tensor(dictionary.index, dtype=torch.int64, device=a.device), a, dictionary.gram)
 
 
 def _unit(m: int, like: Tensor) -> Tensor:

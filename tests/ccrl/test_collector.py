@@ -213,6 +213,13 @@ def test_requests_are_checked() -> None:
         Collector(ClockEnv(SCRIPT)).collect(Request(episodes=2, horizon=3), policy())
 
 
+@pytest.mark.parametrize("what", [{"source": "on"}, {"demonstrations": True}])
+def test_what_only_language_models_have_is_refused(what: dict[str, Any]) -> None:
+    collector = Collector(ClockEnv(SCRIPT), make_env=lambda n: ClockEnv([SCRIPT[0]] * n))
+    with pytest.raises(ValueError, match="no prompts to repeat and no demonstrations"):
+        collector.collect(Request(episodes=2, horizon=3, **what), policy())
+
+
 def test_fresh_episodes_have_a_clock_and_statistics_of_their_own() -> None:
     """Columns go on after their episodes; neither their steps nor their further episodes are counted."""
     collector = Collector(ClockEnv(SCRIPT), seed=1, make_env=lambda n: ClockEnv([[Episode(0, 2)], [Episode(0, 9)]]))

@@ -1,0 +1,85 @@
+"""Tensors are made on the device of the data, for every agent, checked without an accelerator.
+
+Factories that are called without ``device=`` make tensors on "meta" here, which mix with no others: what would fail on
+an accelerator, or copy from the host in every iteration, fails on a CPU (in-place sums and indices are not noticed).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+import agents
+
+BATCHES = {"num_envs": 4, "n_steps": 16, "batch_size": 32, "n_epochs": 2}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "ppo": BATCHES,
+    "mdpo": {"num_envs": 4, "n_steps": 16},
+    "bpo": BATCHES,
+    "hdpo": {"n_train": 16, "n_dev": 16, "batch_size": 16},
+    "bac": {"num_envs": 2, "n_steps": 20},
+    "bpg": {"num_envs": 4, "n_steps": 20},
+    "dbqpg": {"num_envs": 4, "n_steps": 16},
+    "grouped": {"n_groups": 2, "group_size": 4, "n_steps": 32},
+}
+ENVS = {"bpo": "Pendulum-v1", "hdpo": "ccrl/InventoryOneStoreLost-v0"}
+
+
+@contextmanager
+def elsewhere() -> Iterator[None]:
+    torch.set_default_device("meta")
+    try:
+        yield
+    finally:
+        torch.set_default_device(None)
+
+
+def on_the_host(call: Callable[..., Any]) -> Callable[..., Any]:
+    """For what belongs on the host: questions and answers of text tasks, constructors of GPyTorch."""
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with torch.device("cpu"):
+            return call(*args, **kwargs)
+
+    return wrapped
+
+
+def learns_elsewhere(agent: Any, steps: int) -> None:
+    agent.learn(steps)  # tables that are made once may come from the host
+    before = agent.num_timesteps
+    with elsewhere():
+        agent.learn(before + steps)
+    assert agent.num_timesteps > before
+
+
+@pytest.mark.parametrize("name", sorted(agents.AGENTS))
+def test_control(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if name in ("bac", "bpg"):
+        kernel = pytest.importorskip("gpytorch", reason="the extra gp is not installed").kernels.Kernel
+        monkeypatch.setattr(kernel, "__init__", on_the_host(kernel.__init__))
+    cls = agents.get_agent(name)
+    learns_elsewhere(cls(ENVS.get(name, "CartPole-v1"), cls.Config(**SETTINGS.get(name, {}))), 64)
+
+
+@pytest.mark.parametrize("name", sorted(agents.METHODS))
+def test_language_models(name: str) -> None:
+    pytest.importorskip("transformers", reason="the extra llm is not installed")
+    cls = agents.get_agent(name)
+    group = {} if name == "sft" else {"group_size": 4}
+    agent = cls("arithmetic", cls.Config(n_prompts=4, **group))
+    agent.collector.collect = on_the_host(agent.collector.collect)
+    learns_elsewhere(agent, 16)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [lambda x: x + torch.tensor(1.0), lambda x: torch.where(x > 0, x, torch.zeros(2)), lambda x: torch.eye(2).to(x)],
+)
+def test_a_tensor_on_the_default_device_is_found(use: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    x = torch.ones(2)
+    with elsewhere(), pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        use(x)
