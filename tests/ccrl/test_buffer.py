@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
@@ -69,6 +72,9 @@ def test_hidden_final_observation_is_replaced_by_the_state_itself() -> None:
     # rsl_rl's approximation: the state before the cut stands in; the reset observation 10 never does
     got = facts(fill([0, 1, 10], [0, 0], [0, 1]), hidden_final=True)
     assert got["next"] == [1, 1]
+    # after a termination too: a replay that stores successors must not hold a reset observation
+    got = facts(fill([0, 1, 10], [0, 1], [0, 0]), hidden_final=True)
+    assert got["next"] == [1, 1]
 
 
 def test_step_counter_continues_across_rollouts() -> None:
@@ -131,6 +137,22 @@ def test_dict_observations_and_declared_fields() -> None:
     assert data["prompt"].shape == (2, 3)
     assert {"prompt", "group"} <= data.sequence
     assert data["group"].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("space", "dtype"),
+    [
+        (gym.spaces.Box(0, 255, (2,), np.uint8), torch.uint8),
+        (gym.spaces.Box(-5, 5, (2,), np.int64), torch.int64),
+        (gym.spaces.Box(-1, 1, (2,), np.float64), torch.float32),
+        (gym.spaces.Discrete(3), torch.int64),
+    ],
+)
+def test_columns_have_the_type_of_their_space(space: gym.Space[Any], dtype: torch.dtype) -> None:
+    column = space_like(space, (4,), torch.device("cpu"))
+    assert isinstance(column, torch.Tensor)
+    assert column.dtype == dtype
+    assert column.shape == (4, *(space.shape or ()))
 
 
 def test_bad_input() -> None:

@@ -1,4 +1,4 @@
-"""The collector on the scripted clock: borders, fresh episodes, statistics, bad numbers, resume."""
+"""The collector on the scripted clock: borders, statistics, bad numbers, resume."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from ccrl.batched_env import AutoresetMode, StepResult
 from ccrl.collect import Collector, Request
-from ccrl.data import Data
+from ccrl.data import Data, Field
 from ccrl.policies import MLPPolicy
 from ccrl.testing import ClockEnv, Episode
 
@@ -64,6 +64,68 @@ def test_episode_statistics_by_hand(mode: AutoresetMode) -> None:
     assert collector.stats.lengths.tolist() == [3, 5]
 
 
+@pytest.mark.parametrize("mode", list(AutoresetMode))
+def test_an_episode_that_ends_with_the_rollout_adds_nothing_to_the_next(mode: AutoresetMode) -> None:
+    env = ClockEnv([[Episode(0, 3, "terminate")], [Episode(10, 3, "truncate")]], autoreset_mode=mode, reward=2.0)
+    collector, actor = Collector(env), policy()
+    dummy = int(mode == AutoresetMode.NEXT_STEP)
+    for steps in (3, 3 + dummy, 2 + dummy, 1):
+        collector.collect(Request(steps=steps), actor)
+        if steps != 2 + dummy:
+            assert collector.stats.returns.tolist() == [6.0, 6.0]
+            assert collector.stats.lengths.tolist() == [3, 3]
+
+
+def test_hidden_final_observations_are_not_read() -> None:
+    """An environment that resets in the same step and hides the last observation: the state before stands in."""
+    env = ClockEnv(SCRIPT, provides_final_obs=False)
+    data = Collector(env).collect(Request(steps=4), policy())
+    assert data.next_obs()[:, 0].flatten().tolist() == [1, 2, 2, 101]
+    assert data.next_obs()[:, 1].flatten().tolist() == [11, 11, 201, 202]
+
+
+def test_environment_time_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = iter(range(1000))  # a clock that moves by one at every look
+    monkeypatch.setattr("ccrl.collect.time.perf_counter", lambda: next(ticks))
+    collector = Collector(ClockEnv(SCRIPT))
+    collector.collect(Request(steps=5), policy())
+    collector.collect(Request(steps=2), policy())
+    assert collector.env_seconds == 7.0
+
+
+def test_log_entries_of_all_steps_are_kept() -> None:
+    class Logging(ClockEnv):
+        count = 0
+
+        def step(self, action: torch.Tensor) -> StepResult:
+            self.count += 1
+            return super().step(action)._replace(log={f"env/{self.count}": float(self.count), "env/last": self.count})
+
+    collector = Collector(Logging(SCRIPT))
+    collector.collect(Request(steps=3), policy())
+    assert collector.log == {"env/1": 1.0, "env/2": 2.0, "env/3": 3.0, "env/last": 3}
+
+
+def test_policies_with_other_behaviour_columns_have_buffers_of_their_own() -> None:
+    class Bare(MLPPolicy):
+        def behaviour_fields(self) -> tuple[Field, ...]:
+            return (Field("log_prob"), Field("extra"))
+
+        def behaviour(self, columns: Any, action: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"log_prob": torch.zeros(action.shape)}
+
+        def act(self, obs: Any, noise: torch.Tensor | None) -> dict[str, torch.Tensor]:
+            out = super().act(obs, noise)
+            return out | {"extra": torch.full(out["action"].shape, 7.0)}
+
+    collector = Collector(ClockEnv(SCRIPT))
+    data = collector.collect(Request(steps=3), policy())
+    assert "old_logits" in data
+    data = collector.collect(Request(steps=3), Bare(gym.spaces.Box(-1, 1, (1,)), gym.spaces.Discrete(2)))
+    assert "old_logits" not in data
+    assert data["extra"].eq(7).all()
+
+
 def test_behaviour_columns_are_those_of_the_policy_that_acted() -> None:
     actor = policy()
     data = Collector(ClockEnv(SCRIPT)).collect(Request(steps=6), actor)
@@ -81,53 +143,6 @@ def test_seeds_decide_the_actions() -> None:
 
     assert actions(3) == actions(3)
     assert actions(3) != actions(4)
-
-
-def test_fresh_episodes_do_not_disturb_training_streams() -> None:
-    actor = policy()
-    names = (*FACTS, "action", "log_prob")
-
-    def run(fresh: bool) -> list[dict[str, torch.Tensor]]:
-        collector = Collector(ClockEnv(SCRIPT), seed=1, make_env=lambda n: ClockEnv([SCRIPT[i % 2] for i in range(n)]))
-        out = []
-        for _ in range(3):
-            out.append(snapshot(collector.collect(Request(steps=5), actor), names))
-            if fresh:
-                collector.collect(Request("probe", episodes=3, horizon=4), actor)
-        assert collector.total_steps == 30
-        return out
-
-    for with_probe, without in zip(run(True), run(False)):
-        for name in with_probe:
-            torch.testing.assert_close(with_probe[name], without[name], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("mode", list(AutoresetMode))
-def test_fresh_episodes_hold_one_episode_per_column(mode: AutoresetMode) -> None:
-    def make(n: int) -> ClockEnv:
-        return ClockEnv([SCRIPT[i % 2] for i in range(n)], autoreset_mode=mode)
-
-    collector, actor = Collector(make(2), make_env=make), policy()
-    for _ in range(2):  # the second request starts from a reset again
-        data = collector.collect(Request(episodes=3, horizon=4), actor)
-        assert data["valid"].T.tolist() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]]
-        assert data["carry"].T.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 0]]
-        assert data["obs"][0].flatten().tolist() == [0, 10, 0]
-        assert data.next_obs()[2, 0].tolist() == [3.0]
-        assert collector.stats.returns.tolist() == [3.0, 2.0, 3.0]
-        assert collector.stats.lengths.tolist() == [3, 2, 3]
-    assert collector.total_steps == 0
-    assert collector.fresh_steps == 16
-
-
-def test_rollouts_of_different_tags_do_not_overwrite_each_other() -> None:
-    collector = Collector(ClockEnv(SCRIPT), make_env=lambda n: ClockEnv([SCRIPT[i % 2] for i in range(n)]))
-    actor = policy()
-    first = collector.collect(Request("on", episodes=2, horizon=4), actor)
-    kept = snapshot(first, (*FACTS, "action"))
-    collector.collect(Request("line", episodes=2, horizon=4), actor)
-    for name, value in snapshot(first, (*FACTS, "action")).items():
-        torch.testing.assert_close(value, kept[name], rtol=0, atol=0)
 
 
 class Broken(ClockEnv):
@@ -157,6 +172,39 @@ class Broken(ClockEnv):
 def test_bad_numbers_name_environment_and_step(where: str, value: float, at: int, name: str) -> None:
     with pytest.raises(FloatingPointError, match=rf"^{name} is not finite: environment 1, step {at} "):
         Collector(Broken(where, value, at)).collect(Request(steps=6), policy())
+
+
+def test_bad_actions_are_named_before_what_they_lead_to() -> None:
+    class Drunk(MLPPolicy):
+        step = 0
+
+        def act(self, obs: Any, noise: torch.Tensor | None) -> dict[str, torch.Tensor]:
+            out = super().act(obs, noise)
+            self.step += 1
+            if self.step == 3:
+                out["action"] = out["action"].index_fill(0, torch.tensor([1]), torch.nan)
+            return out
+
+    box = gym.spaces.Box(-1, 1, (1,))
+    collector = Collector(ClockEnv(SCRIPT, action_space=box))
+    with pytest.raises(FloatingPointError, match=r"^action is not finite: environment 1, step 2 "):
+        collector.collect(Request(steps=6), Drunk(box, box, hidden=(4,)))
+
+
+@pytest.mark.parametrize(("state", "fine"), [(-1, False), (0, True), (2, True), (3, False)])
+def test_discrete_states_stay_in_their_space(state: int, fine: bool) -> None:
+    class States(ClockEnv):
+        def _tree(self, buffer: torch.Tensor) -> Any:
+            return torch.full((self.num_envs,), state)
+
+    env = States(SCRIPT)
+    env.single_observation_space = gym.spaces.Discrete(3)  # type: ignore[assignment]
+    actor = MLPPolicy(env.single_observation_space, gym.spaces.Discrete(2), hidden=(4,))
+    if fine:
+        Collector(env).collect(Request(steps=2), actor)
+        return
+    with pytest.raises(ValueError, match=rf"obs: expected one of Discrete\(3\), got {state} from environment 0"):
+        Collector(env).collect(Request(steps=2), actor)
 
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
@@ -200,6 +248,11 @@ def test_resume_without_environment_state_uses_another_seed() -> None:
     second.load_state_dict(first.state_dict())
     assert second.env.seed == 5 + first.total_steps  # type: ignore[attr-defined]
     assert second.collect(Request(steps=1), actor)["t"].tolist() == [[0, 0]]
+    first.collect(Request(steps=2), actor)  # in the middle of an episode
+    first.load_state_dict(first.state_dict())
+    assert first.collect(Request(steps=1), actor)["t"].tolist() == [[0, 0]]
+    first.collect(Request(steps=2), actor)
+    assert first.stats.returns.tolist() == [2.0, 3.0], "rewards of the dropped episodes are not counted"
 
 
 def test_requests_are_checked() -> None:
@@ -218,54 +271,3 @@ def test_what_only_language_models_have_is_refused(what: dict[str, Any]) -> None
     collector = Collector(ClockEnv(SCRIPT), make_env=lambda n: ClockEnv([SCRIPT[0]] * n))
     with pytest.raises(ValueError, match="no prompts to repeat and no demonstrations"):
         collector.collect(Request(episodes=2, horizon=3, **what), policy())
-
-
-def test_fresh_episodes_have_a_clock_and_statistics_of_their_own() -> None:
-    """Columns go on after their episodes; neither their steps nor their further episodes are counted."""
-    collector = Collector(ClockEnv(SCRIPT), seed=1, make_env=lambda n: ClockEnv([[Episode(0, 2)], [Episode(0, 9)]]))
-    collector.collect(Request(episodes=2, horizon=7), policy())
-    assert collector.fresh_steps == 2 + 7
-    assert collector.stats.returns.tolist() == [2.0, 7.0]
-    assert collector.stats.lengths.tolist() == [2, 7]
-    resumed = Collector(ClockEnv(SCRIPT), seed=1)
-    resumed.load_state_dict(collector.state_dict())
-    assert resumed.fresh_steps == 9
-
-
-def test_requests_of_two_tags_do_not_share_memory() -> None:
-    collector, actor = Collector(ClockEnv(SCRIPT), seed=1, make_env=lambda n: ClockEnv([[Episode(0, 5)]] * n)), policy()
-    first = collector.collect(Request("on", episodes=2, horizon=5), actor)
-    before = first["action"].clone()
-    for _ in range(3):
-        second = collector.collect(Request("line", episodes=2, horizon=5), actor)
-        assert torch.equal(first["action"], before)
-    assert not torch.equal(second["action"], before)
-
-
-def test_fresh_episodes_stop_when_all_have_ended() -> None:
-    """The rows after that keep nothing of the longer rollout before."""
-    lengths = [[Episode(0, 9), Episode(0, 2)], [Episode(0, 9), Episode(0, 3)]]
-
-    class Counting(ClockEnv):
-        steps = 0
-
-        def reset(self, seed: int | None = None, mask: torch.Tensor | None = None) -> Any:
-            obs = super().reset(seed, mask)
-            if mask is None and self.steps:  # ClockEnv starts its script anew: go to the second episodes
-                self._episode = [1, 1]
-            return obs
-
-        def step(self, action: torch.Tensor) -> Any:
-            self.steps += 1
-            return super().step(action)
-
-    env = Counting(lengths)
-    collector = Collector(ClockEnv(SCRIPT), seed=1, make_env=lambda n: env)
-    collector.collect(Request(episodes=2, horizon=9), policy())
-    assert env.steps == 9
-    data = collector.collect(Request(episodes=2, horizon=9), policy())
-    assert env.steps == 9 + 3
-    assert data["valid"].sum(0).tolist() == [2.0, 3.0]
-    assert data["reward"][3:].eq(0).all()
-    assert not (data["terminated"] | data["truncated"])[3:].any()
-    assert collector.stats.returns.tolist() == [2.0, 3.0]

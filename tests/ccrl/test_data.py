@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ccrl.data import Batching, Data, columns_read
+from ccrl.data import Batching, Data, Successors, Unit, columns_read
 
 T, N = 5, 3
 
@@ -44,17 +44,38 @@ def test_transition_batches_visit_every_row_once_and_pad_the_last() -> None:
         torch.testing.assert_close(b["prompt"], 100 + b["id"] % 10)
 
 
-def test_transition_batches_depend_on_the_generator_only() -> None:
-    spec = Batching("transition", 4)
-    first, again = (torch.cat([b["id"] for b in rollout().epoch(spec, generator())], 1) for _ in range(2))
-    assert first.tolist() == again.tolist()
-    assert first.flatten()[:15].tolist() != sorted(first.flatten()[:15].tolist())
+@pytest.mark.parametrize("unit", ["transition", "sequence", "group"])
+def test_batches_are_shuffled_by_the_generator_only(unit: Unit) -> None:
+    ids = torch.arange(12)[None]
+    columns = {"id": ids, "valid": torch.ones(1, 12), "group": ids[0] // 2}
+    data = Data(columns, sequence=frozenset({"group"}))
+
+    def order(seed: int) -> list[int]:
+        batches = data.epoch(Batching(unit, 2), torch.Generator().manual_seed(seed))
+        return [i for b in batches for i in b["id"].flatten().tolist()]
+
+    first = order(0)
+    torch.manual_seed(99)  # the global stream must not matter
+    assert order(0) == first
+    assert sorted(first) == list(range(12))
+    assert first != sorted(first)
+    assert order(1) != first
+
+
+@pytest.mark.parametrize("unit", ["transition", "sequence", "group"])
+def test_a_batch_is_not_wider_than_the_data(unit: Unit) -> None:
+    (batch,) = rollout().epoch(Batching(unit, 100), generator())
+    assert batch.shape == ((1, T * N) if unit == "transition" else (T, N))
+    assert batch["valid"].min() == 1.0
 
 
 def test_full_batch_keeps_the_order() -> None:
     (batch,) = rollout().epoch(Batching("transition", "full"), None)
     assert batch["id"].tolist() == [[10 * t + n for t in range(T) for n in range(N)]]
     assert float(batch["n_valid"]) == T * N
+    for unit in ("sequence", "group"):
+        (batch,) = rollout(group=[4, 9, 4]).epoch(Batching(unit, "full"), generator())  # type: ignore[arg-type]
+        assert batch["id"][0].tolist() == ([0, 1, 2] if unit == "sequence" else [0, 2, 1])
 
 
 def test_batches_do_not_write_into_the_rollout() -> None:
@@ -96,6 +117,20 @@ def test_group_batches_hold_whole_ragged_groups_relabelled() -> None:
     assert sorted(members) == [[0, 2, 4], [1, 5], [3]]
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_ragged_groups_fit_whichever_comes_first(seed: int) -> None:
+    """The static width is that of the widest batch, not of the first."""
+    data = Data(
+        {"id": torch.arange(6)[None], "valid": torch.ones(1, 6), "group": torch.tensor([0, 1, 1, 1, 1, 2])},
+        sequence=frozenset({"group"}),
+    )
+    batches = data.epoch(Batching("group", 1), torch.Generator().manual_seed(seed))
+    assert [b.shape for b in batches] == [(1, 4)] * 3
+    assert sorted(float(b["n_valid"]) for b in batches) == [1.0, 1.0, 4.0]
+    kept = torch.cat([b["id"][b["valid"] > 0] for b in batches])
+    assert sorted(kept.tolist()) == list(range(6))
+
+
 def test_group_batches_need_the_column() -> None:
     with pytest.raises(ValueError, match="group"):
         Data({"valid": torch.ones(1, 2)}).epoch(Batching("group", 1), None)
@@ -115,6 +150,23 @@ def test_microbatches_sum_exactly() -> None:
     assert sum(float((p["x"] * p["valid"]).sum() / p["valid"].sum()) / 2 for p in pieces) == pytest.approx(0.2083333)
     assert batch.microbatches(None) == [batch]
     assert batch.derive(y=x).microbatch == 1
+
+
+def test_microbatches_of_transitions_split_every_column() -> None:
+    batch = rollout().epoch(Batching("transition", 6), generator())[0]
+    pieces = batch.microbatches(4)
+    assert [p.shape for p in pieces] == [(1, 4), (1, 2)]
+    for piece in pieces:  # per-sequence columns have become rows like the others
+        torch.testing.assert_close(piece["prompt"], 100 + piece["id"] % 10)
+        assert float(piece["n_valid"]) == 6.0
+
+
+def test_facts_stay_facts_in_batches() -> None:
+    batch = rollout().derive(advantage=torch.ones(T, N)).epoch(Batching("transition", 4), generator())[0]
+    for name in ("id", "n_valid"):
+        with pytest.raises(ValueError, match="raw columns"):
+            batch.derive(**{name: torch.zeros(1, 4)})
+    assert batch.derive(advantage=torch.zeros(1, 4))["advantage"].eq(0).all()
 
 
 def test_derive_refuses_raw_columns_and_leaves_the_original() -> None:
@@ -141,8 +193,18 @@ def test_take_repeats_and_drops_columns() -> None:
     assert data["prompt"].tolist() == [102, 100, 102]
     assert data["score"].tolist() == [3.0, 1.0, 3.0]
     assert data["obs"]["b"][1].tolist() == [12, 10, 12]
-    with pytest.raises(ValueError, match="whole rollouts"):
-        data.next_obs()
+
+
+def test_successors_exist_on_whole_rollouts_only() -> None:
+    stream = torch.arange(3.0).view(3, 1, 1).expand(3, 2, 1)
+    after = Successors(stream, stream[:0, 0], torch.full((2, 2), -1))
+    data = Data({"obs": stream[:-1], "valid": torch.ones(2, 2)}, successors=after)
+    assert data.derive(x=torch.ones(2, 2)).next_obs().flatten().tolist() == [1, 1, 2, 2]
+    pieces = [data.take(torch.tensor([1])), data.microbatches(1)[0]]
+    pieces += [data.epoch(Batching(unit, 1), generator())[0] for unit in ("transition", "sequence")]  # type: ignore[arg-type]
+    for piece in pieces:
+        with pytest.raises(ValueError, match="whole rollouts"):
+            piece.next_obs()
 
 
 def test_discount_modes() -> None:
