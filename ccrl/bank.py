@@ -50,10 +50,9 @@ class Bank:
         module = self.policy(source)
         if version not in self._versions:
             frozen = copy.deepcopy(module)
-            # deepcopy keeps parameters that are views of one flat vector apart; grads would only waste memory
+            # deepcopy keeps parameters that are views of one flat vector apart, and copies no gradients
             for p in frozen.parameters():
                 p.requires_grad_(False)
-                p.grad = None
             self._versions[version] = frozen.eval()
             return
         target = self._versions[version]

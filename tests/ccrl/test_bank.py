@@ -34,9 +34,22 @@ def test_versions_are_frozen_copies() -> None:
     assert (weight(bank.policy("old")), weight(bank.policy())) == (1.0, 2.0)
     assert bank.policy("live") is bank.live
     assert not any(p.requires_grad for p in bank.policy("old").parameters())
+    assert all(p.requires_grad for p in bank.live.parameters())
     bank.refresh("older", source="old")
     assert weight(bank.policy("older")) == 1.0
     assert list(bank.names()) == ["old", "older"]
+
+
+def test_versions_are_in_evaluation_mode_and_hold_no_gradients() -> None:
+    """Dropout in a reference policy would make every log-ratio noise."""
+    live = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    live(torch.ones(1, 2)).sum().backward()
+    bank = Bank(live)
+    bank.refresh("ref")
+    assert not any(m.training for m in bank.policy("ref").modules())
+    assert all(p.grad is None for p in bank.policy("ref").parameters())
+    assert live.training
+    assert live[0].weight.grad is not None
 
 
 @pytest.mark.parametrize("mix", [0.25, torch.tensor(0.25), torch.tensor(0.25, dtype=torch.float64)])
@@ -62,6 +75,10 @@ def test_buffers_follow() -> None:
     assert bank.policy("old").features(obs, "actor").tolist() == [[0, 0]]  # type: ignore[operator]
     bank.refresh("old", mix=0.1)
     assert float(bank.policy("old").get_buffer("norm.obs.count")) == 3.0
+    theta = torch.zeros(sum(p.numel() for p in policy.parameters()))
+    for count in (3.0, 6.0):  # a module at a vector too, and at every call
+        assert float(bank.policy(theta).get_buffer("norm.obs.count")) == count
+        policy.update_normaliser(torch.full((3, 1, 2), 5.0), torch.ones(3, 1))
 
 
 def test_versions_do_not_share_memory_with_a_flat_updater() -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
-from ccrl.estimators.stages import GroupBaseline, RewardNorm, Standardise
+from ccrl.estimators.stages import EpisodeReturn, GroupBaseline, RewardNorm, Standardise
 from ccrl.estimators.terms import Term, surrogate
 from ccrl.policies import CATEGORICAL, GAUSSIAN
 
@@ -254,3 +254,55 @@ def test_reward_normalisation_by_hand() -> None:
     scale = (2 / 3) ** -0.5
     assert stage(data)["shaped_reward"].flatten().tolist() == pytest.approx([2 * scale, 2 * scale, 3.0])  # 4.9: clipped
     assert stage.running.tolist() == [4.0]  # the last episode goes on in the next rollout
+
+
+@pytest.mark.parametrize("dummies", [False, True])
+def test_reward_normalisation_over_rollouts(dummies: bool) -> None:
+    """Against a loop over steps: the discounted return goes on over a rollout's border, restarts after episodes, and
+    dummy rows are no part of the statistics."""
+    generator, gamma, copies = torch.Generator().manual_seed(0), 0.9, 3
+    stage, running, seen = RewardNorm(copies, gamma, clip=1e9, eps=0.0), [0.0] * copies, list[float]()
+    ended = torch.zeros(copies, dtype=torch.bool)
+    for _ in range(4):
+        reward = torch.randn(5, copies, generator=generator, dtype=F64)
+        carry, valid = torch.ones(5, copies, dtype=F64), torch.ones(5, copies, dtype=F64)
+        for t in range(5):
+            for n in range(copies):
+                if dummies and ended[n]:
+                    reward[t, n] = carry[t, n] = valid[t, n] = 0.0
+                    ended[n], running[n] = False, 0.0
+                    continue
+                running[n] = float(reward[t, n]) + gamma * running[n]
+                seen.append(running[n])
+                if t == 4 - n or torch.rand((), generator=generator) < 0.2:  # column 0 ends with the rollout
+                    carry[t, n], running[n], ended[n] = 0.0, 0.0, True
+        got = stage(Data({"reward": reward, "carry": carry, "valid": valid}))["shaped_reward"]
+        scale = tensor(*seen).var(correction=0).sqrt()
+        torch.testing.assert_close(got, reward / scale, rtol=1e-9, atol=1e-12)
+        assert stage.running.tolist() == pytest.approx(running)
+
+
+def test_episode_returns_by_hand() -> None:
+    # column 0: 1 + .5*2 = 2, then its next episode; column 1: one step and rows without facts
+    data = Data(
+        {
+            "reward": torch.tensor([[1.0, 4.0], [2.0, torch.nan], [8.0, torch.nan]]),
+            "carry": torch.tensor([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]),
+            "valid": torch.tensor([[1.0, 1.0], [1.0, 0.0], [1.0, 0.0]]),
+        }
+    )
+    got = EpisodeReturn(gamma=0.5)(data)
+    assert got["score"].tolist() == [2.0, 4.0]
+    assert "score" in got.sequence
+    shaped = data.derive(shaped=torch.ones(3, 2))
+    assert EpisodeReturn(reward="shaped")(shaped)["score"].tolist() == [2.0, 1.0]
+
+
+def test_group_baselines_leave_invalid_rows_at_zero() -> None:
+    columns = {
+        "valid": torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
+        "score": torch.tensor([1.0, 4.0]),
+        "group": torch.tensor([0, 0]),
+    }
+    data = Data(columns, sequence=frozenset({"score", "group"}))
+    assert GroupBaseline()(data)["advantage"].tolist() == [[-1.5, 1.5], [-1.5, 0.0]]

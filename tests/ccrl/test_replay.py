@@ -199,6 +199,38 @@ def test_state_round_trip_through_a_safe_file() -> None:
         ring(7).load_state_dict(buffer.state_dict())
 
 
+def test_a_loaded_ring_can_be_drawn_from_at_once() -> None:
+    buffer, other = ring(5), ring(5)
+    empty = buffer.state_dict()
+    buffer.add(transitions(torch.arange(4.0).view(4, 1, 1)))
+    other.load_state_dict(buffer.state_dict())
+    assert held(other) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    other.load_state_dict(empty)
+    with pytest.raises(ValueError, match="empty"):
+        other.sample(Batching(size=4), generator())
+
+
+def test_a_saved_state_does_not_follow_the_ring() -> None:
+    buffer, other = ring(5), ring(5)
+    buffer.add(transitions(torch.arange(4.0).view(4, 1, 1)))
+    state = buffer.state_dict()
+    buffer.add(transitions(torch.arange(10.0, 14).view(4, 1, 1)))
+    other.load_state_dict(state)
+    assert held(other) == [(0, 1), (1, 2), (2, 3), (3, 4)]
+
+
+def test_every_row_of_a_large_ring_is_reached() -> None:
+    """float32 has 2^24 numbers in [0, 1): times 2^25 they are all even."""
+    buffer, rows = ring(1), 2**25
+    parity = torch.zeros(rows, dtype=torch.uint8)
+    parity[1::2] = 1
+    buffer._columns = {"reward": parity}
+    buffer._size.fill_(rows)
+    buffer._empty = False
+    odd = int(torch.as_tensor(buffer._draw(1000, generator())["reward"]).sum(dtype=torch.int64))
+    assert abs(odd - 500) < 5 * 250**0.5
+
+
 def test_bad_input() -> None:
     with pytest.raises(ValueError, match="capacity"):
         ring(0)

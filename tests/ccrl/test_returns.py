@@ -106,6 +106,13 @@ def test_lambda_returns_by_hand_and_against_gae() -> None:
     torch.testing.assert_close(advantage + value, got)
 
 
+def test_lambda_returns_stop_at_time_limits() -> None:
+    # gamma = lam = .5; row 0 is cut (V(x_0) = 4), row 1 terminates, row 2 is cut by the rollout's end
+    #   G_2 = 1 + .5*8 = 5;  G_1 = 1;  G_0 = 1 + .5*4 = 3, not a mixture with G_1
+    arguments = (column(1, 1, 1), column(4, 99, 8), column(0.5, 0, 0.5), column(0, 0, 1))
+    assert returns.lambda_returns(*arguments, 0.5).flatten().tolist() == [3.0, 1.0, 5.0]
+
+
 def test_n_step_returns_by_hand() -> None:
     # gamma = .5; row 1 truncated (V(x_1) = 6), rollout ends after row 3; n = 2
     #   R_3 = 1 + .5*8 = 5;  R_2 = 1 + .5*(1 + .5*8) = 3.5;  R_1 = 1 + .5*6 = 4;  R_0 = 1 + .5*(1 + .5*6) = 3
@@ -163,6 +170,13 @@ def test_unmasked_dummy_rows_would_receive_the_wrong_numbers() -> None:
 def test_truncation_as_termination_is_the_wrong_number() -> None:
     data = Gae(0.9, 0.8, time_limit="terminal")(oracle_rollout(AutoresetMode.SAME_STEP))
     assert float(data["advantage"][1, 1]) == pytest.approx(-0.1, abs=1e-6)
+
+
+def test_gae_of_another_reward_column() -> None:
+    data = oracle_rollout(AutoresetMode.SAME_STEP)
+    doubled = Gae(0.9, 0.8, reward="shaped_reward")(data.derive(shaped_reward=2.0 * data["reward"]))
+    # A_2 = 2 - .2 = 1.8;  A_1 = 2 + .9*.2 - .1 + .72*1.8 = 3.376
+    assert doubled["advantage"][1:3, 0].tolist() == pytest.approx([3.376, 1.8])
 
 
 def test_explained_variance_by_hand() -> None:
