@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -161,11 +162,32 @@ def test_group_baselines_on_the_canonical_rewards() -> None:
     assert GroupBaseline().advantages(score, group).abs().tolist() == pytest.approx([0.5] * 4)
     rloo = GroupBaseline(baseline="leave_one_out")
     assert rloo.advantages(score, group).tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
+    equal = torch.full((3,), 0.1, dtype=F64)  # their rounded mean is another number
+    assert equal.mean() != 0.1
+    for stage in (GroupBaseline(), rloo, GroupBaseline(scale="std")):
+        assert stage.advantages(equal, group[:3]).eq(0).all()
     alone = torch.tensor([0, 1, 1, 1])
     assert float(rloo.advantages(score, alone)[0]) == 1.0
     assert float(replace(rloo, single="zero").advantages(score, alone)[0]) == 0.0
     with pytest.raises(ValueError, match="leave_one_out"):
         GroupBaseline(baseline="leave_one_out", scale="std")
+
+
+@pytest.mark.parametrize("kind", [float, lambda x: torch.tensor(x, dtype=F64)])
+def test_asymmetric_bounds(kind: Callable[[float], float | Tensor]) -> None:
+    """Low below 1, high above: .7 and 1.4 lie outside [.8, 1.3]; as numbers and as the tensors of a schedule."""
+    low, high = kind(0.2), kind(0.3)
+    rho, advantage = tensor(0.7, 0.7, 1.4, 1.4, 1.25), tensor(1, -1, 1, -1, 1)
+    data = batch(log_prob=torch.zeros(5, dtype=F64))
+    level = ratios.token({"log_prob": rho.log().unsqueeze(0)}, data)
+    clipped = losses.clip(low, high)(level, advantage, {}, data)
+    assert clipped.flatten().tolist() == pytest.approx([-0.7, 0.8, -1.3, 1.4, -1.25])
+    cispo = losses.cispo(low, high)(level, advantage, {}, data) / (-advantage * rho.log())
+    assert cispo.flatten().tolist() == pytest.approx([0.8, 0.8, 1.3, 1.3, 1.25])
+    outside = losses.ratio_stats(low, high)(level, advantage, {}, data)["clip_fraction"]  # type: ignore[call-overload]
+    assert outside.flatten().tolist() == [1, 1, 1, 1, 0]
+    dual = losses.clip(low, high, dual=kind(1.2))(level, advantage, {}, data)
+    assert dual.flatten().tolist() == pytest.approx([-0.7, 0.8, -1.3, 1.2, -1.25]), "1.4 on a bad action counts as 1.2"
 
 
 def test_sampled_kl_estimators_by_hand() -> None:
@@ -202,6 +224,11 @@ def test_canonical_batch_aggregations() -> None:
         term = Term("pg", losses.clip(0.2, 0.2), aggregate, ratios.token, stats=losses.ratio_stats(0.2, 0.2))  # type: ignore[arg-type]
         return float(surrogate((term,), {"log_prob": new}, data)[0])
 
+    # |log-ratio| .2, .4, .2, .4, .4 lie outside exp(log-ratio) in [.8, 1.2], 0, -.1, 0, 0 inside: 5 of the 9 tokens
+    term = Term("pg", losses.clip(0.2, 0.2), aggregates.mean, ratios.token, stats=losses.ratio_stats(0.2, 0.2))
+    stats = surrogate((term,), {"log_prob": new}, data)[1]
+    assert float(stats["clip_fraction"]) == pytest.approx(5 / 9)
+    assert float(stats["approx_kl"]) == pytest.approx(float((valid * ((new - old).exp() - 1 - (new - old))).sum() / 9))
     assert loss(aggregates.mean) == pytest.approx(0.193119, abs=1e-6)
     assert loss(aggregates.sequence_mean) == pytest.approx(0.434517, abs=1e-6)
     assert loss(aggregates.sequence_mean_token_mean) == pytest.approx(0.136945, abs=1e-6)
@@ -239,6 +266,18 @@ def test_coefficients_and_weights_enter_the_sum_but_not_the_statistics() -> None
     assert float(total) == float(stats["loss"]) == -13.75
     with pytest.raises(ValueError, match="at least one term"):
         surrogate((), {}, data)
+
+
+def test_a_coefficient_of_zero_keeps_the_statistic_only() -> None:
+    """Not ``0 * x``: a diagnostic that is infinite must not reach the loss."""
+    data = batch(log_prob=tensor(0, 0), advantage=tensor(1, 3))
+    log_prob = tensor(0, 0).requires_grad_()
+    pg = Term("pg", losses.weighted_ratio, aggregates.mean, ratios.token)
+    infinite = Term("diagnostic", lambda *_: tensor(torch.inf, 1.0).unsqueeze(0), aggregates.mean, ratios.token, coef=0)
+    total, stats = surrogate((pg, infinite), {"log_prob": log_prob.unsqueeze(0)}, data)
+    assert float(stats["diagnostic"]) == torch.inf
+    assert float(total.detach()) == float(stats["loss"]) == -2.0
+    assert gradient(total, log_prob)[0].tolist() == [-0.5, -1.5]
 
 
 def test_reward_normalisation_by_hand() -> None:
