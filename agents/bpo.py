@@ -110,7 +110,7 @@ class BPOEstimator(OnPolicyEstimator):
             weight="weight" if c.advantage == "stored" else None,
         )  # fmt: skip
         wants = frozenset({"log_prob", "value", threshold})
-        stats = partial(_bound_stats, c.eps_low, c.eps_high, self._targets(threshold, c.temperature))
+        stats = partial(_bound_stats, self.eps_low, self.eps_high, self._targets(threshold, c.temperature))
         unweighted = {"aggregate": aggregates.mean, "ratio": ratios.unweighted, "advantage": None}
         terms = [
             Term("policy_gradient_loss", loss, aggregates.mean, ratios.token, wants, advantage=None, stats=stats),
@@ -152,8 +152,8 @@ class BPOEstimator(OnPolicyEstimator):
 
 
 def _bound_stats(
-    low: float,
-    high: float,
+    low: Tensor,
+    high: Tensor,
     targets: Callable[[Evaluation, Data], Tensor],
     level: Level,
     advantage: Tensor,

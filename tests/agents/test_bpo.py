@@ -146,6 +146,43 @@ def test_shrinking_bounds_reach_the_loss() -> None:
     assert after == pytest.approx(0.5 * before, rel=1e-4)  # at ratio 1 the loss is eps |w|
 
 
+def test_diagnostics_use_the_bounds_of_the_moment() -> None:
+    """At ratio 1 + d the share outside the bounds jumps when they shrink below d; the gap to the targets is a size."""
+    agent = make(eps_low=0.2, eps_high=0.2)
+    term = terms(agent)["policy_gradient_loss"]
+    assert term.stats is not None
+    evaluation: Evaluation = {"value": torch.zeros(1, 2), "median": torch.zeros(1, 2)}
+    batch = Data({"return": torch.tensor([[1.0, -1.0]])})
+    level = Level(torch.tensor([[1.1, 0.9]]).log(), torch.zeros(1, 2), torch.ones(1, 2))
+    stats = term.stats(level, torch.zeros(1, 2), evaluation, batch)
+    assert stats["clip_fraction"].tolist() == [[0.0, 0.0]]
+    torch.testing.assert_close(stats["target_gap"], torch.tensor([[0.1, 0.1]]))  # targets 1.2 and .8
+    agent.estimator.eps_low.fill_(0.05)
+    agent.estimator.eps_high.fill_(0.05)
+    stats = term.stats(level, torch.zeros(1, 2), evaluation, batch)
+    assert stats["clip_fraction"].tolist() == [[1.0, 1.0]]
+    torch.testing.assert_close(stats["target_gap"], torch.tensor([[0.05, 0.05]]))  # 1.05 and .95
+
+
+def test_each_coefficient_weighs_its_own_term() -> None:
+    agent = make(vf_coef=0.3, u_coef=0.7, ent_coef=0.011)
+    coefficients = {name: float(term.coef) for name, term in terms(agent).items()}
+    assert coefficients == {
+        "policy_gradient_loss": 1.0, "value_loss": 0.3, "entropy_loss": 0.011, "median_loss": 0.7,
+    }  # fmt: skip
+
+
+def test_the_median_has_a_temperature_and_layers_of_its_own() -> None:
+    """1 as released, not lambda, unless it is set: x = 2 costs softplus(2) - 1 = 1.126928."""
+    batch, head = Data({"return": torch.tensor([[2.0]])}), {"median": torch.zeros(1, 1)}
+    for options, expected in (({}, 1.126928), ({"median_temperature": 0.5}, 0.5 * 4.0181499 - 1.0)):
+        agent = make(temperature=0.01, median_hidden=(5, 3), **options)
+        loss = terms(agent)["median_loss"].loss(None, None, head, batch)  # type: ignore[arg-type]
+        assert float(loss) == pytest.approx(expected, abs=1e-5)
+        sizes = [m.out_features for m in agent.policy.critic.median if isinstance(m, torch.nn.Linear)]
+        assert sizes == [5, 3, 1]
+
+
 def test_the_median_head_exists_only_where_it_is_used() -> None:
     assert "median" in make().policy.heads
     without = make(use_median=False)

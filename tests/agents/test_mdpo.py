@@ -182,6 +182,35 @@ def test_actor_and_critic_share_nothing() -> None:
     assert float(agent.updaters["critic"].t) == 1.0  # one epoch of one minibatch
 
 
+def test_the_critic_has_batches_and_epochs_of_its_own() -> None:
+    agent = make(clock(), inner_steps=4, critic_batch_size=16, critic_epochs=3)
+    agent.learn(1)
+    assert float(agent.updaters["policy"].t) == 4.0
+    assert float(agent.updaters["critic"].t) == 9.0  # 40 steps: 3 minibatches, 3 times
+
+
+@pytest.mark.parametrize("clip", [0.2, None])
+def test_value_clipping_can_be_left_out(clip: float | None) -> None:
+    agent = make(clip_range_vf=clip, normalise_reward=False)
+    data = prepare_rollout(agent)
+    with torch.no_grad():
+        agent.policy.critic.get_parameter("value.0.bias").sub_(1.0)  # the returns are negative
+    batch, phase = data.epoch(Batching(size="full"), None)[0], agent.estimator.phases()[1]
+    got = phase.updater.gradient(phase.terms, batch).stats["value_loss"]
+    old, target = batch["value"], batch["return"]
+    moved = (old - 1.0 - target).square()
+    expected = moved if clip is None else torch.maximum(moved, (old - clip - target).square())
+    assert not torch.allclose(moved, (old - 0.2 - target).square())
+    torch.testing.assert_close(got, expected.mean(), rtol=1e-4, atol=1e-4)
+
+
+def test_standardised_advantages_have_unit_spread_over_the_batch() -> None:
+    """The released code's deviation: that of the batch itself (ddof 0)."""
+    advantage = prepare_rollout(make())["advantage"]
+    assert float(advantage.mean()) == pytest.approx(0.0, abs=1e-6)
+    assert float(advantage.std(correction=0)) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_wrong_inner_steps_are_refused() -> None:
     with pytest.raises(ValueError, match="inner_steps: expected >= 1, got 0"):
         MDPOConfig(inner_steps=0)

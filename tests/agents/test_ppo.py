@@ -10,6 +10,7 @@ import torch
 
 from agents import PPO
 from agents.ppo import PPOConfig
+from ccrl.data import Batching
 from ccrl.estimators.base import run_phases
 from ccrl.testing import ClockEnv, Episode, prepare_rollout
 
@@ -26,13 +27,14 @@ def _theirs(name: str) -> str:
 
 
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
-@pytest.mark.parametrize("max_grad_norm", [0.5, 1e6])
-def test_one_update_equals_sb3s(env: str, max_grad_norm: float) -> None:
+@pytest.mark.parametrize(("max_grad_norm", "clip_range"), [(0.5, 0.2), (1e6, 0.1)])
+def test_one_update_equals_sb3s(env: str, max_grad_norm: float, clip_range: float) -> None:
     sb3 = pytest.importorskip("stable_baselines3")
     logger = pytest.importorskip("stable_baselines3.common.logger")
     steps, copies = 24, 2
     config = PPOConfig(num_envs=copies, n_steps=steps, batch_size=steps * copies, n_epochs=1, ent_coef=0.01,
-                       learning_rate=1e-2, max_grad_norm=max_grad_norm, compile="off")  # fmt: skip
+                       learning_rate=1e-2, max_grad_norm=max_grad_norm, clip_range=clip_range,
+                       compile="off")  # fmt: skip
     ours = PPO(env, config, seed=0)
     data = prepare_rollout(ours)
     generator = torch.Generator().manual_seed(5)
@@ -42,7 +44,8 @@ def test_one_update_equals_sb3s(env: str, max_grad_norm: float) -> None:
     )  # ratios away from 1, some of them clipped
 
     theirs = sb3.PPO("MlpPolicy", env, n_steps=steps * copies, batch_size=steps * copies, n_epochs=1, ent_coef=0.01,
-                     learning_rate=1e-2, max_grad_norm=max_grad_norm, device="cpu", seed=0)  # fmt: skip
+                     learning_rate=1e-2, max_grad_norm=max_grad_norm, clip_range=clip_range, device="cpu",
+                     seed=0)  # fmt: skip
     theirs.set_logger(logger.Logger(None, []))
     named = dict(theirs.policy.named_parameters())
     with torch.no_grad():
@@ -82,6 +85,52 @@ def test_an_update_ends_at_the_target_kl() -> None:
     assert updates(None) == 20
     assert updates(1e9) == 20
     assert 1 < updates(1e-3) < 20
+
+
+def test_the_limit_is_one_and_a_half_times_the_target() -> None:
+    agent = PPO("CartPole-v1", PPOConfig(num_envs=2, n_steps=8, target_kl=0.02, compile="off"))
+    stop = agent.estimator.phases()[0].stop
+    assert stop is not None
+    assert [stop({"approx_kl": torch.tensor(kl)}) for kl in (0.021, 0.0299, 0.0301)] == [False, False, True]
+
+
+@pytest.mark.parametrize("mode", ["minibatch", "batch", "none"])
+def test_where_advantages_are_standardised(mode: str) -> None:
+    """The gradient at the old policy shows which advantages the loss used; "batch" and "minibatch" differ on a part."""
+    config = PPOConfig(num_envs=2, n_steps=24, normalise_advantage=mode, compile="off")
+    agent = PPO("Pendulum-v1", config)
+    data = prepare_rollout(agent)
+    raw = data["return"] - data["value"]
+    whole = (raw - raw.mean()) / (raw.std() + 1e-8)  # unbiased, as SB3's
+    torch.testing.assert_close(data["advantage"], whole if mode == "batch" else raw, rtol=1e-4, atol=1e-5)
+    phase = agent.estimator.phases()[0]
+    batch = data.epoch(Batching(size=16), torch.Generator().manual_seed(0))[0]
+    used = batch["return"] - batch["value"]
+    if mode == "minibatch":
+        used = (used - used.mean()) / (used.std() + 1e-8)
+    elif mode == "batch":
+        used = (used - raw.mean()) / (raw.std() + 1e-8)
+    got = phase.updater.gradient(phase.terms[:1], batch).mean
+    log_prob = agent.policy.evaluate(batch, frozenset({"log_prob"}))["log_prob"]
+    parameters = list(agent.policy.actor.parameters())
+    expected = torch.autograd.grad(-(used * log_prob).mean(), parameters)
+    torch.testing.assert_close(
+        got[: sum(p.numel() for p in parameters)], torch.cat([g.flatten() for g in expected]), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_value_clipping_reaches_the_loss() -> None:
+    """The larger of both errors (CleanRL's; SB3 takes the clipped one alone)."""
+    agent = PPO("Pendulum-v1", PPOConfig(num_envs=2, n_steps=24, clip_range_vf=0.05, compile="off"))
+    data = prepare_rollout(agent)
+    with torch.no_grad():
+        agent.policy.critic.get_parameter("value.0.bias").add_(0.3)
+    batch = data.epoch(Batching(size="full"), None)[0]
+    phase = agent.estimator.phases()[0]
+    got = phase.updater.gradient(phase.terms, batch).stats["value_loss"]
+    old, target = batch["value"], batch["return"]
+    expected = torch.maximum((old + 0.3 - target).square(), (old + 0.05 - target).square()).mean()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_learning_rate_falls_linearly() -> None:
