@@ -199,6 +199,17 @@ def test_sampled_kl_estimators_by_hand() -> None:
     assert rows[2] == pytest.approx([0.1487213, 0.1065307])  # e^.5 - 1.5, e^-.5 - .5
 
 
+def test_heads_and_values_of_losses() -> None:
+    """Losses read the head they are told to, and report numbers that mean something beside their gradients."""
+    data = batch(value=tensor(1.0), **{"return": tensor(2.0)})
+    level = ratios.plain({"log_prob": tensor(-0.7).unsqueeze(0)}, data)
+    evaluation = {"value": tensor(9.0).unsqueeze(0), "median": tensor(8.0).unsqueeze(0), "q": tensor(0.0).unsqueeze(0)}
+    assert float(losses.neg_log_prob(level, level.valid, evaluation, data)) == 0.7
+    assert float(losses.value_loss(head="q")(level, level.valid, evaluation, data)) == 4.0
+    # log(1 + e^2) - 2 / 2
+    assert float(losses.median_loss(head="q")(level, level.valid, evaluation, data)) == pytest.approx(1.126928)
+
+
 def test_value_losses_by_hand() -> None:
     data = batch(value=tensor(1.0, 1.0, 1.0), **{"return": tensor(2.0, 2.0, 1.0)})
     evaluation, level = {"value": tensor(1.1, 3.0, 0.9).unsqueeze(0)}, ratios.unweighted({}, data)

@@ -99,7 +99,8 @@ def batch(obs: torch.Tensor | dict[str, torch.Tensor], action: torch.Tensor) -> 
 
 def test_initialisation_is_orthogonal_with_sb3_gains() -> None:
     policy = MLPPolicy(BOX3, gym.spaces.Box(-1, 1, (2,)), hidden=(16, 16), log_std_init=-0.5)
-    gains = {"actor.net.0": 2.0, "actor.net.2": 2.0, "actor.net.4": 1e-4, "critic.trunk.0": 2.0, "critic.value.0": 1.0}
+    gains = {"actor.net.0": 2.0, "actor.net.2": 2.0, "actor.net.4": 1e-4, "critic.trunk.0": 2.0, "critic.trunk.2": 2.0}
+    gains |= {"critic.value.0": 1.0}
     for name, squared in gains.items():
         layer = policy.get_submodule(name)
         assert isinstance(layer, torch.nn.Linear)

@@ -88,6 +88,26 @@ def test_invalid_rows_and_empty_columns_contribute_nothing() -> None:
     assert scores.dense()[:, (data["valid"] == 0).flatten()].eq(0).all()
     assert int(scores.count) == 10
     assert int(Scores(policy, flat(policy), data, "trajectory").count) == 3
+    late = data["valid"].clone()
+    late[0, 0] = 0.0  # a column may begin with rows that do not count, as a prompt
+    late[:, 2] = 0.0
+    shifted = Data({k: data[k] for k in data if k != "valid"} | {"valid": late})
+    assert int(Scores(policy, flat(policy), shifted, "trajectory").count) == 2
+    v, weight = torch.ones_like(scores.theta), torch.randn(T, N, dtype=F64)
+    garbage = torch.where(data["valid"] > 0, weight, torch.nan)
+    torch.testing.assert_close(scores.hvp(garbage, v), scores.hvp(weight, v), rtol=0, atol=0)
+
+
+def test_parameters_that_are_not_owned_are_cast_too() -> None:
+    policy, data = make(gym.spaces.Discrete(3))
+    first = [name.startswith("actor.net.0") for name, p in policy.named_parameters() for _ in range(p.numel())]
+    policy.float()
+    data = Data({k: data[k].float() if data[k].is_floating_point() else data[k] for k in data})
+    theta = flat(policy).double()
+    expected = Scores(policy, theta, data).dense()[torch.tensor(first)]
+    got = Scores(policy, theta[torch.tensor(first)], data, prefixes=("actor.net.0",)).dense()
+    assert got.dtype == F64
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-14)
 
 
 def central(fn: Callable[[Tensor], Tensor], theta: Tensor, v: Tensor, e: float = 1e-5) -> Tensor:

@@ -128,6 +128,22 @@ def test_loss(cls: type[Any], value: float, tmp_path: Path) -> None:
     loaded.learn(3 * agent.batch_steps)
 
 
+def test_a_direction_that_is_not_finite_moves_nothing_and_is_reported() -> None:
+    """Methods with an update rule of their own have no loss that could be caught."""
+
+    class Wild:
+        def step(self, theta: Tensor, *_: Any) -> Tensor:
+            return torch.full_like(theta, torch.nan)
+
+    agent = small(PPO, Faulty())
+    agent.direction = Wild()
+    before = agent.updaters["policy"].flat.clone()
+    agent._directed_step({"on": before}, {})
+    assert torch.equal(agent.updaters["policy"].flat, before)
+    with pytest.raises(FloatingPointError, match="the policy loss or its gradient is not finite"):
+        agent._check_finite()
+
+
 class Foreign:
     """Not a plain value."""
 

@@ -144,3 +144,12 @@ def test_the_normaliser_moves_once_and_after_the_update(cls: type[Any]) -> None:
     agent.learn(2 * agent.batch_steps)
     assert sorted(set(counts)) == [0.0, 48.0]
     assert float(norm.count) == 96.0
+
+
+def test_dummy_rows_do_not_move_the_normaliser() -> None:
+    agent = clock_agent(PPO, AutoresetMode.NEXT_STEP, normalise_obs=True)
+    agent.learn(1)
+    norm = agent.policy.norm["obs"]
+    assert float(norm.count) == agent.num_timesteps == 48 < agent.batch_steps
+    seen = torch.tensor([*range(3), *range(40, 45), *range(10, 12), *range(20, 26)], dtype=torch.float64)
+    assert float(norm.mean) == pytest.approx(float(seen[:8].mean() + seen[8:].mean()) / 2)  # both copies 3 times
