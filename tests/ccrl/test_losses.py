@@ -190,6 +190,20 @@ def test_asymmetric_bounds(kind: Callable[[float], float | Tensor]) -> None:
     assert dual.flatten().tolist() == pytest.approx([-0.7, 0.8, -1.3, 1.2, -1.25]), "1.4 on a bad action counts as 1.2"
 
 
+def test_sequence_ratios_of_ragged_columns() -> None:
+    """Columns of two tokens, of one, and of none; garbage where nothing counts."""
+    valid = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]], dtype=F64)
+    old = torch.tensor([[-1.0, -2.0, -torch.inf], [-1.0, torch.nan, 5.0]], dtype=F64)
+    new = torch.tensor([[-0.8, -1.5, 3.0], [-0.6, torch.inf, torch.nan]], dtype=F64)
+    data = Data({"log_prob": old, "valid": valid})
+    for ratio, expected in ((ratios.sequence, [0.3, 0.5, 0.0]), (ratios.sequence_product, [0.6, 0.5, 0.0])):
+        level = ratio({"log_prob": new}, data)
+        assert level.log_ratio.tolist() == [pytest.approx(expected)]
+        assert level.valid.tolist() == [[1, 1, 0]]
+    token = ratios.sequence_token({"log_prob": new}, data)
+    assert token.log_ratio.flatten().tolist() == pytest.approx([0.3, 0.5, 0.0, 0.3, 0.0, 0.0])
+
+
 def test_sampled_kl_estimators_by_hand() -> None:
     data = batch(log_prob=tensor(0.0, 0.0))
     level = ratios.token({"log_prob": tensor(0.5, -0.5).unsqueeze(0)}, data)

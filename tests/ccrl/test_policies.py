@@ -154,6 +154,24 @@ def test_observation_spaces() -> None:
     assert state.features(torch.tensor([1]), "actor").dtype == torch.float64
 
 
+def test_the_critic_has_inputs_layers_and_activations_of_its_own_side() -> None:
+    spaces = gym.spaces.Dict({"seen": BOX3, "hidden": gym.spaces.Box(-1, 1, (2,))})
+    policy = MLPPolicy(
+        spaces, gym.spaces.Discrete(2), hidden=(8,), critic_hidden=(5,), activation="relu",
+        heads={"value": (), "median": (4,)}, groups={"actor": ["seen"], "critic": ["hidden", "seen"]},
+    )  # fmt: skip
+    obs = {"seen": torch.randn(6, 3), "hidden": torch.randn(6, 2)}
+    trunk, value, first, last = (policy.critic.get_submodule(n) for n in ("trunk.0", "value.0", "median.0", "median.2"))
+    assert trunk.weight.shape == (5, 5)
+    assert first.weight.shape == (4, 5)
+    latent = trunk(torch.cat([obs["hidden"], obs["seen"]], -1)).relu()
+    expected = {"value": value(latent).squeeze(-1), "median": last(first(latent).relu()).squeeze(-1)}
+    whole = batch({k: x.unsqueeze(0) for k, x in obs.items()}, torch.zeros(1, 6, dtype=torch.int64))
+    for head, numbers in expected.items():
+        torch.testing.assert_close(policy.values(obs, head), numbers)
+        torch.testing.assert_close(policy.evaluate(whole, frozenset({head}))[head][0], numbers)
+
+
 def test_unsupported_spaces_fail_at_construction() -> None:
     with pytest.raises(ValueError, match="nested keys"):
         MLPPolicy(gym.spaces.Dict({"a": gym.spaces.Dict({"b": BOX3})}), gym.spaces.Discrete(2))
