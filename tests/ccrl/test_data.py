@@ -73,9 +73,11 @@ def test_full_batch_keeps_the_order() -> None:
     (batch,) = rollout().epoch(Batching("transition", "full"), None)
     assert batch["id"].tolist() == [[10 * t + n for t in range(T) for n in range(N)]]
     assert float(batch["n_valid"]) == T * N
+    columns = {"id": torch.arange(12)[None], "valid": torch.ones(1, 12), "group": torch.arange(12) % 6}
     for unit in ("sequence", "group"):
-        (batch,) = rollout(group=[4, 9, 4]).epoch(Batching(unit, "full"), generator())  # type: ignore[arg-type]
-        assert batch["id"][0].tolist() == ([0, 1, 2] if unit == "sequence" else [0, 2, 1])
+        (batch,) = Data(columns, sequence=frozenset({"group"})).epoch(Batching(unit, "full"), generator())  # type: ignore[arg-type]
+        order = [x for g in range(6) for x in (g, g + 6)] if unit == "group" else list(range(12))
+        assert batch["id"][0].tolist() == order
 
 
 def test_batches_do_not_write_into_the_rollout() -> None:

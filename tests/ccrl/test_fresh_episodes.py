@@ -110,6 +110,7 @@ def test_fresh_episodes_have_random_numbers_of_their_own() -> None:
         return Seeds([[Episode(0, 40)]] * n)
 
     collector, actor = Collector(ClockEnv([[Episode(0, 40)]] * 2), seed=3, make_env=make), policy()
+    assert collector.generator.initial_seed() != collector.fresh_generator.initial_seed()
     rollouts = [collector.collect(Request(steps=40), actor)["action"].clone()]
     rollouts += [collector.collect(Request(episodes=2, horizon=40), actor)["action"].clone() for _ in range(2)]
     state = collector.state_dict()

@@ -157,14 +157,15 @@ def test_observation_spaces() -> None:
 def test_the_critic_has_inputs_layers_and_activations_of_its_own_side() -> None:
     spaces = gym.spaces.Dict({"seen": BOX3, "hidden": gym.spaces.Box(-1, 1, (2,))})
     policy = MLPPolicy(
-        spaces, gym.spaces.Discrete(2), hidden=(8,), critic_hidden=(5,), activation="relu",
+        spaces, gym.spaces.Discrete(2), hidden=(8,), critic_hidden=(6, 5), activation="relu",
         heads={"value": (), "median": (4,)}, groups={"actor": ["seen"], "critic": ["hidden", "seen"]},
     )  # fmt: skip
     obs = {"seen": torch.randn(6, 3), "hidden": torch.randn(6, 2)}
-    trunk, value, first, last = (policy.critic.get_submodule(n) for n in ("trunk.0", "value.0", "median.0", "median.2"))
-    assert trunk.weight.shape == (5, 5)
+    names = ("trunk.0", "trunk.2", "value.0", "median.0", "median.2")
+    below, above, value, first, last = (policy.critic.get_submodule(n) for n in names)
+    assert below.weight.shape == (6, 5)
     assert first.weight.shape == (4, 5)
-    latent = trunk(torch.cat([obs["hidden"], obs["seen"]], -1)).relu()
+    latent = above(below(torch.cat([obs["hidden"], obs["seen"]], -1)).relu()).relu()
     expected = {"value": value(latent).squeeze(-1), "median": last(first(latent).relu()).squeeze(-1)}
     whole = batch({k: x.unsqueeze(0) for k, x in obs.items()}, torch.zeros(1, 6, dtype=torch.int64))
     for head, numbers in expected.items():
