@@ -124,13 +124,14 @@ def test_value_clipping_reaches_the_loss() -> None:
     agent = PPO("Pendulum-v1", PPOConfig(num_envs=2, n_steps=24, clip_range_vf=0.05, compile="off"))
     data = prepare_rollout(agent)
     with torch.no_grad():
-        agent.policy.critic.get_parameter("value.0.bias").add_(0.3)
+        agent.policy.critic.get_parameter("value.0.bias").sub_(0.3)  # towards the returns, which are negative
     batch = data.epoch(Batching(size="full"), None)[0]
     phase = agent.estimator.phases()[0]
     got = phase.updater.gradient(phase.terms, batch).stats["value_loss"]
     old, target = batch["value"], batch["return"]
-    expected = torch.maximum((old + 0.3 - target).square(), (old + 0.05 - target).square()).mean()
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    plain, clipped = (old - 0.3 - target).square(), (old - 0.05 - target).square()
+    assert float(clipped.mean()) > float(plain.mean()) + 0.1
+    torch.testing.assert_close(got, torch.maximum(plain, clipped).mean(), rtol=1e-4, atol=1e-4)
 
 
 def test_learning_rate_falls_linearly() -> None:
