@@ -190,6 +190,24 @@ def test_asymmetric_bounds(kind: Callable[[float], float | Tensor]) -> None:
     assert dual.flatten().tolist() == pytest.approx([-0.7, 0.8, -1.3, 1.2, -1.25]), "1.4 on a bad action counts as 1.2"
 
 
+def test_cispo_weights_have_no_gradient() -> None:
+    """Also inside the bounds, where a clamp would let one through: the slope is ``-weight A``, clipped or not."""
+    rho, advantage = tensor(1.1, 1.1, 2.0), tensor(1, -2, 1)
+    log_prob = rho.log().requires_grad_()
+    data = batch(log_prob=torch.zeros(3, dtype=F64))
+    level = ratios.token({"log_prob": log_prob.unsqueeze(0)}, data)
+    (slope,) = gradient(losses.cispo(0.2, 0.3)(level, advantage, {}, data).sum(), log_prob)
+    assert slope.tolist() == pytest.approx([-1.1, 2.2, -1.3])
+
+
+def test_the_reference_level_is_the_reference_over_the_policy() -> None:
+    """k3 of it is ``exp(ref - pi) - 1 - (ref - pi)``, the estimate of KL(pi || ref) from the policy's samples."""
+    data = batch(ref_log_prob=tensor(-1.0))
+    level = ratios.reference({"log_prob": tensor(-0.5).unsqueeze(0)}, data)
+    assert float(losses.k1(level, level.valid, {}, data)) == 0.5
+    assert float(losses.k3(level, level.valid, {}, data)) == pytest.approx(0.1065307)  # e^-.5 - .5
+
+
 def test_sequence_ratios_of_ragged_columns() -> None:
     """Columns of two tokens, of one, and of none; garbage where nothing counts."""
     valid = torch.tensor([[1.0, 1.0, 0.0], [1.0, 0.0, 0.0]], dtype=F64)
