@@ -56,10 +56,9 @@ class Bank:
             self._versions[version] = frozen.eval()
             return
         target = self._versions[version]
-        weight = torch.as_tensor(mix, device=next(target.parameters()).device)
         for p, q in zip(target.parameters(), module.parameters()):
             if isinstance(mix, Tensor) or mix < 1.0:
-                p.lerp_(q, weight.to(p))
+                p.lerp_(q, mix.to(p) if isinstance(mix, Tensor) else mix)
             else:
                 p.copy_(q)
         for old, new in zip(target.buffers(), module.buffers()):
