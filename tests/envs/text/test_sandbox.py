@@ -116,10 +116,11 @@ def test_processes_would_be_seen(folder: Path) -> None:
     """What the checks of the other tests rest on: a process of its own session, not our child, is found."""
     away = f"os.fork() and os._exit(0); os.setsid(); os.chdir({str(folder)!r})"
     code = f"import os, time; {away}; print(1, flush=True); time.sleep(60)"
+    before = processes(folder)  # of other tests, perhaps dead and never waited for
     with subprocess.Popen([sys.executable, "-I", "-S", "-c", code], stdout=subprocess.PIPE) as started:
         assert started.stdout is not None
         assert started.stdout.readline() == b"1\n"
-        found = processes(folder) - {str(started.pid)}
+        found = processes(folder) - before - {str(started.pid)}
         assert found
         for pid in found:
             os.kill(int(pid), 9)
