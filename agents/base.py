@@ -149,7 +149,7 @@ class Agent:
         return self.collector.total_steps + self.collector.fresh_steps
 
     @property
-    def batch_steps(self) -> int:
+    def samples_per_iteration(self) -> int:
         """Environment steps per iteration (at most, where episodes end earlier)."""
         return int(self.config.num_envs * self.config.n_steps)
 
@@ -167,7 +167,7 @@ class Agent:
         if total_timesteps < 1:
             raise ValueError(f"total_timesteps: expected >= 1, got {total_timesteps}")
         self.total_timesteps = total_timesteps
-        self.ctx.K.fill_(max(1, total_timesteps // self.batch_steps))
+        self.ctx.K.fill_(max(1, total_timesteps // self.samples_per_iteration))
         self._choose_compile(total_timesteps)
         self.callbacks = as_callback(callback)
         for c in self.callbacks:
@@ -256,7 +256,7 @@ class Agent:
     def _choose_compile(self, total_timesteps: int) -> None:
         if self.direction is not None:
             return  # only surrogates are compiled
-        steps = self.gradient_steps() * (total_timesteps // self.batch_steps)
+        steps = self.gradient_steps() * (total_timesteps // self.samples_per_iteration)
         wanted = self.config.compile == "on" or (self.config.compile == "auto" and steps >= COMPILE_FROM)
         possible, why = can_compile()
         if wanted:
@@ -268,7 +268,7 @@ class Agent:
         """Optimiser steps per iteration; a direction takes one."""
         total = 0 if self.direction is None else 1
         for phase in self.estimator.phases():
-            units = self.batch_steps if phase.batching.unit == "transition" else self.config.num_envs
+            units = self.samples_per_iteration if phase.batching.unit == "transition" else self.config.num_envs
             size = units if phase.batching.size == "full" else min(int(phase.batching.size), units)
             total += phase.batching.epochs * -(-units // size)
         return total

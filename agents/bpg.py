@@ -136,7 +136,7 @@ class BPGEstimator(Estimator):
     def gradient(self, theta: Tensor, data: Data, ctx: Context) -> GradientEstimate:
         c = self.config
         scores = ctx.scores(theta.double(), data, "trajectory").dense()
-        returns = data["score"].double()
+        returns = data["episode_reward"].double()
         if c.baseline and returns.shape[0] > 1:  # of a single path nothing would be left
             returns = returns - returns.mean()
         fisher = self.fisher.estimate(scores)

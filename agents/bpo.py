@@ -26,7 +26,7 @@ from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.stages import standardise
-from ccrl.estimators.terms import Evaluation, Level, Term
+from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import FlatUpdater
 
@@ -126,7 +126,7 @@ class BPOEstimator(OnPolicyEstimator):
         batching = Batching(size=c.batch_size, epochs=c.n_epochs)
         self._phases = (Phase("policy", tuple(terms), batching, updaters["policy"], before),)
 
-    def _targets(self, threshold: str, temperature: float) -> Callable[[Evaluation, Data], Tensor]:
+    def _targets(self, threshold: str, temperature: float) -> Callable[[Outputs, Data], Tensor]:
         return lambda evaluation, batch: losses.bounded_target(
             batch["return"] - evaluation[threshold], self.eps_low, self.eps_high, temperature
         )
@@ -154,10 +154,10 @@ class BPOEstimator(OnPolicyEstimator):
 def _bound_stats(
     low: Tensor,
     high: Tensor,
-    targets: Callable[[Evaluation, Data], Tensor],
-    level: Level,
+    targets: Callable[[Outputs, Data], Tensor],
+    level: LogRatio,
     advantage: Tensor,
-    evaluation: Evaluation,
+    evaluation: Outputs,
     batch: Data,
 ) -> dict[str, Tensor]:
     stats = losses.ratio_stats(low, high)(level, advantage, evaluation, batch)

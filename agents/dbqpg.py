@@ -143,7 +143,8 @@ class DBQPGEstimator(Estimator):
         self._gae = Gae(config.gamma, lam, config.time_limit)  # type: ignore[arg-type]
         self._standardise = Standardise("target", eps=1e-8)
         self.system: GradientSystem
-        """Of the last gradient, for directions that need more than its mean; with ``scores`` and ``weight [T, N]``."""
+        """Of the last gradient, for directions that need more than its mean; with ``reward_components`` and ``weight
+        [T, N]``."""
         self.scores: Scores
         self.weight: Tensor
 

@@ -1,7 +1,8 @@
 """A language-model recipe on a control task: a start is a prompt, an episode a completion, a step a token.
 
 Every iteration plays ``group_size`` fresh episodes from each of ``n_groups`` starts with the current policy; the recipe
-of ``method`` (``agents.llm.METHODS``) does the rest, unchanged: it reads ``score`` (the episode's return), ``group``,
+of ``method`` (``agents.llm.METHODS``) does the rest, unchanged: it reads ``episode_reward`` (the episode's return),
+``group``,
 ``log_prob`` and ``valid``. A reference (``kl_coef``, DPO, IPO) is the policy at the start. Methods that need tokens or
 demonstrations are refused: sft, dcpo, hpt (unless ``gate=-1``), dpo and ipo with ``pairs="demonstrations"``.
 """
@@ -14,10 +15,10 @@ from typing import Any
 
 from agents.base import Agent
 from agents.llm import METHODS
-from agents.llm.recipe import Parts, Recipe, RecipeConfig
 from ccrl.adapters.stacked import StackedEnv
 from ccrl.batched_env import BatchedEnv, resolve_env
 from ccrl.collect import Request
+from ccrl.estimators.recipe import Parts, Recipe, RecipeConfig
 from ccrl.experiment.config import Options
 from ccrl.updaters import FlatUpdater
 

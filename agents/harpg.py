@@ -101,9 +101,9 @@ class HARPG(TrajectoryAgent):
     Direction = HARPGEstimator
 
     @property
-    def batch_steps(self) -> int:
+    def samples_per_iteration(self) -> int:
         """Environment steps per iteration, at most: of both rollouts."""
-        return super().batch_steps * (1 if self.config.variant == "storm" else 2)
+        return super().samples_per_iteration * (1 if self.config.variant == "storm" else 2)
 
     @classmethod
     def slots(cls) -> dict[str, str]:

@@ -31,13 +31,13 @@ from agents.base import Agent
 from ccrl.batched_env import BatchedEnv, Tree
 from ccrl.data import Batching, Data
 from ccrl.estimators.base import Context, Estimator, Phase, run_phases
-from ccrl.estimators.pathwise import Unrolled, average_cost, cost_term, scenario_data
 from ccrl.experiment.callbacks import Callback, FunctionCallback, as_callback
-from ccrl.experiment.evaluation import Evaluation
-from ccrl.functional_env import FunctionalEnv, Network, Split, State, resolve_functional_env
-from ccrl.policies.base_stock import BaseStockPolicy, CappedBaseStockPolicy, EchelonStockPolicy, JustInTimePolicy
-from ccrl.policies.inventory import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
-from ccrl.policies.newsvendor import NewsvendorPolicy, demand_windows, fit_forecaster
+from ccrl.experiment.evaluation import EvalResult
+from ccrl.inventory.base_stock import BaseStockPolicy, CappedBaseStockPolicy, EchelonStockPolicy, JustInTimePolicy
+from ccrl.inventory.functional_env import FunctionalEnv, Network, Split, State, resolve_functional_env
+from ccrl.inventory.newsvendor import NewsvendorPolicy, demand_windows, fit_forecaster
+from ccrl.inventory.pathwise import Unrolled, average_cost, cost_term, scenario_data
+from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
 from ccrl.updaters import ModuleUpdater, Stats, can_compile
 
 __all__ = ["HDPO", "HDPOConfig"]
@@ -256,7 +256,7 @@ class HDPO(Agent):
         return self._steps
 
     @property
-    def batch_steps(self) -> int:
+    def samples_per_iteration(self) -> int:
         """Scenario periods per epoch, which is one iteration."""
         return self.config.n_train * self.simulator.periods
 
@@ -300,7 +300,7 @@ class HDPO(Agent):
         self.ctx.k += 1
         self.iteration += 1
         self.n_updates += steps
-        self._steps += self.batch_steps
+        self._steps += self.samples_per_iteration
         if self.iteration % self.config.dev_every == 0 or self.iteration == 1 or not self.updaters:
             self._score()
         self._log(stats, start, middle)
@@ -358,14 +358,14 @@ class HDPO(Agent):
         costs = self._average(self.ctx.bank.policy("best"), split, self.scenarios(split, count, 10**6 + seed))
         return costs.mean().item(), (costs.std() / count**0.5).item() if count > 1 else float("nan")
 
-    def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> Evaluation:
+    def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> EvalResult:
         """Returns of ``episodes`` new scenarios (recorded demand: of the first series, in their training weeks) over
         the training horizon: minus the cost per store, what the batched environment pays, warm-up included. The policy
         is deterministic; ``env`` is not needed."""
         found, periods = self.scenarios("train", episodes, 10**6 + seed), self.simulator.periods
         unrolled = Unrolled(self.simulator, self.ctx.bank.policy("best"))
         costs = average_cost(unrolled, found, whole_units=self.config.whole_units, ignore=0)
-        return Evaluation((-costs * periods).cpu().numpy(), torch.full((episodes,), periods).numpy())
+        return EvalResult((-costs * periods).cpu().numpy(), torch.full((episodes,), periods).numpy())
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.stages import Standardise, standardise
-from ccrl.estimators.terms import Evaluation, Level, Loss, Term
+from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import FlatUpdater, Updater
 
@@ -112,7 +112,7 @@ def _phase(c: PPOConfig, terms: tuple[Term, ...], updater: Updater, recompute: A
 def _standardised(loss: Loss) -> Loss:
     """The loss on advantages standardised inside the minibatch."""
 
-    def wrapped(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def wrapped(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         return loss(level, standardise(advantage, batch["valid"]), evaluation, batch)
 
     return wrapped

@@ -17,7 +17,7 @@ import torch
 
 from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
 from ccrl.batched_env import AutoresetMode, BatchedEnv, check_device
-from ccrl.functional_env import FunctionalEnv
+from ccrl.inventory.functional_env import FunctionalEnv
 
 __all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_functional", "make_single_env", "make_vector_env"]
 

@@ -65,12 +65,12 @@ class Config:
     device: str = "cpu"
     """cpu or cuda."""
     memory: bool = True
-    """Also the memory of a loss in pieces of ``chunk`` tokens against the plain one."""
+    """Also the memory of a loss in pieces of ``logits_chunk_size`` tokens against the plain one."""
     memory_vocab: int = 50_000
     """Its vocabulary."""
     memory_tokens: int = 512
     """Its tokens."""
-    chunk: int = 64
+    logits_chunk_size: int = 64
     """Tokens per piece."""
 
 
@@ -142,7 +142,7 @@ class Ours:
         self.agent.updaters["policy"].step(self.agent.estimator.phases()[0].terms, self._batch)
 
     def iterate(self) -> None:
-        self.agent.learn(self.agent.collector.total_steps + self.agent.batch_steps)
+        self.agent.learn(self.agent.collector.total_steps + self.agent.samples_per_iteration)
 
 
 class Theirs:
@@ -282,8 +282,8 @@ def _memory(config: Config) -> None:
     columns = {"action": tokens, "present": ones, "valid": ones, "prompt": prompt, "prompt_valid": ones[:1].t()}
     batch = Data(columns, sequence=frozenset({"prompt", "prompt_valid"}))
     plain: Tensor | None = None
-    for name, chunk in (("plain", None), (f"chunk={config.chunk}", config.chunk)):
-        policy = CausalLMPolicy(model, chunk=chunk)
+    for name, chunk in (("plain", None), (f"logits_chunk_size={config.logits_chunk_size}", config.logits_chunk_size)):
+        policy = CausalLMPolicy(model, logits_chunk_size=chunk)
         model.zero_grad()
         peak = _peak(lambda: policy(batch, frozenset({"log_prob"}))["log_prob"].mean().backward(), config.device)  # noqa: B023
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

@@ -122,7 +122,7 @@ def _ours(config: Config, compiled: str, batch_size: int, n_epochs: int, num_env
         shares.append([float(agent.scalars[f"time/{name}"]) for name in PHASES])
 
     def run(iterations: int) -> int:
-        steps = iterations * agent.batch_steps
+        steps = iterations * agent.samples_per_iteration
         shares.clear()
         with contextlib.redirect_stdout(io.StringIO()):  # its line about the compiler belongs in no table
             agent.learn(agent.num_timesteps + steps, note)

@@ -84,7 +84,7 @@ def _from_paths(setting: Any, weights: Callable[[Data], Tensor]) -> Estimate:
 
 def _mc(setting: Any) -> Estimate:
     returns = EpisodeReturn(setting.problem.gamma)
-    return _from_paths(setting, lambda data: returns(data)["score"].expand(data.shape))
+    return _from_paths(setting, lambda data: returns(data)["episode_reward"].expand(data.shape))
 
 
 def _rloo(setting: Any) -> Estimate:
@@ -92,7 +92,7 @@ def _rloo(setting: Any) -> Estimate:
     returns = EpisodeReturn(setting.problem.gamma)
 
     def weights(data: Data) -> Tensor:
-        score = returns(data)["score"]
+        score = returns(data)["episode_reward"]
         m = score.shape[0]
         return ((score - score.mean()) * (m / (m - 1)) if m > 1 else score).expand(data.shape)
 
@@ -158,7 +158,7 @@ def _bpg(name: str, setting: Any, episodes: int) -> Estimate:
 
     def scaled(data: Data) -> GradientEstimate:
         # the kernel of a path is n on average, so n times the amplitude is the variance of the returns
-        s = float(returns(data)["score"].var(unbiased=False).clamp_min(1e-12)) / len(setting.theta)
+        s = float(returns(data)["episode_reward"].var(unbiased=False).clamp_min(1e-12)) / len(setting.theta)
         estimator.config = replace(config, amplitude=s, noise=s * config.noise, constant=s * constant)
         return plain(data)
 

@@ -24,9 +24,9 @@ from ccrl.packages import check_siblings
 check_siblings()
 
 from agents.hdpo import HDPO
-from ccrl.estimators.pathwise import Unrolled
 from ccrl.experiment import checkpoint, plots
-from ccrl.functional_env import Split, State
+from ccrl.inventory.functional_env import Split, State
+from ccrl.inventory.pathwise import Unrolled
 from envs.inventory import InventoryEnv, Trace, simulate
 from envs.inventory.plot import plot_network
 

@@ -20,8 +20,8 @@ from ccrl.packages import check_siblings
 check_siblings()
 
 from agents.hdpo import HDPO, HDPOConfig
-from ccrl.estimators.pathwise import Unrolled, average_cost
-from ccrl.functional_env import State
+from ccrl.inventory.functional_env import State
+from ccrl.inventory.pathwise import Unrolled, average_cost
 from envs.inventory import InventoryEnv, Task
 from envs.inventory.oracle import backlog_optimum, best_base_stock, oracle_cost, serial_optimum
 
@@ -184,7 +184,7 @@ def _train(cell: Cell, options: dict[str, Any], **settings: Any) -> tuple[HDPO, 
     config = HDPOConfig(**{k: cell[k] for k in names}, patience=10**9, **settings)
     start, clock = time.process_time(), time.perf_counter()
     agent = HDPO(cell["env"], config, seed=cell["seed"], env_kwargs=options)
-    agent.learn(cell["epochs"] * agent.batch_steps)
+    agent.learn(cell["epochs"] * agent.samples_per_iteration)
     spent = {"CPU seconds": time.process_time() - start, "seconds": time.perf_counter() - clock}
     return agent, spent | {"updates": agent.n_updates, "samples": agent.num_timesteps}
 

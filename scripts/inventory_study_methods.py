@@ -30,10 +30,10 @@ from ccrl.batched_env import AutoresetMode
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Phase
-from ccrl.estimators.pathwise import Unrolled, average_cost
 from ccrl.estimators.stages import Standardise
 from ccrl.estimators.terms import Term
-from ccrl.functional_env import Split, State
+from ccrl.inventory.functional_env import Split, State
+from ccrl.inventory.pathwise import Unrolled, average_cost
 from ccrl.policies import MLPPolicy
 from ccrl.returns import discounted_sum
 from ccrl.updaters import FlatUpdater
@@ -98,7 +98,7 @@ def compare(cell: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     env = make_functional(cell["env"], **options)
     dev = _scenarios(env, "dev", cell["n_dev"], 10**6 + cell["seed"])
     test = _scenarios(env, "test", cell["tests"], 10**6 + 65)
-    every = max(1, cell["samples"] // agent.batch_steps // cell["scores"])
+    every = max(1, cell["samples"] // agent.samples_per_iteration // cell["scores"])
     curve: list[tuple[int, float, float]] = []
     best: dict[str, Tensor] = {}
 

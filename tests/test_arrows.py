@@ -21,7 +21,7 @@ FORBIDDEN = {
 }
 BY_NAME = {
     ("ccrl/batched_env.py", "envs"): "an environment's id is all resolve_env gets; a program without envs works",
-    ("ccrl/functional_env.py", "envs"): "the same of simulators as functions, by resolve_functional_env",
+    ("ccrl/inventory/functional_env.py", "envs"): "the same of simulators as functions, by resolve_functional_env",
     ("ccrl/llm/task.py", "envs.text"): "the same of text tasks, by resolve_task",
 }
 """Imports against the arrows by a name that is looked up when a function is called, each with the reason."""

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from agents.base import Agent
-from agents.llm.recipe import Parts, Recipe, RecipeConfig
 from ccrl.batched_env import BatchedEnv, Tree
 from ccrl.collect import Request
 from ccrl.data import Batching, Data, Field
 from ccrl.estimators import aggregates, losses, ratios
+from ccrl.estimators.recipe import Parts, Recipe, RecipeConfig
 from ccrl.estimators.terms import Term
 from ccrl.experiment.callbacks import Callback
-from ccrl.experiment.evaluation import Evaluation
+from ccrl.experiment.evaluation import EvalResult
 from ccrl.llm.models import WithoutAdapters, build_policy
 from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
@@ -41,7 +41,7 @@ class LLMConfig(RecipeConfig):
     """Attention heads of the tiny model."""
     lora_rank: int = 0
     """Train low-rank adapters of this rank instead of the model (needs peft); 0: the model."""
-    chunk: int = 0
+    logits_chunk_size: int = 0
     """Tokens per piece of the vocabulary projection (memory of large vocabularies); 0: in one piece."""
     n_prompts: int = 16
     """Prompts per iteration."""
@@ -51,7 +51,7 @@ class LLMConfig(RecipeConfig):
     """Of sampling and scoring."""
     second_temperature: float = 1.0
     """Of the second log-probability, for methods that want one."""
-    bucket: int = 1
+    pad_to_multiple_of: int = 1
     """Completions are padded to a multiple of it."""
     learning_rate: float = 3e-4
     """Step size of the optimiser."""
@@ -72,10 +72,24 @@ class LLMConfig(RecipeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_prompts", "model_layers", "model_width", "model_heads", "bucket", "warm_start_batch"):
+        for name in (
+            "n_prompts",
+            "model_layers",
+            "model_width",
+            "model_heads",
+            "pad_to_multiple_of",
+            "warm_start_batch",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("lora_rank", "chunk", "max_new_tokens", "warm_start_steps", "max_grad_norm", "weight_decay"):
+        for name in (
+            "lora_rank",
+            "logits_chunk_size",
+            "max_new_tokens",
+            "warm_start_steps",
+            "max_grad_norm",
+            "weight_decay",
+        ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
         for name in ("temperature", "second_temperature", "learning_rate", "warm_start_lr"):
@@ -122,7 +136,8 @@ class LLM(Agent):
 
     def _collector(self, seed: int, fields: tuple[Any, ...] = ()) -> Any:
         c = self.config
-        return TokenCollector(self.task, seed=seed, device=self.device, fields=fields, bucket=c.bucket,
+        return TokenCollector(self.task, seed=seed, device=self.device, fields=fields,
+                              pad_to_multiple_of=c.pad_to_multiple_of,
                               max_new_tokens=c.max_new_tokens or None)  # fmt: skip
 
     def build(self) -> None:
@@ -153,7 +168,7 @@ class LLM(Agent):
     # -- learning -----------------------------------------------------------------------------------------------------
 
     @property
-    def batch_steps(self) -> int:
+    def samples_per_iteration(self) -> int:
         """Completions per iteration."""
         return int(self.config.n_prompts * self.config.group_size)
 
@@ -210,10 +225,10 @@ class LLM(Agent):
         super()._record(data, stats, marks)
         on = data.get("sampled", data["on"])
         self.scalars |= {
-            "rollout/success": (on["scores"][:, 0] >= 1.0).float().mean(),
+            "rollout/success": (on["reward_components"][:, 0] >= 1.0).float().mean(),
             "rollout/capped": on["capped"].float().mean(),
             "time/tokens": self.collector.tokens,
-            **{f"rollout/{name}": on["scores"][:, i].mean() for i, name in enumerate(self.task.components)},
+            **{f"rollout/{name}": on["reward_components"][:, i].mean() for i, name in enumerate(self.task.components)},
         }
 
     # -- acting -------------------------------------------------------------------------------------------------------
@@ -246,20 +261,20 @@ class LLM(Agent):
         prompts = collector.test_prompts(questions, seed)
         question = torch.arange(len(prompts), device=self.device).repeat_interleave(samples)
         data = collector.sample(self.policy, prompts, question)
-        right = (data["scores"][:, 0] >= 1.0).float().view(-1, samples).sum(1)
+        right = (data["reward_components"][:, 0] >= 1.0).float().view(-1, samples).sum(1)
         found = {f"pass@{k}": float(pass_at_k(samples, right, k).mean()) for k in ks}
         entropy = (data["entropy"] * data["valid"]).sum() / data["valid"].sum().clamp_min(1.0)
-        return found | {"score": float(data["score"].mean()), "entropy": float(entropy),
+        return found | {"episode_reward": float(data["episode_reward"].mean()), "entropy": float(entropy),
                         "length": float(data["length"].float().mean())}  # fmt: skip
 
     @torch.no_grad()
-    def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> Evaluation:
+    def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> EvalResult:
         """Scores and lengths of one completion for each of ``episodes`` test questions; ``env`` is not needed."""
         collector = self._collector(seed)
         prompts = collector.test_prompts(episodes, seed)
         question = torch.arange(len(prompts), device=self.device)
         data = collector.sample(self.policy, prompts, question, deterministic=deterministic)
-        return Evaluation(data["score"].double().cpu().numpy(), data["length"].cpu().numpy())
+        return EvalResult(data["episode_reward"].double().cpu().numpy(), data["length"].cpu().numpy())
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Parts, Recipe
 from agents.llm.reinforce import one_of
 from ccrl.collect import Request
 from ccrl.data import Data
@@ -29,6 +28,7 @@ from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.clipping import capped_weight, sigmoid_gate
 from ccrl.estimators.outcomes import OverlongPenalty, SequenceAdvantage, informative
+from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
 from ccrl.estimators.terms import Loss, Term
 from ccrl.llm.rollouts import concatenate
@@ -145,11 +145,11 @@ class DAPORecipe(Recipe):
         if not c.overlong_share or self.parts.request.counts is None:
             return super().stages()  # a control episode may be long for a good reason
         penalty = OverlongPenalty(limit, max(1, round(c.overlong_share * limit)), c.overlong_floor)
-        return penalty, GroupBaseline("shaped_score", scale="std", single="zero")
+        return penalty, GroupBaseline("shaped_episode_reward", scale="std", single="zero")
 
 
 def _scored(data: Data) -> Data:
-    return data if "score" in data else EpisodeReturn()(data)
+    return data if "episode_reward" in data else EpisodeReturn()(data)
 
 
 def _count(group: Tensor) -> int:

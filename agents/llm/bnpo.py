@@ -9,7 +9,8 @@
 With p ~ Beta(a, b) these alpha, beta minimise the gradient's variance E[p (1 - p) / f(p)^2] among Beta densities.
 alpha = beta = 1 is REINFORCE with the group's mean, alpha = beta = 3/2 is pi/8 times GRPO's advantage.
 
-Several reward components (accuracy and format) are normalised on their own and averaged. Reads ``score`` or ``scores``,
+Several reward components (accuracy and format) are normalised on their own and averaged. Reads
+``episode_reward`` or ``reward_components``,
 ``group``, ``valid``, ``log_prob``: episodes of control tasks do as well.
 """
 
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
 from ccrl.data import Data
 from ccrl.estimators import losses
 from ccrl.estimators.base import Stage
 from ccrl.estimators.groups import Groups, components, per_step
+from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.terms import Loss
 from ccrl.updaters import Stats
 
@@ -96,7 +97,7 @@ class BetaNormaliser:
     decompose: bool = True
 
     def __call__(self, data: Data) -> Data:
-        rewards = components(data) if self.decompose else data["score"].unsqueeze(1)
+        rewards = components(data) if self.decompose else data["episode_reward"].unsqueeze(1)
         groups = Groups(data["group"])
         advantages, pairs = list[Tensor](), list[Tensor]()
         for reward in rewards.double().unbind(1):
@@ -130,7 +131,7 @@ class BNPORecipe(Recipe):
     def after_update(self, data: dict[str, Data], stats: Stats) -> None:
         """Log the normaliser: both 1 means that this rollout was plain REINFORCE with a baseline."""
         alpha, beta = data["on"]["normaliser"][0].unbind(-1)
-        names = self.parts.components if len(alpha) > 1 else ("score",)
+        names = self.parts.components if len(alpha) > 1 else ("reward",)
         for name, first, second in zip(names, alpha, beta):
             stats |= {f"alpha_{name}": first, f"beta_{name}": second}
 

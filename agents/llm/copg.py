@@ -27,12 +27,12 @@ import torch
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Parts, Recipe
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
-from ccrl.estimators.terms import Evaluation, Level, Term
+from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.llm.rollouts import concatenate
 
 __all__ = [
@@ -146,11 +146,11 @@ def contrast(
     return -2.0 * pairs.centre(reward - beta * log_ratio).detach() * pairs.centre(log_prob) / pairs.degrees
 
 
-def sequence_sum(evaluation: Evaluation, batch: Data) -> Level:
+def sequence_sum(evaluation: Outputs, batch: Data) -> LogRatio:
     """Whole completions against the reference ``[1, B]``, sums over tokens."""
     valid = batch["valid"]
     present = (valid.sum(0, keepdim=True) > 0).to(valid.dtype)
-    return Level(_sum(evaluation["log_prob"], valid), _sum(batch["ref_log_prob"], valid), present)
+    return LogRatio(_sum(evaluation["log_prob"], valid), _sum(batch["ref_log_prob"], valid), present)
 
 
 def prompt_mean(valid: Tensor, batch: Data) -> Tensor:
@@ -198,18 +198,23 @@ class CoPGRecipe(Recipe):
 
     def terms(self) -> tuple[Term, ...]:
         loss = Term(
-            "contrastive_loss", self.contrastive, prompt_mean, sequence_sum, advantage="score", stats=self.stats
+            "contrastive_loss",
+            self.contrastive,
+            prompt_mean,
+            sequence_sum,
+            advantage="episode_reward",
+            stats=self.stats,
         )
         return (loss, *self.penalties())
 
-    def contrastive(self, level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def contrastive(self, level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         """``[1, B]``."""
         c = self.config
         return contrast(
             level.log_prob[0], level.log_ref[0], advantage, batch["group"], level.valid[0], c.beta, c.form
         ).unsqueeze(0)
 
-    def stats(self, level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> dict[str, Tensor]:
+    def stats(self, level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
         """Means over prompts: regularised reward, its variance inside a prompt (0 at the optimum), log-ratio to the
         reference (their KL, on policy)."""
         pairs = Pairs(batch["group"], level.valid[0])

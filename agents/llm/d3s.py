@@ -1,4 +1,4 @@
-"""D3S: Dynamic Dual-Level Down-Sampling (Wang et al. 2025, "Learning More with Less", arXiv 2509.22115).
+"""D3S: Dynamic Dual-LogRatio Down-Sampling (Wang et al. 2025, "Learning More with Less", arXiv 2509.22115).
 
     A_i      = (R_i - mean_g) / (std_g + eps), over all rollouts of the prompt, never normalised again
     S_query  = argmax Var(A_S), |S| = N_s        of every prompt's rollouts
@@ -11,7 +11,8 @@ A subset of largest variance is some of the largest and some of the smallest val
 
 Dropped rollouts leave the batch, so that no forward pass is spent on them; dropped tokens stay in the context with
 ``valid = 0`` and count nowhere. Selection depends on the rewards: the gradient no longer estimates the policy gradient
-without bias. Reads ``score``, ``group``, ``valid``, ``log_prob`` (and ``entropy``, evaluated where nobody stored it):
+without bias. Reads ``episode_reward``, ``group``, ``valid``, ``log_prob`` (and ``entropy``, evaluated where nobody
+stored it):
 episodes of control tasks with discrete actions do as well.
 """
 
@@ -26,14 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Parts, Recipe
 from ccrl.data import Data, Field
 from ccrl.estimators import ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.outcomes import SequenceAdvantage
+from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.stages import EpisodeReturn
-from ccrl.estimators.terms import Evaluation, Level, Term
+from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.llm.rollouts import evaluate_columns
 from ccrl.updaters import Stats
 
@@ -149,12 +150,12 @@ def keep_tokens(advantage: Tensor, entropy: Tensor, valid: Tensor, share: float,
     return torch.zeros_like(inside).scatter(1, order, chosen).view(valid.shape[::-1]).t().to(valid.dtype)
 
 
-def response_ratio(evaluation: Evaluation, batch: Data) -> Level:
+def response_ratio(evaluation: Outputs, batch: Data) -> LogRatio:
     """GSPO's ratio of the whole completion (column ``response``), on its kept tokens and with their gradient."""
     log_prob, response = evaluation["log_prob"], batch["response"]
     change = torch.where(response > 0, log_prob.detach() - batch["log_prob"], 0.0)
     mean = change.sum(0, keepdim=True) / response.sum(0, keepdim=True).clamp_min(1.0)
-    return Level(log_prob, log_prob.detach() - mean, batch["valid"])
+    return LogRatio(log_prob, log_prob.detach() - mean, batch["valid"])
 
 
 # -- recipe ---------------------------------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ class D3SRecipe(Recipe):
         """``sampled``: all rollouts with their advantages; ``on``: what is left, ``response`` ``[T, N]`` its ``valid``
         before tokens were dropped. The reference evaluates no more than that."""
         c, progress = self.config, float(ctx.progress)
-        data = have["on"] if "score" in have["on"] else EpisodeReturn()(have["on"])
+        data = have["on"] if "episode_reward" in have["on"] else EpisodeReturn()(have["on"])
         for stage in self._prepared:
             data = stage(data)
         kept = keep_rollouts(data["sequence_advantage"], data["group"], c.rollouts(progress), c.batch_share)
@@ -228,7 +229,7 @@ def _nothing_to_learn(data: Data) -> bool:
 
 
 class D3S(LLM):
-    """Dynamic Dual-Level Down-Sampling (Wang et al. 2025): the rollouts of most varied advantages, the tokens of
+    """Dynamic Dual-LogRatio Down-Sampling (Wang et al. 2025): the rollouts of most varied advantages, the tokens of
     largest advantage times entropy, more of both as training goes on."""
 
     name = "d3s"

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Parts, Recipe
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Stage
+from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.terms import Loss, Term
 from ccrl.llm.rollouts import evaluate_columns
 from ccrl.updaters import Stats
@@ -105,7 +105,7 @@ class DCPORecipe(Recipe):
         # log-probabilities of padding may be anything, also infinite
         rho = torch.where(valid > 0, log_prob - data["log_prob"], torch.zeros_like(valid)).exp()
         counted = (valid.sum(0) > 0).to(valid.dtype)
-        correct = (data["score"] > c.correct_above).to(valid.dtype) * counted
+        correct = (data["episode_reward"] > c.correct_above).to(valid.dtype) * counted
         alpha = control_weight(self.entropy, c.entropy_target, correct.sum() / counted.sum(), c.gap_cap)
         mixed = (1.0 - alpha) * data["advantage"] + alpha * correct * rho
         return data.derive(rho=rho, advantage=mixed * (valid > 0))

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
 from ccrl.data import Data, Field
 from ccrl.estimators.base import Context, Stage
+from ccrl.estimators.recipe import Recipe
 from ccrl.llm.rollouts import evaluate_columns
 
 __all__ = ["EMPG", "EMPGConfig", "EMPGRecipe", "ModulateSteps", "Steps", "find_steps", "modulate"]

@@ -9,7 +9,8 @@
 Every group's advantages have the same distribution whatever the scale and the outliers of its rewards. Tasks are told
 apart by the sequence column ``kind`` (integers from 0); without one, everything is one task.
 
-Reads ``score`` (``scores[:, 0]`` for the filter), ``group``, ``valid``, ``log_prob``: episodes of control tasks do as
+Reads ``episode_reward`` (``reward_components[:, 0]`` for the filter), ``group``, ``valid``, ``log_prob``: episodes
+of control tasks do as
 well.
 """
 
@@ -23,13 +24,13 @@ import torch
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
 from ccrl.data import Data
 from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.base import Stage
 from ccrl.estimators.groups import Groups, per_step
 from ccrl.estimators.outcomes import informative
-from ccrl.estimators.terms import Evaluation, Level, Term
+from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.llm.rollouts import evaluate_columns
 
 __all__ = [
@@ -109,14 +110,14 @@ def per_kind(rows: tuple[tuple[float, ...], ...], kind: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LengthReward:
-    """``shaped_score`` ``[N]``: the score plus ``coef`` times the trapezoid of the number of valid steps."""
+    """``shaped_episode_reward`` ``[N]``: the score plus ``coef`` times the trapezoid of the number of valid steps."""
 
     bounds: tuple[tuple[float, float, float, float], ...]
     coef: float = 1.0
 
     def __call__(self, data: Data) -> Data:
         bonus = trapezoid(data["valid"].double().sum(0), per_kind(self.bounds, kinds(data)))
-        return data.derive_sequence(shaped_score=data["score"] + self.coef * bonus)
+        return data.derive_sequence(shaped_episode_reward=data["episode_reward"] + self.coef * bonus)
 
 
 # -- advantage --------------------------------------------------------------------------------------------------------
@@ -145,14 +146,15 @@ def rank_normal(reward: Tensor, groups: Groups, tie: float = 1e-6) -> Tensor:
 
 @dataclass(frozen=True)
 class RankNormal:
-    """``advantage`` ``[T, N]`` from the ranks of ``shaped_score`` (or ``score``) in each group, or in each task."""
+    """``advantage`` ``[T, N]`` from the ranks of ``shaped_episode_reward`` (or ``episode_reward``) in each group, or
+    in each task."""
 
     pool: str = "group"
     tie: float = 1e-6
 
     def __call__(self, data: Data) -> Data:
         label = data["group"] if self.pool == "group" else kinds(data)
-        reward = data["shaped_score" if "shaped_score" in data else "score"]
+        reward = data["shaped_episode_reward" if "shaped_episode_reward" in data else "episode_reward"]
         return per_step(data, rank_normal(reward, Groups(label), self.tie))
 
 
@@ -166,7 +168,7 @@ class DropUnanimous:
 
     def __call__(self, data: Data) -> Data:
         kept = informative(data)
-        scale = kept.to(data["score"].dtype) * (len(kept) / kept.sum().clamp_min(1))
+        scale = kept.to(data["episode_reward"].dtype) * (len(kept) / kept.sum().clamp_min(1))
         return data.derive(advantage=data["advantage"] * scale)
 
 
@@ -203,12 +205,12 @@ class Corridor:
         return data.derive_sequence(side=side.to(dtype), edge=edge.to(dtype), share=share.to(dtype))
 
 
-def sampled_entropy(level: Level, evaluation: Evaluation) -> Tensor:
+def sampled_entropy(level: LogRatio, evaluation: Outputs) -> Tensor:
     """``-log pi`` of the chosen tokens."""
     return -level.log_prob
 
 
-def full_entropy(level: Level, evaluation: Evaluation) -> Tensor:
+def full_entropy(level: LogRatio, evaluation: Outputs) -> Tensor:
     """Of the whole distribution."""
     return evaluation["entropy"]
 
@@ -241,7 +243,7 @@ class G2RPORecipe(Recipe):
         full = c.entropy_estimate == "full"
         measure = full_entropy if full else sampled_entropy
 
-        def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+        def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
             return batch["side"] * (measure(level, evaluation) - batch["edge"])
 
         term = Term(

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
 from ccrl.data import Data
 from ccrl.estimators.base import Stage
 from ccrl.estimators.losses import bounded_target, ratio_stats
+from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.stages import GroupBaseline, GroupThreshold
-from ccrl.estimators.terms import Evaluation, Level, Loss, Term
+from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
 
 __all__ = ["GBPO", "BoundedGroupTarget", "GBPOConfig", "GBPORecipe", "bounded_regression"]
 
@@ -69,7 +69,7 @@ class BoundedGroupTarget:
     level: float
 
     def __call__(self, data: Data) -> Data:
-        score, group = data["score"], data["group"]
+        score, group = data["episode_reward"], data["group"]
         advantage = GroupBaseline(scale="std", eps=1e-6, single="keep").advantages(score, group)
         # the z-score is affine in the score, so its quantile is the score's quantile in the same units
         z = advantage - GroupThreshold(level=self.level).thresholds(advantage, group)
@@ -80,12 +80,12 @@ class BoundedGroupTarget:
         )
 
 
-def bounded_regression(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def bounded_regression(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``|(rho - rho*) A|`` with the column ``ratio_target``."""
     return ((_ratio(level) - batch["ratio_target"]) * advantage).abs()
 
 
-def _ratio(level: Level) -> Tensor:
+def _ratio(level: LogRatio) -> Tensor:
     return level.log_ratio.clamp(-LARGEST, LARGEST).exp()
 
 
@@ -103,7 +103,7 @@ class GBPORecipe(Recipe):
         term = Term("policy_gradient_loss", self.loss(), self.aggregate(), type(self).ratio, stats=self._stats)
         return (term, *self.penalties())
 
-    def _stats(self, level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> dict[str, Tensor]:
+    def _stats(self, level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
         c = self.config
         found: dict[str, Tensor] = ratio_stats(c.clip_low, c.clip_high)(level, advantage, evaluation, batch)  # type: ignore[assignment]
         informative = torch.where(advantage != 0, (_ratio(level) - batch["ratio_target"]).abs(), 0.0)

@@ -9,7 +9,8 @@
 GRPO z-scores the sum of the rewards: different combinations of rewards get one advantage, and a reward of small scale
 has none of its own. Weights multiply z-scores; multiplied into rewards they would cancel.
 
-Reads ``scores`` (or ``score`` alone, then with one component), ``group``, ``valid``, ``log_prob``: episodes of control
+Reads ``reward_components`` (or ``episode_reward`` alone, then with one component), ``group``, ``valid``,
+``log_prob``: episodes of control
 tasks do as well.
 """
 
@@ -21,10 +22,10 @@ import torch
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
 from ccrl.data import Data
 from ccrl.estimators.base import Stage
 from ccrl.estimators.groups import Groups, components, per_step
+from ccrl.estimators.recipe import Recipe
 
 __all__ = ["GDPO", "Conditioned", "Decoupled", "GDPOConfig", "GDPORecipe", "whiten"]
 
@@ -102,7 +103,7 @@ class Decoupled:
             valid = data["valid"].double()
             # the verl code's divisor: sqrt(var + 1e-8)
             advantage = whiten(total.expand_as(valid), valid, inside=1e-8)
-            return data.derive(advantage=advantage.to(data["score"].dtype))
+            return data.derive(advantage=advantage.to(data["episode_reward"].dtype))
         if self.batch_norm == "sample":
             total = whiten(total, torch.ones_like(total), outside=self.batch_eps)
         return per_step(data, total)

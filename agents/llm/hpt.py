@@ -28,15 +28,15 @@ import torch
 from torch import Generator, Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.modulations import modulated, shaping
+from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.stages import GroupBaseline
-from ccrl.estimators.terms import Aggregate, Evaluation, Level, Loss, Term
+from ccrl.estimators.terms import Aggregate, LogRatio, Loss, Outputs, Term
 from ccrl.llm.rollouts import concatenate
 from ccrl.updaters import Stats
 
@@ -128,9 +128,9 @@ class Mix:
     config: HPTConfig
 
     def __call__(self, data: Data) -> Data:
-        c, score, group, valid = self.config, data["score"], data["group"], data["valid"]
+        c, score, group, valid = self.config, data["episode_reward"], data["group"], data["valid"]
         shown = data["demonstration"] > 0 if "demonstration" in data else torch.zeros_like(score, dtype=torch.bool)
-        right = (data["scores"][:, 0] if "scores" in data else score) >= 1.0
+        right = (data["reward_components"][:, 0] if "reward_components" in data else score) >= 1.0
         groups, on, off = Groups(group), ~shown, shown & (valid.sum(0) > 0)
         n, solved = groups.sum(on), groups.sum(on & right)
         weight = c.coefficients(solved, n)
@@ -171,19 +171,19 @@ class Mix:
 # -- SRFT -----------------------------------------------------------------------------------------------------------
 
 
-def sequence_entropy(evaluation: Evaluation, batch: Data) -> Tensor:
+def sequence_entropy(evaluation: Outputs, batch: Data) -> Tensor:
     """``[1, B]``: every sequence's mean entropy per token under the policy, detached."""
     valid = batch["valid"]
     entropy = torch.where(valid > 0, evaluation["entropy"].detach(), 0.0)
     return entropy.sum(0, keepdim=True) / valid.sum(0, keepdim=True).clamp_min(1.0)
 
 
-def uncertainty_weighted(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def uncertainty_weighted(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """Imitation: ``-0.5 exp(-H) log pi``: less of it where the policy is uncertain of the demonstration."""
     return -0.5 * (-sequence_entropy(evaluation, batch)).exp() * level.log_prob
 
 
-def self_rewarded(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def self_rewarded(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """Samples: ``-w ratio`` with ``w = 0.1 exp(H)`` where right, ``-1`` where wrong."""
     weight = torch.where(batch["verified"], 0.1 * sequence_entropy(evaluation, batch).exp(), -1.0)
     return -weight * level.ratio

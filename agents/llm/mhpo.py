@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
 from ccrl.data import Data
-from ccrl.estimators.terms import Evaluation, Level, Loss, Term
+from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
 
 __all__ = ["MHPO", "Hazard", "MHPOConfig", "MHPORecipe", "modulated"]
 
@@ -88,7 +88,7 @@ class Hazard:
 def modulated(hazard: Hazard) -> Loss:
     """``-A exp(psi - zeta)``, whatever the sign of ``A``."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         psi = hazard.psi(level.log_ratio)
         return -advantage * torch.exp(psi - hazard.zeta(psi))
 
@@ -114,7 +114,7 @@ class MHPORecipe(Recipe):
 
 
 def _stats(hazard: Hazard) -> Loss:
-    def stats(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> dict[str, Tensor]:
+    def stats(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
         x = level.log_ratio
         psi = hazard.psi(x)
         zeta = hazard.zeta(psi)

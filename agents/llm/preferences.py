@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Parts, Recipe
 from agents.llm.reinforce import one_of
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators import losses, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.preferences import best_and_worst, dpo, ipo, pair, per_pair
+from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.stages import EpisodeReturn
 from ccrl.estimators.terms import Loss, Term
 from ccrl.llm.rollouts import concatenate
@@ -79,17 +79,17 @@ class PreferenceRecipe(Recipe):
         return [Request(tag="demonstrations", counts=ones, source="on", demonstrations=True)]
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
-        on = have["on"] if "score" in have["on"] else EpisodeReturn()(have["on"])
+        on = have["on"] if "episode_reward" in have["on"] else EpisodeReturn()(have["on"])
         rollouts = [on, *(data for tag, data in have.items() if tag != "on")]
         return super().prepare({"sampled": on, "on": self.pairs(rollouts)}, ctx)
 
     def pairs(self, rollouts: list[Data]) -> Data:
         """The members of the pairs side by side, ``preferred`` ``[N]`` +1 or -1; without any pair one group of 0."""
-        score = rollouts[0]["score"]
+        score = rollouts[0]["episode_reward"]
         data, rank = rollouts[0], score
         if len(rollouts) > 1:
             data = concatenate(rollouts, same_prompts=True)
-            score, shown = data["score"], (data["demonstration"] > 0) & (data["valid"] > 0).any(0)
+            score, shown = data["episode_reward"], (data["demonstration"] > 0) & (data["valid"] > 0).any(0)
             # a demonstration is the best whatever the samples score; a prompt without one makes no pair
             rank = torch.where(shown, torch.inf, score)
             rank = torch.where((data["demonstration"] > 0) & ~shown, -torch.inf, rank)
@@ -250,7 +250,7 @@ class SFT(LLM):
     @property
     def num_timesteps(self) -> int:
         """Demonstrations so far."""
-        return self.iteration * self.batch_steps
+        return self.iteration * self.samples_per_iteration
 
     def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
         super()._record(data, stats, marks)

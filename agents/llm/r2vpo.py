@@ -22,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Parts, Recipe
 from ccrl.data import Data
 from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.base import Context
-from ccrl.estimators.terms import Evaluation, Level, Loss, Term
+from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
 from ccrl.llm.rollouts import concatenate, evaluate_columns
 from ccrl.updaters import Stats
 
@@ -72,7 +72,7 @@ def dual_step(dual: Tensor, variance: Tensor, budget: float, rate: float, larges
     return moved.clamp(0.0, largest)
 
 
-def ratio_variance(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def ratio_variance(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``(r - 1)^2``, about 1 and not about the batch's mean ratio: that would hide a drift of all ratios."""
     return (_ratio(level) - 1.0).square()
 
@@ -80,14 +80,14 @@ def ratio_variance(level: Level, advantage: Tensor, evaluation: Evaluation, batc
 def lagrangian(dual: Callable[[], Tensor], budget: float) -> Loss:
     """``-r A + lambda ((r - 1)^2 - budget)`` with the current lambda (0-d), which no gradient reaches."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         r = _ratio(level)
         return -r * advantage + dual() * ((r - 1.0).square() - budget)
 
     return loss
 
 
-def _ratio(level: Level) -> Tensor:
+def _ratio(level: LogRatio) -> Tensor:
     return level.log_ratio.clamp(-LARGEST, LARGEST).exp()
 
 
@@ -158,7 +158,7 @@ class R2VPORecipe(Recipe):
         if self.config.dual_every == "rollout":
             columns = self.config.microbatch or None
             log_prob = evaluate_columns(self.parts.policy, on, frozenset({"log_prob"}), columns)["log_prob"]
-            level = Level(log_prob, on["log_prob"], on["valid"])
+            level = LogRatio(log_prob, on["log_prob"], on["valid"])
             element = ratio_variance(level, level.valid, {}, on)
             stats["variance_after"] = (element * on["valid"]).sum() / on["valid"].sum()
             self._move(stats["variance_after"])

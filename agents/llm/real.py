@@ -20,12 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
 from ccrl.data import Data
 from ccrl.estimators import ratios
 from ccrl.estimators.base import Stage
+from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.stages import GroupBaseline
-from ccrl.estimators.terms import Evaluation, Level, Loss, Term
+from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
 
 __all__ = ["REAL", "Labels", "REALConfig", "REALRecipe", "anchored", "bce", "group_mean", "product"]
 
@@ -61,12 +61,12 @@ class REALConfig(LLMConfig):
 
 @dataclass(frozen=True)
 class Labels:
-    """``label`` ``[N]``: 1 right, 0 wrong, -1 neither, from ``score`` ``[N]``."""
+    """``label`` ``[N]``: 1 right, 0 wrong, -1 neither, from ``episode_reward`` ``[N]``."""
 
     rule: str = "binary"
 
     def __call__(self, data: Data) -> Data:
-        score = data["score"]
+        score = data["episode_reward"]
         if self.rule == "group_mean":
             right = GroupBaseline(single="zero").advantages(score, data["group"]) > 0
             return data.derive_sequence(label=right.to(score.dtype))
@@ -74,7 +74,7 @@ class Labels:
         return data.derive_sequence(label=label)
 
 
-def _sides(level: Level, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sides(level: LogRatio, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``[B, B]`` bool: who is a right, who a wrong member of the row's group; ``[B]`` bool: whose group has both (and
     who is itself a member); ``[B]``: members of the row's group. Columns without a valid step are members of none."""
     label, group, present = batch["label"], batch["group"], level.valid.squeeze(0) > 0
@@ -99,7 +99,7 @@ def _shared(loss: Tensor, both: Tensor, members: Tensor) -> Tensor:
 def anchored(tau: float) -> Loss:
     """The paper's loss on sequence-level logits ``[1, B]``."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         logit = level.log_ratio.squeeze(0) / tau
         right, wrong, both, members = _sides(level, batch)
         # softplus(log sum) is log(1 + sum); softplus(-inf) is 0 but has no gradient, hence the anchor as a column
@@ -114,7 +114,7 @@ def anchored(tau: float) -> Loss:
 def product(tau: float) -> Loss:
     """Ablation: ``log(1 + sum_wrong e^{s / tau} sum_right e^{-s / tau})``, right against wrong without an anchor."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         logit = level.log_ratio.squeeze(0) / tau
         right, wrong, both, members = _sides(level, batch)
         # rows without both labels compare everything with everything: finite, and left out below
@@ -128,7 +128,7 @@ def product(tau: float) -> Loss:
 def bce(tau: float) -> Loss:
     """Ablation: binary cross-entropy of every completion, averaged over those of prompts with both labels."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         logit = level.log_ratio.squeeze(0) / tau
         *_, both, _ = _sides(level, batch)
         target = batch["label"].clamp_min(0).to(logit.dtype)
@@ -148,7 +148,7 @@ def group_mean(valid: Tensor, batch: Data) -> Tensor:
 COMPARISONS = {"anchored": anchored, "bce": bce, "product": product}
 
 
-def _stats(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> dict[str, Tensor]:
+def _stats(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
     """Share of prompts with both labels."""
     *_, both, members = _sides(level, batch)
     return {"compared_prompts": _shared(torch.ones_like(level.valid).squeeze(0), both, members)}

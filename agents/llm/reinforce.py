@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Recipe
 from ccrl.data import Data
 from ccrl.estimators import losses, ratios
 from ccrl.estimators.base import Stage
 from ccrl.estimators.outcomes import KLPenalty, SequenceAdvantage, SequenceWhiten, kl_tokens
+from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.stages import GroupBaseline, Standardise
 from ccrl.estimators.terms import Loss, Term
 from ccrl.returns import discounted_sum
@@ -37,9 +37,9 @@ class RewardKLRecipe(Recipe):
     """``kl_coef`` times k1 is subtracted from the score; as a loss k1 would have no expected gradient."""
 
     @property
-    def score(self) -> str:
+    def reward_column(self) -> str:
         """The column that advantages are made of."""
-        return "shaped_score" if self.config.kl_coef else "score"
+        return "shaped_episode_reward" if self.config.kl_coef else "episode_reward"
 
     def shaping(self) -> tuple[Stage, ...]:
         return (KLPenalty(self.config.kl_coef),) if self.config.kl_coef else ()
@@ -71,7 +71,7 @@ class REINFORCERecipe(RewardKLRecipe):
 
     def advantage(self, data: Data) -> Data:
         """``advantage`` ``[T, N]``; equal scores give 0 with the baseline, whatever the rounding of their mean."""
-        advantage = data[self.score]
+        advantage = data[self.reward_column]
         if self.config.baseline == "batch":
             differ = (advantage != advantage[0]).any()
             advantage = torch.where(differ, advantage - advantage.mean(), torch.zeros_like(advantage))
@@ -113,7 +113,7 @@ class RLOORecipe(RewardKLRecipe):
     """Leave-one-out baselines; every sequence is one action."""
 
     def stages(self) -> tuple[Stage, ...]:
-        baseline = GroupBaseline(self.score, "leave_one_out", single="zero")
+        baseline = GroupBaseline(self.reward_column, "leave_one_out", single="zero")
         return (*self.shaping(), SequenceWhiten(baseline) if self.config.normalise else baseline, SequenceAdvantage())
 
     def terms(self) -> tuple[Term, ...]:

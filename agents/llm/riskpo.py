@@ -11,7 +11,8 @@ Rewards of ``B`` questions are summed to bundle scores, and the mean is replaced
 of its questions, so that every response is in one bundle, and all members share the bundle's advantage.
 
 The released code weighs the bands otherwise, spreads the advantage over the members and has a token ratio
-(``form="released"`` and the fields below it). Reads ``score``, ``group``, ``valid``, ``log_prob``: episodes of control
+(``form="released"`` and the fields below it). Reads ``episode_reward``, ``group``, ``valid``, ``log_prob``: episodes of
+control
 tasks do as well.
 """
 
@@ -24,11 +25,11 @@ import torch
 from torch import Generator, Tensor
 
 from agents.llm.base import LLM, LLMConfig
-from agents.llm.recipe import Parts, Recipe
 from ccrl.data import Data
 from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups, per_step
+from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.stages import EpisodeReturn
 from ccrl.estimators.terms import Term
 from ccrl.updaters import Stats
@@ -94,7 +95,7 @@ class RiskPOConfig(LLMConfig):
 
 
 def bundled(data: Data, size: int, generator: Generator | None) -> Data:
-    """Every column in one bundle: ``bundle_score`` ``[N]`` its sum of scores, ``bundle`` ``[N]`` its number, and
+    """Every column in one bundle: ``bundle_reward`` ``[N]`` its sum of scores, ``bundle`` ``[N]`` its number, and
     ``questions`` ``[N]`` the number of the set of ``size`` questions that it is of. A set of groups of ``G`` has ``G``
     bundles. Groups that do not fill a set are left out.
 
@@ -114,7 +115,7 @@ def bundled(data: Data, size: int, generator: Generator | None) -> Data:
         responses = responses.gather(1, keys.argsort(1))
     sets = n // size
     responses = responses[: sets * size].view(sets, size, -1)
-    total = data["score"][responses].sum(1, keepdim=True)
+    total = data["episode_reward"][responses].sum(1, keepdim=True)
     questions = torch.arange(sets, device=device).view(-1, 1, 1)
     number = questions * total.shape[2] + torch.arange(total.shape[2], device=device)
 
@@ -123,18 +124,18 @@ def bundled(data: Data, size: int, generator: Generator | None) -> Data:
         out[responses.flatten()] = values.expand_as(responses).flatten()
         return out
 
-    data = data.derive_sequence(bundle_score=spread(total), bundle=spread(number), questions=spread(questions))
+    data = data.derive_sequence(bundle_reward=spread(total), bundle=spread(number), questions=spread(questions))
     return data if sets * size == n else data.take(responses.flatten().sort().values)
 
 
-def bundle_scores(data: Data) -> Tensor:
+def bundle_rewards(data: Data) -> Tensor:
     """``[M]`` float64: one score per bundle."""
-    return Groups(data["bundle"]).mean(data["bundle_score"])
+    return Groups(data["bundle"]).mean(data["bundle_reward"])
 
 
 def _per_set(data: Data) -> Tensor:
     """``[sets, G]`` float64: the scores of the bundles of each set of questions, in the order of their numbers."""
-    return bundle_scores(data).view(int(data["questions"].max()) + 1, -1)
+    return bundle_rewards(data).view(int(data["questions"].max()) + 1, -1)
 
 
 # -- advantage ------------------------------------------------------------------------------------------------------
@@ -196,8 +197,8 @@ class RiskPORecipe(Recipe):
         self.register_buffer("started", torch.zeros((), dtype=torch.bool))
 
     def start(self, data: Data, ctx: Context) -> Data:
-        """The generator decides the bundles; then ``score`` and ``ref_log_prob`` as everywhere."""
-        data = data if "score" in data else EpisodeReturn()(data)
+        """The generator decides the bundles; then ``episode_reward`` and ``ref_log_prob`` as everywhere."""
+        data = data if "episode_reward" in data else EpisodeReturn()(data)
         return super().start(bundled(data, self.config.bundle, ctx.generator), ctx)
 
     def stages(self) -> tuple[Stage, ...]:
@@ -205,7 +206,7 @@ class RiskPORecipe(Recipe):
 
     def advantage(self, data: Data) -> Data:
         """``advantage`` ``[T, N]`` and ``sequence_advantage`` ``[N]``."""
-        c, score = self.config, data["bundle_score"].double()
+        c, score = self.config, data["bundle_reward"].double()
         low, high = self.current(data)
         if c.form == "paper":
             found = risk_advantage(score, low, high, c.omega)
@@ -216,8 +217,8 @@ class RiskPORecipe(Recipe):
             # released: divides by 1e-6 where the scores are equal
             constant = table.amax(1) == table.amin(1)
             found = found / torch.where(constant, 1.0, table.std(1) + 1e-6)[data["questions"]]
-        found = found * credit(c.credit, data["score"], data["group"], data["bundle"])
-        return per_step(data.derive_sequence(sequence_advantage=found.to(data["score"].dtype)), found)
+        found = found * credit(c.credit, data["episode_reward"], data["group"], data["bundle"])
+        return per_step(data.derive_sequence(sequence_advantage=found.to(data["episode_reward"].dtype)), found)
 
     def current(self, data: Data) -> tuple[Tensor, Tensor]:
         """The quantiles that this rollout's scores are compared with, 0-d or ``[N]``; trackers that have crossed are
@@ -225,7 +226,7 @@ class RiskPORecipe(Recipe):
         if self.config.quantiles == "bundle":
             found = torch.quantile(_per_set(data), self.levels, dim=1)[:, data["questions"]]
             return found[0], found[1]
-        first = torch.quantile(bundle_scores(data), self.levels)
+        first = torch.quantile(bundle_rewards(data), self.levels)
         low, high = torch.where(self.started, self.quantiles, first).sort().values
         return low, high
 
@@ -239,12 +240,12 @@ class RiskPORecipe(Recipe):
 
     def after_update(self, data: dict[str, Data], stats: Stats) -> None:
         """The trackers move after they were used: to the first rollout's quantiles, then step by step."""
-        scores = bundle_scores(data["on"])
+        scores = bundle_rewards(data["on"])
         moved = track(self.quantiles, self.levels, scores, self.config.quantile_lr)
         self.quantiles.copy_(torch.where(self.started, moved, torch.quantile(scores, self.levels)))
         self.started.fill_(True)
         stats |= {
-            "bundle_score": scores.mean(), "quantile_low": self.quantiles[0].clone(),
+            "bundle_reward": scores.mean(), "quantile_low": self.quantiles[0].clone(),
             "quantile_high": self.quantiles[1].clone(),
             "ignored_share": (data["on"]["sequence_advantage"] == 0).double().mean(),
         }  # fmt: skip

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ccrl.data import Data
 from ccrl.estimators import losses
-from ccrl.estimators.terms import Evaluation, Level, Loss
+from ccrl.estimators.terms import LogRatio, Loss, Outputs
 
 __all__ = ["capped_weight", "k3_plus", "sigmoid_gate"]
 
@@ -15,7 +15,7 @@ __all__ = ["capped_weight", "k3_plus", "sigmoid_gate"]
 def capped_weight(bound: float) -> Loss:
     """CISPO with one absolute bound: ``-sg(min(rho, bound)) A log pi`` (TRL; ``losses.cispo`` is the band)."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         return -level.ratio.detach().clamp(max=bound) * advantage * level.log_prob
 
     return loss
@@ -27,7 +27,7 @@ def sigmoid_gate(positive: float, negative: float) -> Loss:
     if positive <= 0 or negative <= 0:
         raise ValueError(f"sigmoid_gate: expected temperatures > 0, got {positive}, {negative}")
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         rho = level.ratio
         tau = torch.where(advantage > 0, positive, negative).to(rho.dtype)
         return -advantage * (4.0 / tau) * torch.sigmoid(tau * (rho - 1.0))
@@ -35,7 +35,7 @@ def sigmoid_gate(positive: float, negative: float) -> Loss:
     return loss
 
 
-def k3_plus(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def k3_plus(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """The value of ``k3`` with the gradient of ``k2``, which is that of KL(policy || reference) (verl)."""
     value, slope = (k(level, advantage, evaluation, batch) for k in (losses.k3, losses.k2))
     return slope + (value - slope).detach()

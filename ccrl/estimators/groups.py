@@ -60,10 +60,11 @@ class Groups:
 
 def components(data: Data) -> Tensor:
     """``[N, C]``: the reward's components, or the score alone where nothing else is known (control episodes)."""
-    return data["scores"] if "scores" in data else data["score"].unsqueeze(1)
+    return data["reward_components"] if "reward_components" in data else data["episode_reward"].unsqueeze(1)
 
 
 def per_step(data: Data, advantage: Tensor) -> Data:
-    """``advantage`` ``[T, N]`` on the valid rows from one number per column ``[N]``, in the type of ``score``."""
-    advantage = advantage.to(data["score"].dtype)
+    """``advantage`` ``[T, N]`` on the valid rows from one number per column ``[N]``, in the type of
+    ``episode_reward``."""
+    advantage = advantage.to(data["episode_reward"].dtype)
     return data.derive(advantage=advantage.expand(data.shape[0], -1) * data["valid"])

@@ -5,14 +5,14 @@ Every factory takes 0-d tensors for numbers that a schedule moves; plain floats 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ccrl.data import Data
-from ccrl.estimators.terms import Evaluation, Level, Loss, Number
+from ccrl.estimators.terms import LogRatio, Loss, Number, Outputs
 from ccrl.policies.distributions import Distribution
 
 __all__ = [
@@ -24,7 +24,7 @@ __all__ = [
 # -- policy losses --------------------------------------------------------------------------------------------------
 
 
-def weighted_ratio(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def weighted_ratio(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``-A * ratio``: the unified surrogate without a mask (MDPO; with ``ratios.plain`` REINFORCE)."""
     return -advantage * level.ratio
 
@@ -34,7 +34,7 @@ def modulated_ratio(column: str) -> Loss:
     return lambda level, advantage, evaluation, batch: -batch[column] * advantage * level.ratio
 
 
-def neg_log_prob(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def neg_log_prob(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``-log pi`` (behaviour cloning, SFT)."""
     return -level.log_prob
 
@@ -46,7 +46,7 @@ def clip(low: Number, high: Number, dual: Number | None = None) -> Loss:
         has no gradient. None: unbounded.
     """
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         rho = level.ratio
         element = -torch.minimum(rho * advantage, _clamp(rho, 1.0 - low, 1.0 + high) * advantage)
         if dual is None:
@@ -59,7 +59,7 @@ def clip(low: Number, high: Number, dual: Number | None = None) -> Loss:
 def cispo(low: Number, high: Number) -> Loss:
     """CISPO: ``-sg(clamp(rho)) A log pi``: clipped tokens keep a bounded gradient (hpt_upge, reading b)."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         weight = _clamp(level.ratio.detach(), 1.0 - low, 1.0 + high)
         return -weight * advantage * level.log_prob
 
@@ -81,7 +81,7 @@ def bounded_ratio(
     or ``value`` (the ablation). Both are detached; the column ``return`` is fixed for the whole update.
     """
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         w = batch["return"] - evaluation["value"].detach() if weight is None else batch[weight]
         x = batch["return"] - evaluation[threshold].detach()
         return ((level.ratio - bounded_target(x, low, high, temperature)) * w).abs()
@@ -95,29 +95,29 @@ def bounded_ratio(
 def closed_form_kl(distribution: Distribution) -> Loss:
     """``KL(pi_theta || pi_old)`` from the stored parameters ``old_*`` (MDPO; never a ratio estimate)."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         old: Mapping[str, Tensor] = {name: batch[f"old_{name}"] for name in distribution.names}
         return distribution.kl(evaluation, old)
 
     return loss
 
 
-def k1(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def k1(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """Sampled ``KL(pi_old || pi_theta)``, unbiased, may be negative: ``-log rho``."""
     return -level.log_ratio
 
 
-def k2(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def k2(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``(log rho)^2 / 2``: low variance, biased."""
     return 0.5 * level.log_ratio.square()
 
 
-def k3(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def k3(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``rho - 1 - log rho``: unbiased for ``KL(pi_old || pi_theta)`` and non-negative."""
     return level.ratio - 1.0 - level.log_ratio
 
 
-def neg_entropy(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def neg_entropy(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``-H(pi)``: with a positive coefficient an entropy bonus."""
     return -evaluation["entropy"]
 
@@ -129,7 +129,7 @@ def value_loss(*, scale: float = 1.0, clip_range: Number | None = None, head: st
     """``scale (V - R)^2`` against the column ``return``; with ``clip_range`` the larger of it and the squared error of
     the old value moved by at most ``clip_range`` (column ``value`` holds the old one)."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         value, target = evaluation[head], batch["return"]
         squared = (value - target).square()
         if clip_range is not None:
@@ -151,7 +151,7 @@ def median_loss(*, kappa: float = 0.5, temperature: Number = 1.0, head: str = "m
     if not 0.0 < kappa < 1.0:
         raise ValueError(f"median_loss: expected 0 < kappa < 1, got {kappa}")
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         x = batch["return"] - evaluation[head]
         return temperature * F.softplus(x / temperature) - kappa * x
 
@@ -161,10 +161,10 @@ def median_loss(*, kappa: float = 0.5, temperature: Number = 1.0, head: str = "m
 # -- diagnostics ----------------------------------------------------------------------------------------------------
 
 
-def ratio_stats(low: Number, high: Number) -> Loss:
+def ratio_stats(low: Number, high: Number) -> Callable[[LogRatio, Tensor, Outputs, Data], dict[str, Tensor]]:
     """SB3's ``approx_kl`` (k3) and ``clip_fraction`` for a term's ``stats``."""
 
-    def stats(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> dict[str, Tensor]:
+    def stats(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
         log_ratio = level.log_ratio
         rho = log_ratio.exp()
         outside = (rho < 1.0 - low) | (rho > 1.0 + high)

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from ccrl.data import Data
-from ccrl.estimators.terms import Evaluation, Level, Loss
+from ccrl.estimators.terms import LogRatio, Loss, Outputs
 
 __all__ = ["Modulation", "cispo_mask", "clip_mask", "clipped_weight", "modulated", "shaping"]
 
-Modulation = Callable[[Level, Tensor, Data], Tensor]
+Modulation = Callable[[LogRatio, Tensor, Data], Tensor]
 """From a level, advantages and the batch to ``M`` per element; no gradient flows through it."""
 
 
 def modulated(modulation: Modulation) -> Loss:
     """``-M A exp(log pi - log pi_ref)`` with ``M`` from a function."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         return -modulation(level, advantage, batch).detach() * advantage * level.ratio
 
     return loss
@@ -35,7 +35,7 @@ def clip_mask(low: float, high: float) -> Modulation:
     """PPO's clip: 0 where the ratio has left ``[1 - low, 1 + high]`` on the advantage's side. With
     ``ratios.sequence_token`` it is GSPO's."""
 
-    def mask(level: Level, advantage: Tensor, batch: Data) -> Tensor:
+    def mask(level: LogRatio, advantage: Tensor, batch: Data) -> Tensor:
         ratio = level.ratio
         outside = ((advantage > 0) & (ratio > 1.0 + high)) | ((advantage < 0) & (ratio < 1.0 - low))
         return (~outside).to(ratio.dtype)
@@ -47,7 +47,7 @@ def cispo_mask(low: float, high: float) -> Modulation:
     """CISPO as the table of the paper reads it: 0 wherever the clipped weight is saturated. ``losses.cispo`` is the
     method as published, which keeps a bounded gradient there."""
 
-    def mask(level: Level, advantage: Tensor, batch: Data) -> Tensor:
+    def mask(level: LogRatio, advantage: Tensor, batch: Data) -> Tensor:
         ratio = level.ratio
         return ((ratio >= 1.0 - low) & (ratio <= 1.0 + high)).to(ratio.dtype)
 
@@ -57,7 +57,7 @@ def cispo_mask(low: float, high: float) -> Modulation:
 def clipped_weight(low: float, high: float) -> Modulation:
     """CISPO as published in this form: with ``ratios.plain``, the clipped ratio to the behaviour policy."""
 
-    def weight(level: Level, advantage: Tensor, batch: Data) -> Tensor:
+    def weight(level: LogRatio, advantage: Tensor, batch: Data) -> Tensor:
         log_ratio = torch.where(level.valid > 0, level.log_prob.detach() - batch["log_prob"], 0.0)
         return log_ratio.exp().clamp(1.0 - low, 1.0 + high)
 

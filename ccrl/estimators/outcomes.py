@@ -21,19 +21,21 @@ def kl_tokens(data: Data) -> Tensor:
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """``shaped_score`` ``[N]``: the score minus ``coef`` times the sequence's k1 (llm_baselines, section 3). k1 belongs
+    """``shaped_episode_reward`` ``[N]``: the score minus ``coef`` times the sequence's k1 (llm_baselines, section
+    3). k1 belongs
     here and nowhere else: as a loss its expected gradient is 0."""
 
     coef: float
-    score: str = "score"
+    reward: str = "episode_reward"
 
     def __call__(self, data: Data) -> Data:
-        return data.derive_sequence(shaped_score=data[self.score] - self.coef * kl_tokens(data).sum(0))
+        return data.derive_sequence(shaped_episode_reward=data[self.reward] - self.coef * kl_tokens(data).sum(0))
 
 
 @dataclass(frozen=True)
 class OverlongPenalty:
-    """``shaped_score`` ``[N]``: the score minus a ramp over the last ``buffer`` tokens before ``limit`` (DAPO, eq. 13).
+    """``shaped_episode_reward`` ``[N]``: the score minus a ramp over the last ``buffer`` tokens before ``limit``
+    (DAPO, eq. 13).
 
     ``floor``: -1 beyond the limit, as in the paper; without it the ramp goes on (verl).
     """
@@ -41,7 +43,7 @@ class OverlongPenalty:
     limit: int
     buffer: int
     floor: bool = True
-    score: str = "score"
+    reward: str = "episode_reward"
 
     def __post_init__(self) -> None:
         if not 0 < self.buffer <= self.limit:
@@ -49,7 +51,7 @@ class OverlongPenalty:
 
     def __call__(self, data: Data) -> Data:
         length = (data["valid"] > 0).sum(0)
-        return data.derive_sequence(shaped_score=data[self.score] + self.penalty(length))
+        return data.derive_sequence(shaped_episode_reward=data[self.reward] + self.penalty(length))
 
     def penalty(self, length: Tensor) -> Tensor:
         """``[N]`` of lengths ``[N]`` in tokens."""
@@ -77,7 +79,7 @@ class SequenceWhiten:
     eps: float = 1e-4
 
     def __call__(self, data: Data) -> Data:
-        advantage = self.baseline.advantages(data[self.baseline.score], data["group"])
+        advantage = self.baseline.advantages(data[self.baseline.reward], data["group"])
         some = (advantage != advantage[0]).any()
         centred = advantage - advantage.mean()
         white = torch.where(some, centred / (advantage.std() + self.eps), torch.zeros_like(advantage))
@@ -85,9 +87,10 @@ class SequenceWhiten:
 
 
 def informative(data: Data) -> Tensor:
-    """``[N]`` bool: whether the sequence's group has outcomes that differ (column ``scores``, first component; else
-    ``score``). The others have no advantage (DAPO: groups of accuracy 0 or 1)."""
-    outcome = data["scores"][:, 0] if "scores" in data else data["score"]
+    """``[N]`` bool: whether the sequence's group has outcomes that differ (column ``reward_components``, first
+    component; else
+    ``episode_reward``). The others have no advantage (DAPO: groups of accuracy 0 or 1)."""
+    outcome = data["reward_components"][:, 0] if "reward_components" in data else data["episode_reward"]
     _, index = torch.unique(data["group"], return_inverse=True)
     empty = torch.zeros(int(index.max()) + 1, dtype=outcome.dtype, device=outcome.device)
     lowest, highest = (empty.scatter_reduce(0, index, outcome, how, include_self=False) for how in ("amin", "amax"))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ccrl.data import Data
-from ccrl.estimators.terms import Evaluation, Level, Loss, Ratio
+from ccrl.estimators.terms import LogRatio, Loss, Outputs, Ratio
 
 __all__ = ["best_and_worst", "dpo", "ipo", "pair", "per_pair"]
 
@@ -19,7 +19,7 @@ def pair(mean: bool = False) -> Ratio:
     """A pair's log-ratio ``(logp_w - ref_w) - (logp_l - ref_l)`` on the column of the preferred sequence, ``[1, B]``,
     not valid elsewhere; log-probabilities are summed over tokens, or averaged with ``mean`` (TRL's IPO)."""
 
-    def ratio(evaluation: Evaluation, batch: Data) -> Level:
+    def ratio(evaluation: Outputs, batch: Data) -> LogRatio:
         valid, group = batch["valid"], batch["group"]
         # a padded column repeats a member of a pair: without valid rows it is in none
         sign = batch["preferred"].to(valid.dtype) * (valid > 0).any(0)
@@ -31,7 +31,9 @@ def pair(mean: bool = False) -> Ratio:
             return ((sign * total / count) @ partners).unsqueeze(0)
 
         whole = (sign > 0) & ((sign < 0).to(valid.dtype) @ partners > 0)
-        return Level(signed(evaluation["log_prob"]), signed(batch["ref_log_prob"]), whole.to(valid.dtype).unsqueeze(0))
+        return LogRatio(
+            signed(evaluation["log_prob"]), signed(batch["ref_log_prob"]), whole.to(valid.dtype).unsqueeze(0)
+        )
 
     return ratio
 
@@ -39,7 +41,7 @@ def pair(mean: bool = False) -> Ratio:
 def dpo(beta: float) -> Loss:
     """``-log sigmoid(beta D)`` of a pair's log-ratio ``D`` (Rafailov et al. 2023, eq. 7)."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         return -F.logsigmoid(beta * level.log_ratio)
 
     return loss
@@ -48,7 +50,7 @@ def dpo(beta: float) -> Loss:
 def ipo(tau: float) -> Loss:
     """``(D - 1 / (2 tau))^2`` (Azar et al. 2023, eq. 17): a margin to reach, not one to grow for ever."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         return (level.log_ratio - 0.5 / tau).square()
 
     return loss

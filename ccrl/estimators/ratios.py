@@ -6,59 +6,59 @@ import torch
 from torch import Tensor
 
 from ccrl.data import Data
-from ccrl.estimators.terms import Evaluation, Level
+from ccrl.estimators.terms import LogRatio, Outputs
 
 __all__ = ["plain", "reference", "sequence", "sequence_product", "sequence_token", "token", "unweighted"]
 
 
-def token(evaluation: Evaluation, batch: Data) -> Level:
+def token(evaluation: Outputs, batch: Data) -> LogRatio:
     """Per step against the behaviour policy (PPO, GRPO, MDPO, BPO)."""
-    return Level(evaluation["log_prob"], batch["log_prob"], batch["valid"])
+    return LogRatio(evaluation["log_prob"], batch["log_prob"], batch["valid"])
 
 
-def plain(evaluation: Evaluation, batch: Data) -> Level:
+def plain(evaluation: Outputs, batch: Data) -> LogRatio:
     """Denominator = the policy itself: ratio 1 with the score as gradient (REINFORCE, SFT)."""
-    return Level(evaluation["log_prob"], evaluation["log_prob"].detach(), batch["valid"])
+    return LogRatio(evaluation["log_prob"], evaluation["log_prob"].detach(), batch["valid"])
 
 
-def reference(evaluation: Evaluation, batch: Data) -> Level:
+def reference(evaluation: Outputs, batch: Data) -> LogRatio:
     """The reference policy over the policy, gradient in the denominator: ``k1``, ``k2``, ``k3`` of this level are those
     of ``KL(pi || ref)`` under the policy's own samples (llm_baselines, section 4)."""
-    return Level(batch["ref_log_prob"], evaluation["log_prob"], batch["valid"])
+    return LogRatio(batch["ref_log_prob"], evaluation["log_prob"], batch["valid"])
 
 
-def sequence(evaluation: Evaluation, batch: Data) -> Level:
+def sequence(evaluation: Outputs, batch: Data) -> LogRatio:
     """Length-normalised sequence ratio ``exp(mean_t log-ratio)``, one element per column ``[1, B]`` (GSPO)."""
     valid = batch["valid"]
-    return Level(
+    return LogRatio(
         _masked_mean(evaluation["log_prob"], valid),
         _masked_mean(batch["log_prob"], valid),
         (valid.sum(0, keepdim=True) > 0).to(valid.dtype),
     )
 
 
-def sequence_product(evaluation: Evaluation, batch: Data) -> Level:
+def sequence_product(evaluation: Outputs, batch: Data) -> LogRatio:
     """The ratio of whole sequences ``exp(sum_t log-ratio)``, one element per column ``[1, B]`` (TRL's RLOO)."""
     valid = batch["valid"]
-    return Level(
+    return LogRatio(
         _masked_sum(evaluation["log_prob"], valid),
         _masked_sum(batch["log_prob"], valid),
         (valid.sum(0, keepdim=True) > 0).to(valid.dtype),
     )
 
 
-def sequence_token(evaluation: Evaluation, batch: Data) -> Level:
+def sequence_token(evaluation: Outputs, batch: Data) -> LogRatio:
     """The sequence ratio's value on every token, gradient through the token only (GSPO-token; hpt_upge, Seq-Clip)."""
     valid, log_prob = batch["valid"], evaluation["log_prob"]
     mean = _masked_mean(log_prob.detach() - batch["log_prob"], valid)
-    return Level(log_prob, log_prob.detach() - mean, valid)
+    return LogRatio(log_prob, log_prob.detach() - mean, valid)
 
 
-def unweighted(evaluation: Evaluation, batch: Data) -> Level:
+def unweighted(evaluation: Outputs, batch: Data) -> LogRatio:
     """For terms without a ratio (values, entropy, closed-form KL): only ``valid`` matters."""
     valid = batch["valid"]
     zero = torch.zeros_like(valid)
-    return Level(zero, zero, valid)
+    return LogRatio(zero, zero, valid)
 
 
 def _masked_sum(x: Tensor, valid: Tensor) -> Tensor:

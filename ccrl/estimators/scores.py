@@ -19,7 +19,7 @@ from ccrl.updaters import owned_parameters
 
 __all__ = ["Scores"]
 
-Level = Literal["step", "trajectory"]
+LogRatio = Literal["step", "trajectory"]
 
 
 class Scores:
@@ -42,7 +42,7 @@ class Scores:
         module: nn.Module,
         theta: Tensor,
         data: Data,
-        level: Level = "step",
+        level: LogRatio = "step",
         *,
         prefixes: Sequence[str] | None = None,
     ) -> None:

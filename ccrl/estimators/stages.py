@@ -107,14 +107,15 @@ def standardise(x: Tensor, valid: Tensor, ddof: int = 1, eps: float = 1e-8) -> T
 
 @dataclass(frozen=True)
 class EpisodeReturn:
-    """``score`` ``[N]``: the discounted return of every column's first episode (fresh episodes: of the episode)."""
+    """``episode_reward`` ``[N]``: the discounted return of every column's first episode (fresh episodes: of the
+    episode)."""
 
     gamma: float = 1.0
     reward: str = "reward"
 
     def __call__(self, data: Data) -> Data:
         reward = torch.where(data["valid"] > 0, data[self.reward], torch.zeros_like(data[self.reward]))
-        return data.derive_sequence(score=discounted_sum(reward, self.gamma, data["carry"])[0])
+        return data.derive_sequence(episode_reward=discounted_sum(reward, self.gamma, data["carry"])[0])
 
 
 @dataclass(frozen=True)
@@ -126,7 +127,7 @@ class GroupBaseline:
     * Equal scores give 0 in every variant (the deviation is 0; eps only guards the division).
     """
 
-    score: str = "score"
+    reward: str = "episode_reward"
     baseline: Literal["mean", "leave_one_out"] = "mean"
     scale: Literal["std"] | None = None
     ddof: int = 1
@@ -138,7 +139,7 @@ class GroupBaseline:
             raise ValueError("GroupBaseline: leave_one_out is unscaled; use scale=None or baseline='mean'")
 
     def __call__(self, data: Data) -> Data:
-        advantage = self.advantages(data[self.score], data["group"])
+        advantage = self.advantages(data[self.reward], data["group"])
         steps = data.shape[0]
         return data.derive(advantage=advantage.expand(steps, *advantage.shape) * data["valid"])
 
@@ -166,7 +167,7 @@ class GroupThreshold:
     has threshold 0, like its mean in ``GroupBaseline``.
     """
 
-    score: str = "score"
+    reward: str = "episode_reward"
     level: float = 0.5
 
     def __post_init__(self) -> None:
@@ -174,7 +175,7 @@ class GroupThreshold:
             raise ValueError(f"GroupThreshold: expected a level in [0, 1], got {self.level}")
 
     def __call__(self, data: Data) -> Data:
-        return data.derive_sequence(threshold=self.thresholds(data[self.score], data["group"]))
+        return data.derive_sequence(threshold=self.thresholds(data[self.reward], data["group"]))
 
     def thresholds(self, score: Tensor, group: Tensor) -> Tensor:
         """``[N]`` from scores ``[N]`` and integer group labels ``[N]``."""

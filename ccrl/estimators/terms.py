@@ -16,16 +16,16 @@ from torch import Tensor
 
 from ccrl.data import Data
 
-__all__ = ["Aggregate", "Evaluation", "Level", "Loss", "Number", "Ratio", "Term", "surrogate"]
+__all__ = ["Aggregate", "LogRatio", "Loss", "Number", "Outputs", "Ratio", "Term", "surrogate"]
 
-Evaluation = dict[str, Tensor]
+Outputs = dict[str, Tensor]
 """Forward outputs of the policy on a batch, ``[T', B, ...]``; only what was asked for."""
 
 Number = float | Tensor
 """A constant, or a 0-d tensor written in place by a schedule or a dual."""
 
 
-class Level(NamedTuple):
+class LogRatio(NamedTuple):
     """Log-probabilities at the level the ratio is formed: token ``[T', B]``, sequence ``[1, B]``, group ``[1, G]``."""
 
     log_prob: Tensor
@@ -44,8 +44,8 @@ class Level(NamedTuple):
         return self.log_ratio.exp()
 
 
-Ratio = Callable[[Evaluation, Data], Level]
-Loss = Callable[[Level, Tensor, Evaluation, Data], Tensor]
+Ratio = Callable[[Outputs, Data], LogRatio]
+Loss = Callable[[LogRatio, Tensor, Outputs, Data], Tensor]
 Aggregate = Callable[[Tensor, Data], Tensor]
 
 
@@ -63,11 +63,11 @@ class Term:
     weight: str | None = None
     """Column multiplied into the per-element loss."""
     coef: Number = 1.0
-    stats: Callable[[Level, Tensor, Evaluation, Data], dict[str, Tensor]] | None = None
+    stats: Callable[[LogRatio, Tensor, Outputs, Data], dict[str, Tensor]] | None = None
     """Detached diagnostics per element, averaged with the term's weights."""
 
 
-def surrogate(terms: tuple[Term, ...], evaluation: Evaluation, batch: Data) -> tuple[Tensor, dict[str, Tensor]]:
+def surrogate(terms: tuple[Term, ...], evaluation: Outputs, batch: Data) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to minimise (0-d) and detached per-term statistics (before the coefficient)."""
     total: Tensor | None = None
     stats: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Evaluation on a separate env: whole episodes, raw rewards, no bias towards short episodes."""
+"""EvalResult on a separate env: whole episodes, raw rewards, no bias towards short episodes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree
 from ccrl.experiment.checkpoint import write_atomic
 from ccrl.experiment.csv_table import CsvTable, read_rows
 
-__all__ = ["EvalLog", "Evaluation", "Predict", "evaluate", "evaluate_agent"]
+__all__ = ["EvalLog", "EvalResult", "Predict", "evaluate", "evaluate_agent"]
 
 Predict = Callable[[Tree, bool], Tensor]
 """``(obs [N, ...], deterministic) -> action [N, ...]``, with the observation normaliser frozen."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvalResult:
     """Undiscounted returns ``[episodes]`` float64 and lengths ``[episodes]`` int64."""
 
     returns: NDArray[np.float64]
@@ -50,7 +50,7 @@ def evaluate(
     seed: int = 0,
     deterministic: bool = True,
     max_steps: int = 100_000,
-) -> Evaluation:
+) -> EvalResult:
     """Play ``episodes`` episodes from fresh resets with ``seed``.
 
     Episode ``i`` belongs to slot ``i % num_envs`` before it is played: taking the first ones that end, from any slot,
@@ -106,25 +106,25 @@ def evaluate(
                 if left == 0:
                     break
     order = (torch.arange(episodes, device=device) // n, torch.arange(episodes, device=device) % n)
-    return Evaluation(returns[order].cpu().numpy(), lengths[order].cpu().numpy())
+    return EvalResult(returns[order].cpu().numpy(), lengths[order].cpu().numpy())
 
 
 def evaluate_agent(
     agent: Any, env: BatchedEnv, episodes: int = 10, seed: int = 0, deterministic: bool = True
-) -> Evaluation:
+) -> EvalResult:
     """``evaluate`` with the agent's ``act``; or the agent's own ``evaluate(env, episodes, seed, deterministic)``, which
     agents have that do not play environments step by step."""
     own = getattr(agent, "evaluate", None)
     if own is None:
         return evaluate(agent.act, env, episodes, seed, deterministic)
-    found: Evaluation = own(env, episodes, seed, deterministic)
+    found: EvalResult = own(env, episodes, seed, deterministic)
     return found
 
 
 class EvalLog:
     """``eval.csv`` with every return of every evaluation, and SB3's ``evaluations.npz`` made from it.
 
-    Columns: ``step``, the scalars of :class:`Evaluation` under ``eval/`` (deterministic) and ``eval_stochastic/``,
+    Columns: ``step``, the scalars of :class:`EvalResult` under ``eval/`` (deterministic) and ``eval_stochastic/``,
     and ``.../returns`` and ``.../lengths`` as JSON lists. Continues an existing file; rows past ``resume_step`` are
     dropped.
     """
@@ -136,7 +136,7 @@ class EvalLog:
         if resume_step is not None:
             self._write_npz()
 
-    def log(self, step: int, deterministic: Evaluation, stochastic: Evaluation | None = None) -> dict[str, float]:
+    def log(self, step: int, deterministic: EvalResult, stochastic: EvalResult | None = None) -> dict[str, float]:
         """Write one row; returns its scalars, for the logger."""
         scalars: dict[str, float] = {}
         lists: dict[str, str] = {}

@@ -4,7 +4,8 @@ Sources: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statist
 stratified bootstrap, performance profiles, probability of improvement, optimality gap); Efron and Tibshirani, "An
 Introduction to the Bootstrap", 1993 (percentile interval).
 
-``scores`` are runs x tasks: an array ``[R, M, ...]``, or a sequence of ``M`` arrays ``[R_m, ...]`` if tasks have
+``reward_components`` are runs x tasks: an array ``[R, M, ...]``, or a sequence of ``M`` arrays ``[R_m, ...]`` if
+tasks have
 different numbers of runs. Trailing axes (the points of a curve) are handled together. Higher is better.
 """
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ccrl.collect import Request
 from ccrl.data import Batching, Data, columns_read
 from ccrl.estimators.base import Context, Estimator
-from ccrl.estimators.terms import Evaluation, Term, surrogate
+from ccrl.estimators.terms import Outputs, Term, surrogate
 from ccrl.updaters import Stats
 
 __all__ = ["INSTEAD", "Host", "HostParts", "HostedRecipe", "build_hosted", "episode_masks"]
@@ -38,7 +38,7 @@ class Host:
     components: tuple[str, ...]
     """Names of the reward's components."""
     given: frozenset[str]
-    """Columns that every rollout has; ``valid``, ``score``, ``group`` at least."""
+    """Columns that every rollout has; ``valid``, ``episode_reward``, ``group`` at least."""
     computed: frozenset[str]
     """Columns that cost a forward pass: computed where a stage reads them."""
     outputs: frozenset[str]
@@ -62,7 +62,7 @@ class HostParts:
 class _Reference(nn.Module):
     """The host has evaluated its reference already."""
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         return {"log_prob": batch["host_ref_log_prob"]}
 
 
@@ -76,7 +76,7 @@ class _Zeros(nn.Module):
         if "log_prob_second" in outputs:
             self.second_temperature = 1.0
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         if want - self._outputs:
             raise ValueError(f"it wants {sorted(want - self._outputs)} of the policy, which computes "
                              f"{sorted(self._outputs)}")  # fmt: skip
@@ -246,8 +246,9 @@ def _made_up(host: Host, computed: frozenset[str], equal: bool) -> Data:
     score = scores.sum(1)
     ids = torch.zeros(steps, count, dtype=torch.int64)
     columns: dict[str, Tensor] = {
-        "valid": valid, "present": valid, "action": ids, "reward": score * last, "carry": carry, "score": score,
-        "scores": scores, "group": torch.arange(count) // host.group_size, "length": valid.sum(0).long(),
+        "valid": valid, "present": valid, "action": ids, "reward": score * last, "carry": carry, "episode_reward":
+        score,
+        "reward_components": scores, "group": torch.arange(count) // host.group_size, "length": valid.sum(0).long(),
         "prompt": torch.zeros(count, 1, dtype=torch.int64), "prompt_valid": torch.ones(count, 1),
         "demonstration": torch.zeros(count),
     }  # fmt: skip
@@ -255,5 +256,13 @@ def _made_up(host: Host, computed: frozenset[str], equal: bool) -> Data:
     columns |= {name: torch.full((steps, count), -1.0) for name in computed}
     if host.reference:
         columns["host_ref_log_prob"] = torch.zeros(steps, count)
-    sequence = {"score", "scores", "group", "length", "prompt", "prompt_valid", "demonstration"} & columns.keys()
+    sequence = {
+        "episode_reward",
+        "reward_components",
+        "group",
+        "length",
+        "prompt",
+        "prompt_valid",
+        "demonstration",
+    } & columns.keys()
     return Data(columns, sequence=frozenset(sequence))

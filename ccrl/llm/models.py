@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.data import Data
-from ccrl.estimators.terms import Evaluation
+from ccrl.estimators.terms import Outputs
 from ccrl.llm.policy import CausalLMPolicy
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.llm.task import TextTask
@@ -89,7 +89,7 @@ def build_policy(config: Any, task: TextTask) -> nn.Module:
         model = load_model(config.model)
     if config.lora_rank:
         model = add_adapters(model, config.lora_rank)
-    policy = CausalLMPolicy(model, chunk=config.chunk or None, **options)
+    policy = CausalLMPolicy(model, logits_chunk_size=config.logits_chunk_size or None, **options)
     if policy.vocab_size < task.vocab.size:
         raise ValueError(f"model: expected at least the task's {task.vocab.size} tokens, got {policy.vocab_size}")
     return policy
@@ -102,7 +102,7 @@ class WithoutAdapters(nn.Module):
         super().__init__()
         self._policy = (policy,)  # in a tuple: its parameters are the policy's, not this module's
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """As the policy's, with the adapters off."""
         policy = self._policy[0]
         with policy.model.disable_adapter():  # type: ignore[operator]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ccrl.data import Data, Unit
-from ccrl.estimators.terms import Evaluation
+from ccrl.estimators.terms import Outputs
 from ccrl.llm.task import Prompts
 
 __all__ = ["OUTPUTS", "CausalLMPolicy", "TokenPolicy", "entropy_of", "token_outputs"]
@@ -91,8 +91,9 @@ class CausalLMPolicy(nn.Module):
     :param temperature: of sampling AND of scoring: ratios compare the distributions that were sampled from.
     :param second_temperature: of ``log_prob_second``.
     :param k: size of ``topk_*``.
-    :param chunk: tokens per piece of the vocabulary projection; each piece is computed again in the backward pass, so
-        memory is ``chunk * V`` instead of ``T * B * V``. None: in one piece.
+    :param logits_chunk_size: tokens per piece of the vocabulary projection; each piece is computed again in the
+    backward pass, so
+        memory is ``logits_chunk_size * V`` instead of ``T * B * V``. None: in one piece.
     :raises ValueError: for a temperature or chunk that is not positive, or a chunk with a model whose logits are more
         than a projection of its last hidden state.
     """
@@ -106,25 +107,30 @@ class CausalLMPolicy(nn.Module):
         temperature: float = 1.0,
         second_temperature: float = 1.0,
         k: int = 16,
-        chunk: int | None = None,
+        logits_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
         if temperature <= 0 or second_temperature <= 0:
             raise ValueError(f"temperature: expected > 0, got {temperature}, {second_temperature}; greedy decoding is "
                              "the sampler's `deterministic`")  # fmt: skip
-        if chunk is not None and chunk < 1:
-            raise ValueError(f"chunk: expected None or >= 1, got {chunk}")
+        if logits_chunk_size is not None and logits_chunk_size < 1:
+            raise ValueError(f"logits_chunk_size: expected None or >= 1, got {logits_chunk_size}")
         self.model = model.eval()
-        self.temperature, self.second_temperature, self.k, self.chunk = temperature, second_temperature, k, chunk
+        self.temperature, self.second_temperature, self.k, self.logits_chunk_size = (
+            temperature,
+            second_temperature,
+            k,
+            logits_chunk_size,
+        )
         # transformers 5.24 renamed the argument and warns of the old name at every call
         known = inspect.signature(type(_base(model)).forward).parameters
         self._cache = "cache" if "cache" in known else "past_key_values"
         self._shares = _caches().is_shareable(getattr(_try(model, use_cache=True), self._cache, None))
         # the library's flag of models whose masks cover what is reserved and not yet written
         self._blocks = getattr(_base(model), "_can_compile_fullgraph", False)
-        if chunk is not None and not _is_projection(model):
-            raise ValueError(f"chunk: the logits of {type(model).__name__} are not its output embedding of the last "
-                             "hidden state; use chunk=None")  # fmt: skip
+        if logits_chunk_size is not None and not _is_projection(model):
+            raise ValueError(f"logits_chunk_size: the logits of {type(model).__name__} are not its output embedding "
+                             "of the last hidden state; use logits_chunk_size=None")  # fmt: skip
 
     def train(self, mode: bool = True) -> CausalLMPolicy:
         """Stays in evaluation mode: dropout would make the score disagree with the sample."""
@@ -139,10 +145,10 @@ class CausalLMPolicy(nn.Module):
 
     # -- scoring ------------------------------------------------------------------------------------------------------
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """``want`` of ``OUTPUTS`` ``[T', B, ...]``."""
         tokens = batch["action"].t()
-        if self.chunk is None and "hidden" not in want:
+        if self.logits_chunk_size is None and "hidden" not in want:
             out = self._outputs(self._before(batch, self._logits), tokens, want)
         else:
             hidden = self._before(batch, self._hidden)
@@ -193,7 +199,7 @@ class CausalLMPolicy(nn.Module):
         return token_outputs(logits, tokens, want, self.temperature, self.second_temperature, self.k)
 
     def _pieces(self, hidden: Tensor, tokens: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
-        """``[B, T, ...]`` from ``hidden`` ``[B, T, D]``, ``chunk`` tokens at a time."""
+        """``[B, T, ...]`` from ``hidden`` ``[B, T, D]``, ``logits_chunk_size`` tokens at a time."""
         head: Callable[[Tensor], Tensor] = self.model.get_output_embeddings()  # type: ignore[operator]
         names = sorted(want)
 
@@ -202,7 +208,7 @@ class CausalLMPolicy(nn.Module):
             return tuple(found[name] for name in names)
 
         flat, token = hidden.flatten(0, 1), tokens.flatten()
-        size = flat.shape[0] if self.chunk is None else self.chunk
+        size = flat.shape[0] if self.logits_chunk_size is None else self.logits_chunk_size
         rows = [
             checkpoint(piece, states, chosen, use_reentrant=False) if torch.is_grad_enabled() else piece(states, chosen)
             for states, chosen in zip(torch.split(flat, size), torch.split(token, size))

@@ -27,28 +27,31 @@ LOOK = 8
 class TokenCollector:
     """Serves requests for completions, as ``Collector`` does for environment steps.
 
-    A rollout is ``[T, N]``, ``T`` its longest completion rounded up to ``bucket``. Per step: ``action`` (the token),
+    A rollout is ``[T, N]``, ``T`` its longest completion rounded up to ``pad_to_multiple_of``. Per step: ``action``
+    (the token),
     ``log_prob`` (behaviour), ``present`` (in the context), ``valid`` (chosen by the policy: replies are present and not
     valid), ``reward`` (all of it on the last token), flags and masks. Per sequence: ``prompt``, ``prompt_valid``
-    ``[N, P]``, ``group`` (number of the prompt in the rollout), ``index`` (which question it is), ``score`` (reward),
-    ``scores`` ``[N, C]`` (its components), ``answer``, ``length`` (tokens present), ``capped`` (stopped by the cap),
+    ``[N, P]``, ``group`` (number of the prompt in the rollout), ``index`` (which question it is), ``episode_reward``
+    (reward),
+    ``reward_components`` ``[N, C]`` (its components), ``answer``, ``length`` (tokens present), ``capped`` (stopped
+    by the cap),
     ``demonstration`` (1: not sampled; its ``log_prob`` is 0).
 
     :param fields: more raw columns that an estimator declares; ``entropy`` (nats, of the sampling distribution) is the
         one there is.
-    :param bucket: completions are padded to a multiple of it, so that compiled and cached shapes are few.
+    :param pad_to_multiple_of: completions are padded to a multiple of it, so that compiled and cached shapes are few.
     """
 
     def __init__(
         self, task: TextTask, *, seed: int = 0, device: torch.device | str = "cpu", fields: tuple[Field, ...] = (),
-        bucket: int = 1, max_new_tokens: int | None = None,
+        pad_to_multiple_of: int = 1, max_new_tokens: int | None = None,
     ) -> None:  # fmt: skip
         unknown = {f.name for f in fields} - {"entropy"}
         if unknown:
             raise ValueError(f"fields: expected names among ['entropy'], got {sorted(unknown)}")
-        if bucket < 1:
-            raise ValueError(f"bucket: expected >= 1, got {bucket}")
-        self.task, self.device, self.bucket = task, torch.device(device), bucket
+        if pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of: expected >= 1, got {pad_to_multiple_of}")
+        self.task, self.device, self.pad_to_multiple_of = task, torch.device(device), pad_to_multiple_of
         fixed = getattr(task, "fixed_length", None)
         self.steps = int(fixed or min(task.max_new_tokens, max_new_tokens or task.max_new_tokens))
         self._fixed = fixed is not None
@@ -89,7 +92,7 @@ class TokenCollector:
         data = self.sample(policy, prompts, question, tag=request.tag)
         self.total_steps += question.shape[0]
         self.tokens += int(data["valid"].sum())
-        self.stats = EpisodeStats(data["score"].double().cpu(), data["length"].cpu())
+        self.stats = EpisodeStats(data["episode_reward"].double().cpu(), data["length"].cpu())
         return data
 
     def sample(
@@ -233,13 +236,14 @@ class TokenCollector:
         buffer.reward[(length - 1).clamp_min(0), columns] = torch.where(length > 0, total, 0.0)
         zeros = torch.zeros(n, dtype=torch.int64, device=self.device)
         data = buffer.data(step=zeros, ended=zeros.bool())
-        longest = -(-max(1, int(length.max())) // self.bucket) * self.bucket
+        longest = -(-max(1, int(length.max())) // self.pad_to_multiple_of) * self.pad_to_multiple_of
         # what lies after the end of a column belongs to no episode
         steps = {k: data[k][:longest] for k in data if k not in data.sequence and k != "obs"}
         steps |= {"valid": valid[:longest], "present": present[:longest], "carry": steps["carry"] * present[:longest]}
         sequence = {
             "prompt": prompts.tokens[question], "prompt_valid": prompts.valid[question], "group": question,
-            "index": prompts.index[question], "score": total, "scores": components, "answer": answer, "length": length,
+            "index": prompts.index[question], "episode_reward": total, "reward_components": components, "answer":
+            answer, "length": length,
             "capped": buffer.truncated.any(0), "demonstration": torch.full_like(total, float(demonstration)),
         }  # fmt: skip
         return Data(steps | sequence, sequence=frozenset(sequence))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.data import Data, Unit
-from ccrl.estimators.terms import Evaluation
+from ccrl.estimators.terms import Outputs
 from ccrl.llm.policy import OUTPUTS, token_outputs
 from ccrl.llm.task import Prompts
 
@@ -41,7 +41,7 @@ class TabularTokenPolicy(nn.Module):
     def vocab_size(self) -> int:
         return self.logits.shape[2]
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """``want`` ``[T', B, ...]``."""
         tokens = batch["action"]
         logits = self.logits[batch["prompt"][:, -1], : tokens.shape[0]].transpose(0, 1)

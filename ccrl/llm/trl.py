@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 from ccrl.data import Data
 from ccrl.estimators.base import Estimator
-from ccrl.estimators.terms import Evaluation, surrogate
+from ccrl.estimators.terms import Outputs, surrogate
 from ccrl.llm.hosted import Host, HostedRecipe, build_hosted, episode_masks
 from ccrl.packages import require
 
 __all__ = ["RecipeTrainer", "grpo_trainer"]
 
 GIVEN = frozenset({
-    "valid", "present", "action", "reward", "carry", "score", "scores", "group", "length", "prompt", "prompt_valid",
+    "valid", "present", "action", "reward", "carry", "episode_reward", "reward_components", "group", "length",
+    "prompt", "prompt_valid",
     "demonstration",
 })  # fmt: skip
 """Columns of every rollout."""
@@ -121,7 +122,8 @@ class RecipeTrainer(_Trainer):  # type: ignore[misc]
         last, carry = episode_masks(valid)
         score, count = scores.sum(1), scores.shape[0]
         columns = dict(data) | {
-            "valid": valid, "reward": last * score, "carry": carry, "score": score, "scores": scores,
+            "valid": valid, "reward": last * score, "carry": carry, "episode_reward": score, "reward_components":
+            scores,
             "group": torch.arange(count, device=valid.device) // self.num_generations,
             "length": data["present"].sum(0).long(), "demonstration": torch.zeros_like(score),
         }  # fmt: skip
@@ -129,7 +131,7 @@ class RecipeTrainer(_Trainer):  # type: ignore[misc]
             columns["host_ref_log_prob"] = out["ref_per_token_logps"].t()
         if "old_per_token_logps" in out:
             columns["log_prob"] = out["old_per_token_logps"].t()
-        sequence = data.sequence | {"score", "scores", "group", "length", "demonstration"}
+        sequence = data.sequence | {"episode_reward", "reward_components", "group", "length", "demonstration"}
         missing = self.hosted.computed - columns.keys()
         if missing:
             found = self.host_policy(Data(columns, sequence=sequence), missing)
@@ -244,13 +246,11 @@ class _TrlPolicy(nn.Module):
     def temperature(self) -> float:
         return float(self._trainer[0].temperature)
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """Without auxiliary losses."""
         return self.evaluate(self._trainer[0].model, batch, want, training=False)[0]
 
-    def evaluate(
-        self, model: Any, batch: Data, want: frozenset[str], training: bool
-    ) -> tuple[Evaluation, Tensor | None]:
+    def evaluate(self, model: Any, batch: Data, want: frozenset[str], training: bool) -> tuple[Outputs, Tensor | None]:
         """``want`` ``[T, B]``, and the load-balancing loss of mixtures of experts in training."""
         trainer = self._trainer[0]
         ids = torch.cat([batch["prompt"], batch["action"].t()], 1)

@@ -20,13 +20,15 @@ from torch import Tensor, nn
 from ccrl.data import Data
 from ccrl.estimators.base import Estimator
 from ccrl.estimators.outcomes import SequenceAdvantage
-from ccrl.estimators.terms import Evaluation, surrogate
+from ccrl.estimators.terms import Outputs, surrogate
 from ccrl.llm.hosted import INSTEAD, Host, HostedRecipe, build_hosted, episode_masks
 from ccrl.packages import require
 
 __all__ = ["VerlAdvantage", "VerlLoss", "bridge", "register"]
 
-GIVEN = frozenset({"valid", "present", "reward", "carry", "score", "scores", "group", "length", "demonstration"})
+GIVEN = frozenset(
+    {"valid", "present", "reward", "carry", "episode_reward", "reward_components", "group", "length", "demonstration"}
+)
 AT_LOSS = frozenset({"valid", "log_prob", "advantage", "sequence_advantage", "n_valid", "n_sequences"})
 """Columns of a minibatch: verl hands advantages on, and nothing else that the stages made."""
 
@@ -34,7 +36,7 @@ AT_LOSS = frozenset({"valid", "log_prob", "advantage", "sequence_advantage", "n_
 class _NoPolicy(nn.Module):
     """verl computes advantages where no model is."""
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         raise ValueError("its stages evaluate the policy")
 
 
@@ -90,11 +92,13 @@ class VerlAdvantage:
         group = torch.as_tensor(np.unique(np.asarray(index), return_inverse=True)[1].reshape(-1))
         carry = episode_masks(valid)[1]
         columns: dict[str, Tensor] = {
-            "valid": valid, "present": valid, "reward": reward, "carry": carry, "score": score,
-            "scores": score.unsqueeze(1), "group": group.to(valid.device),
+            "valid": valid, "present": valid, "reward": reward, "carry": carry, "episode_reward": score,
+            "reward_components": score.unsqueeze(1), "group": group.to(valid.device),
             "length": valid.sum(0).long(), "demonstration": torch.zeros_like(score),
         }  # fmt: skip
-        data = Data(columns, sequence=frozenset({"score", "scores", "group", "length", "demonstration"}))
+        data = Data(
+            columns, sequence=frozenset({"episode_reward", "reward_components", "group", "length", "demonstration"})
+        )
         on = self.hosted.prepare(data, 0.0, 1.0)["on"]
         if "advantage" in on:
             advantage = on["advantage"]

@@ -98,7 +98,7 @@ class AgentContract:
     def test_the_clock_counts_environment_steps(self) -> None:
         agent = self.make_agent()
         assert agent.num_timesteps == 0
-        size = agent.batch_steps
+        size = agent.samples_per_iteration
         assert agent.learn(size + 1) is agent, "learn() must return the agent"
         assert agent.num_timesteps == 2 * size, "whole iterations, as many as the total needs"
         agent.learn(3 * size)
@@ -116,17 +116,17 @@ class AgentContract:
         for env in (None, self.make_clock()):
             agent = self.make_agent(env)
             before = _parameters(agent)
-            agent.learn(2 * agent.batch_steps)
+            agent.learn(2 * agent.samples_per_iteration)
             after = _parameters(agent)
             assert not torch.equal(before, after)
             assert bool(after.isfinite().all())
             assert "train/learning_rate" in agent.scalars
-            assert agent.scalars["time/total_timesteps"] == 2 * agent.batch_steps
+            assert agent.scalars["time/total_timesteps"] == 2 * agent.samples_per_iteration
 
     def test_training_return_is_that_of_the_script(self) -> None:
         agent = self.make_agent(self.make_clock())
         assert agent.ep_rew_mean is None
-        agent.learn(agent.batch_steps)
+        agent.learn(agent.samples_per_iteration)
         rows = agent.config.n_steps
         short, long = rows // 3, rows // 5
         assert abs(agent.ep_rew_mean - (3 * short + 5 * long) / (short + long)) < 1e-9
@@ -135,7 +135,7 @@ class AgentContract:
         def train(seed: int) -> Tensor:
             torch.manual_seed(seed + 99)  # the global stream must not matter
             agent = self.make_agent(seed=seed)
-            agent.learn(2 * agent.batch_steps)
+            agent.learn(2 * agent.samples_per_iteration)
             return _parameters(agent)
 
         first = train(0)
@@ -163,7 +163,7 @@ class AgentContract:
 
     def test_predict_takes_discrete_observations(self) -> None:
         agent = self.make_agent(SpacesEnv(spaces.Discrete(4), self._action_space()))
-        agent.learn(agent.batch_steps)
+        agent.learn(agent.samples_per_iteration)
         _check_predict(agent, np.int64(3), np.array([0, 1, 3]), agent.env.single_action_space)
 
     def test_predict_repeats_only_when_deterministic(self) -> None:
@@ -197,7 +197,7 @@ class AgentContract:
 
     def test_a_loaded_agent_acts_alike(self, tmp_path: Path) -> None:
         agent = self.make_agent()
-        agent.learn(2 * agent.batch_steps)
+        agent.learn(2 * agent.samples_per_iteration)
         agent.save(tmp_path / "a.pt")
         loaded = type(agent).load(tmp_path / "a.pt")
         obs = _observations(agent, 64)
@@ -208,7 +208,7 @@ class AgentContract:
 
     def test_a_loaded_agent_goes_on_as_the_saved_one(self, tmp_path: Path) -> None:
         agent = self.make_agent()
-        total = 4 * agent.batch_steps
+        total = 4 * agent.samples_per_iteration
         agent.learn(total, lambda a: a.save(tmp_path / "a.pt") if a.iteration == 2 else None)
         loaded = type(agent).load(tmp_path / "a.pt")
         assert loaded.iteration == 2
@@ -220,18 +220,18 @@ class AgentContract:
     def test_callback_state_waits_for_its_callback(self, tmp_path: Path) -> None:
         """Also through a load and a save without training in between."""
         agent, folder = self.make_agent(), tmp_path / "checkpoints"
-        agent.learn(2 * agent.batch_steps, CheckpointCallback(folder, every=10 * agent.batch_steps))
+        agent.learn(2 * agent.samples_per_iteration, CheckpointCallback(folder, every=10 * agent.samples_per_iteration))
         agent.save(tmp_path / "a.pt")
         type(agent).load(tmp_path / "a.pt").save(tmp_path / "b.pt")
         callback = CheckpointCallback(folder, every=1)
         loaded = type(agent).load(tmp_path / "b.pt")
-        loaded.learn(3 * loaded.batch_steps, callback)
-        assert callback.next == 10 * agent.batch_steps
+        loaded.learn(3 * loaded.samples_per_iteration, callback)
+        assert callback.next == 10 * agent.samples_per_iteration
 
     def test_saving_changes_nothing(self, tmp_path: Path) -> None:
         plain, saved = self.make_agent(), self.make_agent()
-        plain.learn(2 * plain.batch_steps)
-        saved.learn(2 * plain.batch_steps, lambda a: a.save(tmp_path / "a.pt"))
+        plain.learn(2 * plain.samples_per_iteration)
+        saved.learn(2 * plain.samples_per_iteration, lambda a: a.save(tmp_path / "a.pt"))
         assert torch.equal(_parameters(plain), _parameters(saved))
 
     def test_another_agents_checkpoint_is_refused(self, tmp_path: Path) -> None:
@@ -244,7 +244,7 @@ class AgentContract:
 
     def test_an_environment_object_must_be_given_again(self, tmp_path: Path) -> None:
         agent = self.make_agent(self.make_clock())
-        agent.learn(agent.batch_steps)
+        agent.learn(agent.samples_per_iteration)
         agent.save(tmp_path / "a.pt")
         assert "pass env=" in _error(ValueError, lambda: type(agent).load(tmp_path / "a.pt"))
         loaded = type(agent).load(tmp_path / "a.pt", env=self.make_clock())
@@ -292,7 +292,7 @@ class AgentContract:
 
     def test_callbacks_are_called_and_can_stop(self) -> None:
         agent = self.make_agent()
-        size = agent.batch_steps
+        size = agent.samples_per_iteration
         first, second = _Counter(stop_after=2), _Counter()
         second_key = type("_Second", (_Counter,), {})()
         agent.learn(4 * size, [first, second, second_key])
@@ -305,24 +305,24 @@ class AgentContract:
 
     def test_stop_on_reward(self) -> None:
         agent = self.make_agent(self.make_clock())
-        agent.learn(4 * agent.batch_steps, StopOnReward(1.0))  # every episode returns 3 or 5
+        agent.learn(4 * agent.samples_per_iteration, StopOnReward(1.0))  # every episode returns 3 or 5
         assert agent.iteration == 1
-        agent.learn(4 * agent.batch_steps, StopOnReward(100.0))
+        agent.learn(4 * agent.samples_per_iteration, StopOnReward(100.0))
         assert agent.iteration == 4
 
     def test_evaluation_saves_the_best(self, tmp_path: Path) -> None:
         agent = self.make_agent(self.make_clock())
-        callback = EvalCallback(self.make_clock(), tmp_path, every=agent.batch_steps, episodes=2)
-        agent.learn(2 * agent.batch_steps, callback)
+        callback = EvalCallback(self.make_clock(), tmp_path, every=agent.samples_per_iteration, episodes=2)
+        agent.learn(2 * agent.samples_per_iteration, callback)
         assert callback.best == 4.0, "one episode of 3 and one of 5 steps, reward 1"
         loaded = type(agent).load(tmp_path / "best.pt", env=self.make_clock())
-        assert loaded.num_timesteps == agent.batch_steps, "an equal score is not better"
+        assert loaded.num_timesteps == agent.samples_per_iteration, "an equal score is not better"
         assert len((tmp_path / "eval.csv").read_text().splitlines()) == 3
 
     def test_evaluation_changes_nothing(self, tmp_path: Path) -> None:
         plain, watched = self.make_agent(self.make_clock()), self.make_agent(self.make_clock())
-        plain.learn(2 * plain.batch_steps)
-        watched.learn(2 * plain.batch_steps, EvalCallback(self.make_clock(), tmp_path, every=1, episodes=2))
+        plain.learn(2 * plain.samples_per_iteration)
+        watched.learn(2 * plain.samples_per_iteration, EvalCallback(self.make_clock(), tmp_path, every=1, episodes=2))
         assert torch.equal(_parameters(plain), _parameters(watched))
 
     def _action_space(self) -> gymnasium.Space[Any]:

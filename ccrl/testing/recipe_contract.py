@@ -205,7 +205,7 @@ class RecipeContract:
         def stop(at: int) -> Callable[[Any], bool]:
             return lambda agent: agent.iteration < at
 
-        total = 100 * make().batch_steps
+        total = 100 * make().samples_per_iteration
         whole, half = make(), make()
         start = [p.detach().clone() for p in whole.policy.parameters()]
         whole.learn(total, stop(4))
@@ -301,11 +301,11 @@ def _longer(data: Data) -> Data:
 
 def _rewarded(data: Data, value: float) -> Data:
     """All sequences score the same, in the first component."""
-    scores = torch.zeros_like(data["scores"])
+    scores = torch.zeros_like(data["reward_components"])
     scores[:, 0] = value
     reward = torch.zeros_like(data["reward"])
     reward[data["length"] - 1, torch.arange(data.shape[1])] = value
-    return _with(data, scores=scores, score=scores.sum(1), reward=reward)
+    return _with(data, reward_components=scores, episode_reward=scores.sum(1), reward=reward)
 
 
 def _noise(agent: Any, seed: int) -> Tensor:

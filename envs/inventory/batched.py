@@ -10,7 +10,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, StepResult
-from ccrl.functional_env import Network, Split, State
+from ccrl.inventory.functional_env import Network, Split, State
 from envs.inventory.demand import Recorded
 from envs.inventory.simulator import InventoryEnv
 from envs.inventory.tasks import Task, make_task

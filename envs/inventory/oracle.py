@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ccrl.estimators.pathwise import Unrolled, average_cost
+from ccrl.inventory.pathwise import Unrolled, average_cost
 from envs.inventory.demand import Normal, Poisson
 from envs.inventory.simulator import InventoryEnv
 from envs.inventory.tasks import Task

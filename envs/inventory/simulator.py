@@ -1,4 +1,4 @@
-"""The inventory network as pure functions: a :class:`ccrl.functional_env.FunctionalEnv`.
+"""The inventory network as pure functions: a :class:`ccrl.inventory.functional_env.FunctionalEnv`.
 
 Order of events in a period: observe; all nodes order and ship at once; demand meets what is on hand (an order of this
 period never serves it); costs; what is in transit moves up one slot and the orders enter at their lead time::
@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ccrl.functional_env import Split, State
+from ccrl.inventory.functional_env import Split, State
 from envs.inventory.demand import Recorded, days_from_christmas
 from envs.inventory.tasks import Task
 
@@ -27,7 +27,7 @@ __all__ = ["InventoryEnv", "Policy", "Trace", "simulate"]
 
 
 class InventoryEnv:
-    """A task with the horizon of one split; see :class:`ccrl.functional_env.FunctionalEnv` for the shapes.
+    """A task with the horizon of one split; see :class:`ccrl.inventory.functional_env.FunctionalEnv` for the shapes.
 
     Beyond the protocol the state holds ``week`` ``[B]`` and ``past_demand`` where demand is recorded, and ``underage``
     ``[B, 1]`` and ``lead_time`` ``[B, 1]`` where they differ by series.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from ccrl.functional_env import Network
+from ccrl.inventory.functional_env import Network
 from envs.inventory.demand import Demand, Normal, Poisson, Recorded, load_series, synthetic_series
 
 __all__ = ["TASKS", "Task", "make_task"]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates
-from ccrl.estimators.terms import Evaluation, Level, Loss, Term
+from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
 from ccrl.llm.policy import token_outputs
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.llm.task import Prompts
@@ -46,16 +46,17 @@ def table(arm: Tensor, group: Tensor, weight: Tensor) -> Data:
     ones = torch.ones_like(weight)
     columns = {
         "action": arm.unsqueeze(0), "valid": ones.unsqueeze(0), "ref_log_prob": reference.log()[arm].unsqueeze(0),
-        "prompt": torch.zeros(len(arm), 1, dtype=torch.int64), "score": reward[arm], "group": group, "weight": weight,
+        "prompt": torch.zeros(len(arm), 1, dtype=torch.int64), "episode_reward": reward[arm], "group": group,
+        "weight": weight,
     }  # fmt: skip
-    data = Data(columns, sequence=frozenset({"prompt", "score", "group", "weight"}))
+    data = Data(columns, sequence=frozenset({"prompt", "episode_reward", "group", "weight"}))
     return data.epoch(Batching("group", "full"), None)[0]
 
 
 def policy_gradient(baseline: str) -> Loss:
     """``-(R_beta - b) log pi``; the baseline is nothing, or a mean of R_beta over the data (weights) or the policy."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         regularised = (advantage - 0.5 * level.log_ratio[0]).detach()
         over = {
             "none": torch.zeros_like(regularised),
@@ -82,7 +83,12 @@ def exact_arms(loss: str, steps: int = 2000) -> tuple[float, ...]:
     else:
         batch = table(torch.arange(3), torch.zeros(3, dtype=torch.int64), first)
         term = Term(
-            "pg", policy_gradient(loss), aggregates.fixed(1.0), sequence_sum, advantage="score", weight="weight"
+            "pg",
+            policy_gradient(loss),
+            aggregates.fixed(1.0),
+            sequence_sum,
+            advantage="episode_reward",
+            weight="weight",
         )
         terms = (term,)
     for _ in range(steps):
@@ -101,7 +107,7 @@ def sampled_arms(seed: int, iterations: int = 100) -> Tensor:
             agent.policy.logits[0, 0] = torch.tensor(probabilities).log()
         if name != "live":
             agent.ctx.bank.refresh(name)
-    agent.learn(iterations * 2 * agent.batch_steps)
+    agent.learn(iterations * 2 * agent.samples_per_iteration)
     return agent.policy.logits[0, 0].detach().softmax(0)
 
 
@@ -133,7 +139,7 @@ class Autoregressive(nn.Module):
         known = torch.einsum("ts,sbv->tbsv", before, one_hot).flatten(2)
         return torch.cat([known, torch.eye(steps).unsqueeze(1).expand(-1, tokens.shape[1], -1)], 2)
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         return token_outputs(self.body(self.features(batch["action"])), batch["action"], want, 1.0, 1.0, 1)
 
     def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[tuple[Tensor, int], Tensor]:
@@ -159,7 +165,7 @@ class OfflineCoPG(CoPG):
 def preference(kind: str) -> Loss:
     """DPO or IPO on the pairs of neighbouring columns, the better one chosen; ties are left out."""
 
-    def loss(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         ratio, score = (level.log_prob - level.log_ref)[0].view(-1, 2), advantage.view(-1, 2)
         sign = torch.sign(score[:, 0] - score[:, 1])
         margin = sign * (ratio[:, 0] - ratio[:, 1])
@@ -169,7 +175,7 @@ def preference(kind: str) -> Loss:
     return loss
 
 
-def importance_weighted(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+def importance_weighted(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """Policy gradient on regularised rewards with sequence weights pi / mu and the weighted mean as baseline."""
     weight = (level.log_prob[0].detach() - batch["log_prob"].sum(0)).exp()
     regularised = (advantage - BETA * level.log_ratio[0]).detach()
@@ -201,16 +207,18 @@ def offline(method: str, seed: int) -> list[float]:
     losses: dict[str, Loss] = {"DPO": preference("DPO"), "IPO": preference("IPO"), "IW-PG": importance_weighted}
     terms = agent.estimator.phases()[0].terms
     if method != "CoPG":
-        terms = (Term(method, losses[method], aggregates.sequence_mean, sequence_sum, advantage="score"),)
+        terms = (Term(method, losses[method], aggregates.sequence_mean, sequence_sum, advantage="episode_reward"),)
     prompts, curve = agent.collector.test_prompts(1, 0), list[float]()
     for epoch in range(1, EPOCHS + 1):
         for batch in data.epoch(Batching("group", 32), agent.ctx.generator):
             agent.updaters["policy"].step(terms, batch)
         if epoch % 10 == 0:
-            drawn = agent.collector.sample(agent.policy, prompts, torch.zeros(4096, dtype=torch.int64), tag="score")
+            drawn = agent.collector.sample(
+                agent.policy, prompts, torch.zeros(4096, dtype=torch.int64), tag="episode_reward"
+            )
             # the reference is uniform
             kl = drawn["log_prob"].sum(0).mean() + 6 * math.log(8)
-            curve.append(float(drawn["score"].mean() - BETA * kl))
+            curve.append(float(drawn["episode_reward"].mean() - BETA * kl))
     return curve
 
 

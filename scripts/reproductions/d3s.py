@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ccrl.data import Data
 from ccrl.estimators.stages import GroupBaseline
-from ccrl.estimators.terms import Evaluation
+from ccrl.estimators.terms import Outputs
 from ccrl.llm.policy import OUTPUTS, token_outputs
 from ccrl.llm.task import Prompts
 from ccrl.packages import check_siblings
@@ -51,7 +51,7 @@ class SharedPolicy(nn.Module):
         logits: Tensor = self.head(self.question(row) + self.place(place) + self.memory(memory))
         return logits
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """``want`` ``[T', B, ...]``."""
         tokens, row = batch["action"], batch["prompt"][:, -1]
         memory = (tokens.cumsum(0) - tokens) % self.symbols

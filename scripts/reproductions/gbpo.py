@@ -21,7 +21,7 @@ check_siblings()
 from agents.llm.base import LLM
 from agents.llm.baselines import GRPO
 from agents.llm.gbpo import GBPO, GBPOConfig, GBPORecipe
-from agents.llm.recipe import Parts
+from ccrl.estimators.recipe import Parts
 from envs.text import make_task
 
 UPDATES = 60
@@ -39,10 +39,10 @@ def uniform_bandit(scores: tuple[float, ...], steps: int, bound: float = 0.2) ->
     score = torch.tensor(scores, dtype=torch.float64)
     columns = {
         "action": arms.unsqueeze(0), "log_prob": torch.full_like(score, -math.log(len(scores))).unsqueeze(0),
-        "valid": torch.ones_like(score).unsqueeze(0), "score": score, "group": torch.zeros_like(arms),
+        "valid": torch.ones_like(score).unsqueeze(0), "episode_reward": score, "group": torch.zeros_like(arms),
         "prompt": torch.zeros(len(scores), 1, dtype=torch.int64),
     }  # fmt: skip
-    data = Data(columns, sequence=frozenset({"score", "group", "prompt"}))
+    data = Data(columns, sequence=frozenset({"episode_reward", "group", "prompt"}))
     for stage in recipe.stages():
         data = stage(data)
     batch = data.epoch(Batching("sequence", "full"), None)[0]

@@ -21,7 +21,7 @@ check_siblings()
 from agents.llm.base import LLM
 from agents.llm.baselines import GRPO
 from agents.llm.gdpo import GDPO
-from agents.llm.recipe import Recipe
+from ccrl.estimators.recipe import Recipe
 from envs.text.bandits import TokenBandit
 
 ARMS, PROMPTS, STEP, FORMATTED = 8, 16, 0.5, 0.12

@@ -66,7 +66,7 @@ def outcome(agent: HPT, shares: list[float]) -> Outcome:
     prompts = agent.collector.test_prompts(task.questions, 0)
     alive = (~task.dead[prompts.index]).nonzero().squeeze(1)
     data = agent.collector.sample(agent.policy, prompts, alive.repeat_interleave(64), tag="distinct")
-    answers = torch.where(data["score"] >= 1.0, data["answer"], -1).view(-1, 64).sort(1).values
+    answers = torch.where(data["episode_reward"] >= 1.0, data["answer"], -1).view(-1, 64).sort(1).values
     distinct = (answers[:, 1:] != answers[:, :-1]).sum(1) + (answers[:, 0] >= 0)
     return Outcome(
         float((success[task.dead] > 0.5).float().mean()), float(success[~task.dead].mean()),
@@ -79,7 +79,9 @@ def train(settings: dict[str, Any], seed: int) -> Outcome:
     """One run."""
     agent, shares = HPT(DeadPrompts(seed=seed), HPTConfig(**SHARED | settings), seed=seed), list[float]()
     steps = STEPS - settings.get("warm_start_steps", 0)
-    agent.learn(steps * agent.batch_steps, lambda a: shares.append(float(a.scalars["train/sft_share"])) or True)
+    agent.learn(
+        steps * agent.samples_per_iteration, lambda a: shares.append(float(a.scalars["train/sft_share"])) or True
+    )
     return outcome(agent, shares)
 
 

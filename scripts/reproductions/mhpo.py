@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccrl.data import Data
 from ccrl.estimators.losses import clip
-from ccrl.estimators.terms import Level, Loss
+from ccrl.estimators.terms import LogRatio, Loss
 from ccrl.packages import check_siblings
 from scripts.reproductions import Measurement
 from scripts.reproductions.tables import partial_sums, train
@@ -39,7 +39,7 @@ def run(seeds: list[int]) -> list[Measurement]:
 def _multiplier(loss: Loss, x: Tensor, advantage: float) -> Tensor:
     """``-d loss / d log pi / A`` at log-ratios ``x``, by autograd."""
     log_prob = x.clone().unsqueeze(0).requires_grad_()
-    level = Level(log_prob, torch.zeros_like(log_prob), torch.ones_like(log_prob))
+    level = LogRatio(log_prob, torch.zeros_like(log_prob), torch.ones_like(log_prob))
     element = loss(level, torch.full_like(level.valid, advantage), {}, Data({"valid": level.valid}))
     (gradient,) = torch.autograd.grad(element.sum(), log_prob)
     return -gradient.squeeze(0) / advantage

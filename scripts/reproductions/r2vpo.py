@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ccrl.collect import Request
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, ratios
-from ccrl.estimators.terms import Level, Term
+from ccrl.estimators.terms import LogRatio, Term
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.packages import check_siblings
 from ccrl.updaters import ModuleUpdater
@@ -26,8 +26,8 @@ check_siblings()
 from agents.llm.base import LLM
 from agents.llm.baselines import GRPO
 from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, dual_step, lagrangian, ratio_variance
-from agents.llm.recipe import Parts
 from agents.ppo import PPO, PPOConfig, PPOEstimator
+from ccrl.estimators.recipe import Parts
 from envs.text import make_task
 
 OLD, ADVANTAGE = (0.5, 0.3, 0.2), (1.0, 0.0, -2.0)
@@ -68,7 +68,7 @@ def bandit(steps: int, learning_rate: float, **options: float | str) -> Solution
 def _variance(policy: nn.Module, on: Data) -> float:
     """``V`` of a rollout by the policy that its update made."""
     valid = on["valid"]
-    level = Level(policy(on, frozenset({"log_prob"}))["log_prob"], on["log_prob"], valid)
+    level = LogRatio(policy(on, frozenset({"log_prob"}))["log_prob"], on["log_prob"], valid)
     return float((ratio_variance(level, valid, {}, on) * valid).sum() / valid.sum())
 
 
@@ -130,7 +130,7 @@ def control(estimator: type[Clipped], epochs: int, seed: int, iterations: int = 
 
     config = PPOConfig(num_envs=8, batch_size=256, n_epochs=epochs, normalise_advantage="batch", compile="off")
     agent = Agent("CartPole-v1", config, seed=seed)
-    agent.learn(iterations * agent.batch_steps)
+    agent.learn(iterations * agent.samples_per_iteration)
     return mean(agent.estimator.variances), float(agent.ep_rew_mean or 0.0)
 
 

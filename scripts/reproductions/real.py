@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ccrl.data import Batching, Data
 from ccrl.estimators.losses import clip
-from ccrl.estimators.terms import Level
+from ccrl.estimators.terms import LogRatio
 from ccrl.packages import check_siblings
 from scripts.reproductions import Measurement
 from scripts.reproductions.tables import partial_sums, train
@@ -42,7 +42,7 @@ def _weight(right: int, positive: bool, s: Tensor) -> Tensor:
         logit = torch.zeros(1, GROUP, dtype=torch.float64)
         logit[0, member] = value
         logit.requires_grad_()
-        level = Level(logit, torch.zeros_like(logit), batch["valid"])
+        level = LogRatio(logit, torch.zeros_like(logit), batch["valid"])
         element = anchored(TAU)(level, batch["valid"], {}, batch)
         found.append(torch.autograd.grad(element.sum(), logit)[0][0, member].abs())
     return torch.stack(found)
@@ -58,7 +58,7 @@ def _weights() -> list[Measurement]:
             slope = weight.diff() if not positive else -weight.diff()
             wrong_way += int((slope <= 0).sum())
     log_prob = torch.full((1, 1), 3.0, dtype=torch.float64, requires_grad=True)
-    level = Level(log_prob, torch.zeros_like(log_prob), torch.ones_like(log_prob))
+    level = LogRatio(log_prob, torch.zeros_like(log_prob), torch.ones_like(log_prob))
     element = clip(0.2, 0.2)(level, -torch.ones_like(log_prob), {}, Data({"valid": level.valid}))
     grpo = float(torch.autograd.grad(element.sum(), log_prob)[0])
     return [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.data import Data
-from ccrl.estimators.terms import Evaluation
+from ccrl.estimators.terms import Outputs
 from ccrl.llm.policy import OUTPUTS, token_outputs
 from ccrl.llm.task import Prompts
 from ccrl.packages import check_siblings
@@ -38,7 +38,7 @@ class StateTable(nn.Module):
     def outputs(self) -> frozenset[str]:
         return OUTPUTS - {"hidden"}
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """``want`` ``[T', B, ...]``."""
         tokens, row = batch["action"], batch["prompt"][:, -1]
         states = [torch.zeros_like(row)]
@@ -114,6 +114,6 @@ def train(
         if look is not None:
             look(agent)
 
-    agent.learn(updates * agent.batch_steps, callback=note)
+    agent.learn(updates * agent.samples_per_iteration, callback=note)
     history.grad_norm = [float(x) for x in norms]
     return history

@@ -90,10 +90,10 @@ def test_settings_without_a_meaning_are_refused(name: str, config: type) -> None
 def test_resume_is_exact(tmp_path) -> None:
     for cls, config in ((BPG, TestBPG.config), (BAC, TestBAC.config), (DBQPG, TestUAPGTrust.config)):
         straight = cls("Pendulum-v1", config, seed=3)
-        straight.learn(4 * straight.batch_steps)
+        straight.learn(4 * straight.samples_per_iteration)
         first = cls("Pendulum-v1", config, seed=3)
-        first.learn(2 * first.batch_steps)
+        first.learn(2 * first.samples_per_iteration)
         first.save(tmp_path / "a.pt")
         second = cls.load(tmp_path / "a.pt")
-        second.learn(4 * second.batch_steps)
+        second.learn(4 * second.samples_per_iteration)
         assert torch.equal(straight.updaters["policy"].flat, second.updaters["policy"].flat), cls.name

@@ -86,8 +86,8 @@ def test_every_setting_of_the_posterior_counts(natural: bool) -> None:
     u = torch.stack(scores, 1)
     matrix = u @ u.T + 0.7 * torch.eye(len(u), dtype=torch.float64)
     fisher = FisherEstimate(matrix, torch.linalg.inv(matrix))
-    expected = model2(u, data["score"].double(), fisher, 0.5, **settings)
-    dense = model2(u, data["score"].double(), fisher, 0.5, **(settings | {"sparsity": None}))
+    expected = model2(u, data["episode_reward"].double(), fisher, 0.5, **settings)
+    dense = model2(u, data["episode_reward"].double(), fisher, 0.5, **(settings | {"sparsity": None}))
     assert not torch.allclose(expected.mean, dense.mean, rtol=1e-3)
     if natural:
         expected = expected.natural(fisher.inverse)
@@ -123,7 +123,7 @@ def test_angles_to_the_exact_gradient_on_the_regulator() -> None:
     for _ in range(30):
         theta, data = rollout(agent)
         scores = agent.ctx.scores(theta.double(), data, "trajectory")
-        angles["mc"].append(angle(scores.vjp(data["score"].double())))
+        angles["mc"].append(angle(scores.vjp(data["episode_reward"].double())))
         for name, estimator in models.items():
             angles[name].append(angle(estimator.gradient(theta, data, agent.ctx).mean))
     mean = {name: sum(x) / len(x) for name, x in angles.items()}
@@ -166,7 +166,7 @@ def test_it_learns_the_regulator() -> None:
 
 def _regulator_cost(agent: BPG) -> float:
     _, data = rollout(agent)
-    return -float(data["score"].mean())
+    return -float(data["episode_reward"].mean())
 
 
 class Hidden:

@@ -13,7 +13,7 @@ from agents import BPO
 from agents.bpo import BPOConfig
 from ccrl.data import Batching, Data
 from ccrl.estimators import losses
-from ccrl.estimators.terms import Evaluation, Level, Term
+from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.testing import ClockEnv, Episode, prepare_rollout
 
 
@@ -109,11 +109,11 @@ def test_loss_by_hand(temperature: float, loss: float, gradient: tuple[float, ..
     """Oracle 7, through the agent's terms."""
     agent = make(eps_low=0.3, eps_high=0.3, temperature=temperature)
     log_ratio = torch.tensor([[1.05, 0.9, 1.3, 1.0]]).log().requires_grad_()
-    evaluation: Evaluation = {
+    evaluation: Outputs = {
         "value": torch.tensor([[1.0, 1.0, 0.0, 0.0]]), "median": torch.tensor([[0.8, 0.4, -0.5, 0.3]]),
     }  # fmt: skip
     batch = Data({"return": torch.tensor([[2.0, 0.5, -1.0, 0.2]])})
-    level = Level(log_ratio, torch.zeros(1, 4), torch.ones(1, 4))
+    level = LogRatio(log_ratio, torch.zeros(1, 4), torch.ones(1, 4))
     named = terms(agent)
     value = named["policy_gradient_loss"].loss(level, torch.zeros(1, 4), evaluation, batch).mean()
     assert float(value.detach()) == pytest.approx(loss, abs=1e-5)
@@ -151,9 +151,9 @@ def test_diagnostics_use_the_bounds_of_the_moment() -> None:
     agent = make(eps_low=0.2, eps_high=0.2)
     term = terms(agent)["policy_gradient_loss"]
     assert term.stats is not None
-    evaluation: Evaluation = {"value": torch.zeros(1, 2), "median": torch.zeros(1, 2)}
+    evaluation: Outputs = {"value": torch.zeros(1, 2), "median": torch.zeros(1, 2)}
     batch = Data({"return": torch.tensor([[1.0, -1.0]])})
-    level = Level(torch.tensor([[1.1, 0.9]]).log(), torch.zeros(1, 2), torch.ones(1, 2))
+    level = LogRatio(torch.tensor([[1.1, 0.9]]).log(), torch.zeros(1, 2), torch.ones(1, 2))
     stats = term.stats(level, torch.zeros(1, 2), evaluation, batch)
     assert stats["clip_fraction"].tolist() == [[0.0, 0.0]]
     torch.testing.assert_close(stats["target_gap"], torch.tensor([[0.1, 0.1]]))  # targets 1.2 and .8

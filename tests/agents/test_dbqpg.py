@@ -122,7 +122,7 @@ def test_uncertainty_changes_the_step(update: str) -> None:
         config = DBQPGConfig(**SMALL, update=update, uncertainty=uncertainty)
         agent = DBQPG("Pendulum-v1", config, seed=2)
         before = agent.updaters["policy"].flat.clone()
-        agent.learn(agent.batch_steps)
+        agent.learn(agent.samples_per_iteration)
         flats.append(agent.updaters["policy"].flat - before)
     assert not torch.allclose(*flats)
     assert float(flats[0] @ flats[1]) > 0.0, "it shapes the step, it does not turn it around"
@@ -225,7 +225,7 @@ def test_the_surrogate_by_hand() -> None:
 
 def test_the_trust_region_is_kept() -> None:
     agent = DBQPG("Pendulum-v1", DBQPGConfig(**SMALL, update="trpo", max_kl=1e-3), seed=2)
-    agent.learn(agent.batch_steps)
+    agent.learn(agent.samples_per_iteration)
     assert float(agent.scalars["train/line_search"]) > 0.0
     data = agent.collector._stream.buffers.popitem()[1]
     out = agent.policy.params(data.obs[:-1].reshape(-1, 3))

@@ -69,7 +69,7 @@ def test_the_recipe_sees_returns_compared_inside_groups() -> None:
     have = {"on": agent.collector.collect(agent.estimator.parts.request, agent.policy)}
     data = agent.estimator.prepare(have, agent.ctx)["on"]
     returns = have["on"]["valid"].sum(0)  # a cart-pole is paid 1 per step
-    assert torch.equal(data["score"], returns)
+    assert torch.equal(data["episode_reward"], returns)
     for group in (0, 1):
         scores = returns[group::2]
         expected = (scores - scores.mean()) / (scores.std() + 1e-6)
@@ -166,7 +166,7 @@ def test_every_other_method_takes_a_step(method: str) -> None:
     # not the cart-pole: in 12 steps few of its episodes differ in their return
     agent = Grouped("Pendulum-v1", GroupedConfig(**SMALL, method=method, settings=settings), seed=0)
     before = [p.detach().clone() for p in agent.policy.parameters()]
-    agent.learn(agent.batch_steps)
+    agent.learn(agent.samples_per_iteration)
     after = [p.detach() for p in agent.policy.parameters()]
     assert all(bool(p.isfinite().all()) for p in after)
     assert any(not torch.equal(p, q) for p, q in zip(before, after, strict=True))

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import agents.hdpo
 from agents.hdpo import HDPO, HDPOConfig, published_rate
 from ccrl.data import Batching
-from ccrl.estimators.pathwise import Unrolled, average_cost, cost_term, scenario_data
 from ccrl.estimators.terms import surrogate
 from ccrl.experiment.callbacks import CheckpointCallback, EvalCallback, FunctionCallback
-from ccrl.functional_env import State
-from ccrl.policies.base_stock import BaseStockPolicy
+from ccrl.inventory.base_stock import BaseStockPolicy
+from ccrl.inventory.functional_env import State
+from ccrl.inventory.pathwise import Unrolled, average_cost, cost_term, scenario_data
 from ccrl.updaters import ModuleUpdater
 from envs.inventory import InventoryEnv, make_task, simulate
 from envs.inventory.oracle import backlog_optimum
@@ -168,7 +168,7 @@ def parameters(agent: HDPO) -> list[Tensor]:
 
 def test_the_clock_counts_scenario_periods() -> None:
     agent = make()
-    assert agent.batch_steps == 12 * 50
+    assert agent.samples_per_iteration == 12 * 50
     before = torch.random.get_rng_state()
     assert agent.learn(601) is agent
     assert (agent.num_timesteps, agent.iteration, agent.n_updates) == (1200, 2, 6)
@@ -182,7 +182,7 @@ def test_learning_finds_the_base_stock_level_of_a_backlogged_store() -> None:
     agent = HDPO(
         InventoryEnv(task), HDPOConfig(policy="base_stock", n_train=256, n_dev=256, batch_size=64, dev_every=1)
     )
-    agent.learn(12 * agent.batch_steps)
+    agent.learn(12 * agent.samples_per_iteration)
     optimum = backlog_optimum(1, 4.0)
     assert float(agent.ctx.bank.policy("best").levels[0]) == pytest.approx(optimum.level, abs=0.15)
     mean, error = agent.cost("dev", 2000)
@@ -194,7 +194,7 @@ def test_a_network_learns_and_the_seed_decides_everything() -> None:
     one, two, other = (make(seed=s, **settings) for s in (0, 0, 1))
     start = one.cost("dev", 100)[0]
     for agent, epochs in ((one, 9), (two, 9), (other, 1)):
-        agent.learn(epochs * agent.batch_steps)
+        agent.learn(epochs * agent.samples_per_iteration)
     assert one.cost("dev", 100)[0] < 0.6 * start
     assert all(torch.equal(a, b) for a, b in zip(parameters(one), parameters(two)))
     assert not torch.equal(parameters(one)[0], parameters(other)[0])
@@ -213,13 +213,13 @@ RESUMED = [
 def test_a_loaded_agent_goes_on_bit_for_bit(tmp_path: Path, policy: str, task: str) -> None:
     settings = {"forecaster_steps": 20, "n_train": 6, "n_dev": 2, "batch_size": 4, "dev_every": 4}
     whole, half = (make(policy, task, **settings) for _ in range(2))
-    whole.learn(4 * whole.batch_steps)
-    half.learn(2 * half.batch_steps)
+    whole.learn(4 * whole.samples_per_iteration)
+    half.learn(2 * half.samples_per_iteration)
     half.save(tmp_path / "half.pt")
     torch.manual_seed(99)
     loaded = HDPO.load(tmp_path / "half.pt", env=half.simulator)
     assert loaded.num_timesteps == half.num_timesteps
-    loaded.learn(4 * loaded.batch_steps)
+    loaded.learn(4 * loaded.samples_per_iteration)
     mine, theirs = loaded.state_dict(), whole.state_dict()
     assert all(mine[k] == theirs[k] for k in ("iteration", "n_updates", "steps"))
     assert mine["best"] == theirs["best"]
@@ -234,12 +234,12 @@ def test_a_loaded_agent_goes_on_bit_for_bit(tmp_path: Path, policy: str, task: s
 def test_the_best_parameters_act_and_training_ends_without_progress(tmp_path: Path) -> None:
     agent = make(dev_every=1, patience=3, learning_rate=1e-2)
     seen: list[list[Tensor]] = [parameters(agent)]
-    agent.learn(4 * agent.batch_steps, lambda a: seen.append(parameters(a)))
+    agent.learn(4 * agent.samples_per_iteration, lambda a: seen.append(parameters(a)))
     best = [p.clone() for p in agent.ctx.bank.policy("best").parameters()]
     assert agent.best_iteration > 0
     assert all(torch.equal(a, b) for a, b in zip(best, seen[agent.best_iteration]))
     agent.policy.net[-1].bias.data.fill_(30.0)  # far too large orders: no later score is better
-    agent.learn(100 * agent.batch_steps)
+    agent.learn(100 * agent.samples_per_iteration)
     assert agent.converged
     assert agent.iteration == agent.best_iteration + 3
     kept = list(agent.ctx.bank.policy("best").parameters())
@@ -271,8 +271,8 @@ def test_returns_are_those_of_the_batched_environment() -> None:
 def test_callbacks(tmp_path: Path) -> None:
     agent, seen = make(), list[dict[str, Any]]()
     look = FunctionCallback(lambda a: seen.append(dict(a.scalars)))
-    evaluation = EvalCallback(None, tmp_path, every=agent.batch_steps, episodes=3)  # type: ignore[arg-type]
-    agent.learn(3 * agent.batch_steps, [look, evaluation, CheckpointCallback(tmp_path / "c", every=10**9)])
+    evaluation = EvalCallback(None, tmp_path, every=agent.samples_per_iteration, episodes=3)  # type: ignore[arg-type]
+    agent.learn(3 * agent.samples_per_iteration, [look, evaluation, CheckpointCallback(tmp_path / "c", every=10**9)])
     assert len(seen) == 3
     assert seen[-1]["rollout/ep_rew_mean"] == pytest.approx(-50 * float(seen[-1]["train/cost"]))
     assert {"dev/cost", "dev/best_cost", "train/grad_norm", "train/learning_rate", "time/fps"} <= seen[-1].keys()
@@ -319,10 +319,10 @@ def test_published_rates() -> None:
 
 def test_the_step_size_falls_linearly_to_zero() -> None:
     agent, rates = make("base_stock", anneal_lr=True, learning_rate=0.4), list[float]()
-    agent.learn(4 * agent.batch_steps, lambda a: rates.append(float(a.updaters["policy"].lr)))
+    agent.learn(4 * agent.samples_per_iteration, lambda a: rates.append(float(a.updaters["policy"].lr)))
     assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
     agent = make("base_stock", learning_rate=0.4)
-    agent.learn(2 * agent.batch_steps)
+    agent.learn(2 * agent.samples_per_iteration)
     assert float(agent.updaters["policy"].lr) == 0.4
 
 

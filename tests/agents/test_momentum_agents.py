@@ -224,7 +224,7 @@ def test_estimates_grow_to_min_steps():
     agent = make(NPGIGT, NPGIGTConfig, "nmpg", min_steps=3 * 2 * STEPS - 1)
     train(agent, 1)
     assert agent.num_timesteps == 3 * 2 * STEPS
-    assert make(HARPG, HARPGConfig, "nharpg").batch_steps == 2 * 2 * STEPS
+    assert make(HARPG, HARPGConfig, "nharpg").samples_per_iteration == 2 * 2 * STEPS
 
 
 def test_linear_baseline_is_a_regression_on_the_iterations_before():

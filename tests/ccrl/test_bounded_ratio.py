@@ -215,7 +215,9 @@ def test_group_threshold_interpolates_like_torch(level: float) -> None:
     torch.manual_seed(0)
     group = torch.tensor([0, 1, 0, 2, 1, 0, 2, 0, 2])
     score = torch.randn(9, dtype=F64)
-    got = GroupThreshold(level=level)(Data({"valid": torch.ones(1, 9), "score": score, "group": group}))["threshold"]
+    got = GroupThreshold(level=level)(Data({"valid": torch.ones(1, 9), "episode_reward": score, "group": group}))[
+        "threshold"
+    ]
     for g in range(3):
         assert got[group == g].tolist() == pytest.approx(
             [float(score[group == g].quantile(level))] * int((group == g).sum())

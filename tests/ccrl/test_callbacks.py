@@ -24,7 +24,7 @@ from ccrl.experiment.callbacks import (
 )
 from ccrl.experiment.checkpoint import latest, load
 from ccrl.experiment.csv_table import read_columns
-from ccrl.experiment.evaluation import Evaluation
+from ccrl.experiment.evaluation import EvalResult
 
 
 @pytest.fixture(autouse=True)
@@ -64,17 +64,18 @@ def test_counts_below_one_are_refused_at_construction(tmp_path: Path) -> None:
 
 
 class Player:
-    """An agent whose deterministic evaluations are ``scores`` in turn, the stochastic ones their negatives."""
+    """An agent whose deterministic evaluations are ``reward_components`` in turn, the stochastic ones their
+    negatives."""
 
     def __init__(self, *scores: float) -> None:
         self.scores, self.asked, self.saved = list(scores), list[Any](), list[int]()
         self.num_timesteps = self.iteration = 0
         self.healthy, self.ep_rew_mean = True, 0.0
 
-    def evaluate(self, env: Any, episodes: int, seed: int, deterministic: bool) -> Evaluation:
+    def evaluate(self, env: Any, episodes: int, seed: int, deterministic: bool) -> EvalResult:
         self.asked.append((env, episodes, seed, deterministic))
         score = self.scores[0] if deterministic else -self.scores.pop(0)
-        return Evaluation(np.full(episodes, score), np.full(episodes, 1))
+        return EvalResult(np.full(episodes, score), np.full(episodes, 1))
 
     def save(self, path: Path) -> None:
         self.saved.append(self.num_timesteps)
@@ -125,7 +126,7 @@ def test_the_time_of_evaluations_is_known(tmp_path: Path, monkeypatch: pytest.Mo
             return 2.0 * self.now
 
     class Slow(Player):
-        def evaluate(self, *arguments: Any) -> Evaluation:
+        def evaluate(self, *arguments: Any) -> EvalResult:
             clock.now += 1.5
             return super().evaluate(*arguments)
 

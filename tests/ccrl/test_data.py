@@ -189,11 +189,11 @@ def test_unknown_column_names_the_known_ones() -> None:
 
 
 def test_take_repeats_and_drops_columns() -> None:
-    data = rollout().derive_sequence(score=torch.tensor([1.0, 2.0, 3.0])).take(torch.tensor([2, 0, 2]))
+    data = rollout().derive_sequence(episode_reward=torch.tensor([1.0, 2.0, 3.0])).take(torch.tensor([2, 0, 2]))
     assert data.shape == (T, 3)
     assert data["id"][0].tolist() == [2, 0, 2]
     assert data["prompt"].tolist() == [102, 100, 102]
-    assert data["score"].tolist() == [3.0, 1.0, 3.0]
+    assert data["episode_reward"].tolist() == [3.0, 1.0, 3.0]
     assert data["obs"]["b"][1].tolist() == [12, 10, 12]
 
 

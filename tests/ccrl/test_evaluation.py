@@ -8,7 +8,7 @@ from gymnasium.vector import AutoresetMode
 
 from ccrl.batched_env import BatchedEnv, StepResult
 from ccrl.experiment.csv_table import read_columns
-from ccrl.experiment.evaluation import EvalLog, Evaluation, evaluate, evaluate_agent
+from ccrl.experiment.evaluation import EvalLog, EvalResult, evaluate, evaluate_agent
 from ccrl.experiment.video import record_video
 from ccrl.testing.clock import ClockEnv, Episode
 
@@ -186,7 +186,7 @@ def test_evaluation_does_not_disturb_training():
 
 
 def test_scalars():
-    evaluation = Evaluation(np.array([1.0, 3.0]), np.array([5, 10]))
+    evaluation = EvalResult(np.array([1.0, 3.0]), np.array([5, 10]))
     assert evaluation.scalars() == {
         "eval/mean_reward": 2.0,
         "eval/std_reward": 1.0,
@@ -199,14 +199,14 @@ def test_scalars():
 def test_eval_log_and_resume(tmp_path):
     log = EvalLog(tmp_path)
     for step in (10, 20, 30):
-        evaluation = Evaluation(np.array([step, step + 2.0]), np.array([1, 2]))
-        scalars = log.log(step, evaluation, Evaluation(np.array([0.5]), np.array([3])))
+        evaluation = EvalResult(np.array([step, step + 2.0]), np.array([1, 2]))
+        scalars = log.log(step, evaluation, EvalResult(np.array([0.5]), np.array([3])))
     log.close()
     assert scalars["eval/mean_reward"] == 31.0
     assert scalars["eval_stochastic/mean_reward"] == 0.5
     resumed = EvalLog(tmp_path, resume_step=20)
     assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [10, 20]
-    resumed.log(40, Evaluation(np.array([1.0, 1.0]), np.array([1, 1])))
+    resumed.log(40, EvalResult(np.array([1.0, 1.0]), np.array([1, 1])))
     columns = read_columns(tmp_path / "eval.csv")
     assert columns["step"].tolist() == [10, 20, 40]
     assert columns["eval/mean_reward"].tolist() == [11, 21, 1]
@@ -219,7 +219,7 @@ def test_eval_log_and_resume(tmp_path):
 def test_another_number_of_episodes_gives_ragged_results(tmp_path):
     log = EvalLog(tmp_path)
     for returns in ([1.0, 2.0], [3.0]):
-        log.log(len(returns), Evaluation(np.array(returns), np.array([1] * len(returns))))
+        log.log(len(returns), EvalResult(np.array(returns), np.array([1] * len(returns))))
     results = np.load(tmp_path / "evaluations.npz", allow_pickle=True)["results"]
     assert results.tolist() == [[1.0, 2.0], [3.0]]
 
@@ -236,7 +236,7 @@ def test_npz_is_like_that_of_sb3(tmp_path):
     model.learn(8, callback)
     log = EvalLog(tmp_path / "ours")
     for step in (4, 8):
-        log.log(step, Evaluation(np.array([1.0, 2.0]), np.array([3, 4])))
+        log.log(step, EvalResult(np.array([1.0, 2.0]), np.array([3, 4])))
     theirs, ours = (np.load(tmp_path / who / "evaluations.npz") for who in ("sb3", "ours"))
     assert set(ours) == set(theirs)
     for key in theirs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ccrl.policies.feasibility import proportional, retention, softmax
+from ccrl.inventory.feasibility import proportional, retention, softmax
 
 
 def t(*values: float) -> torch.Tensor:

@@ -41,10 +41,10 @@ def test_equal_values_whose_mean_is_rounded() -> None:
 
 
 def test_columns() -> None:
-    data = Data({"valid": torch.tensor([[1.0, 1.0], [1.0, 0.0]]), "score": torch.tensor([2.0, 3.0])},
-                sequence=frozenset({"score"}))  # fmt: skip
+    data = Data({"valid": torch.tensor([[1.0, 1.0], [1.0, 0.0]]), "episode_reward": torch.tensor([2.0, 3.0])},
+                sequence=frozenset({"episode_reward"}))  # fmt: skip
     assert components(data).tolist() == [[2.0], [3.0]]
     advantage = per_step(data, torch.tensor([5.0, 6.0], dtype=torch.float64))["advantage"]
     assert advantage.tolist() == [[5.0, 6.0], [5.0, 0.0]]
     assert advantage.dtype == torch.float32
-    assert components(data.derive_sequence(scores=torch.ones(2, 3))).shape == (2, 3)
+    assert components(data.derive_sequence(reward_components=torch.ones(2, 3))).shape == (2, 3)

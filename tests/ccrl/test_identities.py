@@ -15,7 +15,7 @@ from torch import Tensor
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.stages import GroupBaseline
-from ccrl.estimators.terms import Evaluation, Level, Ratio, Term, surrogate
+from ccrl.estimators.terms import LogRatio, Outputs, Ratio, Term, surrogate
 
 F64 = torch.float64
 ACTIONS = torch.tensor([2, 0, 1])
@@ -65,15 +65,15 @@ def same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def unit_denominator(evaluation: Evaluation, data: Data) -> Level:
+def unit_denominator(evaluation: Outputs, data: Data) -> LogRatio:
     log_prob = evaluation["log_prob"]
-    return Level(log_prob, torch.zeros_like(log_prob), data["valid"])
+    return LogRatio(log_prob, torch.zeros_like(log_prob), data["valid"])
 
 
-def clipped_denominator(evaluation: Evaluation, data: Data) -> Level:
+def clipped_denominator(evaluation: Outputs, data: Data) -> LogRatio:
     log_prob = evaluation["log_prob"]
     rho = (log_prob.detach() - data["log_prob"]).exp().clamp(1 - EPS, 1 + EPS)
-    return Level(log_prob, log_prob.detach() - rho.log(), data["valid"])
+    return LogRatio(log_prob, log_prob.detach() - rho.log(), data["valid"])
 
 
 RHO = (log_probs(logits()).detach() - OLD).exp()
@@ -117,8 +117,8 @@ def test_2_gspo(advantage: float) -> None:
     expected = reference(loss)
     same(unified(clip_mask(s, advantage).expand(3), ratios.sequence_token, advantage, scale=3.0), expected)
     x = logits()  # the same loss as a sequence-level term
-    data = batch(advantage).derive(score=torch.full((1, 1), advantage, dtype=F64))
-    term = Term("gspo", losses.clip(EPS, EPS), aggregates.sequence_mean, ratios.sequence, advantage="score")
+    data = batch(advantage).derive(episode_reward=torch.full((1, 1), advantage, dtype=F64))
+    term = Term("gspo", losses.clip(EPS, EPS), aggregates.sequence_mean, ratios.sequence, advantage="episode_reward")
     value, _ = surrogate((term,), {"log_prob": log_probs(x)[:, None]}, data)
     same(torch.autograd.grad(value, x)[0], expected)
 

@@ -374,17 +374,17 @@ def test_episode_returns_by_hand() -> None:
         }
     )
     got = EpisodeReturn(gamma=0.5)(data)
-    assert got["score"].tolist() == [2.0, 4.0]
-    assert "score" in got.sequence
+    assert got["episode_reward"].tolist() == [2.0, 4.0]
+    assert "episode_reward" in got.sequence
     shaped = data.derive(shaped=torch.ones(3, 2))
-    assert EpisodeReturn(reward="shaped")(shaped)["score"].tolist() == [2.0, 1.0]
+    assert EpisodeReturn(reward="shaped")(shaped)["episode_reward"].tolist() == [2.0, 1.0]
 
 
 def test_group_baselines_leave_invalid_rows_at_zero() -> None:
     columns = {
         "valid": torch.tensor([[1.0, 1.0], [1.0, 0.0]]),
-        "score": torch.tensor([1.0, 4.0]),
+        "episode_reward": torch.tensor([1.0, 4.0]),
         "group": torch.tensor([0, 0]),
     }
-    data = Data(columns, sequence=frozenset({"score", "group"}))
+    data = Data(columns, sequence=frozenset({"episode_reward", "group"}))
     assert GroupBaseline()(data)["advantage"].tolist() == [[-1.5, 1.5], [-1.5, 0.0]]

@@ -12,7 +12,7 @@ from torch import Tensor
 from ccrl.data import Data
 from ccrl.estimators import losses, ratios
 from ccrl.estimators.modulations import cispo_mask, clip_mask, clipped_weight, modulated, shaping
-from ccrl.estimators.terms import Level, Loss, Ratio
+from ccrl.estimators.terms import LogRatio, Loss, Ratio
 
 F64 = torch.float64
 LOGITS = torch.tensor([[0.2, -0.1, 0.4, 0.0], [1.0, 0.0, -0.5, 0.3], [-0.2, 0.6, 0.1, 0.0]], dtype=F64)
@@ -94,7 +94,7 @@ def test_demonstrations_of_luffy_and_srft() -> None:
     same(unified(ONE, ratios.token, 0.6, NO_REFERENCE), classic(lambda lp: -0.6 * lp.exp().sum()))
     found = unified(modulated(shaping(0.1)), ratios.token, 0.6, NO_REFERENCE)
     same(found, classic(lambda lp: -0.6 * (lp.exp() / (lp.exp() + 0.1)).sum()))
-    level = Level(log_prob(LOGITS), NO_REFERENCE, torch.ones_like(OLD))
+    level = LogRatio(log_prob(LOGITS), NO_REFERENCE, torch.ones_like(OLD))
     expected = torch.tensor([0.558772, 0.298272, 0.427015], dtype=F64)
     found = shaping(0.1)(level, OLD, Data({}))[:, 0]
     torch.testing.assert_close(found, expected, atol=6e-7, rtol=0)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ccrl.functional_env import Network
-from ccrl.policies.newsvendor import NewsvendorPolicy, QuantileForecaster, Windows, demand_windows, fit_forecaster
+from ccrl.inventory.functional_env import Network
+from ccrl.inventory.newsvendor import NewsvendorPolicy, QuantileForecaster, Windows, demand_windows, fit_forecaster
 from envs.inventory import InventoryEnv, make_task
 
 

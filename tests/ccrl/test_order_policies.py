@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccrl.functional_env import Network, State
-from ccrl.policies.base_stock import BaseStockPolicy, CappedBaseStockPolicy, EchelonStockPolicy, JustInTimePolicy
+from ccrl.inventory.base_stock import BaseStockPolicy, CappedBaseStockPolicy, EchelonStockPolicy, JustInTimePolicy
+from ccrl.inventory.functional_env import Network, State
+from ccrl.inventory.newsvendor import NewsvendorPolicy, QuantileForecaster, interpolate
+from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
 from ccrl.policies.gnn import EdgeNet
-from ccrl.policies.inventory import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
-from ccrl.policies.newsvendor import NewsvendorPolicy, QuantileForecaster, interpolate
 
 STORE = Network(0, 0, 1, ((-1, 0),), (4,))
 SERIAL = Network(2, 1, 1, ((0, 1), (1, 2), (2, 3), (-1, 0)), (4, 3, 4, 2))

@@ -227,9 +227,9 @@ def canonical(microbatch: int | None) -> tuple[Tokens, Data]:
         "log_prob": old,
         "valid": valid,
         "column": torch.arange(4),
-        "score": torch.tensor([1, -1, -1, 1.0], dtype=F64),
+        "episode_reward": torch.tensor([1, -1, -1, 1.0], dtype=F64),
     }
-    data = Data(columns, sequence=frozenset({"column", "score"}))
+    data = Data(columns, sequence=frozenset({"column", "episode_reward"}))
     (batch,) = data.epoch(Batching("sequence", "full", microbatch=microbatch), None)
     return Tokens(new.clone()), batch
 
@@ -238,7 +238,7 @@ def canonical(microbatch: int | None) -> tuple[Tokens, Data]:
 @pytest.mark.parametrize("microbatch", [None, 1, 2, 3])
 def test_microbatches_add_up_exactly(kind: str, microbatch: int | None) -> None:
     module, batch = canonical(microbatch)
-    term = Term("pg", losses.clip(0.2, 0.2), aggregates.mean, ratios.token, advantage="score")
+    term = Term("pg", losses.clip(0.2, 0.2), aggregates.mean, ratios.token, advantage="episode_reward")
     estimate = updater(kind, module).gradient((term,), batch)
     assert module.widths == {None: [4], 1: [1, 1, 1, 1], 2: [2, 2], 3: [3, 1]}[microbatch]
     # the mean of the two halves' token means would be .2326

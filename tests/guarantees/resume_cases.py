@@ -74,8 +74,8 @@ def build(case: str) -> Any:
 
 
 def train(agent: Any, folder: Path, checkpoints: type[CheckpointCallback] = CheckpointCallback) -> Any:
-    callbacks = [Draws(), checkpoints(folder, every=HALF * agent.batch_steps)]
-    return agent.learn(WHOLE * agent.batch_steps, callbacks)
+    callbacks = [Draws(), checkpoints(folder, every=HALF * agent.samples_per_iteration)]
+    return agent.learn(WHOLE * agent.samples_per_iteration, callbacks)
 
 
 def differences(a: Any, b: Any, where: str = "state") -> list[str]:
@@ -117,7 +117,7 @@ def compare(folder: Path, cases: list[str]) -> None:
         resumed = get_agent(case.split(":")[0]).load(saved[-1])
         for updater in resumed.updaters.values():
             updater.unroll = 2
-        assert [len(saved), resumed.iteration, resumed.num_timesteps] == [1, HALF, HALF * resumed.batch_steps]
+        assert [len(saved), resumed.iteration, resumed.num_timesteps] == [1, HALF, HALF * resumed.samples_per_iteration]
         train(resumed, folder / f"{i}-resumed")
         ours = facts(resumed)
         whole = facts(train(build(case), folder / f"{i}-whole"))

@@ -70,7 +70,7 @@ def test_environment(
     space = spaces.Box(-1, 1, (1,)) if continuous else None
     agent = small(cls, Faulty(field, value, when, action_space=space))
     with pytest.raises(FloatingPointError) as caught:
-        agent.learn(10 * agent.batch_steps, CheckpointCallback(tmp_path, every=1))
+        agent.learn(10 * agent.samples_per_iteration, CheckpointCallback(tmp_path, every=1))
     good = checkpoint.checkpoint_path(tmp_path, 2 * 2 * STEPS)
     assert str(caught.value).startswith(message)
     assert str(caught.value).endswith(f"last good checkpoint: {good}")
@@ -78,7 +78,7 @@ def test_environment(
     loaded = cls.load(good, env=Faulty(action_space=space))
     assert bool(vector(agent).isfinite().all())
     assert torch.equal(vector(agent), vector(loaded)), "parameters or statistics moved with the bad data"
-    loaded.learn(3 * agent.batch_steps)
+    loaded.learn(3 * agent.samples_per_iteration)
     assert bool(vector(loaded).isfinite().all())
 
 
@@ -113,7 +113,7 @@ def test_loss(cls: type[Any], value: float, tmp_path: Path) -> None:
             return super().on_iteration(agent)
 
     with pytest.raises(FloatingPointError) as caught:
-        agent.learn(10 * agent.batch_steps, Spoil(tmp_path, every=1))
+        agent.learn(10 * agent.samples_per_iteration, Spoil(tmp_path, every=1))
     good = checkpoint.checkpoint_path(tmp_path, 2 * 2 * STEPS)
     message = str(caught.value)
     assert message.startswith("the policy loss or its gradient is not finite")
@@ -125,7 +125,7 @@ def test_loss(cls: type[Any], value: float, tmp_path: Path) -> None:
     for name, value in before.items():
         assert torch.equal(after[name], value), name
     assert bool(vector(agent).isfinite().all())
-    loaded.learn(3 * agent.batch_steps)
+    loaded.learn(3 * agent.samples_per_iteration)
 
 
 def test_a_direction_that_is_not_finite_moves_nothing_and_is_reported() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from agents.hdpo import HDPO, HDPOConfig
-from ccrl.estimators.pathwise import Unrolled, average_cost
+from ccrl.inventory.pathwise import Unrolled, average_cost
 from scripts import inventory_network
 from scripts.inventory_network import NetworkConfig
 
@@ -18,7 +18,7 @@ SMALL = {"n_train": 8, "n_dev": 4, "batch_size": 4, "dev_every": 1}
 @pytest.mark.parametrize("policy", ["base_stock", "just_in_time"])
 def test_what_is_drawn_costs_what_the_agent_scores(policy: str) -> None:
     agent = HDPO("ccrl/InventoryOneStoreLost-v0", HDPOConfig(policy=policy, whole_units=True, **SMALL))
-    agent.learn(2 * agent.batch_steps)
+    agent.learn(2 * agent.samples_per_iteration)
     env, scenarios = agent.simulator.split("dev"), agent.scenarios("dev", 5, 7)
     trace = inventory_network.play(agent, env, scenarios)
     assert torch.equal(trace.action, trace.action.round())

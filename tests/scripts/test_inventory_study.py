@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from ccrl.estimators.pathwise import Unrolled, average_cost
 from ccrl.experiment.csv_table import read_rows
+from ccrl.inventory.pathwise import Unrolled, average_cost
 from envs.inventory import InventoryEnv, make_task
 from envs.inventory.batched import mean_flow
 from envs.inventory.oracle import oracle_cost

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.llm.recipe import Parts, Recipe
 from ccrl.collect import Request
 from ccrl.data import Batching, Data, Unit
+from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.terms import surrogate
 
 
@@ -45,7 +45,7 @@ def _recipe(cls: type[Recipe], config: Any, policy: nn.Module | None = None) -> 
 def _resumes(cls: type[Any], task: str, config: Any, path: Path) -> None:
     """Two iterations, a checkpoint, two more: the same parameters as four without one."""
     whole, part = cls(task, config, seed=3), cls(task, config, seed=3)
-    size = whole.batch_steps
+    size = whole.samples_per_iteration
     whole.learn(4 * size)
     part.learn(2 * size)
     part.save(path)

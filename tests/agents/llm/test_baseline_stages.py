@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from agents.llm.base import LLM
 from agents.llm.baselines import CISPO, DAPO, GRPO, GSPO, SAPO, DAPOConfig, DrGRPO
-from agents.llm.recipe import Parts
 from agents.llm.reinforce import PPO, REINFORCE, RLOO
 from ccrl.bank import Bank
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context
+from ccrl.estimators.recipe import Parts
 from ccrl.testing.recipe_contract import RaggedTask
 
 F64 = torch.float64
@@ -30,7 +30,7 @@ LAST = (torch.arange(4)[:, None] == LENGTH - 1).double()
 def rollout(score: Any, group: Any, **columns: Tensor) -> Data:
     score = torch.as_tensor(score, dtype=F64)
     steps = {"valid": VALID, "carry": VALID - LAST, "reward": LAST * score, "log_prob": torch.zeros_like(VALID)}
-    sequence = {"score": score, "group": torch.as_tensor(group)}
+    sequence = {"episode_reward": score, "group": torch.as_tensor(group)}
     return Data(steps | columns | sequence, sequence=frozenset(sequence))
 
 
@@ -141,7 +141,7 @@ def test_the_kl_is_in_the_reward_or_in_the_loss(agent: type[LLM]) -> None:
 def test_reinforce_with_kl_subtracts_the_mean_of_what_is_left() -> None:
     gap = torch.arange(20.0, dtype=F64).view(4, 5) / 10.0
     data = rollout([1, 0, 1, 1, 0], [0] * 5, log_prob=gap, ref_log_prob=torch.zeros_like(gap))
-    left = data["score"] - 0.5 * (gap * VALID).sum(0)
+    left = data["episode_reward"] - 0.5 * (gap * VALID).sum(0)
     close(advantages(REINFORCE, data, kl_coef=0.5), (left - left.mean()) * VALID)
     close(advantages(REINFORCE, data, kl_coef=0.5, baseline="none"), left * VALID)
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from agents.llm.base import LLM
 from agents.llm.baselines import CISPO, DAPO, GRPO, GSPO, SAPO, DrGRPO
-from agents.llm.recipe import Parts
 from agents.llm.reinforce import PPO, REINFORCE, RLOO
 from ccrl.bank import Bank
 from ccrl.collect import Request
@@ -21,6 +20,7 @@ from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context
 from ccrl.estimators.clipping import capped_weight, k3_plus
 from ccrl.estimators.outcomes import KLPenalty, OverlongPenalty
+from ccrl.estimators.recipe import Parts
 from ccrl.estimators.stages import Gae, GroupBaseline
 from ccrl.estimators.terms import Aggregate, Loss, Ratio, Term, surrogate
 from ccrl.updaters import ModuleUpdater
@@ -59,7 +59,7 @@ def canonical(**changes: Tensor) -> Data:
     columns = {
         "log_prob": OLD, "ref_log_prob": REF, "valid": MASK, "carry": MASK - last, "reward": last * SCORE,
     }  # fmt: skip
-    sequence = {"score": SCORE, "group": torch.zeros(4, dtype=torch.int64), "column": torch.arange(4)}
+    sequence = {"episode_reward": SCORE, "group": torch.zeros(4, dtype=torch.int64), "column": torch.arange(4)}
     return Data(columns | sequence | changes, sequence=frozenset(sequence))
 
 
@@ -168,7 +168,7 @@ def test_a_group_of_one_is_compared_with_nothing() -> None:
 
 def test_rloo_with_k1_in_the_reward() -> None:
     close((OLD - REF).mul(MASK).sum(0), [0.1, -0.2, 0.4, 0.3])
-    close(KLPenalty(0.1)(canonical())["shaped_score"], [0.99, 0.02, -0.04, 0.97])
+    close(KLPenalty(0.1)(canonical())["shaped_episode_reward"], [0.99, 0.02, -0.04, 0.97])
     close(advantages(RLOO, kl_coef=0.1)[0], [0.673333, -0.62, -0.7, 0.646667])
 
 
@@ -207,7 +207,7 @@ def test_ppo_sums_token_rewards_to_the_end() -> None:
 
 def test_reinforce() -> None:
     value, gradient = term_value(
-        losses.neg_log_prob, aggregates.sequence_mean, ratios.plain, weight="score", advantage=SIGNS
+        losses.neg_log_prob, aggregates.sequence_mean, ratios.plain, weight="episode_reward", advantage=SIGNS
     )
     close(value, 1.25)
     close(gradient, -SCORE * MASK / 4.0)
@@ -343,7 +343,7 @@ def test_what_the_estimators_estimate() -> None:
 
 
 def test_overlong_penalty_counts_valid_tokens() -> None:
-    close(OverlongPenalty(3, 2)(canonical())["shaped_score"], [0.0, -0.5, -1.0, 1.0])
+    close(OverlongPenalty(3, 2)(canonical())["shaped_episode_reward"], [0.0, -0.5, -1.0, 1.0])
 
 
 # -- settings and learning ------------------------------------------------------------------------------------------
@@ -374,9 +374,9 @@ def test_learns_a_bandit(agent: type[LLM]) -> None:
     if agent is DAPO:
         config = replace(config, max_tries=2)
     learner = agent("sequence_match", config, seed=0, env_kwargs={"questions": 2, "fixed_length": 3, "symbols": 4})
-    before = learner.pass_at([1], questions=2, samples=64)["score"]
-    learner.learn(60 * learner.batch_steps)
-    after = learner.pass_at([1], questions=2, samples=64)["score"]
+    before = learner.pass_at([1], questions=2, samples=64)["episode_reward"]
+    learner.learn(60 * learner.samples_per_iteration)
+    after = learner.pass_at([1], questions=2, samples=64)["episode_reward"]
     assert before < 0.45
     assert after > 0.8
 

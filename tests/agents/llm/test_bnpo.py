@@ -21,7 +21,9 @@ def rollout(rewards: list[list[float]], steps: int = 2) -> Data:
     score = torch.tensor(rewards, dtype=torch.float64).flatten()
     group = torch.arange(len(rewards)).repeat_interleave(len(rewards[0]))
     valid = torch.ones(steps, len(score), dtype=torch.float64)
-    return Data({"valid": valid, "score": score, "group": group}, sequence=frozenset({"score", "group"}))
+    return Data(
+        {"valid": valid, "episode_reward": score, "group": group}, sequence=frozenset({"episode_reward", "group"})
+    )
 
 
 def advantages(rewards: list[list[float]], **options: float) -> Tensor:
@@ -124,12 +126,12 @@ def test_order_does_not_matter_and_failure_mirrors_success() -> None:
 
 def test_components_are_normalised_apart_and_averaged() -> None:
     data = rollout([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
-    score = data["score"]
-    with_scores = lambda *columns: data.derive_sequence(scores=torch.stack(columns, 1))  # noqa: E731
+    score = data["episode_reward"]
+    with_scores = lambda *columns: data.derive_sequence(reward_components=torch.stack(columns, 1))  # noqa: E731
     alone = BetaNormaliser()(data)["advantage"]
     torch.testing.assert_close(BetaNormaliser()(with_scores(score, score))["advantage"], alone)
     other = torch.tensor([0, 0, 0, 1, 0, 0, 0, 1, 0, 1, 1, 1.0], dtype=torch.float64)
-    second = BetaNormaliser()(Data({**data, "score": other}, sequence=data.sequence))["advantage"]
+    second = BetaNormaliser()(Data({**data, "episode_reward": other}, sequence=data.sequence))["advantage"]
     torch.testing.assert_close(BetaNormaliser()(with_scores(score, other))["advantage"], (alone + second) / 2)
     torch.testing.assert_close(BetaNormaliser(decompose=False)(with_scores(score, other))["advantage"], alone)
 
@@ -161,7 +163,7 @@ def test_a_group_of_one_has_no_advantage_and_does_not_move_the_fit() -> None:
     data = rollout([[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
     columns = {
         "valid": torch.ones(2, 13, dtype=torch.float64),
-        "score": torch.cat([data["score"], data["score"].new_ones(1)]),
+        "episode_reward": torch.cat([data["episode_reward"], data["episode_reward"].new_ones(1)]),
         "group": torch.cat([data["group"], torch.tensor([7])]),
     }
     found = BetaNormaliser()(Data(columns, sequence=data.sequence))["advantage"]

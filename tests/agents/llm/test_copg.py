@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from agents.llm.copg import CoPG, CoPGConfig, CoPGRecipe, contrast
-from agents.llm.recipe import Parts
 from ccrl.collect import Request
 from ccrl.data import Batching, Data
+from ccrl.estimators.recipe import Parts
 from ccrl.estimators.stages import GroupBaseline
 from ccrl.estimators.terms import surrogate
 
@@ -238,7 +238,10 @@ def test_ipo_is_the_case_of_rewards_half_apart() -> None:
 def example(batch: Any, **more: Any) -> Data:
     """Two prompts with two completions, a third with one; lengths 2, 1, 2, 2, 1."""
     old = [[-1.0, -1.0], [-1.0, 0.0], [-1.0, -1.0], [-1.0, -1.0], [-1.0, 0.0]]
-    columns = {"score": torch.tensor([1.0, 0.0, 0.5, 0.0, 9.0], dtype=F64), "group": torch.tensor([4, 4, 7, 7, 5])}
+    columns = {
+        "episode_reward": torch.tensor([1.0, 0.0, 0.5, 0.0, 9.0], dtype=F64),
+        "group": torch.tensor([4, 4, 7, 7, 5]),
+    }
     reference = [[-0.5, -0.5], [-0.5, 0.0], [-1.0, -2.0], [-0.5, -0.5], [-1.0, 0.0]]
     return batch(old, [[1, 1], [1, 0], [1, 1], [1, 1], [1, 0]], ref_log_prob=reference, **columns | more)
 
@@ -327,7 +330,7 @@ SMALL: dict[str, Any] = {"model": "tabular", "n_prompts": 16, "optimiser": "sgd"
 def test_reaches_the_regularised_optimum(behaviours: tuple[str, ...]) -> None:
     config = CoPGConfig(**SMALL, learning_rate=0.5, behaviours=behaviours, n_epochs=4)
     agent = CoPG("arms", config, seed=0)
-    agent.learn(40 * agent.batch_steps)
+    agent.learn(40 * agent.samples_per_iteration)
     optimum = (torch.tensor([1.0, 0.3, -0.5]) / 0.5).softmax(0)  # the reference is uniform
     torch.testing.assert_close(agent.policy.logits[0, 0].softmax(0), optimum, atol=0.01, rtol=0)
     assert float(agent.scalars["train/regularised_variance"]) < 1e-3

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from agents.grouped import Grouped, GroupedConfig
 from agents.llm.baselines import GRPO, GRPOConfig, GSPOConfig, GSPORecipe
 from agents.llm.d3s import D3S, D3SConfig, D3SRecipe, keep_rollouts, keep_tokens, most_varied
-from agents.llm.recipe import Recipe
 from ccrl.data import Batching
+from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.stages import GroupBaseline
 
 ALL = {"rollouts_init": 1.0, "rollouts_final": 1.0, "batch_share": 1.0, "tokens_init": 1.0, "tokens_final": 1.0}
@@ -182,7 +182,9 @@ def test_schedule() -> None:
 @pytest.fixture
 def data(rollout: Any) -> Any:
     """Two groups of two members each: C0 with its entropies."""
-    return rollout(OLD, MASK, score=double([1, 0, 0, 1]), group=torch.tensor([0, 0, 1, 1]), entropy=double(ENTROPY))
+    return rollout(
+        OLD, MASK, episode_reward=double([1, 0, 0, 1]), group=torch.tensor([0, 0, 1, 1]), entropy=double(ENTROPY)
+    )
 
 
 @pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean_token_mean", "sequence_mean", "fixed"])
@@ -238,12 +240,12 @@ def test_dropped_rollouts_leave_the_batch(recipe: Any, rollout: Any) -> None:
     score = double([1, 0, 0, 0] + [1] * 4)
     entropy = double([[0.5, 0.7, 0.0]] * 8)
     data = rollout(
-        [OLD[1]] * 8, [MASK[1]] * 8, score=score, group=torch.arange(2).repeat_interleave(4), entropy=entropy
+        [OLD[1]] * 8, [MASK[1]] * 8, episode_reward=score, group=torch.arange(2).repeat_interleave(4), entropy=entropy
     )
     made = recipe(D3SRecipe, D3SConfig(group_size=4, rollouts_init=0.5, batch_share=0.5, tokens_init=0.5))
     prepared = made.prepare({"on": data}, at(0.0))
     left, stats = prepared["on"], {}
-    assert left["score"].tolist() == [1, 0]
+    assert left["episode_reward"].tolist() == [1, 0]
     assert left["group"].tolist() == [0, 0]
     assert left["valid"].sum() == 2.0
     assert left["response"].sum() == 4.0
@@ -260,7 +262,7 @@ def test_dropped_rollouts_leave_the_batch(recipe: Any, rollout: Any) -> None:
 
 
 def test_equal_rewards_skip_the_update(recipe: Any, rollout: Any) -> None:
-    data = rollout(OLD, MASK, score=double([1] * 4), entropy=double(ENTROPY))
+    data = rollout(OLD, MASK, episode_reward=double([1] * 4), entropy=double(ENTROPY))
     made = recipe(D3SRecipe, D3SConfig(group_size=4))
     prepared = made.prepare({"on": data}, at(0.0))
     assert made.phases()[0].skip(prepared["on"])
@@ -269,13 +271,13 @@ def test_equal_rewards_skip_the_update(recipe: Any, rollout: Any) -> None:
     assert float(stats["skipped"]) == 1.0
     agent = D3S("arms", D3SConfig(model="tabular", n_prompts=2), env_kwargs={"rewards": (0.5, 0.5)})
     before = agent.policy.logits.clone()
-    agent.learn(2 * agent.batch_steps)
+    agent.learn(2 * agent.samples_per_iteration)
     assert torch.equal(agent.policy.logits, before)
     assert agent.n_updates == 0
 
 
 def test_entropies_below_zero_are_refused(recipe: Any, rollout: Any) -> None:
-    data = rollout(OLD, MASK, score=double([1, 0, 0, 1]), entropy=-double(ENTROPY))
+    data = rollout(OLD, MASK, episode_reward=double([1, 0, 0, 1]), entropy=-double(ENTROPY))
     with pytest.raises(ValueError, match="expected none below 0"):
         recipe(D3SRecipe, D3SConfig(group_size=4)).prepare({"on": data}, at(0.0))
 
@@ -293,11 +295,11 @@ def test_control_episodes_need_no_tokens(recipe: Any, rollout: Any) -> None:
     left = recipe(D3SRecipe, D3SConfig(group_size=4, rollouts_init=0.5, batch_share=1.0), policy).prepare(
         {"on": data}, at(0.0)
     )["on"]
-    assert left["score"].tolist() == [9.0, 1.0]
+    assert left["episode_reward"].tolist() == [9.0, 1.0]
     assert policy.columns == 2  # entropy of the survivors only
     config = GroupedConfig(method="d3s", n_groups=2, group_size=8, n_steps=20, settings={"tokens_final": 0.5})
     agent = Grouped("CartPole-v1", config)
-    agent.learn(agent.batch_steps)
+    agent.learn(agent.samples_per_iteration)
     assert agent.n_updates == agent.iteration >= 1
 
 
@@ -323,10 +325,12 @@ SMALL = {"model": "tabular", "n_prompts": 8, "learning_rate": 0.1}
 def test_learns_on_fewer_tokens(base: str) -> None:
     task = {"questions": 4, "fixed_length": 3, "symbols": 4}
     agent = D3S("sequence_match", D3SConfig(**SMALL, base=base), seed=0, env_kwargs=task)
-    before, shares = agent.pass_at([1], questions=4, samples=64)["score"], list[float]()
-    agent.learn(40 * agent.batch_steps, callback=lambda a: shares.append(float(a.scalars["train/token_share"])))
+    before, shares = agent.pass_at([1], questions=4, samples=64)["episode_reward"], list[float]()
+    agent.learn(
+        40 * agent.samples_per_iteration, callback=lambda a: shares.append(float(a.scalars["train/token_share"]))
+    )
     assert before < 0.35
-    assert agent.pass_at([1], questions=4, samples=64)["score"] > 0.9
+    assert agent.pass_at([1], questions=4, samples=64)["episode_reward"] > 0.9
     assert shares[0] == pytest.approx(0.25 * 0.5 * 0.2, abs=0.01)
     assert shares[0] < shares[20] < shares[-1] < 0.26
 
@@ -336,8 +340,8 @@ def test_keeps_up_with_grpo_on_fewer_tokens() -> None:
     scores = []
     for cls, config in ((D3S, D3SConfig), (GRPO, GRPOConfig)):
         agent = cls("sequence_match", config(**SMALL | {"group_size": 16}), seed=0, env_kwargs=task)
-        agent.learn(10 * agent.batch_steps)
-        scores.append(agent.pass_at([1], questions=4, samples=64)["score"])
+        agent.learn(10 * agent.samples_per_iteration)
+        scores.append(agent.pass_at([1], questions=4, samples=64)["episode_reward"])
     # an eighth to a quarter of the rollouts and a fifth of their tokens are enough to keep up
     assert scores[0] > scores[1] - 0.1
 
@@ -347,7 +351,7 @@ def test_resumes_exactly(tmp_path: Any) -> None:
 
     def trained(agent: D3S, iterations: int) -> D3S:
         # the total is the same: the schedules depend on it
-        agent.learn(8 * agent.batch_steps, callback=lambda a: a.iteration < iterations)
+        agent.learn(8 * agent.samples_per_iteration, callback=lambda a: a.iteration < iterations)
         return agent
 
     whole = trained(D3S("modsum", config, seed=3), 4)

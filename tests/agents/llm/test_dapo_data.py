@@ -25,7 +25,7 @@ def test_overlong_penalty_in_both_conventions() -> None:
 
 def test_informative_groups() -> None:
     outcome = torch.tensor([1, 1, 1, 1, 0, 1, 0, 0, 0, 0, 0, 0, 1, 1, 0, 1.0])
-    data = Data({"score": outcome, "group": torch.arange(4).repeat_interleave(4)})
+    data = Data({"episode_reward": outcome, "group": torch.arange(4).repeat_interleave(4)})
     assert informative(data).view(4, 4).any(1).tolist() == [False, True, False, True]
 
 

@@ -35,16 +35,22 @@ class Tempered(nn.Module):
         return {"log_prob_second": torch.where(batch["valid"] > 0, batch["log_prob"] + shift, torch.nan)}
 
 
-def mixed(recipe: Any, rollout: Any, entropy: float, rho: float = 0.9, score: Any = None, **options: Any) -> Any:
+def mixed(
+    recipe: Any, rollout: Any, entropy: float, rho: float = 0.9, episode_reward: Any = None, **options: Any
+) -> Any:
     """The recipe with a measured entropy, its prepared rollout and the temperature it used."""
     policy = Tempered(rho)
     made = recipe(DCPORecipe, DCPOConfig(**options), policy)
     made.double()
     made.entropy.copy_(torch.tensor(entropy, dtype=torch.float64))
-    if score is None:
-        data = rollout(OLD, MASK, score=torch.tensor(SCORE, dtype=torch.float64))
+    if episode_reward is None:
+        data = rollout(OLD, MASK, episode_reward=torch.tensor(SCORE, dtype=torch.float64))
     else:
-        data = rollout([[-0.5]] * len(score), [[1]] * len(score), score=torch.tensor(score, dtype=torch.float64))
+        data = rollout(
+            [[-0.5]] * len(episode_reward),
+            [[1]] * len(episode_reward),
+            episode_reward=torch.tensor(episode_reward, dtype=torch.float64),
+        )
     prepared = made.prepare({"on": data}, None)["on"]
     assert policy.second_temperature == 1.0  # the policy is left as it was
     return made, prepared, policy.asked
@@ -100,7 +106,7 @@ def test_temperature_is_in_units_of_the_sampling_temperature() -> None:
 def test_mixed_advantage(
     recipe: Any, rollout: Any, entropy: float, right: float | None, wrong: float | None, temperature: float
 ) -> None:
-    _, data, asked = mixed(recipe, rollout, entropy, score=ONE_FOURTH)
+    _, data, asked = mixed(recipe, rollout, entropy, episode_reward=ONE_FOURTH)
     assert asked == temperature
     if right is not None:
         found = data["advantage"][0]
@@ -134,7 +140,7 @@ def test_at_the_target_it_is_grpo(recipe: Any, rollout: Any, value_and_gradient:
 
 
 def test_without_importance_weights_it_reinforces_correct_samples(recipe: Any, rollout: Any) -> None:
-    _, data, asked = mixed(recipe, rollout, 0.3, rho=1.0, score=ONE_FOURTH, hot=1.0, cold=1.0)
+    _, data, asked = mixed(recipe, rollout, 0.3, rho=1.0, episode_reward=ONE_FOURTH, hot=1.0, cold=1.0)
     assert asked == 1.0
     alpha, advantage = 0.285714, torch.tensor([1.620182, -0.540061])
     expected = (1 - alpha) * advantage + alpha * torch.tensor([1.0, 0.0])
@@ -142,14 +148,14 @@ def test_without_importance_weights_it_reinforces_correct_samples(recipe: Any, r
 
 
 def test_all_correct_groups_feed_the_exploration(recipe: Any, rollout: Any, value_and_gradient: Any) -> None:
-    made, data, _ = mixed(recipe, rollout, 0.3, score=[1.0] * 4)
+    made, data, _ = mixed(recipe, rollout, 0.3, episode_reward=[1.0] * 4)
     batch = data.epoch(Batching("sequence", "full"), None)[0]
     _, gradient = value_and_gradient(made, [[-0.5]] * 4, batch)
     torch.testing.assert_close(gradient, torch.full((4, 1), -0.090909 * 0.9 / 4).double(), atol=1e-6, rtol=0)
 
 
 def test_none_correct_and_equal_is_zero_and_padding_is_no_number(recipe: Any, rollout: Any) -> None:
-    _, data, _ = mixed(recipe, rollout, 0.3, score=[0.0] * 4)
+    _, data, _ = mixed(recipe, rollout, 0.3, episode_reward=[0.0] * 4)
     assert data["advantage"].eq(0).all()
     _, data, _ = mixed(recipe, rollout, 0.3)  # log_prob_second is NaN on its padding
     assert data["advantage"].isfinite().all()
@@ -162,7 +168,7 @@ def test_columns_without_valid_steps_are_not_counted(recipe: Any, rollout: Any) 
     score = torch.tensor([1.0, 0.0, 1.0, 0.0]).double()
     group = torch.tensor([0, 0, 1, 1])
     found = [
-        made.prepare({"on": rollout([[-0.5]] * 4, [[1], [1], [v], [v]], score=score, group=group)}, None)["on"]
+        made.prepare({"on": rollout([[-0.5]] * 4, [[1], [1], [v], [v]], episode_reward=score, group=group)}, None)["on"]
         for v in (1, 0)
     ]
     torch.testing.assert_close(found[0]["advantage"][:, :2], found[1]["advantage"][:, :2])
@@ -235,7 +241,7 @@ def test_it_learns_and_keeps_the_entropy_that_grpo_loses() -> None:
     for target in (0.0, 0.8):
         # a target of 0 is never reached from above: the cold side, which sharpens
         agent = DCPO("easy_hard", DCPOConfig(**SMALL, entropy_target=target), env_kwargs=TASK)
-        agent.learn(40 * agent.batch_steps)
+        agent.learn(40 * agent.samples_per_iteration)
         found[target] = agent.pass_at([1], questions=4, samples=64)
     assert min(f["pass@1"] for f in found.values()) > 0.85
     assert found[0.8]["entropy"] > found[0.0]["entropy"] + 0.1
@@ -247,7 +253,7 @@ def test_exact_resume(resumes: Any, tmp_path: Path) -> None:
 
 def test_the_entropy_is_checkpointed(tmp_path: Path) -> None:
     agent = DCPO("easy_hard", DCPOConfig(**SMALL))
-    agent.learn(agent.batch_steps)
+    agent.learn(agent.samples_per_iteration)
     assert float(agent.estimator.entropy) > 0.5
     agent.save(tmp_path / "a.pt")
     assert torch.equal(DCPO.load(tmp_path / "a.pt").estimator.entropy, agent.estimator.entropy)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from agents.llm.baselines import GRPOConfig
 from agents.llm.empg import EMPG, EMPGConfig, EMPGRecipe, ModulateSteps, find_steps, modulate
-from agents.llm.recipe import Recipe
 from ccrl.collect import Request
 from ccrl.data import Batching, Data
+from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.terms import surrogate
 from ccrl.llm.policy import token_outputs
 
@@ -161,7 +161,7 @@ def test_advantages_are_constants_of_the_rollout(recipe: Any, rollout: Any, valu
     """Other parameters change the ratio, not the advantage; on policy the gradient is ``-A / (tokens sequences)``."""
     policy = Fixed(8, 2)
     made = recipe(EMPGRecipe, EMPGConfig(), policy)
-    data = example(rollout, score=doubles(1, 0))
+    data = example(rollout, episode_reward=doubles(1, 0))
     first = made.prepare({"on": data}, None)["on"]
     with torch.no_grad():
         policy.table.add_(1.0)
@@ -176,7 +176,7 @@ def test_advantages_are_constants_of_the_rollout(recipe: Any, rollout: Any, valu
 
 def test_equal_scores_are_not_free_of_gradient(recipe: Any, rollout: Any) -> None:
     """Unlike GRPO's: the bonus does not look at the outcome."""
-    data = example(rollout, score=doubles(1, 1))
+    data = example(rollout, episode_reward=doubles(1, 1))
     found = recipe(EMPGRecipe, EMPGConfig()).prepare({"on": data}, None)["on"]["advantage"]
     assert found.any()
     silent = recipe(EMPGRecipe, EMPGConfig(zeta=0.0)).prepare({"on": data}, None)["on"]["advantage"]
@@ -203,7 +203,7 @@ def test_control_episodes_take_the_entropy_of_their_policy(recipe: Any, rollout:
 
 def test_single_turns_without_bonus_are_grpo_rescaled(recipe: Any, rollout: Any) -> None:
     data = rollout(torch.zeros(2, 3), torch.ones(2, 3), entropy=torch.tensor([[0.5] * 3, [2.0] * 3]).double(),
-                   score=doubles(1, 0))  # fmt: skip
+                   episode_reward=doubles(1, 0))  # fmt: skip
     ours = recipe(EMPGRecipe, EMPGConfig()).prepare({"on": data}, None)["on"]["advantage"][0]
     grpo = recipe(Recipe, GRPOConfig()).prepare({"on": data}, None)["on"]["advantage"][0]
     factor = torch.exp(-doubles(0, 1)) / torch.exp(-doubles(0, 1)).mean()
@@ -233,7 +233,7 @@ def test_learns() -> None:
     agent = EMPG("modsum", EMPGConfig(**SMALL, step="token"), seed=0,
                  env_kwargs={"questions": 3, "fixed_length": 2, "symbols": 3})  # fmt: skip
     before = agent.pass_at([1], questions=3, samples=64)["pass@1"]
-    agent.learn(30 * agent.batch_steps)
+    agent.learn(30 * agent.samples_per_iteration)
     assert before < 0.5
     assert agent.pass_at([1], questions=3, samples=64)["pass@1"] > 0.9
 
@@ -242,7 +242,7 @@ def test_turns_of_a_conversation() -> None:
     """The sampler's replies separate steps: a new model is asked to go on in some of 256 games."""
     config = EMPGConfig(model_layers=1, model_width=16, model_heads=1, n_prompts=4, group_size=4)
     agent = EMPG("guessing", config, seed=0)
-    agent.learn(agent.batch_steps)
+    agent.learn(agent.samples_per_iteration)
     data = agent.collector.collect(Request(counts=torch.full((4,), 64)), agent.policy)
     steps = find_steps(data["valid"], None)
     replies = (data["present"] - data["valid"]).sum(0)

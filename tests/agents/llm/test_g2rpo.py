@@ -111,19 +111,19 @@ def test_the_hinge_and_its_gradient() -> None:
 
 
 def rollout(score: list[float], group: list[int], **columns: Any) -> Data:
-    found = {"score": torch.tensor(score), "group": torch.tensor(group)} | columns
+    found = {"episode_reward": torch.tensor(score), "group": torch.tensor(group)} | columns
     valid = columns.get("valid", torch.ones(3, len(score)))
     return Data(found | {"valid": valid}, sequence=frozenset(found) - {"valid", "log_prob"})
 
 
 def test_unanimous_groups_are_told_by_accuracy_alone() -> None:
     scores = torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 1.0]])  # accuracy, length
-    data = RankNormal()(rollout(scores.sum(1).tolist(), [0, 0, 1, 1], scores=scores))
+    data = RankNormal()(rollout(scores.sum(1).tolist(), [0, 0, 1, 1], reward_components=scores))
     assert data["advantage"][0, :2].abs().min() > 0.6
     found = DropUnanimous()(data)["advantage"]
     # two of four sequences are left: their mean is twice their share of the mean over four
     torch.testing.assert_close(found, data["advantage"] * torch.tensor([0.0, 0.0, 2.0, 2.0]))
-    nothing = RankNormal()(rollout([1.0, 1.0], [0, 0], scores=torch.ones(2, 1)))
+    nothing = RankNormal()(rollout([1.0, 1.0], [0, 0], reward_components=torch.ones(2, 1)))
     assert DropUnanimous()(nothing)["advantage"].eq(0.0).all()
 
 
@@ -131,7 +131,7 @@ def test_length_reward_by_kind() -> None:
     valid = (torch.arange(4)[:, None] < torch.tensor([1, 4, 1, 4])).float()
     data = rollout([1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1], valid=valid, kind=torch.tensor([0, 0, 1, 1]))
     bounds = ((0.0, 1.0, 2.0, 6.0), (1.0, 4.0, 8.0, 9.0))
-    found = LengthReward(bounds, coef=0.5)(data)["shaped_score"]
+    found = LengthReward(bounds, coef=0.5)(data)["shaped_episode_reward"]
     np.testing.assert_allclose(found, [1.5, 1.25, 0.0, 0.5])  # (6 - 4) / (6 - 2) = 0.5
     with pytest.raises(ValueError, match="each of 3 kinds, got 2"):
         LengthReward(bounds)(rollout([1.0], [0], kind=torch.tensor([2])))
@@ -157,7 +157,12 @@ def test_the_corridor_term_is_the_hinge(estimate: str, bounds: tuple[float, floa
     data = agent.collector.collect(agent.estimator.parts.request, agent.policy)
     kind = data["group"] % 2
     valid = data["valid"] * (torch.arange(data.shape[0])[:, None] < 2 + 2 * kind)
-    columns = {**{k: data[k] for k in data}, "valid": valid, "kind": kind, "score": torch.zeros_like(data["score"])}
+    columns = {
+        **{k: data[k] for k in data},
+        "valid": valid,
+        "kind": kind,
+        "episode_reward": torch.zeros_like(data["episode_reward"]),
+    }
     data = Data(columns, sequence=data.sequence | {"kind"})
     with torch.no_grad():
         on = agent.estimator.prepare({"on": data}, agent.ctx)["on"]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from agents.llm.gbpo import GBPO, BoundedGroupTarget, GBPOConfig, GBPORecipe, bounded_regression
 from ccrl.data import Batching, Data
-from ccrl.estimators.terms import Level, surrogate
+from ccrl.estimators.terms import LogRatio, surrogate
 from scripts.reproductions.gbpo import uniform_bandit
 
 LOG_PROB = [[-1.0, -0.5, -2.0], [-0.3, -1.2, 0.0], [-0.7, -0.7, -0.7], [-1.5, 0.0, 0.0]]
@@ -23,8 +23,12 @@ SCORE = [1.0, 0.0, 0.0, 1.0]
 def target(scores: list[float], low: float = 0.2, high: float = 0.2, level: float = 0.5) -> tuple[Tensor, Tensor]:
     """``advantage`` and ``ratio_target`` ``[N]`` of one group."""
     score = torch.tensor(scores, dtype=torch.float64)
-    columns = {"valid": torch.ones(1, len(score)).double(), "score": score, "group": torch.zeros(len(score)).long()}
-    data = BoundedGroupTarget(low, high, 1e-4, level)(Data(columns, sequence=frozenset({"score", "group"})))
+    columns = {
+        "valid": torch.ones(1, len(score)).double(),
+        "episode_reward": score,
+        "group": torch.zeros(len(score)).long(),
+    }
+    data = BoundedGroupTarget(low, high, 1e-4, level)(Data(columns, sequence=frozenset({"episode_reward", "group"})))
     return data["advantage"][0], data["ratio_target"]
 
 
@@ -34,7 +38,7 @@ def close(found: Tensor, expected: list[float], atol: float = 5e-5) -> None:
 
 def prepared(recipe: Any, rollout: Any, score: Any = SCORE, **options: Any) -> tuple[Any, Data]:
     made = recipe(GBPORecipe, GBPOConfig(**options))
-    data = rollout(OLD, MASK, score=torch.tensor(score, dtype=torch.float64))
+    data = rollout(OLD, MASK, episode_reward=torch.tensor(score, dtype=torch.float64))
     return made, made.prepare({"on": data}, None)["on"]
 
 
@@ -58,7 +62,7 @@ def test_graded_scores() -> None:
 def test_the_logged_gap_is_that_of_all_informative_tokens(recipe: Any, rollout: Any) -> None:
     """Of both signs of the advantage, and of none where it is 0."""
     made = recipe(GBPORecipe, GBPOConfig())
-    columns = {"score": torch.tensor([1.0, 0.0, 1.0, 1.0]).double(), "group": torch.tensor([0, 0, 1, 1])}
+    columns = {"episode_reward": torch.tensor([1.0, 0.0, 1.0, 1.0]).double(), "group": torch.tensor([0, 0, 1, 1])}
     data = made.prepare({"on": rollout(OLD, MASK, **columns)}, None)["on"]
     batch = data.epoch(Batching("sequence", "full"), None)[0]
     _, stats = surrogate(made.phases()[0].terms, {"log_prob": torch.tensor(LOG_PROB).double().t()}, batch)
@@ -79,8 +83,8 @@ def test_equal_scores_have_no_loss_and_a_group_of_one_keeps_its_score() -> None:
 
 def test_groups_do_not_mix() -> None:
     score = torch.tensor([1.0, 0.0, 5.0, 7.0]).double()
-    columns = {"valid": torch.ones(1, 4).double(), "score": score, "group": torch.tensor([3, 3, 1, 1])}
-    data = BoundedGroupTarget(0.2, 0.2, 1e-4, 0.5)(Data(columns, sequence=frozenset({"score", "group"})))
+    columns = {"valid": torch.ones(1, 4).double(), "episode_reward": score, "group": torch.tensor([3, 3, 1, 1])}
+    data = BoundedGroupTarget(0.2, 0.2, 1e-4, 0.5)(Data(columns, sequence=frozenset({"episode_reward", "group"})))
     close(data["ratio_target"], [1.2, 0.8, 0.8, 1.2])
 
 
@@ -110,7 +114,7 @@ def test_the_optimum_on_a_uniform_bandit() -> None:
 )
 def test_gradient_pulls_back_from_both_sides(rho: float, sign: int, expected: float) -> None:
     x = torch.tensor([[rho]], dtype=torch.float64).log().requires_grad_()
-    level = Level(x, torch.zeros_like(x), torch.ones_like(x))
+    level = LogRatio(x, torch.zeros_like(x), torch.ones_like(x))
     batch = Data({"valid": level.valid, "ratio_target": torch.tensor([1.0 + 0.3 * sign]).double()})
     bounded_regression(level, torch.full_like(x, float(sign)), {}, batch).sum().backward()
     assert x.grad is not None
@@ -119,7 +123,7 @@ def test_gradient_pulls_back_from_both_sides(rho: float, sign: int, expected: fl
 
 def test_at_the_target_and_far_beyond_the_exponential_there_is_no_gradient() -> None:
     x = torch.tensor([[0.0, 800.0]], dtype=torch.float64).requires_grad_()
-    level = Level(x, torch.zeros_like(x), torch.ones_like(x))
+    level = LogRatio(x, torch.zeros_like(x), torch.ones_like(x))
     batch = Data({"valid": level.valid, "ratio_target": torch.ones(2).double()})
     loss = bounded_regression(level, torch.ones_like(x), {}, batch)
     loss.sum().backward()
@@ -193,7 +197,7 @@ SMALL = {"model": "tabular", "n_prompts": 8, "group_size": 8, "n_epochs": 4, "le
 def test_it_learns() -> None:
     agent = GBPO("easy_hard", GBPOConfig(**SMALL), env_kwargs={"questions": 4, "symbols": 5, "easy": 2})
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
-    agent.learn(40 * agent.batch_steps)
+    agent.learn(40 * agent.samples_per_iteration)
     assert before < 0.5
     assert agent.pass_at([1], questions=4, samples=64)["pass@1"] > 0.85
 

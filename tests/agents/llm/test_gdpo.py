@@ -24,8 +24,8 @@ def rollout(*components: Sequence[Sequence[float]], lengths: Sequence[int] | Non
     group = torch.arange(len(components[0])).repeat_interleave(len(components[0][0]))
     length = torch.tensor(lengths or [2] * len(scores))
     valid = (torch.arange(int(length.max()))[:, None] < length).double()
-    columns = {"valid": valid, "score": scores.sum(1), "scores": scores, "group": group}
-    return Data(columns, sequence=frozenset({"score", "scores", "group"}))
+    columns = {"valid": valid, "episode_reward": scores.sum(1), "reward_components": scores, "group": group}
+    return Data(columns, sequence=frozenset({"episode_reward", "reward_components", "group"}))
 
 
 def advantage(data: Data, **options: Any) -> Tensor:
@@ -35,7 +35,7 @@ def advantage(data: Data, **options: Any) -> Tensor:
 
 def sums(*components: Sequence[Sequence[float]], **options: Any) -> Tensor:
     data = rollout(*components)
-    return Decoupled(**options).sums(data["scores"], data["group"])
+    return Decoupled(**options).sums(data["reward_components"], data["group"])
 
 
 R1, R2 = [[3, 1, -1, -3], [2, 2, 2, 2]], [[1, 1, 0, 0], [1, 0, 1, 0]]
@@ -47,7 +47,7 @@ def test_two_rewards_are_more_than_one() -> None:
     grpo = GroupBaseline(scale="std", eps=0.0)
     for components in ([[1, 0]], [[1, 0]]), ([[1, 0]], [[0, 0]]):
         data = rollout(*components)
-        np.testing.assert_allclose(grpo.advantages(data["score"], data["group"]), [0.7071, -0.7071], atol=5e-5)
+        np.testing.assert_allclose(grpo.advantages(data["episode_reward"], data["group"]), [0.7071, -0.7071], atol=5e-5)
 
 
 @pytest.mark.parametrize(
@@ -105,17 +105,17 @@ def test_scale_and_shift_of_a_reward_do_not_matter() -> None:
     one, other = rollout(R1, R2), rollout(R1, scaled)
     grpo = GroupBaseline(scale="std", eps=0.0)
     assert not torch.allclose(
-        grpo.advantages(one["score"], one["group"]), grpo.advantages(other["score"], other["group"])
+        grpo.advantages(one["episode_reward"], one["group"]), grpo.advantages(other["episode_reward"], other["group"])
     )
 
 
 def test_one_component_is_whitened_grpo() -> None:
     generator = torch.Generator().manual_seed(0)
     reward = torch.rand(3, 5, generator=generator).tolist()
-    z = GroupBaseline(scale="std", eps=1e-4).advantages(rollout(reward)["score"], rollout(reward)["group"])
+    z = GroupBaseline(scale="std", eps=1e-4).advantages(rollout(reward)["episode_reward"], rollout(reward)["group"])
     torch.testing.assert_close(advantage(rollout(reward)), (z - z.mean()) / (z.std() + 1e-4))
     data = rollout(reward)
-    alone = Data({k: data[k] for k in data if k != "scores"}, sequence=data.sequence - {"scores"})
+    alone = Data({k: data[k] for k in data if k != "reward_components"}, sequence=data.sequence - {"reward_components"})
     torch.testing.assert_close(advantage(alone), advantage(data))
 
 
@@ -141,15 +141,15 @@ def test_equal_rewards_give_exactly_zero() -> None:
 
 def test_groups_of_one() -> None:
     data = rollout([[0.5]], [[2.0]])
-    assert Decoupled().sums(data["scores"], data["group"]).tolist() == [0.0]
-    assert Decoupled(single="keep", group_eps=0.0).sums(data["scores"], data["group"]).tolist() == [2.5]
+    assert Decoupled().sums(data["reward_components"], data["group"]).tolist() == [0.0]
+    assert Decoupled(single="keep", group_eps=0.0).sums(data["reward_components"], data["group"]).tolist() == [2.5]
 
 
 def test_token_statistics_weigh_long_sequences_more() -> None:
     lengths = [4, 1, 1, 1, 1, 2]
     data = rollout([[1, 0, 0], [2, 2, 2]], lengths=lengths)
     found = Decoupled(batch_norm="token")(data)["advantage"]
-    total = Decoupled().sums(data["scores"], data["group"])
+    total = Decoupled().sums(data["reward_components"], data["group"])
     tokens = total.repeat_interleave(torch.tensor(lengths))
     expected = (total - tokens.mean()) / (tokens.var() + 1e-8).sqrt()
     torch.testing.assert_close(found, expected.expand_as(found) * data["valid"])

@@ -16,7 +16,7 @@ from ccrl.collect import Request
 from ccrl.data import Batching, Data
 from ccrl.estimators.modulations import shaping
 from ccrl.estimators.stages import GroupBaseline
-from ccrl.estimators.terms import Level, surrogate
+from ccrl.estimators.terms import LogRatio, surrogate
 from ccrl.llm.policy import token_outputs
 from ccrl.llm.task import Prompts
 
@@ -35,14 +35,14 @@ def mixed(rollout: Any, samples: list[list[float]], shown: list[bool], steps: in
     mask = [[1.0] * steps] * (n - demo) + [[1.0 if s else 0.0] * steps for s in shown]
     old = [[-1.0] * steps] * (n - demo) + [[0.0] * steps] * demo
     score = torch.tensor(score, dtype=F64)
-    return rollout(old, mask, score=score, scores=score.unsqueeze(1).t(), group=torch.tensor(group),
+    return rollout(old, mask, episode_reward=score, reward_components=score.unsqueeze(1).t(), group=torch.tensor(group),
                    demonstration=torch.tensor(demonstration, dtype=F64), **columns)  # fmt: skip
 
 
 def with_scores(data: Data) -> Data:
-    """``scores`` as per-sequence column ``[N, 1]``."""
-    columns = {k: data[k] for k in data} | {"scores": data["score"].unsqueeze(1)}
-    return Data(columns, sequence=data.sequence | {"scores"})
+    """``reward_components`` as per-sequence column ``[N, 1]``."""
+    columns = {k: data[k] for k in data} | {"reward_components": data["episode_reward"].unsqueeze(1)}
+    return Data(columns, sequence=data.sequence | {"reward_components"})
 
 
 def mix(rollout: Any, samples: list[list[float]], shown: list[bool], **settings: Any) -> Data:
@@ -159,7 +159,7 @@ def test_means_over_samples_of_different_lengths(
 
 def test_ratios_are_clipped_on_request_alone(recipe: Any) -> None:
     one = torch.ones(1, 1, dtype=F64)
-    level = Level(torch.log(3.0 * one), 0.0 * one, one)
+    level = LogRatio(torch.log(3.0 * one), 0.0 * one, one)
     for settings, expected in (({}, -3.0), ({"clip": True, "clip_high": 0.4}, -1.4)):
         loss = recipe(HPTRecipe, HPTConfig(**settings)).loss()
         assert float(loss(level, one, {}, Data({}))) == pytest.approx(expected)
@@ -184,7 +184,7 @@ def test_parts_that_are_empty(recipe: Any, rollout: Any) -> None:
 
 
 def test_srft_weights() -> None:
-    level = Level(torch.tensor([[-1.0, -1.0]], dtype=F64), torch.tensor([[-1.0, -1.0]], dtype=F64), torch.ones(1, 2))
+    level = LogRatio(torch.tensor([[-1.0, -1.0]], dtype=F64), torch.tensor([[-1.0, -1.0]], dtype=F64), torch.ones(1, 2))
     batch = Data({"valid": torch.ones(1, 2, dtype=F64), "verified": torch.tensor([True, False])})
     evaluation = {"entropy": torch.full((1, 2), 0.5, dtype=F64)}
     imitation = uncertainty_weighted(level, level.valid, evaluation, batch)
@@ -249,9 +249,9 @@ def test_solves_what_exploration_does_not() -> None:
     found = {}
     for gate in (0.0, -1.0):
         agent = HPT("dead_prompts", HPTConfig(**SMALL, gate=gate), seed=1, env_kwargs=DEAD)
-        agent.learn(agent.batch_steps)
+        agent.learn(agent.samples_per_iteration)
         first = float(agent.scalars["train/sft_share"])
-        agent.learn(60 * agent.batch_steps)
+        agent.learn(60 * agent.samples_per_iteration)
         found[gate] = agent.pass_at([1], questions=8, samples=64)["pass@1"]
         assert float(agent.scalars["train/sft_share"]) < max(first, 1e-9)
         assert 0.0 <= float(agent.scalars["rollout/success"]) <= 1.0
@@ -261,14 +261,14 @@ def test_solves_what_exploration_does_not() -> None:
 
 def test_large_gradients_are_skipped_and_counted(tmp_path: Path) -> None:
     agent = HPT("dead_prompts", HPTConfig(**SMALL, skip_grad_norm=1e-6), seed=1, env_kwargs=DEAD)
-    agent.learn(2 * agent.batch_steps)
+    agent.learn(2 * agent.samples_per_iteration)
     assert not agent.policy.logits.any()
     assert float(agent.scalars["train/grad_norm"]) > 1e-6
     assert agent.scalars["train/skipped_updates"] == agent.scalars["train/n_updates"] == 2
     agent.save(tmp_path / "agent.pt")
     loaded = HPT.load(tmp_path / "agent.pt")
     loaded.updaters["policy"].skip_norm = None
-    loaded.learn(3 * agent.batch_steps)
+    loaded.learn(3 * agent.samples_per_iteration)
     assert loaded.policy.logits.any()
     assert loaded.scalars["train/skipped_updates"] == 2  # over the whole run, as n_updates
     assert loaded.scalars["train/n_updates"] == 3
@@ -280,7 +280,7 @@ def test_the_threshold_is_for_the_norm_before_it_is_scaled_down() -> None:
     for threshold in (1e-3, 1e3):
         config = HPTConfig(**SMALL | {"max_grad_norm": 1e-4}, skip_grad_norm=threshold)
         agent = HPT("dead_prompts", config, seed=1, env_kwargs=DEAD)
-        agent.learn(agent.batch_steps)
+        agent.learn(agent.samples_per_iteration)
         assert 1e-3 < float(agent.scalars["train/grad_norm"]) < 1e3
         found[threshold] = agent.scalars["train/skipped_updates"]
     assert found == {1e-3: 1, 1e3: 0}
@@ -327,9 +327,9 @@ def test_imitation_of_texts_of_different_lengths() -> None:
     """Everything gated: the loss is the mean negative log-likelihood of the demonstrations' tokens."""
     config = HPTConfig(n_prompts=16, group_size=2, gate=1.0, entropy_coef=0.0, learning_rate=0.1, max_grad_norm=0.0)
     agent = OnBigrams("arithmetic", config, seed=0)
-    agent.learn(agent.batch_steps)
+    agent.learn(agent.samples_per_iteration)
     assert float(agent.scalars["train/sft_loss"]) == pytest.approx(math.log(agent.task.vocab.size), rel=1e-5)
-    agent.learn(60 * agent.batch_steps)
+    agent.learn(60 * agent.samples_per_iteration)
     prompts = agent.task.prompts(64, torch.Generator().manual_seed(5), "train")
     tokens = prompts.demonstration
     assert tokens is not None

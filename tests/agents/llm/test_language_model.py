@@ -57,15 +57,15 @@ def test_gradients_are_scaled_down_to_the_norm(largest: float, moved: bool) -> N
 def test_the_rollout_that_is_asked_for() -> None:
     agent = made(n_prompts=2, group_size=5)
     assert agent.estimator.parts.request.counts.tolist() == [5, 5]
-    assert agent.batch_steps == 10
+    assert agent.samples_per_iteration == 10
     assert agent.estimator.parts.components == ("accuracy", "grade")
 
 
 def test_lengths() -> None:
     task = make_task("arithmetic")
     tiny = {"model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2}
-    agent = made(task, **tiny, max_new_tokens=2, bucket=5)
-    assert (agent.collector.steps, agent.collector.bucket, agent.estimator.parts.max_length) == (2, 5, 2)
+    agent = made(task, **tiny, max_new_tokens=2, pad_to_multiple_of=5)
+    assert (agent.collector.steps, agent.collector.pad_to_multiple_of, agent.estimator.parts.max_length) == (2, 5, 2)
     assert made(task, **tiny).collector.steps == task.max_new_tokens
 
 
@@ -76,7 +76,7 @@ def test_the_step_size_falls_to_zero() -> None:
         rates.append(float(agent.updaters["policy"].lr))
         return True
 
-    agent.learn(4 * agent.batch_steps, look)
+    agent.learn(4 * agent.samples_per_iteration, look)
     assert sorted(set(rates), reverse=True) == pytest.approx([0.4, 0.3, 0.2, 0.1])
 
 
@@ -107,12 +107,12 @@ def test_warm_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
     config = GRPO.Config(**SMALL, warm_start_steps=4, warm_start_lr=0.08, kl_coef=0.1, warm_start_batch=3)
     agent = Agent(RaggedTask(), config, seed=7)
-    agent.learn(agent.batch_steps)
+    agent.learn(agent.samples_per_iteration)
     assert rates == pytest.approx([0.08, 0.06, 0.04, 0.02])
     assert seeds == [7, 2_000_010]
     assert torch.equal(agent.ctx.bank.policy("ref").logits, warmed[0])
     assert not torch.equal(agent.policy.logits, warmed[0])
-    agent.learn(2 * agent.batch_steps)
+    agent.learn(2 * agent.samples_per_iteration)
     assert len(warmed) == 1
 
 

@@ -11,10 +11,10 @@ import torch
 
 from agents.llm.baselines import GRPO, GRPOConfig
 from agents.llm.mhpo import MHPO, Hazard, MHPOConfig, MHPORecipe, modulated
-from agents.llm.recipe import Recipe
 from ccrl.data import Batching, Data
 from ccrl.estimators.losses import weighted_ratio
-from ccrl.estimators.terms import Level, surrogate
+from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.terms import LogRatio, surrogate
 
 TABLE = {
     0.1: (-1.366929, 4.078122, 0.004318, 0.000732),
@@ -36,7 +36,7 @@ def example(batch: Any, old: Any = OLD) -> Data:
 
 def multiplier(hazard: Hazard, ratio: torch.Tensor) -> torch.Tensor:
     log_prob = ratio.log().unsqueeze(0).requires_grad_()
-    level = Level(log_prob, torch.zeros_like(log_prob), torch.ones_like(log_prob))
+    level = LogRatio(log_prob, torch.zeros_like(log_prob), torch.ones_like(log_prob))
     element = modulated(hazard)(level, torch.ones_like(log_prob), {}, Data({}))
     return -torch.autograd.grad(element.sum(), log_prob)[0].squeeze(0)
 
@@ -70,7 +70,7 @@ def test_without_the_stop_gradient_the_numbers_are_others(
     monkeypatch.setattr(torch.Tensor, "detach", lambda self: self)
     made, data = recipe(MHPORecipe, MHPOConfig()), example(batch)
     leaf = torch.tensor(LOG_PROB, dtype=torch.float64, requires_grad=True)
-    level = Level(leaf.t(), data["log_prob"], data["valid"])
+    level = LogRatio(leaf.t(), data["log_prob"], data["valid"])
     element = made.loss()(level, data["advantage"], {}, data)
     weights = made.aggregate()(data["valid"], data)
     (gradient,) = torch.autograd.grad((weights * element).sum(), leaf)
@@ -180,7 +180,7 @@ def test_padding_permutation_and_microbatches_change_nothing(recipe: Any, batch:
 
 def test_equal_scores_and_empty_sequences_have_no_gradient(recipe: Any, rollout: Any, value_and_gradient: Any) -> None:
     made = recipe(MHPORecipe, MHPOConfig())
-    data = rollout(OLD, [[1, 1, 1], [0, 0, 0]], score=torch.tensor([0.5, 0.5], dtype=torch.float64))
+    data = rollout(OLD, [[1, 1, 1], [0, 0, 0]], episode_reward=torch.tensor([0.5, 0.5], dtype=torch.float64))
     prepared = made.prepare({"on": data}, None)["on"].epoch(Batching("sequence", "full"), None)[0]
     value, gradient = value_and_gradient(made, LOG_PROB, prepared)
     assert value == 0.0
@@ -191,7 +191,7 @@ def test_control_episodes_give_what_tokens_give(recipe: Any, rollout: Any) -> No
     """The recipe reads no tokens: rewards of steps become scores, and the same numbers the same loss."""
     made = recipe(MHPORecipe, MHPOConfig())
     score = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    tokens = rollout(OLD, MASK, score=score)
+    tokens = rollout(OLD, MASK, episode_reward=score)
     carry = torch.tensor([[1.0, 1, 0], [1, 0, 0]], dtype=torch.float64)
     reward = torch.tensor([[0.25, 0.25, 0.5], [0.5, -0.5, 9.0]], dtype=torch.float64)
     episodes = rollout(OLD, MASK, reward=reward, carry=carry)
@@ -218,7 +218,7 @@ SMALL = {"model": "tabular", "n_prompts": 8, "group_size": 8, "n_epochs": 4, "le
 def test_learns_and_reports() -> None:
     agent = MHPO("easy_hard", MHPOConfig(**SMALL), seed=0, env_kwargs={"questions": 4, "symbols": 5, "easy": 2})
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
-    agent.learn(25 * agent.batch_steps)
+    agent.learn(25 * agent.samples_per_iteration)
     assert before < 0.5
     assert agent.pass_at([1], questions=4, samples=64)["pass@1"] > 0.9
     assert 0.0 < float(agent.scalars["train/survival"]) < 1.0
@@ -230,7 +230,7 @@ def test_first_adam_step_is_that_of_grpo() -> None:
     options = SMALL | {"n_epochs": 1, "max_grad_norm": 0.0}
     ours, theirs = MHPO("modsum", MHPOConfig(**options)), GRPO("modsum", GRPOConfig(**options))
     for agent in (ours, theirs):
-        agent.learn(agent.batch_steps)
+        agent.learn(agent.samples_per_iteration)
     full = theirs.policy.logits.abs() > 0.0999  # gradients at rounding level are left out: their steps are Adam's eps
     assert int(full.sum()) > 50
     torch.testing.assert_close(ours.policy.logits[full], theirs.policy.logits[full], atol=1e-4, rtol=0)

@@ -121,8 +121,8 @@ def test_pairs_of_samples() -> None:
     on, sampled = data["on"], data["sampled"]
     assert on["preferred"].tolist() == [1.0, -1.0] * 3
     for g in range(3):
-        scores = sampled["score"][sampled["group"] == g]
-        pair_scores = on["score"][on["group"] == g]
+        scores = sampled["episode_reward"][sampled["group"] == g]
+        pair_scores = on["episode_reward"][on["group"] == g]
         assert pair_scores.tolist() == [scores.max(), scores.min()]
 
 
@@ -142,7 +142,7 @@ def test_pairs_with_demonstrations() -> None:
     on = data["on"]
     assert on["group"].tolist() == [0, 0, 2, 2]
     assert on["demonstration"].tolist() == [1.0, 0.0, 1.0, 0.0]
-    assert on["score"].tolist() == [1.0, 0.0, 1.0, 0.0]
+    assert on["episode_reward"].tolist() == [1.0, 0.0, 1.0, 0.0]
     assert data["sampled"].shape[1] == 24
 
 
@@ -201,11 +201,11 @@ def test_bad_settings(agent: type[LLM], settings: dict[str, Any], message: str) 
 def test_learns_a_bandit(agent: type[LLM], settings: dict[str, Any]) -> None:
     config = agent.Config(**{"model": "tabular", "n_prompts": 8, "group_size": 4, "learning_rate": 0.1} | settings)
     learner = agent("sequence_match", config, seed=0, env_kwargs={"questions": 2, "fixed_length": 3, "symbols": 4})
-    before = learner.pass_at([1], questions=2, samples=64)["score"]
-    learner.learn(40 * learner.batch_steps)
+    before = learner.pass_at([1], questions=2, samples=64)["episode_reward"]
+    learner.learn(40 * learner.samples_per_iteration)
     assert learner.iteration == 40
     assert before < 0.45
-    assert learner.pass_at([1], questions=2, samples=64)["score"] > 0.7
+    assert learner.pass_at([1], questions=2, samples=64)["episode_reward"] > 0.7
 
 
 def test_sft_counts_demonstrations() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, RolloutRing, dual_step, lagrangian
 from ccrl.data import Batching, Data
-from ccrl.estimators.terms import Level, surrogate
+from ccrl.estimators.terms import LogRatio, surrogate
 from ccrl.testing.recipe_contract import RaggedTask
 from scripts.reproductions import r2vpo as reproduction
 from scripts.reproductions.r2vpo import bandit
@@ -146,7 +146,7 @@ def test_one_dual_step_per_rollout_or_per_minibatch() -> None:
     for every, rate in (("rollout", 2.0), ("minibatch", 0.5)):
         config = R2VPOConfig(**SMALL, dual_every=every, dual_rate=rate, batch_size=32, dual_init=1.0)
         agent = R2VPO("easy_hard", config, env_kwargs=TASK)
-        agent.learn(agent.batch_steps)
+        agent.learn(agent.samples_per_iteration)
         s = {k: float(v) for k, v in agent.scalars.items() if k.startswith("train/")}
         # 8 gradient steps: their mean variance times 8 steps of the dual; or one step with the variance afterwards
         moved = (
@@ -182,8 +182,8 @@ def test_the_variance_is_a_mean_over_tokens(aggregate: str) -> None:
 
 def columns(value: float, steps: int = 2) -> Data:
     x = torch.full((steps, 3), value)
-    return Data({"log_prob": x, "valid": torch.ones_like(x), "group": torch.tensor([0, 0, 1]), "score": x[0]},
-                raw=frozenset({"log_prob", "valid"}), sequence=frozenset({"group", "score"}))  # fmt: skip
+    return Data({"log_prob": x, "valid": torch.ones_like(x), "group": torch.tensor([0, 0, 1]), "episode_reward": x[0]},
+                raw=frozenset({"log_prob", "valid"}), sequence=frozenset({"group", "episode_reward"}))  # fmt: skip
 
 
 def test_the_ring_is_bounded_and_owns_its_columns() -> None:
@@ -215,7 +215,7 @@ def test_old_rollouts_train_with_the_advantages_and_log_probabilities_they_came_
         Recipe = Spied
 
     agent = Agent("easy_hard", R2VPOConfig(**SMALL, replay=2), env_kwargs=TASK)
-    agent.learn(4 * agent.batch_steps)
+    agent.learn(4 * agent.samples_per_iteration)
     assert [s["on"].shape[1] for s in seen] == [64, 128, 192, 192]
     fresh, last = [s["fresh"] for s in seen], seen[3]["on"]
     for i, old in enumerate((fresh[3], fresh[1], fresh[2])):  # the fresh one, then from the oldest on
@@ -225,7 +225,7 @@ def test_old_rollouts_train_with_the_advantages_and_log_probabilities_they_came_
     assert last["group"].unique().shape[0] == 24
     # what is logged of rollouts is of the fresh one
     assert float(agent.scalars["rollout/success"]) == pytest.approx(
-        float((fresh[3]["scores"][:, 0] >= 1).float().mean())
+        float((fresh[3]["reward_components"][:, 0] >= 1).float().mean())
     )
 
 
@@ -234,7 +234,7 @@ def test_rollouts_of_different_lengths() -> None:
         model="tiny", model_layers=1, model_width=16, model_heads=2, n_prompts=2, group_size=2, replay=2
     )
     agent = R2VPO("sorting", config)
-    agent.learn(3 * agent.batch_steps)
+    agent.learn(3 * agent.samples_per_iteration)
     assert len(agent.estimator.ring.rollouts) == 2
     assert math.isfinite(float(agent.scalars["train/dual"]))
 
@@ -256,7 +256,7 @@ def test_bad_config(options: dict[str, Any]) -> None:
 def test_it_learns(replay: int) -> None:
     agent = R2VPO("easy_hard", R2VPOConfig(**SMALL, replay=replay), env_kwargs=TASK)
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
-    agent.learn(30 * agent.batch_steps)
+    agent.learn(30 * agent.samples_per_iteration)
     assert before < 0.5
     assert agent.pass_at([1], questions=4, samples=64)["pass@1"] > 0.7
 
@@ -270,7 +270,7 @@ def state(agent: R2VPO) -> dict[str, Tensor]:
 def test_exact_resume_with_old_rollouts(tmp_path: Path, every: str) -> None:
     config = R2VPOConfig(**SMALL, replay=2, batch_size=40, dual_every=every)
     whole, part = (R2VPO("easy_hard", config, seed=3, env_kwargs=TASK) for _ in range(2))
-    size = whole.batch_steps
+    size = whole.samples_per_iteration
     whole.learn(6 * size)
     part.learn(3 * size)
     part.save(tmp_path / "a.pt")
@@ -289,7 +289,7 @@ def test_exact_resume_with_old_rollouts(tmp_path: Path, every: str) -> None:
 def test_the_loss_reads_the_dual_when_it_is_called() -> None:
     """Sheet, O3: mean(-r A) + lambda mean((r - 1)^2) = 0.10625, here with the budget inside."""
     ratio = torch.tensor([[1.3, 0.6, 1.0, 2.0]], dtype=torch.float64)
-    level = Level(ratio.log(), torch.zeros_like(ratio), torch.ones_like(ratio))
+    level = LogRatio(ratio.log(), torch.zeros_like(ratio), torch.ones_like(ratio))
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5]], dtype=torch.float64)
     dual = torch.tensor(0.5, dtype=torch.float64)
     loss = lagrangian(lambda: dual, 0.04)

@@ -147,7 +147,9 @@ def test_nothing_to_compare_is_zero_and_finite(at: Any, labels: list[float], com
 
 def test_labels(rollout: Any) -> None:
     score = torch.tensor([1.0, 0.0, 0.5, 1.0, 2.0, 3.0, 7.0, 7.0], dtype=torch.float64)
-    data = rollout(torch.zeros(8, 1), torch.ones(8, 1), score=score, group=torch.tensor([0, 0, 0, 0, 1, 1, 2, 2]))
+    data = rollout(
+        torch.zeros(8, 1), torch.ones(8, 1), episode_reward=score, group=torch.tensor([0, 0, 0, 0, 1, 1, 2, 2])
+    )
     assert Labels()(data)["label"].tolist() == [1, 0, -1, 1, -1, -1, -1, -1]
     assert Labels("group_mean")(data)["label"].tolist() == [1, 0, 0, 1, 0, 1, 0, 0]
 
@@ -155,7 +157,7 @@ def test_labels(rollout: Any) -> None:
 def test_the_rule_of_means_ignores_affine_changes(rollout: Any) -> None:
     score = torch.tensor(LABELS, dtype=torch.float64)
     for changed in (score, 3.0 * score - 1.0):
-        label = Labels("group_mean")(rollout(OLD, MASK, score=changed))["label"]
+        label = Labels("group_mean")(rollout(OLD, MASK, episode_reward=changed))["label"]
         assert label.tolist() == LABELS
 
 
@@ -219,9 +221,9 @@ def test_learns_and_reports(comparison: str) -> None:
     config = REALConfig(**SMALL, comparison=comparison)
     agent = REAL("easy_hard", config, seed=0, env_kwargs={"questions": 4, "symbols": 5, "easy": 2})
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
-    agent.learn(agent.batch_steps)
+    agent.learn(agent.samples_per_iteration)
     assert 0.5 < float(agent.scalars["train/compared_prompts"]) <= 1.0
-    agent.learn(20 * agent.batch_steps)
+    agent.learn(20 * agent.samples_per_iteration)
     assert before < 0.5
     assert agent.pass_at([1], questions=4, samples=64)["pass@1"] > 0.85
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from agents.llm import METHODS
 from agents.llm.baselines import GRPO
-from agents.llm.recipe import Recipe
 from ccrl.data import Data
 from ccrl.estimators import aggregates
 from ccrl.estimators.base import Stage
+from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.terms import Aggregate, Loss
 from ccrl.testing.recipe_contract import RaggedTask, RecipeContract
 
@@ -119,7 +119,7 @@ class NoBaseline(Recipe):
     """Takes the scores as advantages."""
 
     def stages(self) -> tuple[Stage, ...]:
-        return (lambda data: data.derive(advantage=data["score"] * data["valid"]),)
+        return (lambda data: data.derive(advantage=data["episode_reward"] * data["valid"]),)
 
 
 class Halved(Recipe):

@@ -14,10 +14,10 @@ from agents.llm.base import LLM
 from agents.llm.bnpo import BNPO
 from agents.llm.g2rpo import G2RPO
 from agents.llm.gdpo import GDPO
-from agents.llm.recipe import Parts
 from ccrl.collect import Request
 from ccrl.data import Batching, Data
 from ccrl.estimators import losses, ratios
+from ccrl.estimators.recipe import Parts
 from ccrl.estimators.terms import surrogate
 from ccrl.updaters import ModuleUpdater
 
@@ -89,7 +89,11 @@ def test_on_policy_the_gradient_is_reinforce(agent: type[LLM]) -> None:
 def test_equal_rewards_give_no_gradient(agent: type[LLM]) -> None:
     made = make(agent)
     raw = made.collector.collect(made.estimator.parts.request, made.policy)
-    raw = lift(lift(raw, "score", torch.full_like(raw["score"], 0.1)), "scores", torch.full_like(raw["scores"], 0.1))
+    raw = lift(
+        lift(raw, "episode_reward", torch.full_like(raw["episode_reward"], 0.1)),
+        "reward_components",
+        torch.full_like(raw["reward_components"], 0.1),
+    )
     assert gradient(made, prepared(made, raw)).eq(0.0).all()
 
 
@@ -125,9 +129,9 @@ def test_episodes_of_control_tasks(agent: type[LLM]) -> None:
 def test_learns(agent: type[LLM]) -> None:
     # graded rewards stay small under BNPO: its weights are no deviations, and it wants a larger step
     made = make(agent, learning_rate=30.0 if agent is BNPO else 6.0, group_size=8)
-    before = made.pass_at([1], questions=4, samples=64)["score"]
+    before = made.pass_at([1], questions=4, samples=64)["episode_reward"]
     made.learn(48 * 60)
-    after = made.pass_at([1], questions=4, samples=64)["score"]
+    after = made.pass_at([1], questions=4, samples=64)["episode_reward"]
     assert before < 0.25
     assert after > 0.85
 
@@ -151,8 +155,8 @@ def test_resumes_exactly(agent: type[LLM], tmp_path: Path) -> None:
 def test_the_normaliser_is_logged() -> None:
     made = make(BNPO)
     made.learn(48)
-    assert made.scalars["train/alpha_score"] >= 1.0
-    assert made.scalars["train/beta_score"] >= 1.0
+    assert made.scalars["train/alpha_reward"] >= 1.0
+    assert made.scalars["train/beta_reward"] >= 1.0
 
 
 def test_the_clipped_loss_has_the_gradient_of_its_value() -> None:

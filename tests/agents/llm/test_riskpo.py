@@ -15,7 +15,7 @@ from agents.llm.riskpo import (
     RiskPO,
     RiskPOConfig,
     RiskPORecipe,
-    bundle_scores,
+    bundle_rewards,
     bundled,
     credit,
     released_advantage,
@@ -39,8 +39,8 @@ def questions(rewards: Any) -> Data:
     group = torch.arange(len(rewards)).repeat_interleave(rewards.shape[1])
     one = torch.ones(1, len(group), dtype=torch.float64)
     return Data(
-        {"log_prob": -one, "valid": one, "score": rewards.flatten(), "group": group},
-        sequence=frozenset({"score", "group"}),
+        {"log_prob": -one, "valid": one, "episode_reward": rewards.flatten(), "group": group},
+        sequence=frozenset({"episode_reward", "group"}),
     )
 
 
@@ -120,9 +120,9 @@ def test_translation_and_scale() -> None:
 
 def test_bundle_of_the_sheet(recipe: Any) -> None:
     data = bundled(questions([[1, 0, 0, 1], [1, 0, 1, 1]]), 2, None)
-    assert bundle_scores(data).tolist() == [2, 0, 1, 2]
+    assert bundle_rewards(data).tolist() == [2, 0, 1, 2]
     assert data["bundle"].tolist() == [0, 1, 2, 3] * 2
-    assert data["bundle_score"].tolist() == [2, 0, 1, 2] * 2
+    assert data["bundle_reward"].tolist() == [2, 0, 1, 2] * 2
     made = recipe(RiskPORecipe, RiskPOConfig(bundle=2))
     assert [float(q) for q in made.current(data)] == pytest.approx([0.6, 2.0], abs=1e-12)
     found = made.advantage(data)
@@ -135,12 +135,12 @@ def test_every_response_is_in_one_bundle_with_one_of_each_question() -> None:
     rewards = torch.rand(6, 4, generator=generator, dtype=torch.float64)
     data = bundled(questions(rewards), 3, generator)
     assert data.shape[1] == 24
-    assert float(bundle_scores(data).sum()) == pytest.approx(float(rewards.sum()))
+    assert float(bundle_rewards(data).sum()) == pytest.approx(float(rewards.sum()))
     for number in range(8):
         members = data["bundle"] == number
         assert data["group"][members].unique().numel() == 3
         assert data["questions"][members].unique().numel() == 1
-        assert float(data["bundle_score"][members][0]) == pytest.approx(float(data["score"][members].sum()))
+        assert float(data["bundle_reward"][members][0]) == pytest.approx(float(data["episode_reward"][members].sum()))
     # another draw, other bundles
     assert not torch.equal(bundled(questions(rewards), 3, generator)["bundle"], data["bundle"])
 
@@ -150,10 +150,10 @@ def test_questions_that_fill_no_bundle_are_left_out() -> None:
     for _ in range(20):
         data = bundled(questions(torch.eye(5)), 2, generator)
         assert data.shape[1] == 20
-        assert bundle_scores(data).shape == (10,)
+        assert bundle_rewards(data).shape == (10,)
         seen |= {0, 1, 2, 3, 4} - set(data["group"].tolist())
     assert seen == {0, 1, 2, 3, 4}  # not always the same ones
-    assert bundled(questions(torch.eye(3)), 5, generator)["bundle_score"].shape == (9,)
+    assert bundled(questions(torch.eye(3)), 5, generator)["bundle_reward"].shape == (9,)
 
 
 def test_ragged_groups_are_refused() -> None:
@@ -166,11 +166,11 @@ def test_ragged_groups_are_refused() -> None:
 def test_labels_of_groups_do_not_matter(size: int) -> None:
     data = questions(torch.rand(3, 4))
     shuffled = Data(
-        {k: data[k] for k in ("log_prob", "valid", "score")} | {"group": 7 * data["group"] + 2},
-        sequence=frozenset({"score", "group"}),
+        {k: data[k] for k in ("log_prob", "valid", "episode_reward")} | {"group": 7 * data["group"] + 2},
+        sequence=frozenset({"episode_reward", "group"}),
     )
     first, second = (bundled(d, size, torch.Generator().manual_seed(2)) for d in (data, shuffled))
-    assert torch.equal(first["bundle_score"], second["bundle_score"])
+    assert torch.equal(first["bundle_reward"], second["bundle_reward"])
 
 
 # -- trackers -------------------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ def test_trackers_start_at_the_first_rollout_and_move_after_use(recipe: Any) -> 
     made = recipe(RiskPORecipe, RiskPOConfig(bundle=2))
     first = questions([[1, 0, 0, 1], [1, 0, 1, 1]])
     prepared = made.prepare({"on": first}, context())
-    scores = bundle_scores(prepared["on"])
+    scores = bundle_rewards(prepared["on"])
     levels = double([0.2, 0.8])
     expected = torch.quantile(scores, levels)
     assert not bool(made.started)
@@ -296,7 +296,7 @@ def test_padding_and_microbatches_change_nothing(recipe: Any, value_and_gradient
 def test_control_episodes_need_no_tokens() -> None:
     config = GroupedConfig(method="riskpo", n_groups=5, group_size=4, n_steps=20)
     agent = Grouped("CartPole-v1", config)
-    agent.learn(agent.batch_steps)
+    agent.learn(agent.samples_per_iteration)
     assert agent.n_updates == agent.iteration >= 1
     assert float(agent.estimator.quantiles[1]) > 5 * 5  # five returns of more than five steps
 
@@ -326,7 +326,7 @@ def test_learns_and_reports() -> None:
     task = {"questions": 5, "symbols": 4, "easy": 2}
     agent = RiskPO("easy_hard", RiskPOConfig(**SMALL), seed=0, env_kwargs=task)
     before = agent.pass_at([1], questions=5, samples=64)["pass@1"]
-    agent.learn(40 * agent.batch_steps)
+    agent.learn(40 * agent.samples_per_iteration)
     assert agent.pass_at([1], questions=5, samples=64)["pass@1"] > before + 0.25
     assert 0.0 < float(agent.scalars["train/quantile_low"]) < float(agent.scalars["train/quantile_high"]) < 5.5
 

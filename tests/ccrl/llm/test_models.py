@@ -24,7 +24,7 @@ WANT = frozenset({"log_prob"})
 
 def config(**changes: Any) -> Any:
     default = {
-        "model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2, "lora_rank": 0, "chunk": 0,
+        "model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2, "lora_rank": 0, "logits_chunk_size": 0,
         "temperature": 1.0, "second_temperature": 1.0,
     }  # fmt: skip
     return SimpleNamespace(**default | changes)
@@ -39,10 +39,10 @@ def peft() -> Any:
 
 
 def test_tiny_model(transformers: Any, task: TextTask) -> None:
-    policy = build_policy(config(chunk=5), task)
+    policy = build_policy(config(logits_chunk_size=5), task)
     assert isinstance(policy, CausalLMPolicy)
     assert policy.vocab_size == task.vocab.size
-    assert policy.chunk == 5
+    assert policy.logits_chunk_size == 5
     with pytest.raises(ValueError, match="width: expected a multiple of heads = 3, got 16"):
         tiny_model(10, width=16, heads=3)
 
@@ -116,14 +116,14 @@ def test_only_adapters_train(transformers: Any, peft: Any, task: TextTask) -> No
     assert all(p.grad.any() for p in policy.parameters() if p.requires_grad)  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("chunk", [0, 3])
+@pytest.mark.parametrize("logits_chunk_size", [0, 3])
 def test_the_reference_is_the_model_under_the_adapters(
-    transformers: Any, peft: Any, task: TextTask, chunk: int
+    transformers: Any, peft: Any, task: TextTask, logits_chunk_size: int
 ) -> None:
     torch.manual_seed(0)
     plain = build_policy(config(), task)
     torch.manual_seed(0)
-    policy = build_policy(config(lora_rank=2, chunk=chunk), task)
+    policy = build_policy(config(lora_rank=2, logits_chunk_size=logits_chunk_size), task)
     reference = WithoutAdapters(policy)  # type: ignore[arg-type]
     data = TokenCollector(task, seed=0).collect(Request(counts=torch.tensor([2, 2])), policy)
     with torch.no_grad():

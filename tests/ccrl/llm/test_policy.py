@@ -54,15 +54,15 @@ def test_padding_changes_no_score(build: Build, task: TextTask, prompts: Prompts
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "neox"])
-@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize("logits_chunk_size", [1, 7, 1000])
 def test_pieces_of_the_vocabulary_projection(
-    build: Build, task: TextTask, prompts: Prompts, name: str, chunk: int
+    build: Build, task: TextTask, prompts: Prompts, name: str, logits_chunk_size: int
 ) -> None:
     """Values and gradients are those of one piece."""
     want = frozenset({"log_prob", "entropy", "topk_log_prob", "topk_index", "sum_pi2"})
     found = []
-    for size in (None, chunk):
-        policy = build(name, chunk=size, k=3)
+    for size in (None, logits_chunk_size):
+        policy = build(name, logits_chunk_size=size, k=3)
         data = rollout(policy, task, prompts)
         out = policy(data, want)
         weight = torch.linspace(-1.0, 1.0, out["log_prob"].numel()).view(data.shape) * data["valid"]
@@ -78,8 +78,8 @@ def test_pieces_of_the_vocabulary_projection(
 
 @pytest.mark.parametrize("name", ["gemma2", "cohere"])
 def test_pieces_are_refused_where_logits_are_more_than_a_projection(build: Build, name: str) -> None:
-    with pytest.raises(ValueError, match=r"chunk: the logits of \w+ are not its output embedding"):
-        build(name, chunk=4)
+    with pytest.raises(ValueError, match=r"logits_chunk_size: the logits of \w+ are not its output embedding"):
+        build(name, logits_chunk_size=4)
 
 
 def test_hidden_states(build: Build, task: TextTask, prompts: Prompts) -> None:
@@ -112,7 +112,7 @@ def test_outputs_and_size(build: Build, task: TextTask) -> None:
     [
         ({"temperature": 0.0}, "temperature: expected > 0, got 0.0"),
         ({"second_temperature": -1.0}, "temperature: expected > 0"),
-        ({"chunk": 0}, "chunk: expected None or >= 1, got 0"),
+        ({"logits_chunk_size": 0}, "logits_chunk_size: expected None or >= 1, got 0"),
     ],
 )
 def test_bad_options(build: Build, options: dict[str, float], message: str) -> None:

@@ -22,7 +22,7 @@ def rollout(steps: int, width: int, group: list[int], prompt: int = 2) -> Data:
     }  # fmt: skip
     sequence = {
         "group": torch.tensor(group), "prompt": torch.full((n, prompt), 7), "prompt_valid": torch.ones(n, prompt),
-        "score": torch.arange(n) + 10.0 * steps,
+        "episode_reward": torch.arange(n) + 10.0 * steps,
     }  # fmt: skip
     return Data(columns | sequence, sequence=frozenset(sequence))
 
@@ -34,7 +34,7 @@ def test_concatenate_pads_steps_and_prompts() -> None:
     assert both["valid"].sum(0).tolist() == [2, 2, 2, 4, 4]
     assert both["topk"].shape == (4, 5, 3)
     assert both["group"].tolist() == [0, 0, 1, 2, 3]
-    assert both["score"].tolist() == [20, 21, 22, 40, 41]
+    assert both["episode_reward"].tolist() == [20, 21, 22, 40, 41]
     assert both["prompt_valid"][0].tolist() == [0, 0, 0, 1, 1]
     assert both["prompt"][0].tolist() == [0, 0, 0, 7, 7]
     assert torch.equal(both["log_prob"][:2, :3], first["log_prob"])

@@ -131,9 +131,9 @@ def test_facts_of_a_rollout() -> None:
     assert (data["action"][ends] == eos).all()
     assert (data["action"][(data["present"] > 0) & ~ends] != eos).all()
     assert torch.equal(data["carry"] > 0, (data["present"] > 0) & ~ends)
-    torch.testing.assert_close(data["reward"].sum(0), data["score"])
+    torch.testing.assert_close(data["reward"].sum(0), data["episode_reward"])
     assert (data["reward"][~ends] == 0).all()
-    torch.testing.assert_close(data["scores"].sum(1), data["score"])
+    torch.testing.assert_close(data["reward_components"].sum(1), data["episode_reward"])
     assert not data["capped"].any()
     assert not data["demonstration"].any()
     out = policy(data, frozenset({"log_prob", "entropy"}))
@@ -200,7 +200,7 @@ def test_test_questions_are_of_the_test_split() -> None:
 
 
 def test_buckets() -> None:
-    data = collect(0, bucket=4)
+    data = collect(0, pad_to_multiple_of=4)
     assert data.shape[0] == 8
     assert data["length"].max() <= 6
     assert not data["valid"][int(data["length"].max()) :].any()
@@ -226,7 +226,7 @@ def test_demonstrations() -> None:
     assert data["valid"].all()
     assert data["terminated"].t().tolist() == [[False, False, True]] * 3
     assert data["demonstration"].tolist() == [1.0, 1.0, 1.0]
-    assert data["scores"][:, 0].tolist() == [1.0, 1.0, 1.0]
+    assert data["reward_components"][:, 0].tolist() == [1.0, 1.0, 1.0]
     assert not data["log_prob"].any()
     assert collector.total_steps == 0
 
@@ -257,7 +257,7 @@ def test_end_token_that_pads(build: Build, task: TextTask) -> None:
     request = Request(counts=torch.ones(6, dtype=torch.int64), demonstrations=True)
     data = TokenCollector(task, seed=0).collect(request, build("llama"))
     assert data["length"].unique().tolist() == [2, 3]
-    assert data["scores"].flatten().tolist() == [1.0] * 6
+    assert data["reward_components"].flatten().tolist() == [1.0] * 6
 
 
 # -- conversations --------------------------------------------------------------------------------------------------
@@ -360,8 +360,8 @@ def test_bad_requests() -> None:
     task = RaggedTask()
     with pytest.raises(ValueError, match=r"fields: expected names among \['entropy'\], got \['value'\]"):
         TokenCollector(task, fields=(Field("value"),))
-    with pytest.raises(ValueError, match="bucket: expected >= 1, got 0"):
-        TokenCollector(task, bucket=0)
+    with pytest.raises(ValueError, match="pad_to_multiple_of: expected >= 1, got 0"):
+        TokenCollector(task, pad_to_multiple_of=0)
     with pytest.raises(ValueError, match="expected a request with counts"):
         TokenCollector(task).collect(Request(steps=3), table(task))
 

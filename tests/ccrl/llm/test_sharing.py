@@ -89,11 +89,11 @@ def test_other_models(build: Build, task: TextTask, prompts: Prompts, name: str)
     compare(policy, sample(policy, task, prompts, BATCHES["split groups"]), frozenset({"log_prob", "entropy"}), 1e-4)
 
 
-@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("logits_chunk_size", [None, 7])
 def test_pieces_of_the_vocabulary_and_hidden_states(
-    build: Build, task: TextTask, prompts: Prompts, chunk: int | None
+    build: Build, task: TextTask, prompts: Prompts, logits_chunk_size: int | None
 ) -> None:
-    policy = in_double(build("llama", chunk=chunk, k=3))
+    policy = in_double(build("llama", logits_chunk_size=logits_chunk_size, k=3))
     compare(policy, sample(policy, task, prompts, BATCHES["split groups"]), OUTPUTS)
 
 

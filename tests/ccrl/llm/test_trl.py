@@ -160,7 +160,9 @@ def test_an_unscored_completion_is_not_trained_on(build: Build) -> None:
     trainer = build(grpo_trainer(DrGRPO.Recipe, DrGRPO.Config()), rewards=(some,))
     inputs = generated(trainer)
     data = trainer._have["on"]
-    torch.testing.assert_close(data["score"][:GROUP], torch.tensor([0.0, 5 / 3, 2.0, 3.0], dtype=data["score"].dtype))
+    torch.testing.assert_close(
+        data["episode_reward"][:GROUP], torch.tensor([0.0, 5 / 3, 2.0, 3.0], dtype=data["episode_reward"].dtype)
+    )
     assert data["valid"][:, 1].sum() == 0
     assert int(inputs["n_valid"]) == int(data["valid"].sum()) < int(inputs["completion_mask"].sum())
 
@@ -192,7 +194,7 @@ def test_bnpo_learns_inside_trl(build: Build) -> None:
     rewards = [row["reward"] for row in trainer.state.log_history if "reward" in row]
     first, last = sum(rewards[:3]) / 3, sum(rewards[-3:]) / 3
     assert last > first + 0.2, rewards
-    assert {"recipe/alpha_score", "recipe/clip_fraction"} <= set().union(*trainer.state.log_history)
+    assert {"recipe/alpha_reward", "recipe/clip_fraction"} <= set().union(*trainer.state.log_history)
 
 
 # -- what does not fit ------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 
-from ccrl.estimators.pathwise import Unrolled, average_cost
+from ccrl.inventory.pathwise import Unrolled, average_cost
 from envs.inventory import InventoryEnv, make_task
 from envs.inventory.oracle import (
     backlog_optimum,

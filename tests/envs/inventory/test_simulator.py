@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 import torch
 
-from ccrl.estimators.pathwise import Unrolled, average_cost
-from ccrl.functional_env import FunctionalEnv, Network
+from ccrl.inventory.functional_env import FunctionalEnv, Network
+from ccrl.inventory.pathwise import Unrolled, average_cost
 from envs.inventory import TASKS, InventoryEnv, Normal, Task, make_task, simulate
 
 F64 = torch.float64

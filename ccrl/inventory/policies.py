@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ccrl.functional_env import Network, State
-from ccrl.policies import feasibility
+from ccrl.inventory import feasibility
+from ccrl.inventory.functional_env import Network, State
 from ccrl.policies.gnn import EdgeNet
 from ccrl.policies.mlp import mlp
 

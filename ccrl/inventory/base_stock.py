@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ccrl.functional_env import Network, State
-from ccrl.policies.inventory import OrderPolicy
+from ccrl.inventory.functional_env import Network, State
+from ccrl.inventory.policies import OrderPolicy
 
 __all__ = ["BaseStockPolicy", "CappedBaseStockPolicy", "EchelonStockPolicy", "JustInTimePolicy"]
 

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ccrl.functional_env import FunctionalEnv, Network, State
-from ccrl.policies.base_stock import _Levels
+from ccrl.inventory.base_stock import _Levels
+from ccrl.inventory.functional_env import FunctionalEnv, Network, State
 from ccrl.policies.mlp import mlp
 
 __all__ = ["NewsvendorPolicy", "QuantileForecaster", "Rule", "Windows", "demand_windows", "fit_forecaster"]

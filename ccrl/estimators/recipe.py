@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,7 @@ class Parts:
     max_length: int
     """Longest sequence: the length constant of ``aggregate="fixed"``."""
     components: tuple[str, ...] = ("reward",)
-    """Names of the reward's components, the last axis of the column ``scores``."""
+    """Names of the reward's components, the last axis of the column ``reward_components``."""
     reference: Callable[[Context], nn.Module] | None = None
     """The reference policy; None: the bank's version ``ref``."""
 
@@ -110,7 +110,7 @@ class Recipe(Estimator):
         self.config = config
         self._parts = (parts,)  # in a tuple: an nn.Module attribute would be saved a second time
         self._prepared = self.stages()
-        size = config.batch_size or "full"
+        size: int | Literal["full"] = config.batch_size or "full"
         batching = Batching(self.unit, size, config.n_epochs, config.microbatch or None)
         self._phases = (Phase("policy", self.terms(), batching, parts.updater),)
 
@@ -121,7 +121,7 @@ class Recipe(Estimator):
     # -- slots --------------------------------------------------------------------------------------------------------
 
     def stages(self) -> tuple[Stage, ...]:
-        """From ``score`` ``[N]`` (and ``scores`` ``[N, C]``) to ``advantage`` ``[T, N]``."""
+        """From ``episode_reward`` ``[N]`` (and ``reward_components`` ``[N, C]``) to ``advantage`` ``[T, N]``."""
         return (GroupBaseline(scale="std", eps=1e-6, single="zero"),)
 
     def loss(self) -> Loss:
@@ -181,8 +181,8 @@ class Recipe(Estimator):
         return {"sampled": have["on"]} | have | {"on": data}
 
     def start(self, data: Data, ctx: Context) -> Data:
-        """``score`` where the rollout has none (control tasks), ``ref_log_prob`` where the recipe wants it."""
-        if "score" not in data:
+        """``episode_reward`` where the rollout has none (control tasks), ``ref_log_prob`` where the recipe wants it."""
+        if "episode_reward" not in data:
             data = EpisodeReturn()(data)
         if self.wants_reference:
             reference = ctx.bank.policy("ref") if self.parts.reference is None else self.parts.reference(ctx)

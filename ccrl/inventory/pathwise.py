@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from ccrl.data import Data, Unit
 from ccrl.estimators.ratios import unweighted
-from ccrl.estimators.terms import Aggregate, Evaluation, Level, Term
-from ccrl.functional_env import FunctionalEnv, State
+from ccrl.estimators.terms import Aggregate, LogRatio, Outputs, Term
+from ccrl.inventory.functional_env import FunctionalEnv, State
 
 __all__ = ["OrderModule", "Unrolled", "average_cost", "cost_term", "per_period_and_store", "scenario_data"]
 
@@ -63,7 +63,7 @@ class Unrolled(nn.Module):
         action: Tensor = self.policy(obs)
         return self.env.step(state, action, demand)
 
-    def forward(self, batch: Data, want: frozenset[str]) -> Evaluation:
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """``{"cost": [T, B]}``, summed over nodes and edges, with the whole horizon's graph attached."""
         scenarios: State = {k: batch[k] for k in sorted(batch.sequence & batch.keys())}
         demand = self.env.noise(scenarios)
@@ -107,7 +107,7 @@ def per_period_and_store(stores: int) -> Aggregate:
 def cost_term(stores: int) -> Term:
     """The training loss: mean cost per period and store, all periods, warm-up included."""
 
-    def cost(level: Level, advantage: Tensor, evaluation: Evaluation, batch: Data) -> Tensor:
+    def cost(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         return evaluation["cost"]
 
     return Term("cost", cost, per_period_and_store(stores), unweighted, frozenset({"cost"}), advantage=None)

@@ -1,0 +1,1 @@
+"""Inventory networks as differentiable simulators: environments of pure functions, order policies, pathwise losses."""
