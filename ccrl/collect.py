@@ -23,7 +23,11 @@ __all__ = ["Actor", "Collector", "EpisodeStats", "Request"]
 
 @dataclass(frozen=True)
 class Request:
-    """One rollout that an estimator asks for."""
+    """One rollout that an estimator asks for, in one of three forms: ``steps`` of the running streams, fresh
+    ``episodes``, or completions of prompts (``counts``).
+
+    :raises ValueError: unless exactly one form is asked for, and for settings of another form than that one.
+    """
 
     tag: str = "on"
     params: Tensor | str = "live"
@@ -36,17 +40,25 @@ class Request:
     groups: int | None = None
     """Of fresh episodes: columns ``i`` and ``i + groups`` are one group (from one start, with ``StackedEnv``)."""
     counts: Tensor | None = None
-    """Completions per prompt ``[Q]`` int64 (language models)."""
+    """Or: completions per prompt ``[Q]`` int64 (language models)."""
+    prompts: Any = None
+    """Of completions: the prompts (``ccrl.llm.task.Prompts``) that ``counts`` counts, such as some of ``ctx.prompts``.
+    None: those drawn for this iteration if no request has taken them yet, else ``Q`` new ones of the same source."""
     source: str | None = None
-    """Language models: the prompts of the rollout with this tag, instead of new ones."""
+    """Of completions: the prompts of the rollout with this tag, instead of new ones."""
     demonstrations: bool = False
-    """Language models: the prompts' demonstrations in place of samples."""
+    """Of completions: the prompts' demonstrations in place of samples."""
 
     def __post_init__(self) -> None:
-        if (self.steps is None) == (self.episodes is None and self.counts is None):
-            raise ValueError(f"Request: expected either steps or episodes (or counts), got {self}")
+        forms = [name for name in ("steps", "episodes", "counts") if getattr(self, name) is not None]
+        if len(forms) != 1:
+            raise ValueError(f"Request: expected one of steps, episodes and counts, got {forms or 'none of them'}")
         if self.episodes is not None and self.horizon is None:
             raise ValueError("Request: fresh episodes need a horizon (the longest episode, in steps)")
+        if self.counts is None and (self.prompts is not None or self.source is not None or self.demonstrations):
+            raise ValueError(f"Request: prompts, source and demonstrations belong to counts, got {forms[0]}")
+        if self.prompts is not None and self.source is not None:
+            raise ValueError(f"Request: expected prompts or a source of prompts, got both (source={self.source!r})")
 
 
 class Actor(Protocol):

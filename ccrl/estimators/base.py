@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,8 @@ class Context:
     bank: Bank
     scores: Callable[[Tensor, Data, Literal["step", "trajectory"]], Scores]
     """``scores(theta, data, level)``: per-sample scores of the live policy at a flat vector."""
+    prompts: Any = None
+    """Language models: the prompts drawn for this iteration (``ccrl.llm.task.Prompts``), before ``plan`` is asked."""
 
     @property
     def progress(self) -> Tensor:

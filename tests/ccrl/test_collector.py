@@ -256,10 +256,16 @@ def test_resume_without_environment_state_uses_another_seed() -> None:
 
 
 def test_requests_are_checked() -> None:
-    with pytest.raises(ValueError, match="steps or episodes"):
+    with pytest.raises(ValueError, match="expected one of steps, episodes and counts, got none of them"):
         Request()
-    with pytest.raises(ValueError, match="steps or episodes"):
+    with pytest.raises(ValueError, match=r"expected one of .*, got \['steps', 'episodes'\]"):
         Request(steps=4, episodes=2, horizon=3)
+    with pytest.raises(ValueError, match=r"expected one of .*, got \['episodes', 'counts'\]"):
+        Request(episodes=2, horizon=3, counts=torch.ones(1))
+    with pytest.raises(ValueError, match="source and demonstrations belong to counts, got steps"):
+        Request(steps=4, source="on")
+    with pytest.raises(ValueError, match="expected prompts or a source of prompts, got both"):
+        Request(counts=torch.ones(1), prompts=object(), source="on")
     with pytest.raises(ValueError, match="horizon"):
         Request(episodes=2)
     with pytest.raises(ValueError, match="make_env"):
