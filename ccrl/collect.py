@@ -130,8 +130,9 @@ class Collector:
     def collect(self, request: Request, policy: Actor) -> Data:
         """Run ``policy`` as asked; the returned columns are views of the buffer, valid until the next request of this
         tag."""
-        if request.source is not None or request.demonstrations:
-            raise ValueError(f"Collector: environments have no prompts to repeat and no demonstrations, got {request}")
+        if request.counts is not None:
+            raise ValueError(f"Collector: environments have no completions of prompts; ask for steps or episodes, got "
+                             f"{request}")  # fmt: skip
         if request.steps is not None:
             if self._stream.obs is None:
                 self._stream.obs = self.env.reset(seed=self.seed)
