@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -111,17 +112,17 @@ class BPOEstimator(OnPolicyEstimator):
         )  # fmt: skip
         wants = frozenset({"log_prob", "value", threshold})
         stats = partial(_bound_stats, self.eps_low, self.eps_high, self._targets(threshold, c.temperature))
-        unweighted = {"aggregate": aggregates.mean, "ratio": ratios.unweighted, "advantage": None}
+        plain: dict[str, Any] = {"aggregate": aggregates.mean, "advantage": None}
         terms = [
             Term("policy_gradient_loss", loss, aggregates.mean, ratios.token, wants, advantage=None, stats=stats),
-            Term("value_loss", losses.value_loss(), want=VALUE, coef=c.vf_coef, **unweighted),
-            Term("entropy_loss", losses.neg_entropy, want=frozenset({"entropy"}), coef=c.ent_coef, **unweighted),
+            Term("value_loss", losses.value_loss(), want=VALUE, coef=c.vf_coef, **plain),
+            Term("entropy_loss", losses.neg_entropy, want=frozenset({"entropy"}), coef=c.ent_coef, **plain),
         ]
         if c.use_median:
             # kappa = (1 - c_l) / (c_h - c_l): the level at which the target ratios average to 1
             kappa = c.eps_low / (c.eps_low + c.eps_high)
             median = losses.median_loss(kappa=kappa, temperature=c.median_temperature or 1.0)
-            terms.append(Term("median_loss", median, want=frozenset({"median"}), coef=c.u_coef, **unweighted))
+            terms.append(Term("median_loss", median, want=frozenset({"median"}), coef=c.u_coef, **plain))
         before = self.advantages if c.recompute_returns else None
         batching = Batching(size=c.batch_size, epochs=c.n_epochs)
         self._phases = (Phase("policy", tuple(terms), batching, updaters["policy"], before),)

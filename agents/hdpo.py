@@ -38,7 +38,7 @@ from ccrl.inventory.functional_env import FunctionalEnv, Network, Split, State, 
 from ccrl.inventory.newsvendor import NewsvendorPolicy, demand_windows, fit_forecaster
 from ccrl.inventory.pathwise import Unrolled, average_cost, cost_term, scenario_data
 from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
-from ccrl.updaters import ModuleUpdater, Stats, can_compile
+from ccrl.updaters import ModuleUpdater, Stats, can_compile, linear_decay
 
 __all__ = ["HDPO", "HDPOConfig"]
 
@@ -290,8 +290,7 @@ class HDPO(Agent):
         start = time.perf_counter()
         have = {"on": self.data}
         if self.config.anneal_lr:
-            for updater in self.updaters.values():
-                updater.lr.copy_(self.step_size * (1.0 - self.ctx.progress).clamp_min(0.0))
+            linear_decay(self.updaters.values(), self.step_size, self.ctx.progress)
         stats = self.estimator.fit(have, self.ctx)
         update, steps = run_phases(self.estimator, have, self.ctx)
         stats |= update

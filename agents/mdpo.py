@@ -75,16 +75,15 @@ class MDPOEstimator(OnPolicyEstimator):
         c = config
         self.register_buffer("inv_t", torch.ones((), device=next(policy.parameters()).device))
         kl = losses.closed_form_kl(policy.distribution)
-        dist = frozenset({"dist"})
         policy_terms = (
             Term(
                 "policy_gradient_loss", losses.weighted_ratio, aggregates.mean, ratios.token,
                 stats=losses.ratio_stats(0.2, 0.2),
             ),
-            Term("kl", kl, aggregates.mean, ratios.unweighted, dist, advantage=None, coef=self.inv_t),
+            Term("kl", kl, aggregates.mean, want=frozenset({"dist"}), advantage=None, coef=self.inv_t),
         )  # fmt: skip
         value = losses.value_loss(clip_range=c.clip_range_vf)
-        critic_terms = (Term("value_loss", value, aggregates.mean, ratios.unweighted, VALUE, advantage=None),)
+        critic_terms = (Term("value_loss", value, aggregates.mean, want=VALUE, advantage=None),)
         policy_batching = Batching(size="full", epochs=c.inner_steps)
         critic_batching = Batching(size=c.critic_batch_size, epochs=c.critic_epochs)
         self._phases = (

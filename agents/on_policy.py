@@ -13,7 +13,7 @@ from ccrl.data import Data
 from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.stages import Gae, RewardNorm, Values
 from ccrl.policies import MLPPolicy
-from ccrl.updaters import FlatUpdater
+from ccrl.updaters import FlatUpdater, linear_decay
 
 __all__ = ["VALUE", "OnPolicyConfig", "OnPolicyEstimator", "check_positive"]
 
@@ -109,6 +109,5 @@ class OnPolicyEstimator(Estimator):
         return self._gae(self._values(data))
 
     def anneal(self, ctx: Context) -> None:
-        """Linear learning-rate decay: ``lr0 (1 - k / K)``."""
-        for updater in self._updaters.values():
-            updater.lr.copy_(self.config.learning_rate * (1.0 - ctx.progress).clamp_min(0.0))
+        """Linear learning-rate decay."""
+        linear_decay(self._updaters.values(), self.config.learning_rate, ctx.progress)

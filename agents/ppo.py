@@ -81,9 +81,9 @@ class PPOEstimator(OnPolicyEstimator):
         value = losses.value_loss(clip_range=c.clip_range_vf)
         terms = (
             Term("policy_gradient_loss", loss, aggregates.mean, ratios.token, stats=stats),
-            Term("value_loss", value, aggregates.mean, ratios.unweighted, VALUE, advantage=None, coef=c.vf_coef),
+            Term("value_loss", value, aggregates.mean, want=VALUE, advantage=None, coef=c.vf_coef),
             Term(
-                "entropy_loss", losses.neg_entropy, aggregates.mean, ratios.unweighted, frozenset({"entropy"}),
+                "entropy_loss", losses.neg_entropy, aggregates.mean, want=frozenset({"entropy"}),
                 advantage=None, coef=c.ent_coef,
             ),
         )  # fmt: skip

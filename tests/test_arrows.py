@@ -131,6 +131,19 @@ def test_arrows_point_one_way(package):
     assert not wrong, "\n".join(wrong)
 
 
+def test_estimators_know_no_updater():
+    """Estimators define what an updater is (``ccrl.estimators.updates``), updaters import estimators: no circle."""
+    paths = files("ccrl/estimators")
+    assert paths
+    wrong = [
+        f"{name(path)}:{each.line} imports {each.module}"
+        for path in paths
+        for each in imports(path.read_text(encoding="utf-8"))
+        if each.module.startswith("ccrl.updaters")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_only_core_dependencies_are_imported_with_a_module():
     """So each module loads, and every agent and environment can be listed, without any extra."""
     core = {*sys.stdlib_module_names, *PACKAGES, *core_modules()}

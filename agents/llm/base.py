@@ -22,7 +22,7 @@ from ccrl.llm.models import WithoutAdapters, build_policy
 from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.task import Prompts, TextTask, pad_left, resolve_task
-from ccrl.updaters import ModuleUpdater
+from ccrl.updaters import ModuleUpdater, linear_decay
 
 __all__ = ["LLM", "LLMConfig"]
 
@@ -205,7 +205,7 @@ class LLM(Agent):
         terms = (Term("sft_loss", losses.neg_log_prob, aggregates.mean, ratios.plain, advantage=None),)
         loss = torch.zeros(())
         for i in range(steps):
-            updater.lr.fill_(c.warm_start_lr * (1.0 - i / steps))
+            linear_decay([updater], c.warm_start_lr, i / steps)
             batch = collector.collect(request, self.policy).epoch(Batching("sequence", "full"), None)[0]
             loss = updater.step(terms, batch)["sft_loss"]
         return float(loss)
@@ -218,7 +218,7 @@ class LLM(Agent):
 
     def _iterate(self) -> None:
         if self.config.anneal_lr:
-            self.updaters["policy"].lr.copy_(self.config.learning_rate * (1.0 - self.ctx.progress).clamp_min(0.0))
+            linear_decay(self.updaters.values(), self.config.learning_rate, self.ctx.progress)
         super()._iterate()
 
     def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:

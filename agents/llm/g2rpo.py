@@ -247,7 +247,7 @@ class G2RPORecipe(Recipe):
             return batch["side"] * (measure(level, evaluation) - batch["edge"])
 
         term = Term(
-            "corridor_loss", loss, aggregates.mean, ratios.unweighted if full else ratios.token,
+            "corridor_loss", loss, aggregates.mean, None if full else ratios.token,
             frozenset({"entropy" if full else "log_prob"}), advantage=None, weight="share", coef=c.corridor_coef,
         )  # fmt: skip
         return (*super().penalties(), term)

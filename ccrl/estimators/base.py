@@ -20,7 +20,7 @@ from ccrl.collect import Request
 from ccrl.data import Batching, Data, Field
 from ccrl.estimators.scores import Scores
 from ccrl.estimators.terms import Term
-from ccrl.updaters import GradientEstimate, Stats, Updater
+from ccrl.estimators.updates import GradientEstimate, Stats, Updater
 
 __all__ = ["Context", "Direction", "Estimator", "Phase", "Stage"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ccrl.data import Data
 from ccrl.estimators.base import Context
-from ccrl.updaters import GradientEstimate
+from ccrl.estimators.updates import GradientEstimate
 
 __all__ = ["Ascent", "line_search", "natural_step", "trust_region_step"]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ccrl.data import Data
 from ccrl.estimators.terms import LogRatio, Outputs
 
-__all__ = ["plain", "reference", "sequence", "sequence_product", "sequence_token", "token", "unweighted"]
+__all__ = ["plain", "reference", "sequence", "sequence_product", "sequence_token", "token"]
 
 
 def token(evaluation: Outputs, batch: Data) -> LogRatio:
@@ -52,13 +52,6 @@ def sequence_token(evaluation: Outputs, batch: Data) -> LogRatio:
     valid, log_prob = batch["valid"], evaluation["log_prob"]
     mean = _masked_mean(log_prob.detach() - batch["log_prob"], valid)
     return LogRatio(log_prob, log_prob.detach() - mean, valid)
-
-
-def unweighted(evaluation: Outputs, batch: Data) -> LogRatio:
-    """For terms without a ratio (values, entropy, closed-form KL): only ``valid`` matters."""
-    valid = batch["valid"]
-    zero = torch.zeros_like(valid)
-    return LogRatio(zero, zero, valid)
 
 
 def _masked_sum(x: Tensor, valid: Tensor) -> Tensor:

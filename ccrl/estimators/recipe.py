@@ -19,8 +19,8 @@ from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Estimator, Phase, Stage
 from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
 from ccrl.estimators.terms import Aggregate, Loss, Ratio, Term
+from ccrl.estimators.updates import Updater
 from ccrl.llm.rollouts import evaluate_columns
-from ccrl.updaters import Updater
 
 __all__ = ["Parts", "Recipe", "RecipeConfig"]
 
@@ -158,7 +158,7 @@ class Recipe(Estimator):
             found.append(Term("kl", losses.k3, self.aggregate(), ratios.reference, advantage=None, coef=c.kl_coef))
         if c.entropy_coef:
             found.append(Term(
-                "entropy_loss", losses.neg_entropy, self.aggregate(), ratios.unweighted, frozenset({"entropy"}),
+                "entropy_loss", losses.neg_entropy, self.aggregate(), want=frozenset({"entropy"}),
                 advantage=None, coef=c.entropy_coef,
             ))  # fmt: skip
         return tuple(found)

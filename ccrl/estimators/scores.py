@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.data import Data, columns_read, tree_map
+from ccrl.estimators.updates import owned_parameters
 from ccrl.policies.distributions import Distribution
-from ccrl.updaters import owned_parameters
 
 __all__ = ["Scores"]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ccrl.data import Data
 
-__all__ = ["Aggregate", "LogRatio", "Loss", "Number", "Outputs", "Ratio", "Term", "surrogate"]
+__all__ = ["Aggregate", "LogRatio", "Loss", "Number", "Outputs", "Ratio", "Term", "no_ratio", "surrogate"]
 
 Outputs = dict[str, Tensor]
 """Forward outputs of the policy on a batch, ``[T', B, ...]``; only what was asked for."""
@@ -44,6 +44,12 @@ class LogRatio(NamedTuple):
         return self.log_ratio.exp()
 
 
+def no_ratio(valid: Tensor) -> LogRatio:
+    """What a loss without a ratio is handed: only ``valid`` matters."""
+    zero = torch.zeros_like(valid)
+    return LogRatio(zero, zero, valid)
+
+
 Ratio = Callable[[Outputs, Data], LogRatio]
 Loss = Callable[[LogRatio, Tensor, Outputs, Data], Tensor]
 Aggregate = Callable[[Tensor, Data], Tensor]
@@ -56,7 +62,8 @@ class Term:
     name: str
     loss: Loss
     aggregate: Aggregate
-    ratio: Ratio
+    ratio: Ratio | None = None
+    """None: a loss without a ratio (values, entropy, closed-form KL), weighted per step or token."""
     want: frozenset[str] = frozenset({"log_prob"})
     advantage: str | None = "advantage"
     """Column ``[T', B]`` or per sequence ``[B]``; None: the loss gets zeros."""
@@ -72,7 +79,7 @@ def surrogate(terms: tuple[Term, ...], evaluation: Outputs, batch: Data) -> tupl
     total: Tensor | None = None
     stats: dict[str, Tensor] = {}
     for term in terms:
-        level = term.ratio(evaluation, batch)
+        level = no_ratio(batch["valid"]) if term.ratio is None else term.ratio(evaluation, batch)
         advantage = batch[term.advantage] if term.advantage is not None else torch.zeros_like(level.valid)
         # a coefficient that is the constant 0 is there for its statistic: no backward pass through it
         off = isinstance(term.coef, float | int) and term.coef == 0

@@ -14,8 +14,8 @@ from ccrl.batched_env import Tree
 from ccrl.collect import Request
 from ccrl.data import Data, tree_map
 from ccrl.estimators.base import Context, Estimator
+from ccrl.estimators.updates import GradientEstimate
 from ccrl.returns import discounted_sum
-from ccrl.updaters import GradientEstimate
 
 __all__ = ["LinearBaseline", "TrajectoryEstimator", "join"]
 

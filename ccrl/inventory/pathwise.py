@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ccrl.data import Data, Unit
-from ccrl.estimators.ratios import unweighted
 from ccrl.estimators.terms import Aggregate, LogRatio, Outputs, Term
 from ccrl.inventory.functional_env import FunctionalEnv, State
 
@@ -110,7 +109,7 @@ def cost_term(stores: int) -> Term:
     def cost(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         return evaluation["cost"]
 
-    return Term("cost", cost, per_period_and_store(stores), unweighted, frozenset({"cost"}), advantage=None)
+    return Term("cost", cost, per_period_and_store(stores), want=frozenset({"cost"}), advantage=None)
 
 
 @torch.no_grad()

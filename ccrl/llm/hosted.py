@@ -17,7 +17,7 @@ from ccrl.collect import Request
 from ccrl.data import Batching, Data, columns_read
 from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.terms import Outputs, Term, surrogate
-from ccrl.updaters import Stats
+from ccrl.estimators.updates import Stats
 
 __all__ = ["INSTEAD", "Host", "HostParts", "HostedRecipe", "build_hosted", "episode_masks"]
 

@@ -4,8 +4,9 @@
 compiled graph, with an eager twin. ``ModuleUpdater``: any module, any torch optimiser (large models, pathwise losses).
 """
 
-from ccrl.updaters.common import GradientEstimate, Stats, Updater, can_compile, owned_parameters
+from ccrl.estimators.updates import GradientEstimate, Stats, Updater
+from ccrl.updaters.common import can_compile, linear_decay
 from ccrl.updaters.flat import FlatUpdater
 from ccrl.updaters.module import ModuleUpdater
 
-__all__ = ["FlatUpdater", "GradientEstimate", "ModuleUpdater", "Stats", "Updater", "can_compile", "owned_parameters"]
+__all__ = ["FlatUpdater", "GradientEstimate", "ModuleUpdater", "Stats", "Updater", "can_compile", "linear_decay"]

@@ -1,54 +1,27 @@
-"""What updaters share: the protocol, the surrogate of a batch, gradients summed over micro-batches."""
+"""What updaters share: the surrogate of a batch, gradients summed over micro-batches, learning-rate decay."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from ccrl.data import Data, columns_read
 from ccrl.estimators.terms import Term, surrogate
+from ccrl.estimators.updates import Stats, Updater
 
-__all__ = [
-    "GradientEstimate",
-    "Stats",
-    "Surrogates",
-    "Updater",
-    "accumulate",
-    "can_compile",
-    "owned_parameters",
-    "surrogate_loss",
-    "wanted",
-]
-
-Stats = dict[str, Tensor]
+__all__ = ["Surrogates", "accumulate", "can_compile", "linear_decay", "surrogate_loss", "wanted"]
 
 
-@dataclass
-class GradientEstimate:
-    """A flat gradient ``[n]`` of the surrogate's loss, and where there is one its covariance as a matvec."""
+def linear_decay(updaters: Iterable[Updater], lr: float, progress: Tensor | float) -> None:
+    """Set every updater's learning rate to ``lr (1 - progress)``, in place and never below 0.
 
-    mean: Tensor
-    stats: Stats = field(default_factory=dict)
-    covariance: Callable[[Tensor], Tensor] | None = None
-
-
-class Updater(Protocol):
-    """What phases and agents need of an updater."""
-
-    lr: Tensor
-
-    def gradient(self, terms: tuple[Term, ...], batch: Data) -> GradientEstimate: ...
-    def apply(self, estimate: GradientEstimate) -> Stats: ...
-    def step(self, terms: tuple[Term, ...], batch: Data) -> Stats: ...
-    def run(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats: ...
-    def columns(self, terms: tuple[Term, ...], batch: Data) -> list[str]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    :param progress: done share of training in [0, 1]; a 0-d tensor is not read on the host.
+    """
+    for updater in updaters:
+        updater.lr.copy_(lr * (1.0 - torch.as_tensor(progress, dtype=updater.lr.dtype)).clamp_min(0.0))
 
 
 def can_compile() -> tuple[bool, str]:
@@ -62,18 +35,6 @@ def can_compile() -> tuple[bool, str]:
 def wanted(terms: tuple[Term, ...]) -> frozenset[str]:
     """Forward outputs that the terms read."""
     return frozenset().union(*(t.want for t in terms))
-
-
-def owned_parameters(module: nn.Module, prefixes: Sequence[str] | None) -> dict[str, nn.Parameter]:
-    """Parameters by name, in the module's order; with ``prefixes`` those whose names start with one of them.
-
-    :raises ValueError: if there are none.
-    """
-    named = {k: p for k, p in module.named_parameters() if prefixes is None or k.startswith(tuple(prefixes))}
-    if not named:
-        names = [k for k, _ in module.named_parameters()]
-        raise ValueError(f"expected parameters whose names start with {prefixes}, got a module with {names}")
-    return named
 
 
 def surrogate_loss(module: nn.Module, terms: tuple[Term, ...], batch: Data) -> tuple[Tensor, Stats]:
@@ -105,3 +66,9 @@ class Surrogates:
         """Data columns that the surrogate and the policy read, found by one evaluation on ``batch``."""
         with torch.no_grad():
             return columns_read(lambda b: surrogate_loss(self.module, terms, b), batch)
+
+    @torch.no_grad()
+    def measure(self, terms: tuple[Term, ...], batch: Data) -> Stats:
+        """The terms' values and statistics at the current parameters, nothing updated; exact over micro-batches."""
+        rows = [surrogate_loss(self.module, terms, piece)[1] for piece in batch.microbatches(batch.microbatch)]
+        return {k: torch.stack([r[k] for r in rows]).sum() for k in rows[0]}

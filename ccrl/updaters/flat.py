@@ -12,15 +12,8 @@ from torch import Tensor, nn
 
 from ccrl.data import Data, columns_read
 from ccrl.estimators.terms import Term, surrogate
-from ccrl.updaters.common import (
-    GradientEstimate,
-    Stats,
-    Surrogates,
-    accumulate,
-    owned_parameters,
-    surrogate_loss,
-    wanted,
-)
+from ccrl.estimators.updates import GradientEstimate, Stats, owned_parameters
+from ccrl.updaters.common import Surrogates, accumulate, surrogate_loss, wanted
 
 __all__ = ["FlatUpdater"]
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from ccrl.data import Data
 from ccrl.estimators.terms import Term
-from ccrl.updaters.common import GradientEstimate, Stats, Surrogates, accumulate, owned_parameters, surrogate_loss
+from ccrl.estimators.updates import GradientEstimate, Stats, owned_parameters
+from ccrl.updaters.common import Surrogates, accumulate, surrogate_loss
 
 __all__ = ["ModuleUpdater"]
 
@@ -53,8 +54,12 @@ class ModuleUpdater(Surrogates):
         self.lr = torch.tensor(rates.pop(), dtype=torch.float64, device=device)
         self.finite = torch.ones((), dtype=torch.bool, device=device)
         self._lr_version = self.lr._version
-        self._compile = compile
+        self.compile = compile
         self._losses: dict[int, tuple[tuple[Term, ...], Callable[[Data], tuple[Tensor, Stats]]]] = {}
+
+    @property
+    def flat(self) -> None:
+        """Parameters stay apart, in their module: directions need a ``FlatUpdater``."""
 
     def gradient(self, terms: tuple[Term, ...], batch: Data) -> GradientEstimate:
         """Gradient of the surrogate at the current parameters (a copy); micro-batches add up exactly."""
@@ -85,7 +90,7 @@ class ModuleUpdater(Surrogates):
         for p in self.params:
             # zeros, not None: optimisers skip None, and a parameter would miss the moments' decay of that step
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
-        loss = self._compiled_loss if self._compile else partial(surrogate_loss, self.module)
+        loss = self._compiled_loss if self.compile else partial(surrogate_loss, self.module)
         return accumulate(terms, batch, self.params, loss)
 
     @torch.no_grad()

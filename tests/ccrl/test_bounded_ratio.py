@@ -10,7 +10,7 @@ from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.losses import bounded_target
 from ccrl.estimators.stages import GroupBaseline, GroupThreshold
-from ccrl.estimators.terms import Term, surrogate
+from ccrl.estimators.terms import Term, no_ratio, surrogate
 
 F64 = torch.float64
 
@@ -82,7 +82,7 @@ def test_bpo_3_asymmetric_bounds_are_elite_weights(bounds: tuple[float, float], 
 
 def median_elements(returns: Tensor, head: Tensor, **options: float) -> Tensor:
     data = batch(**{"return": returns})
-    level = ratios.unweighted({}, data)
+    level = no_ratio(data["valid"])
     return losses.median_loss(**options)(level, returns, {"median": head}, data)  # type: ignore[arg-type]
 
 

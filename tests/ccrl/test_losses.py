@@ -12,7 +12,7 @@ from torch import Tensor
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.stages import EpisodeReturn, GroupBaseline, RewardNorm, Standardise
-from ccrl.estimators.terms import Term, surrogate
+from ccrl.estimators.terms import Term, no_ratio, surrogate
 from ccrl.policies import CATEGORICAL, GAUSSIAN
 
 F64 = torch.float64
@@ -41,7 +41,7 @@ PI_K, Q = tensor(0.5, 0.3, 0.2), tensor(1.0, 0.0, -1.0)
 def mdpo_terms(inverse_step: float | Tensor, distribution: object) -> tuple[Term, ...]:
     kl = losses.closed_form_kl(distribution)  # type: ignore[arg-type]
     pg = Term("pg", losses.weighted_ratio, aggregates.mean, ratios.token)
-    penalty = Term("kl", kl, aggregates.mean, ratios.unweighted, frozenset({"dist"}), None, coef=inverse_step)
+    penalty = Term("kl", kl, aggregates.mean, None, frozenset({"dist"}), None, coef=inverse_step)
     return pg, penalty
 
 
@@ -244,7 +244,7 @@ def test_heads_and_values_of_losses() -> None:
 
 def test_value_losses_by_hand() -> None:
     data = batch(value=tensor(1.0, 1.0, 1.0), **{"return": tensor(2.0, 2.0, 1.0)})
-    evaluation, level = {"value": tensor(1.1, 3.0, 0.9).unsqueeze(0)}, ratios.unweighted({}, data)
+    evaluation, level = {"value": tensor(1.1, 3.0, 0.9).unsqueeze(0)}, no_ratio(data["valid"])
     plain = losses.value_loss(scale=0.5)(level, level.valid, evaluation, data)
     assert plain.flatten().tolist() == pytest.approx([0.405, 0.5, 0.005])
     # clipped at +-.2: 1.1 -> 1.1, 3 -> 1.2, .9 -> .9; the larger error counts: .9^2, max(1, .8^2), .1^2

@@ -30,12 +30,12 @@ def policy(seed: int = 0) -> MLPPolicy:
 def terms(entropy: Tensor | float = 0.01) -> tuple[Term, ...]:
     return (
         Term("policy", losses.clip(0.2, 0.2), aggregates.mean, ratios.token, stats=losses.ratio_stats(0.2, 0.2)),
-        Term("value", losses.value_loss(), aggregates.mean, ratios.unweighted, frozenset({"value"}), None, coef=0.5),
+        Term("value", losses.value_loss(), aggregates.mean, None, frozenset({"value"}), None, coef=0.5),
         Term(
             "entropy",
             losses.neg_entropy,
             aggregates.mean,
-            ratios.unweighted,
+            None,
             frozenset({"entropy"}),
             None,
             coef=entropy,
