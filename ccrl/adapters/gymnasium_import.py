@@ -10,6 +10,8 @@ import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
 from torch import Tensor
 
+from ccrl.adapters.gymnasium_export import TorchVectorEnv
+from ccrl.adapters.seeds import copy_seeds
 from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, check_batch, float32_space, store
 from ccrl.batched_env import AutoresetMode, StepResult, Tree, check_device
 
@@ -19,9 +21,10 @@ __all__ = ["GymnasiumEnv", "from_gymnasium"]
 class GymnasiumEnv:
     """A ``gymnasium.vector.VectorEnv`` (Sync, Async or a vector entry point) seen as a ``BatchedEnv``.
 
-    The autoreset mode is the one in the environment's metadata. The returned tensors are persistent buffers. Seed ``s``
-    gives copy ``i`` the seed ``s + i``. There is no ``state_dict``: Gymnasium has no way to save an environment, so
-    a resumed run starts fresh episodes (the native environments in ``envs`` resume exactly).
+    The autoreset mode is the one in the environment's metadata. The returned tensors are persistent buffers. A seed
+    gives each copy one of its own, ``ccrl.adapters.seeds.copy_seeds(seed, N)`` (a vector entry point, which seeds its
+    copies in its own way, gets the first of these). There is no ``state_dict``: Gymnasium has no way to save an
+    environment, so a resumed run starts fresh episodes (the native environments in ``envs`` resume exactly).
 
     Args:
         env: the environment, not yet wrapped in anything that changes its autoreset mode.
@@ -76,7 +79,7 @@ class GymnasiumEnv:
                 return self._obs
             options = {"reset_mask": mask.cpu().numpy()}
         try:
-            obs, _ = self.env.reset(seed=seed, options=options)
+            obs, _ = self.env.reset(seed=None if seed is None else self._seeds(seed), options=options)
         except ValueError as error:
             error.add_note(
                 f"{self.name}: reset() failed; expected observations of {self.single_observation_space} "
@@ -110,6 +113,13 @@ class GymnasiumEnv:
     def close(self) -> None:
         """Close the environment and its processes."""
         self.env.close()
+
+    def _seeds(self, seed: int) -> Any:
+        inner = self.env.unwrapped
+        if isinstance(inner, TorchVectorEnv):  # ours: one generator for all copies, and the seed is its seed
+            return seed
+        seeds = copy_seeds(seed, self.num_envs)
+        return seeds if isinstance(inner, SyncVectorEnv | AsyncVectorEnv) else seeds[0]
 
     def _store_final(self, final: Any, rows: Any) -> None:
         if final is None:

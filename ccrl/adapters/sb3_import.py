@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ccrl.adapters.seeds import copy_seeds
 from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, check_batch, float32_space, store
 from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree, check_device
 from ccrl.packages import require
@@ -59,7 +60,7 @@ class SB3Env:
         if mask is not None:
             raise ValueError(f"{self.name}: an SB3 VecEnv cannot reset single copies; call reset() without a mask")
         if seed is not None:
-            self.env.seed(seed)
+            self.env.seed(copy_seeds(seed, 1)[0])  # SB3 counts on from it: neighbouring seeds would share copies
         obs = self.env.reset()
         check_batch(self._obs, obs, where=self.name)
         store(self._obs, obs)

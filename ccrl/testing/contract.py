@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from gymnasium import Space, spaces
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree
+from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree, resolve_env
 
 __all__ = ["EnvContract", "sample_actions"]
 
@@ -29,8 +29,13 @@ def sample_actions(space: Space[Any], num_envs: int, generator: torch.Generator)
 
 
 class EnvContract:
-    """What every ``BatchedEnv`` promises, as tests. Subclass it, name the class ``Test...``, define ``make_env``."""
+    """What every ``BatchedEnv`` promises, as tests. Subclass it, name the class ``Test...``, and set ``env`` and
+    ``options``, or define ``make_env`` where that is not enough."""
 
+    env: Any = None
+    """An id, or what is called with ``(num_envs, autoreset_mode=..., **options)``: most often a class."""
+    options: Mapping[str, Any] = {}
+    """Further keyword arguments of ``env``."""
     autoreset_modes: Sequence[AutoresetMode] = tuple(AutoresetMode)
     """The modes that ``make_env`` can build."""
     num_envs = 3
@@ -42,10 +47,19 @@ class EnvContract:
     """Step at which every episode is truncated that did not terminate before; ``None`` does not test it."""
     resumable = True
     """Whether there is a ``state_dict``."""
+    independent_copies = False
+    """Whether a copy is independent of the others beyond the first end of an episode: none of them draws from a random
+    stream that another one's resets move on."""
 
     def make_env(self, num_envs: int, autoreset_mode: AutoresetMode) -> BatchedEnv:
         """A new environment."""
-        raise NotImplementedError
+        env = type(self).env  # of the class: a function stays one, and does not become a method
+        if env is None:
+            raise NotImplementedError(f"{type(self).__name__}: set env and options, or define make_env")
+        if isinstance(env, str):
+            return resolve_env(env, num_envs, autoreset_mode=autoreset_mode, **self.options)
+        made: BatchedEnv = env(num_envs, autoreset_mode=autoreset_mode, **self.options)
+        return made
 
     def test_attributes(self) -> None:
         for env in self._envs():
@@ -91,7 +105,13 @@ class EnvContract:
         first, second = _copy(env.reset(seed=1)), _copy(env.reset(seed=2))
         third = _copy(env.reset())
         env.close()
-        assert not _equal(first, second), "seeds 1 and 2 start alike"
+        alike = [
+            (i, j)
+            for i in range(self.num_envs)
+            for j in range(self.num_envs)
+            if _equal(_row(first, i), _row(second, j))
+        ]
+        assert not alike, f"seeds 1 and 2 start alike in the copies {alike}: their runs share random streams"
         assert not _equal(second, third), "reset() without a seed repeated the episode starts"
         assert not _equal(_row(first, 0), _row(first, 1)), "copies 0 and 1 start alike"
 
@@ -121,8 +141,8 @@ class EnvContract:
         assert all(_equal(a, b) for a, b in zip(rows, alone)), "a second environment changed the first"
 
     def test_copies_do_not_depend_on_each_other(self) -> None:
-        """Other actions of the others change nothing for a copy in the middle, up to the first end of an episode: from
-        there on the copies may share a random stream."""
+        """Other actions of the others change nothing for a copy in the middle, up to the first end of an episode (from
+        there on the copies may share a random stream) or, with ``independent_copies``, beyond it."""
         kept = self.num_envs // 2  # neither the first nor the last, whose action a mistake may hand to all
         for mode in self.autoreset_modes:
             runs: list[tuple[list[Any], list[Any]]] = []
@@ -130,12 +150,13 @@ class EnvContract:
                 env = self._env(mode)
                 seen, told = [_row(env.reset(seed=0), kept)], []
                 generators = [torch.Generator().manual_seed(s) for s in (0, seed)]
-                for _ in range(20):
+                for _ in range(60 if self.independent_copies else 20):
                     same, action = (sample_actions(env.single_action_space, self.num_envs, g) for g in generators)
                     action[kept] = same[kept]
                     result = env.step(action.to(env.device))
                     told.append([_row(x, kept) for x in (result.reward, result.terminated, result.truncated)])
-                    if bool((result.terminated | result.truncated).any()):
+                    ended = bool((result.terminated | result.truncated).any())
+                    if ended and (not self.independent_copies or mode == AutoresetMode.DISABLED):
                         break
                     seen.append(_row(result.obs, kept))
                 runs.append((seen, told))

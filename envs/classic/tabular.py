@@ -50,13 +50,13 @@ class TabularMDP(Exact, ClassicEnv):
         **options: Any,
     ) -> None:
         super().__init__(num_envs, **options)
-        self.transition, self.reward_table, self.start = (
+        self.transition_table, self.reward_table, self.start = (
             torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (transition, reward, start)
         )
         states, actions = self.reward_table.shape
         self.terminal = torch.as_tensor([False] * states if terminal is None else list(terminal))
         for name, table, shape in (
-            ("transition", self.transition, (states, actions, states)),
+            ("transition", self.transition_table, (states, actions, states)),
             ("start", self.start, (states,)),
         ):
             if table.shape != shape or not torch.allclose(table.sum(-1), torch.ones(shape[:-1], dtype=torch.float64)):
@@ -67,7 +67,7 @@ class TabularMDP(Exact, ClassicEnv):
         self.single_observation_space = spaces.Box(0.0, max(states - 1.0, 1.0), (1,), np.float32)
         self.single_action_space = spaces.Discrete(actions)
         # inverse distribution functions; without the last column, which is 1 up to rounding
-        self._next = self._table(self.transition.cumsum(-1)[..., :-1])
+        self._next = self._table(self.transition_table.cumsum(-1)[..., :-1])
         self._first = self._table(self.start.cumsum(-1)[:-1])
         self._rewards, self._ends = self._table(self.reward_table), self._inward(self.terminal.to(self.device))
 
@@ -104,7 +104,7 @@ class TabularMDP(Exact, ClassicEnv):
         """``V(s)`` with all steps left, ``[S]``."""
         policy = self.probabilities(params)
         reward = self._alive(torch.einsum("sa,sa->s", policy, self.reward_table))
-        step = self.gamma * self._alive(torch.einsum("sa,sat->st", policy, self.transition).T).T
+        step = self.gamma * self._alive(torch.einsum("sa,sat->st", policy, self.transition_table).T).T
         if self.horizon is None:
             return torch.linalg.solve(torch.eye(len(reward), dtype=torch.float64) - step, reward)
         value = torch.zeros_like(reward)
@@ -113,7 +113,7 @@ class TabularMDP(Exact, ClassicEnv):
         return value
 
     def visits(self, params: Params) -> tuple[Tensor, Tensor]:
-        step = self._alive(torch.einsum("sa,sat->st", self.probabilities(params), self.transition).T)
+        step = self._alive(torch.einsum("sa,sat->st", self.probabilities(params), self.transition_table).T)
         if self.horizon is None:
             count = torch.linalg.solve(torch.eye(len(step), dtype=torch.float64) - step, self.start)
         else:
@@ -133,7 +133,7 @@ class TabularMDP(Exact, ClassicEnv):
             raise ValueError(f"{self.id}: the optimal return is computed for a finite horizon only")
         value = torch.zeros(len(self.start), dtype=torch.float64)
         for _ in range(self.horizon):
-            value = self._alive((self.reward_table + self.gamma * self.transition @ value).amax(-1))
+            value = self._alive((self.reward_table + self.gamma * self.transition_table @ value).amax(-1))
         return float(self.start @ value)
 
     @property

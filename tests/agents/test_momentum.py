@@ -271,7 +271,7 @@ def test_oracle_10_fisher_matrices(env):
     policy, endless = tabular(env), two_states(None)
     pi = torch.func.functional_call(policy, {"theta": THETA.reshape(2, 2)}, (_states(), frozenset({"dist"})))
     pi = pi["logits"].squeeze(0).softmax(-1)
-    step = torch.einsum("sa,sat->st", pi, endless.transition)
+    step = torch.einsum("sa,sat->st", pi, endless.transition_table)
     visits = (1 - GAMMA) * torch.linalg.solve(torch.eye(2, dtype=F64) - GAMMA * step.T, endless.start)
     close(visits, vector(0.635071, 0.364929))
     full = sum(

@@ -10,6 +10,7 @@ from gymnasium import spaces
 from gymnasium.vector import SyncVectorEnv, VectorEnv
 
 from ccrl.adapters import GymnasiumEnv, SB3Env, as_vector_env, from_gymnasium
+from ccrl.adapters.seeds import copy_seeds
 from ccrl.adapters.spaces import numpy_act
 from ccrl.batched_env import AutoresetMode, check_device, resolve_env
 from ccrl.testing import ClockEnv, Episode
@@ -116,16 +117,35 @@ def test_clock_plays_scripts_and_groups():
         ClockEnv([[Episode(0.0, 0)]])
 
 
-def test_copy_i_gets_seed_plus_i_and_numbers_are_gymnasiums():
+def test_each_copy_gets_a_seed_of_its_own_and_numbers_are_gymnasiums():
     env = from_gymnasium("Pendulum-v1", 3)
     obs = env.reset(seed=10)
     theirs = [gymnasium.make("Pendulum-v1") for _ in range(3)]
-    expected = np.stack([other.reset(seed=10 + i)[0] for i, other in enumerate(theirs)])
+    expected = np.stack([other.reset(seed=s)[0] for s, other in zip(copy_seeds(10, 3), theirs)])
     assert np.array_equal(obs.numpy(), expected)
     result = env.step(torch.full((3, 1), 0.5))
     steps = [other.step(np.array([0.5], dtype=np.float32)) for other in theirs]
     assert np.array_equal(result.obs.numpy(), np.stack([step[0] for step in steps]))
     np.testing.assert_allclose(result.reward.numpy(), [step[1] for step in steps], rtol=1e-6)
+
+
+def test_neighbouring_seeds_share_no_copy():
+    """With seeds s + i, 15 of 16 copies of run 0 were also copies of run 1."""
+    seeds = [seed for run in range(50) for seed in copy_seeds(run, 16)]
+    assert len(set(seeds)) == 50 * 16
+    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert copy_seeds(3, 4) == copy_seeds(3, 9)[:4]
+    with pytest.raises(ValueError, match="seed: expected an integer >= 0, got -1"):
+        copy_seeds(-1, 2)
+    for make in (
+        lambda: from_gymnasium("CartPole-v1", 16),
+        lambda: GymnasiumEnv(gymnasium.make_vec("CartPole-v1", 16, "vector_entry_point")),
+        lambda: GymnasiumEnv(
+            gymnasium.wrappers.vector.ClipReward(gymnasium.make_vec("CartPole-v1", 16, "sync"), -1, 1)
+        ),
+    ):
+        first, second = (make().reset(seed=seed).clone() for seed in (0, 1))
+        assert not any(bool((second == row).all(1).any()) for row in first)
 
 
 def test_types_of_observations():
@@ -368,7 +388,7 @@ def test_sb3_import_needs_no_sb3():
     vec_env = FakeVecEnv()
     env = SB3Env(vec_env)
     env.reset(seed=5)
-    assert vec_env.seeds == (5,)
+    assert vec_env.seeds == (copy_seeds(5, 1)[0],)
     result = env.step(torch.tensor([0, 1]))
     assert vec_env.actions.tolist() == [0, 1]
     assert result.final_obs.tolist() == [[3.0], [4.0]]

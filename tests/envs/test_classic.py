@@ -177,7 +177,7 @@ def test_torch_steps_agree_with_numpy_steps(task, mode):
         task(4, dtype=torch.float64, autoreset_mode=mode, max_episode_steps=20, compile=compiled)
         for compiled in (False, True)
     )
-    other._advance = other._transition
+    other._advance = other._whole_step
     assert torch.equal(numpy.reset(seed=0), other.reset(seed=0))
     generator = torch.Generator().manual_seed(0)
     for _ in range(45):

@@ -258,13 +258,13 @@ def test_wrong_tables_are_refused():
 def test_options_of_a_random_mdp():
     """Another seed is another problem; the more concentrated its Dirichlet distribution, the flatter the rows."""
     first, again, other = (RandomMDP(states=6, actions=2, mdp_seed=seed) for seed in (1, 1, 2))
-    assert torch.equal(first.transition, again.transition)
-    assert not torch.equal(first.transition, other.transition)
+    assert torch.equal(first.transition_table, again.transition_table)
+    assert not torch.equal(first.transition_table, other.transition_table)
     assert not torch.equal(first.reward_table, other.reward_table)
-    flat, peaked = (RandomMDP(states=6, concentration=c).transition.amax(-1).mean() for c in (100.0, 0.01))
+    flat, peaked = (RandomMDP(states=6, concentration=c).transition_table.amax(-1).mean() for c in (100.0, 0.01))
     assert flat < 0.3
     assert peaked > 0.9
-    assert (first.transition.shape, first.gamma, first.horizon) == ((6, 2, 6), 0.9, 15)
+    assert (first.transition_table.shape, first.gamma, first.horizon) == ((6, 2, 6), 0.9, 15)
     options = RandomMDP(gamma=0.5, horizon=3)
     assert (options.gamma, options.horizon) == (0.5, 3)
 
