@@ -1,16 +1,17 @@
 """For tests: a scripted environment, and the contracts that environments and agents keep.
 
-A new environment is tested by a subclass with one method::
+A new environment is tested by a subclass::
 
     class TestMyEnv(EnvContract):
-        def make_env(self, num_envs, autoreset_mode):
-            return MyEnv(num_envs, autoreset_mode=autoreset_mode)
+        env = MyEnv
+        options = {"size": 3}
 
 and a new agent by :class:`AgentContract`, which sets a class, a small config and an id.
 """
 
 from ccrl.testing.agent_contract import AgentContract, SpacesEnv, prepare_rollout
 from ccrl.testing.clock import ClockEnv, Episode
-from ccrl.testing.contract import EnvContract, sample_actions
+from ccrl.testing.contract import EnvContract
+from ccrl.testing.env_checks import sample_actions
 
 __all__ = ["AgentContract", "ClockEnv", "EnvContract", "Episode", "SpacesEnv", "prepare_rollout", "sample_actions"]

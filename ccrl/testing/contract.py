@@ -3,29 +3,16 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import Space, spaces
-from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree, resolve_env
+from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, resolve_env
+from ccrl.testing.env_checks import check_obs, check_result, copy_of, equal, error_of, row_of, sample_actions, snapshot
 
-__all__ = ["EnvContract", "sample_actions"]
-
-
-def sample_actions(space: Space[Any], num_envs: int, generator: torch.Generator) -> Tensor:
-    """``[N, *shape]`` random actions on the CPU: uniform in a ``Discrete`` or bounded ``Box``, else standard normal."""
-    if isinstance(space, spaces.Discrete):
-        return torch.randint(int(space.n), (num_envs,), generator=generator)
-    shape = (num_envs, *(space.shape or ()))
-    assert isinstance(space, spaces.Box), f"expected a Box or a Discrete action space, got {space}"
-    if not space.is_bounded():
-        return torch.randn(shape, generator=generator)
-    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
-    return low + (high - low) * torch.rand(shape, generator=generator)
+__all__ = ["EnvContract"]
 
 
 class EnvContract:
@@ -71,49 +58,49 @@ class EnvContract:
 
     def test_shapes_types_and_devices(self) -> None:
         for env in self._envs():
-            _check_obs(env.reset(seed=0), env)
+            check_obs(env.reset(seed=0), env)
             for result in self._steps(env, 5):
-                _check_result(result, env)
+                check_result(result, env)
 
     def test_a_single_copy_keeps_its_axis(self) -> None:
         """``squeeze()`` and broadcasting go wrong with one copy first."""
         for mode in self.autoreset_modes:
             env = self.make_env(1, mode)
             assert env.num_envs == 1
-            _check_obs(env.reset(seed=0), env)
+            check_obs(env.reset(seed=0), env)
             for result in self._steps(env, 5):
-                _check_result(result, env)
+                check_result(result, env)
             env.close()
 
     def test_observations_are_in_the_space(self) -> None:
         for env in self._envs():
-            trees = [_copy(env.reset(seed=0)), *(_copy(result.obs) for result in self._steps(env, 20))]
+            trees = [copy_of(env.reset(seed=0)), *(copy_of(result.obs) for result in self._steps(env, 20))]
             for tree in trees:
                 for row in range(self.num_envs):
-                    single = _row(tree, row)
+                    single = row_of(tree, row)
                     assert env.single_observation_space.contains(single), f"{single} not in the observation space"
 
     def test_seed_decides_everything(self) -> None:
         for mode in self.autoreset_modes:
             first, second = self._rollout(mode, seed=3), self._rollout(mode, seed=3)
-            assert all(_equal(a, b) for a, b in zip(first, second)), "two runs with one seed differ"
+            assert all(equal(a, b) for a, b in zip(first, second)), "two runs with one seed differ"
 
     def test_seeds_and_copies_start_differently(self) -> None:
         if not self.random_starts:
             return
         env = self._env(self.autoreset_modes[0])
-        first, second = _copy(env.reset(seed=1)), _copy(env.reset(seed=2))
-        third = _copy(env.reset())
+        first, second = copy_of(env.reset(seed=1)), copy_of(env.reset(seed=2))
+        third = copy_of(env.reset())
         env.close()
         alike = [
             (i, j)
             for i in range(self.num_envs)
             for j in range(self.num_envs)
-            if _equal(_row(first, i), _row(second, j))
+            if equal(row_of(first, i), row_of(second, j))
         ]
         assert not alike, f"seeds 1 and 2 start alike in the copies {alike}: their runs share random streams"
-        assert not _equal(second, third), "reset() without a seed repeated the episode starts"
-        assert not _equal(_row(first, 0), _row(first, 1)), "copies 0 and 1 start alike"
+        assert not equal(second, third), "reset() without a seed repeated the episode starts"
+        assert not equal(row_of(first, 0), row_of(first, 1)), "copies 0 and 1 start alike"
 
     def test_reset_with_a_seed_forgets_the_past(self) -> None:
         """Clocks, flags and random streams, also of an episode that has just ended."""
@@ -123,22 +110,22 @@ class EnvContract:
             used = self._play(env, seed=3, steps=steps)
             new = self._rollout(mode, seed=3, steps=steps)
             assert len(used) == len(new), f"{mode}: an episode ended at another step than in a new environment"
-            assert all(_equal(a, b) for a, b in zip(used, new)), f"{mode}: reset(seed=3) is not that of a new one"
+            assert all(equal(a, b) for a, b in zip(used, new)), f"{mode}: reset(seed=3) is not that of a new one"
 
     def test_environments_leave_each_other_and_the_callers_random_numbers_alone(self) -> None:
         mode = self.autoreset_modes[0]
         alone = self._rollout(mode, seed=3)
         env, other = self._env(mode), self._env(mode)
         state, numbers = torch.get_rng_state(), np.random.get_state()[1].tolist()  # type: ignore[index]  # noqa: NPY002
-        rows = [_copy(env.reset(seed=3))]
+        rows = [copy_of(env.reset(seed=3))]
         other.reset(seed=4)
         for result, _ in zip(self._steps(env, 40), self._steps(other, 40, seed=1)):
-            rows.append(_snapshot(result))
+            rows.append(snapshot(result))
         env.close()
         other.close()
         assert torch.get_rng_state().equal(state), "it drew from torch's global random numbers, or seeded them"
         assert np.random.get_state()[1].tolist() == numbers, "it drew from NumPy's global random numbers"  # type: ignore[index]  # noqa: NPY002
-        assert all(_equal(a, b) for a, b in zip(rows, alone)), "a second environment changed the first"
+        assert all(equal(a, b) for a, b in zip(rows, alone)), "a second environment changed the first"
 
     def test_copies_do_not_depend_on_each_other(self) -> None:
         """Other actions of the others change nothing for a copy in the middle, up to the first end of an episode (from
@@ -148,22 +135,22 @@ class EnvContract:
             runs: list[tuple[list[Any], list[Any]]] = []
             for seed in (1, 2):
                 env = self._env(mode)
-                seen, told = [_row(env.reset(seed=0), kept)], []
+                seen, told = [row_of(env.reset(seed=0), kept)], []
                 generators = [torch.Generator().manual_seed(s) for s in (0, seed)]
                 for _ in range(60 if self.independent_copies else 20):
                     same, action = (sample_actions(env.single_action_space, self.num_envs, g) for g in generators)
                     action[kept] = same[kept]
                     result = env.step(action.to(env.device))
-                    told.append([_row(x, kept) for x in (result.reward, result.terminated, result.truncated)])
+                    told.append([row_of(x, kept) for x in (result.reward, result.terminated, result.truncated)])
                     ended = bool((result.terminated | result.truncated).any())
                     if ended and (not self.independent_copies or mode == AutoresetMode.DISABLED):
                         break
-                    seen.append(_row(result.obs, kept))
+                    seen.append(row_of(result.obs, kept))
                 runs.append((seen, told))
                 env.close()
             for first, second in zip(*runs):
-                equal = [_equal(a, b) for a, b in zip(first, second)]
-                assert all(equal), f"{mode}: copy {kept} depends on the actions of the others"
+                same = [equal(a, b) for a, b in zip(first, second)]
+                assert all(same), f"{mode}: copy {kept} depends on the actions of the others"
 
     def test_same_step_returns_the_first_observation_and_keeps_the_last(self) -> None:
         if AutoresetMode.SAME_STEP not in self.autoreset_modes:
@@ -171,10 +158,10 @@ class EnvContract:
         env, result, rows, before = self._until_end(AutoresetMode.SAME_STEP)
         for row in rows if env.provides_final_obs else ():
             assert result.final_obs is not None
-            final = _row(result.final_obs, row)
+            final = row_of(result.final_obs, row)
             assert env.single_observation_space.contains(final), f"{final} not in the observation space"
-            assert not _equal(final, _row(result.obs, row)), "final_obs is the observation after the reset"
-            assert not _equal(final, _row(before, row)), "final_obs is the observation before the last step"
+            assert not equal(final, row_of(result.obs, row)), "final_obs is the observation after the reset"
+            assert not equal(final, row_of(before, row)), "final_obs is the observation before the last step"
         following = next(self._steps(env, 1, seed=5))
         if self.time_limit != 1:
             assert not bool(following.truncated[rows].any()), "the clock did not restart"
@@ -184,12 +171,12 @@ class EnvContract:
         if AutoresetMode.NEXT_STEP not in self.autoreset_modes:
             return
         env, result, rows, _ = self._until_end(AutoresetMode.NEXT_STEP)
-        last = _copy(result.obs)
+        last = copy_of(result.obs)
         dummy = next(self._steps(env, 1, seed=5))
         for row in rows:
             assert float(dummy.reward[row]) == 0.0
             assert not bool(dummy.terminated[row] | dummy.truncated[row])
-            assert not _equal(_row(dummy.obs, row), _row(last, row)), "the dummy row does not show a new episode"
+            assert not equal(row_of(dummy.obs, row), row_of(last, row)), "the dummy row does not show a new episode"
         env.close()
 
     def test_disabled_waits_for_reset_with_mask(self) -> None:
@@ -197,10 +184,10 @@ class EnvContract:
             return
         env, result, rows, _ = self._until_end(AutoresetMode.DISABLED)
         done = (result.terminated | result.truncated).clone()
-        last = _copy(result.obs)
-        obs = _copy(env.reset(mask=done))
+        last = copy_of(result.obs)
+        obs = copy_of(env.reset(mask=done))
         for other in range(self.num_envs):
-            changed = not _equal(_row(obs, other), _row(last, other))
+            changed = not equal(row_of(obs, other), row_of(last, other))
             assert changed == bool(done[other]), (
                 f"copy {other}: done={bool(done[other])}, observation changed={changed}"
             )
@@ -218,10 +205,10 @@ class EnvContract:
         result = next(self._steps(env, 1))
         mask = result.terminated | result.truncated
         mask[0] = True
-        before, others = _copy(result.obs), (~mask).nonzero().flatten().tolist()
-        after = _copy(env.reset(mask=mask))
+        before, others = copy_of(result.obs), (~mask).nonzero().flatten().tolist()
+        after = copy_of(env.reset(mask=mask))
         for row in others:
-            assert _equal(_row(after, row), _row(before, row)), f"copy {row} is not in the mask and was reset"
+            assert equal(row_of(after, row), row_of(before, row)), f"copy {row} is not in the mask and was reset"
         for age, result in enumerate(self._steps(env, self.time_limit or 0), start=1):
             at_limit = age + 1 == self.time_limit
             ended = result.terminated
@@ -275,7 +262,7 @@ class EnvContract:
         env = self._env(self.autoreset_modes[0])
         env.reset(seed=0)
         action = sample_actions(env.single_action_space, self.num_envs, torch.Generator()).to(env.device)
-        message = _error(lambda: env.step(action[:-1]))
+        message = error_of(lambda: env.step(action[:-1]))
         env.close()
         assert "action" in message, message
         assert str(self.num_envs) in message, f"the message does not name the expected shape: {message}"
@@ -305,8 +292,8 @@ class EnvContract:
 
     def _play(self, env: BatchedEnv, seed: int, steps: int) -> list[Any]:
         """All that an environment shows from ``reset(seed)`` on; closes it."""
-        start = _copy(env.reset(seed=seed))
-        rows = [start, *(_snapshot(result) for result in self._steps(env, steps))]
+        start = copy_of(env.reset(seed=seed))
+        rows = [start, *(snapshot(result) for result in self._steps(env, steps))]
         env.close()
         return rows
 
@@ -330,13 +317,13 @@ class EnvContract:
         if mode == AutoresetMode.DISABLED:
             mask = torch.ones(self.num_envs, dtype=torch.bool, device=env.device)
             mask[1:] = False
-            assert _equal(_copy(env.reset(mask=mask)), _copy(other.reset(mask=mask))), "another reset"
+            assert equal(copy_of(env.reset(mask=mask)), copy_of(other.reset(mask=mask))), "another reset"
             mask[:] = True
-            assert _equal(_copy(env.reset(mask=mask)), _copy(other.reset(mask=mask))), "another reset"
-        ours = [_snapshot(result) for result in self._steps(env, steps, seed=8)]
-        theirs = [_snapshot(result) for result in self._steps(other, steps, seed=8)]
+            assert equal(copy_of(env.reset(mask=mask)), copy_of(other.reset(mask=mask))), "another reset"
+        ours = [snapshot(result) for result in self._steps(env, steps, seed=8)]
+        theirs = [snapshot(result) for result in self._steps(other, steps, seed=8)]
         assert len(ours) == len(theirs)
-        assert all(_equal(a, b) for a, b in zip(ours, theirs)), f"{mode}: the resumed copy went another way"
+        assert all(equal(a, b) for a, b in zip(ours, theirs)), f"{mode}: the resumed copy went another way"
         env.close()
         other.close()
 
@@ -344,72 +331,15 @@ class EnvContract:
         """The environment right after the first end of an episode, that step, the copies that ended, the observations
         before."""
         env = self._env(mode)
-        before = _copy(env.reset(seed=0))
+        before = copy_of(env.reset(seed=0))
         for result in self._steps(env, self.max_steps):
             done = result.terminated | result.truncated
             if bool(done.any()):
                 return env, result, done.nonzero().flatten().tolist(), before
-            before = _copy(result.obs)
+            before = copy_of(result.obs)
         raise AssertionError(f"no episode ended within {self.max_steps} steps; raise max_steps or lower the time limit")
-
-
-def _check_obs(obs: Tree, env: BatchedEnv) -> None:
-    space = env.single_observation_space
-    leaves = obs if isinstance(obs, dict) else {"": obs}
-    expected = space.spaces if isinstance(space, spaces.Dict) else {"": space}
-    assert set(leaves) == set(expected)
-    for key, leaf in leaves.items():
-        assert leaf.shape == (env.num_envs, *(expected[key].shape or ())), f"observation {key}: {tuple(leaf.shape)}"
-        assert leaf.device == env.device
-        if leaf.is_floating_point():
-            assert leaf.dtype == torch.float32
-
-
-def _check_result(result: StepResult, env: BatchedEnv) -> None:
-    assert isinstance(result, StepResult)
-    _check_obs(result.obs, env)
-    assert result.reward.shape == (env.num_envs,)
-    assert result.reward.dtype == torch.float32
-    for flag in (result.terminated, result.truncated):
-        assert flag.shape == (env.num_envs,)
-        assert flag.dtype == torch.bool
-    for tensor in (result.reward, result.terminated, result.truncated):
-        assert tensor.device == env.device
-    assert (result.final_obs is not None) == env.provides_final_obs
-    if result.final_obs is not None:
-        _check_obs(result.final_obs, env)
-
-
-def _snapshot(result: StepResult) -> dict[str, Tensor]:
-    obs = result.obs if isinstance(result.obs, dict) else {"obs": result.obs}
-    flags = {"reward": result.reward, "terminated": result.terminated, "truncated": result.truncated}
-    return {key: value.cpu().clone() for key, value in (obs | flags).items()}
-
-
-def _copy(tree: Tree) -> Any:
-    return {key: leaf.cpu().clone() for key, leaf in tree.items()} if isinstance(tree, dict) else tree.cpu().clone()
-
-
-def _row(tree: Any, row: int) -> Any:
-    if isinstance(tree, dict):
-        return {key: _row(leaf, row) for key, leaf in tree.items()}
-    return np.array(tree[row].cpu().numpy())[()]
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, dict):
-        return all(_equal(a[key], b[key]) for key in a)
-    return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True))
 
 
 def _resumable(env: Any) -> Any:
     assert hasattr(env, "state_dict"), "no state_dict; set resumable = False if that is meant"
     return env
-
-
-def _error(call: Callable[[], object]) -> str:
-    try:
-        call()
-    except (ValueError, TypeError) as error:
-        return str(error)
-    raise AssertionError("expected a ValueError or a TypeError")

@@ -1,0 +1,84 @@
+"""What the contract of environments measures with: random actions, copies of observations, checks of one result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import Space, spaces
+from torch import Tensor
+
+from ccrl.batched_env import BatchedEnv, StepResult, Tree
+
+__all__ = ["check_obs", "check_result", "copy_of", "equal", "error_of", "row_of", "sample_actions", "snapshot"]
+
+
+def sample_actions(space: Space[Any], num_envs: int, generator: torch.Generator) -> Tensor:
+    """``[N, *shape]`` random actions on the CPU: uniform in a ``Discrete`` or bounded ``Box``, else standard normal."""
+    if isinstance(space, spaces.Discrete):
+        return torch.randint(int(space.n), (num_envs,), generator=generator)
+    shape = (num_envs, *(space.shape or ()))
+    assert isinstance(space, spaces.Box), f"expected a Box or a Discrete action space, got {space}"
+    if not space.is_bounded():
+        return torch.randn(shape, generator=generator)
+    low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)
+    return low + (high - low) * torch.rand(shape, generator=generator)
+
+
+def check_obs(obs: Tree, env: BatchedEnv) -> None:
+    space = env.single_observation_space
+    leaves = obs if isinstance(obs, dict) else {"": obs}
+    expected = space.spaces if isinstance(space, spaces.Dict) else {"": space}
+    assert set(leaves) == set(expected)
+    for key, leaf in leaves.items():
+        assert leaf.shape == (env.num_envs, *(expected[key].shape or ())), f"observation {key}: {tuple(leaf.shape)}"
+        assert leaf.device == env.device
+        if leaf.is_floating_point():
+            assert leaf.dtype == torch.float32
+
+
+def check_result(result: StepResult, env: BatchedEnv) -> None:
+    assert isinstance(result, StepResult)
+    check_obs(result.obs, env)
+    assert result.reward.shape == (env.num_envs,)
+    assert result.reward.dtype == torch.float32
+    for flag in (result.terminated, result.truncated):
+        assert flag.shape == (env.num_envs,)
+        assert flag.dtype == torch.bool
+    for tensor in (result.reward, result.terminated, result.truncated):
+        assert tensor.device == env.device
+    assert (result.final_obs is not None) == env.provides_final_obs
+    if result.final_obs is not None:
+        check_obs(result.final_obs, env)
+
+
+def snapshot(result: StepResult) -> dict[str, Tensor]:
+    obs = result.obs if isinstance(result.obs, dict) else {"obs": result.obs}
+    flags = {"reward": result.reward, "terminated": result.terminated, "truncated": result.truncated}
+    return {key: value.cpu().clone() for key, value in (obs | flags).items()}
+
+
+def copy_of(tree: Tree) -> Any:
+    return {key: leaf.cpu().clone() for key, leaf in tree.items()} if isinstance(tree, dict) else tree.cpu().clone()
+
+
+def row_of(tree: Any, row: int) -> Any:
+    if isinstance(tree, dict):
+        return {key: row_of(leaf, row) for key, leaf in tree.items()}
+    return np.array(tree[row].cpu().numpy())[()]
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return all(equal(a[key], b[key]) for key in a)
+    return bool(np.array_equal(np.asarray(a), np.asarray(b), equal_nan=True))
+
+
+def error_of(call: Callable[[], object]) -> str:
+    try:
+        call()
+    except (ValueError, TypeError) as error:
+        return str(error)
+    raise AssertionError("expected a ValueError or a TypeError")
