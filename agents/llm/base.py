@@ -49,8 +49,6 @@ class LLMConfig(RecipeConfig):
     """Length cap of completions; 0: the task's."""
     temperature: float = 1.0
     """Of sampling and scoring."""
-    second_temperature: float = 1.0
-    """Of the second log-probability, for methods that want one."""
     pad_to_multiple_of: int = 1
     """Completions are padded to a multiple of it."""
     learning_rate: float = 3e-4
@@ -92,7 +90,7 @@ class LLMConfig(RecipeConfig):
         ):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
-        for name in ("temperature", "second_temperature", "learning_rate", "warm_start_lr"):
+        for name in ("temperature", "learning_rate", "warm_start_lr"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
         if self.optimiser not in OPTIMISERS:

@@ -29,9 +29,9 @@ from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.clipping import capped_weight, sigmoid_gate
 from ccrl.estimators.outcomes import OverlongPenalty, SequenceAdvantage, informative
 from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
 from ccrl.estimators.terms import Loss, Term
-from ccrl.llm.rollouts import concatenate
 
 __all__ = ["CISPO", "DAPO", "GRPO", "GSPO", "SAPO", "DrGRPO"]
 

@@ -32,8 +32,8 @@ from ccrl.data import Data
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.terms import LogRatio, Outputs, Term
-from ccrl.llm.rollouts import concatenate
 
 __all__ = [
     "CoPG",

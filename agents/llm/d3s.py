@@ -33,9 +33,9 @@ from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.outcomes import SequenceAdvantage
 from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.estimators.stages import EpisodeReturn
 from ccrl.estimators.terms import LogRatio, Outputs, Term
-from ccrl.llm.rollouts import evaluate_columns
 from ccrl.updaters import Stats
 
 __all__ = ["D3S", "D3SConfig", "D3SRecipe", "keep_rollouts", "keep_tokens", "most_varied"]

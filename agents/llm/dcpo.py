@@ -27,7 +27,6 @@ from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Stage
 from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.terms import Loss, Term
-from ccrl.llm.rollouts import evaluate_columns
 from ccrl.updaters import Stats
 
 __all__ = ["DCPO", "DCPOConfig", "DCPORecipe", "control_weight", "tempered_log_prob"]
@@ -67,28 +66,26 @@ def control_weight(entropy: Tensor, target: float, correct: Tensor, cap: float) 
     return torch.where(correct > 0, x / (1.0 + x), torch.zeros_like(x))
 
 
+@torch.no_grad()
 def tempered_log_prob(policy: Any, data: Data, temperature: float, columns: int | None) -> Tensor:
-    """``[T, N]``: log-probability of the tokens at ``temperature`` times the sampling temperature."""
-    before = policy.second_temperature
-    policy.second_temperature = temperature * policy.temperature
-    try:
-        return evaluate_columns(policy, data, frozenset({"log_prob_second"}), columns)["log_prob_second"]
-    finally:
-        policy.second_temperature = before
+    """``[T, N]``: log-probability of the tokens at ``temperature`` times the sampling temperature, evaluated for at
+    most ``columns`` completions at a time."""
+    found = [policy.log_prob(piece, temperature * policy.temperature) for piece in data.microbatches(columns)]
+    return torch.cat(found, 1)
 
 
 class DCPORecipe(Recipe):
     """The advantage is mixed before the update, the entropy measured in it.
 
-    Needs a token policy: the distribution of a control policy has no second temperature.
+    Needs a token policy: the distribution of a control policy has no temperature.
     """
 
     entropy: Tensor
 
     def __init__(self, config: Any, parts: Parts) -> None:
-        if not hasattr(parts.policy, "second_temperature"):
+        if not hasattr(parts.policy, "temperature"):
             raise ValueError("dcpo compares the policy at two temperatures: expected a token policy, got one without a "
-                             "second temperature")  # fmt: skip
+                             "temperature")  # fmt: skip
         super().__init__(config, parts)
         # 0 as released: the first update raises the entropy by all that the cap allows
         self.register_buffer("entropy", torch.zeros(()))

@@ -27,7 +27,7 @@ from agents.llm.base import LLM, LLMConfig
 from ccrl.data import Data, Field
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.recipe import Recipe
-from ccrl.llm.rollouts import evaluate_columns
+from ccrl.estimators.rollouts import evaluate_columns
 
 __all__ = ["EMPG", "EMPGConfig", "EMPGRecipe", "ModulateSteps", "Steps", "find_steps", "modulate"]
 

@@ -30,8 +30,8 @@ from ccrl.estimators.base import Stage
 from ccrl.estimators.groups import Groups, per_step
 from ccrl.estimators.outcomes import informative
 from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.estimators.terms import LogRatio, Outputs, Term
-from ccrl.llm.rollouts import evaluate_columns
 
 __all__ = [
     "G2RPO", "Corridor", "DropUnanimous", "G2RPOConfig", "G2RPORecipe", "LengthReward", "RankNormal", "corridor",

@@ -35,9 +35,9 @@ from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.modulations import modulated, shaping
 from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.stages import GroupBaseline
 from ccrl.estimators.terms import Aggregate, LogRatio, Loss, Outputs, Term
-from ccrl.llm.rollouts import concatenate
 from ccrl.updaters import Stats
 
 __all__ = ["HPT", "HPTConfig", "HPTRecipe", "Mix", "self_rewarded", "sequence_entropy", "uncertainty_weighted"]

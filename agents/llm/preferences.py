@@ -24,9 +24,9 @@ from ccrl.estimators import losses, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.preferences import best_and_worst, dpo, ipo, pair, per_pair
 from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.stages import EpisodeReturn
 from ccrl.estimators.terms import Loss, Term
-from ccrl.llm.rollouts import concatenate
 
 __all__ = ["DPO", "IPO", "SFT"]
 

@@ -26,8 +26,8 @@ from ccrl.data import Data
 from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.base import Context
 from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.rollouts import concatenate, evaluate_columns
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
-from ccrl.llm.rollouts import concatenate, evaluate_columns
 from ccrl.updaters import Stats
 
 __all__ = ["R2VPO", "R2VPOConfig", "R2VPORecipe", "RolloutRing", "dual_step", "lagrangian", "ratio_variance"]

@@ -17,10 +17,10 @@ from ccrl.collect import Request
 from ccrl.data import Batching, Data, Unit
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Estimator, Phase, Stage
+from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
 from ccrl.estimators.terms import Aggregate, Loss, Ratio, Term
 from ccrl.estimators.updates import Updater
-from ccrl.llm.rollouts import evaluate_columns
 
 __all__ = ["Parts", "Recipe", "RecipeConfig"]
 

@@ -5,7 +5,7 @@ What the update rules that evaluate gradients at points of their own (look-ahead
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -14,28 +14,11 @@ from ccrl.batched_env import Tree
 from ccrl.collect import Request
 from ccrl.data import Data, tree_map
 from ccrl.estimators.base import Context, Estimator
+from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.updates import GradientEstimate
 from ccrl.returns import discounted_sum
 
-__all__ = ["LinearBaseline", "TrajectoryEstimator", "join"]
-
-
-def join(parts: Sequence[Data]) -> Data:
-    """Rollouts of one height side by side. ``next_obs`` does not survive it.
-
-    >>> whole = join([first, second])  # [T, N1 + N2]
-    """
-    if len(parts) == 1:
-        return parts[0]
-    first = parts[0]
-
-    def cat(name: str) -> Tree:
-        dim, values = 0 if name in first.sequence else 1, [part[name] for part in parts]
-        if isinstance(values[0], dict):
-            return {k: torch.cat([v[k] for v in values], dim) for k in values[0]}
-        return torch.cat(values, dim)
-
-    return Data({name: cat(name) for name in first}, raw=first.raw, sequence=first.sequence)
+__all__ = ["LinearBaseline", "TrajectoryEstimator"]
 
 
 class LinearBaseline(nn.Module):
@@ -106,7 +89,7 @@ class TrajectoryEstimator(Estimator):
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
         tags = [tag for tag in have if "/" not in tag]
-        return {tag: self.weigh(join(_rounds(tag, have))) for tag in tags}
+        return {tag: self.weigh(concatenate(_rounds(tag, have))) for tag in tags}
 
     def weigh(self, data: Data) -> Data:
         """``psi`` and ``reward_to_go`` (discounted from its own step), ``[T, N]``."""

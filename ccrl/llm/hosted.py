@@ -43,6 +43,8 @@ class Host:
     """Columns that cost a forward pass: computed where a stage reads them."""
     outputs: frozenset[str]
     """Forward outputs of its policy."""
+    temperatures: bool
+    """Whether that policy gives log-probabilities at any temperature (``policy.log_prob``)."""
     reference: bool
     """Whether it keeps a reference policy (column ``host_ref_log_prob``)."""
 
@@ -69,12 +71,12 @@ class _Reference(nn.Module):
 class _Zeros(nn.Module):
     """Stands in for the policy while a recipe is tried."""
 
-    def __init__(self, outputs: frozenset[str]) -> None:
+    def __init__(self, outputs: frozenset[str], temperatures: bool) -> None:
         super().__init__()
         self._outputs = outputs
-        self.temperature = 1.0
-        if "log_prob_second" in outputs:
-            self.second_temperature = 1.0
+        if temperatures:
+            self.temperature = 1.0
+            self.log_prob = lambda batch, temperature: torch.zeros(batch.shape)
 
     def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         if want - self._outputs:
@@ -142,7 +144,7 @@ def build_hosted(recipe: Callable[[Any, Any], Estimator], config: Any, host: Hos
     """
     try:
         # a second one takes the made-up rollouts: what they leave in its state must not be learned from
-        trial = _assemble(recipe, config, host, _Zeros(host.outputs))
+        trial = _assemble(recipe, config, host, _Zeros(host.outputs, host.temperatures))
         _try(trial, host)
         made = _assemble(recipe, config, host, policy)
     except ValueError as error:

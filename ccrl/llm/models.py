@@ -68,7 +68,7 @@ def build_policy(config: Any, task: TextTask) -> nn.Module:
     :raises ValueError: if the model's vocabulary is smaller than the task's, or a table is asked for where prompts are
         not numbers of questions, or with adapters.
     """
-    options = {"temperature": config.temperature, "second_temperature": config.second_temperature}
+    options = {"temperature": config.temperature}
     if config.model == "tabular":
         if not hasattr(task, "fixed_length"):
             raise ValueError(

@@ -21,12 +21,10 @@ from ccrl.llm.task import Prompts
 
 __all__ = ["OUTPUTS", "CausalLMPolicy", "TokenPolicy", "entropy_of", "token_outputs"]
 
-OUTPUTS = frozenset({
-    "log_prob", "entropy", "log_prob_second", "topk_index", "topk_log_prob", "sum_pi2", "log_probs", "hidden",
-})  # fmt: skip
-"""What a token policy can compute: of the chosen token ``[T, B]`` ``log_prob`` and ``log_prob_second`` (at the second
-temperature), of the whole distribution ``entropy`` (nats), ``sum_pi2`` ``[T, B]``, the ``k`` largest ``topk_*``
-``[T, B, k]``, all of it ``log_probs`` ``[T, B, V]`` (small vocabularies only), and ``hidden`` ``[T, B, D]``."""
+OUTPUTS = frozenset({"log_prob", "entropy", "topk_index", "topk_log_prob", "sum_pi2", "log_probs", "hidden"})
+"""What a token policy can compute: of the chosen token ``log_prob`` ``[T, B]``, of the whole distribution ``entropy``
+(nats), ``sum_pi2`` ``[T, B]``, the ``k`` largest ``topk_*`` ``[T, B, k]``, all of it ``log_probs`` ``[T, B, V]`` (small
+vocabularies only), and ``hidden`` ``[T, B, D]``."""
 
 
 SHARE = 128
@@ -59,9 +57,7 @@ def entropy_of(log_probs: Tensor) -> Tensor:
     return -torch.where(log_probs.isinf(), 0.0, log_probs.exp() * log_probs).sum(-1)
 
 
-def token_outputs(
-    logits: Tensor, token: Tensor, want: frozenset[str], temperature: float, second: float, k: int
-) -> dict[str, Tensor]:
+def token_outputs(logits: Tensor, token: Tensor, want: frozenset[str], temperature: float, k: int) -> dict[str, Tensor]:
     """``OUTPUTS`` (all but ``hidden``) from ``logits`` ``[..., V]`` and tokens ``[...]``, in float32 at least."""
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     scaled = logits if temperature == 1.0 else logits / temperature
@@ -74,8 +70,6 @@ def token_outputs(
         out["entropy"] = entropy_of(log_probs)
     if "sum_pi2" in want:
         out["sum_pi2"] = log_probs.exp().square().sum(-1)
-    if "log_prob_second" in want:
-        out["log_prob_second"] = (logits / second).log_softmax(-1).gather(-1, chosen).squeeze(-1)
     if want & {"topk_index", "topk_log_prob"}:
         top = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
         out |= {"topk_index": top.indices, "topk_log_prob": top.values}
@@ -89,7 +83,6 @@ class CausalLMPolicy(nn.Module):
 
     :param model: the language model; dropout is switched off (a behaviour policy must be what is scored).
     :param temperature: of sampling AND of scoring: ratios compare the distributions that were sampled from.
-    :param second_temperature: of ``log_prob_second``.
     :param k: size of ``topk_*``.
     :param logits_chunk_size: tokens per piece of the vocabulary projection; each piece is computed again in the
     backward pass, so
@@ -105,23 +98,17 @@ class CausalLMPolicy(nn.Module):
         model: nn.Module,
         *,
         temperature: float = 1.0,
-        second_temperature: float = 1.0,
         k: int = 16,
         logits_chunk_size: int | None = None,
     ) -> None:
         super().__init__()
-        if temperature <= 0 or second_temperature <= 0:
-            raise ValueError(f"temperature: expected > 0, got {temperature}, {second_temperature}; greedy decoding is "
-                             "the sampler's `deterministic`")  # fmt: skip
+        if temperature <= 0:
+            raise ValueError(f"temperature: expected > 0, got {temperature}; greedy decoding is the sampler's "
+                             "`deterministic`")  # fmt: skip
         if logits_chunk_size is not None and logits_chunk_size < 1:
             raise ValueError(f"logits_chunk_size: expected None or >= 1, got {logits_chunk_size}")
         self.model = model.eval()
-        self.temperature, self.second_temperature, self.k, self.logits_chunk_size = (
-            temperature,
-            second_temperature,
-            k,
-            logits_chunk_size,
-        )
+        self.temperature, self.k, self.logits_chunk_size = temperature, k, logits_chunk_size
         # transformers 5.24 renamed the argument and warns of the old name at every call
         known = inspect.signature(type(_base(model)).forward).parameters
         self._cache = "cache" if "cache" in known else "past_key_values"
@@ -147,12 +134,19 @@ class CausalLMPolicy(nn.Module):
 
     def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """``want`` of ``OUTPUTS`` ``[T', B, ...]``."""
+        return self._evaluate(batch, want, self.temperature)
+
+    def log_prob(self, batch: Data, temperature: float) -> Tensor:
+        """``[T', B]``: log-probability of the tokens at another temperature than that of sampling."""
+        return self._evaluate(batch, frozenset({"log_prob"}), temperature)["log_prob"]
+
+    def _evaluate(self, batch: Data, want: frozenset[str], temperature: float) -> Outputs:
         tokens = batch["action"].t()
         if self.logits_chunk_size is None and "hidden" not in want:
-            out = self._outputs(self._before(batch, self._logits), tokens, want)
+            out = token_outputs(self._before(batch, self._logits), tokens, want, temperature, self.k)
         else:
             hidden = self._before(batch, self._hidden)
-            out = self._pieces(hidden, tokens, want - {"hidden"})
+            out = self._pieces(hidden, tokens, want - {"hidden"}, temperature)
             if "hidden" in want:
                 out["hidden"] = hidden
         return {k: v.transpose(0, 1) for k, v in out.items()}
@@ -195,16 +189,13 @@ class CausalLMPolicy(nn.Module):
         out = _backbone(self.model)(**inputs)
         return out.last_hidden_state[:, -keep:], getattr(out, self._cache, None)
 
-    def _outputs(self, logits: Tensor, tokens: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
-        return token_outputs(logits, tokens, want, self.temperature, self.second_temperature, self.k)
-
-    def _pieces(self, hidden: Tensor, tokens: Tensor, want: frozenset[str]) -> dict[str, Tensor]:
+    def _pieces(self, hidden: Tensor, tokens: Tensor, want: frozenset[str], temperature: float) -> dict[str, Tensor]:
         """``[B, T, ...]`` from ``hidden`` ``[B, T, D]``, ``logits_chunk_size`` tokens at a time."""
         head: Callable[[Tensor], Tensor] = self.model.get_output_embeddings()  # type: ignore[operator]
         names = sorted(want)
 
         def piece(states: Tensor, token: Tensor) -> tuple[Tensor, ...]:
-            found = self._outputs(head(states), token, want)
+            found = token_outputs(head(states), token, want, temperature, self.k)
             return tuple(found[name] for name in names)
 
         flat, token = hidden.flatten(0, 1), tokens.flatten()

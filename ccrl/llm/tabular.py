@@ -25,14 +25,14 @@ class TabularTokenPolicy(nn.Module):
 
     def __init__(
         self, questions: int, length: int, symbols: int, *, init: Tensor | None = None, temperature: float = 1.0,
-        second_temperature: float = 1.0, k: int = 16,
+        k: int = 16,
     ) -> None:  # fmt: skip
         super().__init__()
         shape = (questions, length, symbols)
         if init is not None and init.shape != shape:
             raise ValueError(f"init: expected logits {shape}, got {tuple(init.shape)}")
         self.logits = nn.Parameter(torch.zeros(shape) if init is None else init.clone())
-        self.temperature, self.second_temperature, self.k = temperature, second_temperature, k
+        self.temperature, self.k = temperature, k
 
     def outputs(self) -> frozenset[str]:
         return OUTPUTS - {"hidden"}
@@ -43,9 +43,16 @@ class TabularTokenPolicy(nn.Module):
 
     def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """``want`` ``[T', B, ...]``."""
+        return self._evaluate(batch, want, self.temperature)
+
+    def log_prob(self, batch: Data, temperature: float) -> Tensor:
+        """``[T', B]``: log-probability of the tokens at another temperature than that of sampling."""
+        return self._evaluate(batch, frozenset({"log_prob"}), temperature)["log_prob"]
+
+    def _evaluate(self, batch: Data, want: frozenset[str], temperature: float) -> Outputs:
         tokens = batch["action"]
         logits = self.logits[batch["prompt"][:, -1], : tokens.shape[0]].transpose(0, 1)
-        return token_outputs(logits, tokens, want, self.temperature, self.second_temperature, self.k)
+        return token_outputs(logits, tokens, want, temperature, self.k)
 
     def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[Any, Tensor]:
         row = prompts.tokens[question, -1]

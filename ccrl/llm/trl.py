@@ -76,8 +76,7 @@ class RecipeTrainer(_Trainer):  # type: ignore[misc]
         self.host_policy = _TrlPolicy(self)
         host = Host(
             "TRL's GRPOTrainer", self.max_completion_length, self.num_generations, tuple(self.reward_func_names),
-            GIVEN, frozenset({"log_prob", "entropy"}), frozenset({"log_prob", "entropy", "log_prob_second"}),
-            self.beta != 0.0,
+            GIVEN, frozenset({"log_prob", "entropy"}), frozenset({"log_prob", "entropy"}), True, self.beta != 0.0,
         )  # fmt: skip
         self.hosted: HostedRecipe = build_hosted(self.recipe, self.config, host, self.host_policy)
         self.hosted.estimator.to(self.accelerator.device)
@@ -239,8 +238,6 @@ class _TrlPolicy(nn.Module):
     def __init__(self, trainer: RecipeTrainer) -> None:
         super().__init__()
         self._trainer = (trainer,)  # in a tuple: the model's parameters are not this module's
-        self.second_temperature = 1.0
-        """Of ``log_prob_second``: what compares two temperatures sets it."""
 
     @property
     def temperature(self) -> float:
@@ -253,28 +250,32 @@ class _TrlPolicy(nn.Module):
     def evaluate(self, model: Any, batch: Data, want: frozenset[str], training: bool) -> tuple[Outputs, Tensor | None]:
         """``want`` ``[T, B]``, and the load-balancing loss of mixtures of experts in training."""
         trainer = self._trainer[0]
-        ids = torch.cat([batch["prompt"], batch["action"].t()], 1)
-        mask = torch.cat([batch["prompt_valid"], batch["present"].t()], 1).long()
+        ids, mask = self._inputs(batch)
         experts = training and trainer.aux_loss_enabled
         log_prob, entropy, extra = trainer._get_per_token_logps_and_entropies(
             model, ids, mask, batch.shape[0], batch_size=None if training else trainer.args.per_device_train_batch_size,
             compute_entropy="entropy" in want, compute_aux_loss=experts,
         )  # fmt: skip
         found: dict[str, Tensor | None] = {"log_prob": log_prob, "entropy": entropy}
-        if "log_prob_second" in want:
-            found["log_prob_second"] = self._second(model, ids, mask, batch.shape[0])
         return {name: value.t() for name in want if (value := found.get(name)) is not None}, extra
 
-    def _second(self, model: Any, ids: Tensor, mask: Tensor, steps: int) -> Tensor:
-        """``(B, T)``: TRL's fused head has the sampling temperature built in, so this one needs whole logits."""
-        trainer, found = self._trainer[0], []
+    @staticmethod
+    def _inputs(batch: Data) -> tuple[Tensor, Tensor]:
+        """Tokens and attention mask of prompts and completions ``(B, P + T)``."""
+        ids = torch.cat([batch["prompt"], batch["action"].t()], 1)
+        return ids, torch.cat([batch["prompt_valid"], batch["present"].t()], 1).long()
+
+    def log_prob(self, batch: Data, temperature: float) -> Tensor:
+        """``[T, B]``: TRL's fused head has the sampling temperature built in, so this one needs whole logits."""
+        trainer, found, steps = self._trainer[0], [], batch.shape[0]
         size = trainer.args.per_device_train_batch_size
+        ids, mask = self._inputs(batch)
         for piece, present in zip(torch.split(ids, size), torch.split(mask, size)):
             with trainer.accelerator.autocast():
-                logits = model(input_ids=piece, attention_mask=present).logits[:, -steps - 1 : -1]
-            log_probs = (logits.float() / self.second_temperature).log_softmax(-1)
+                logits = trainer.model(input_ids=piece, attention_mask=present).logits[:, -steps - 1 : -1]
+            log_probs = (logits.float() / temperature).log_softmax(-1)
             found.append(log_probs.gather(-1, piece[:, -steps:].unsqueeze(-1)).squeeze(-1))
-        return torch.cat(found)
+        return torch.cat(found).t()
 
 
 def _check(trainer: Any) -> None:

@@ -118,7 +118,15 @@ def bridge(
         (they are verl's own ``use_kl_loss`` and ``entropy_coeff``), columns beside the advantage at the loss, state.
     """
     host = Host(
-        "verl", max_length, group_size, ("reward",), GIVEN, frozenset(), frozenset({"log_prob"}), reference=False
+        "verl",
+        max_length,
+        group_size,
+        ("reward",),
+        GIVEN,
+        frozenset(),
+        frozenset({"log_prob"}),
+        temperatures=False,
+        reference=False,
     )
     hosted = build_hosted(recipe, config, host, _NoPolicy())
     name = getattr(recipe, "__name__", repr(recipe))

@@ -18,8 +18,8 @@ from torch import Generator, Tensor
 
 from ccrl.data import Batching, Data
 from ccrl.estimators import losses, ratios
+from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.estimators.terms import Aggregate, Term, surrogate
-from ccrl.llm.rollouts import evaluate_columns
 from ccrl.llm.task import Prompts, Score, Split
 from ccrl.packages import require
 

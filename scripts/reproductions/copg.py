@@ -140,7 +140,7 @@ class Autoregressive(nn.Module):
         return torch.cat([known, torch.eye(steps).unsqueeze(1).expand(-1, tokens.shape[1], -1)], 2)
 
     def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
-        return token_outputs(self.body(self.features(batch["action"])), batch["action"], want, 1.0, 1.0, 1)
+        return token_outputs(self.body(self.features(batch["action"])), batch["action"], want, 1.0, 1)
 
     def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[tuple[Tensor, int], Tensor]:
         tokens = torch.zeros(self.length, len(question), dtype=torch.int64)

@@ -34,7 +34,7 @@ class SharedPolicy(nn.Module):
     """A perceptron of two layers on the embedding of the question, the position and the sum of the tokens so far."""
 
     unit = "sequence"
-    temperature = second_temperature = 1.0
+    temperature = 1.0
 
     def __init__(self, questions: int, length: int, symbols: int, width: int = 64) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class SharedPolicy(nn.Module):
         memory = (tokens.cumsum(0) - tokens) % self.symbols
         place = torch.arange(len(tokens)).unsqueeze(1).expand_as(tokens)
         logits = self._logits(row.expand_as(tokens), place, memory)
-        return token_outputs(logits, tokens, want, 1.0, 1.0, 16)
+        return token_outputs(logits, tokens, want, 1.0, 16)
 
     def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[Any, Tensor]:
         row = prompts.tokens[question, -1]

@@ -26,7 +26,7 @@ class StateTable(nn.Module):
     """Logits ``[questions, length, states, symbols]``; the state starts at 0 and ``move(state, token)`` is the next."""
 
     unit = "sequence"
-    temperature = second_temperature = 1.0
+    temperature = 1.0
 
     def __init__(
         self, questions: int, length: int, states: int, symbols: int, move: Callable[[Tensor, Tensor], Tensor]
@@ -40,13 +40,20 @@ class StateTable(nn.Module):
 
     def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """``want`` ``[T', B, ...]``."""
+        return self._evaluate(batch, want, self.temperature)
+
+    def log_prob(self, batch: Data, temperature: float) -> Tensor:
+        """``[T', B]``: of the tokens, at another temperature."""
+        return self._evaluate(batch, frozenset({"log_prob"}), temperature)["log_prob"]
+
+    def _evaluate(self, batch: Data, want: frozenset[str], temperature: float) -> Outputs:
         tokens, row = batch["action"], batch["prompt"][:, -1]
         states = [torch.zeros_like(row)]
         for token in tokens[:-1]:
             states.append(self.move(states[-1], token))
         place = torch.arange(len(tokens)).unsqueeze(1)
         logits = self.logits[row, place, torch.stack(states)]
-        return token_outputs(logits, tokens, want, self.temperature, self.second_temperature, 16)
+        return token_outputs(logits, tokens, want, temperature, 16)
 
     def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[Any, Tensor]:
         row = prompts.tokens[question, -1]

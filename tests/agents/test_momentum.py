@@ -13,8 +13,9 @@ import torch
 from agents.harpg import HARPGConfig, HARPGEstimator
 from agents.npg_igt import NPGIGTConfig, NPGIGTEstimator, theory_constants
 from ccrl.data import Data
+from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.scores import Scores
-from ccrl.estimators.trajectory import TrajectoryEstimator, join
+from ccrl.estimators.trajectory import TrajectoryEstimator
 from ccrl.policies import GibbsPolicy, OneHot
 from ccrl.updaters import GradientEstimate
 from envs.classic import TabularMDP
@@ -352,7 +353,7 @@ def test_storm_weights_are_those_of_trajectories(env):
 def test_joined_rollouts_are_one(env):
     whole = rollouts([[0, 1, 0], [0, 0, 1], [0, 1, 1]], [[1, 0, 1], [0, 1, 1], [0, 0, 0]])
     parts = [whole.take(torch.tensor([0, 1])), whole.take(torch.tensor([2]))]
-    joined = join(parts)
+    joined = concatenate(parts)
     assert all(torch.equal(joined[name], whole[name]) for name in whole)
     policy, ctx = tabular(env), None
     ctx = context(policy)

@@ -21,18 +21,18 @@ SCORE = [1.0, 0.0, 0.0, 1.0]
 
 
 class Tempered(nn.Module):
-    """``log_prob_second`` is the old log-probability plus ``log rho``; remembers the temperature it was asked at."""
+    """At another temperature a token has its old log-probability plus ``log rho``; remembers which one was asked."""
 
-    temperature = second_temperature = 1.0
+    temperature = 1.0
 
     def __init__(self, rho: float) -> None:
         super().__init__()
         self.rho, self.asked = rho, 0.0
 
-    def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
-        self.asked = self.second_temperature
+    def log_prob(self, batch: Data, temperature: float) -> Tensor:
+        self.asked = temperature
         shift = torch.tensor(self.rho, dtype=torch.float64).log()
-        return {"log_prob_second": torch.where(batch["valid"] > 0, batch["log_prob"] + shift, torch.nan)}
+        return torch.where(batch["valid"] > 0, batch["log_prob"] + shift, torch.nan)
 
 
 def mixed(
@@ -52,7 +52,6 @@ def mixed(
             episode_reward=torch.tensor(episode_reward, dtype=torch.float64),
         )
     prepared = made.prepare({"on": data}, None)["on"]
-    assert policy.second_temperature == 1.0  # the policy is left as it was
     return made, prepared, policy.asked
 
 
@@ -157,7 +156,7 @@ def test_all_correct_groups_feed_the_exploration(recipe: Any, rollout: Any, valu
 def test_none_correct_and_equal_is_zero_and_padding_is_no_number(recipe: Any, rollout: Any) -> None:
     _, data, _ = mixed(recipe, rollout, 0.3, episode_reward=[0.0] * 4)
     assert data["advantage"].eq(0).all()
-    _, data, _ = mixed(recipe, rollout, 0.3)  # log_prob_second is NaN on its padding
+    _, data, _ = mixed(recipe, rollout, 0.3)  # the tempered log-probability is NaN on its padding
     assert data["advantage"].isfinite().all()
     assert data["advantage"][1:, 3].eq(0).all()
 

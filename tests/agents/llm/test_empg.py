@@ -73,7 +73,7 @@ def test_expected_squared_score_is_one_minus_the_collision_probability() -> None
         pi = logits.softmax(0)
         scores = torch.eye(len(pi), dtype=torch.float64) - pi
         size = float((pi * scores.square().sum(1)).sum())
-        out = token_outputs(logits, torch.tensor(0), frozenset({"sum_pi2"}), 1.0, 1.0, 1)
+        out = token_outputs(logits, torch.tensor(0), frozenset({"sum_pi2"}), 1.0, 1)
         assert size == pytest.approx(1.0 - float(out["sum_pi2"]), abs=1e-12)
         assert expected is None or size == pytest.approx(expected, abs=1e-12)
 

@@ -306,7 +306,7 @@ class Bigram(nn.Module):
     def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
         token = batch["action"]
         before = torch.cat([batch["prompt"][:, -1].unsqueeze(0), token[:-1]])
-        return token_outputs(self.logits[before], token, want, 1.0, 1.0, 1)
+        return token_outputs(self.logits[before], token, want, 1.0, 1)
 
     def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[None, Tensor]:
         return None, self.logits[prompts.tokens[question, -1]]

@@ -100,5 +100,5 @@ def test_no_reference_no_entropy_bonus_and_one_temperature(method: str) -> None:
     config = config_of(method)()
     assert config.kl_coef == 0.0
     assert config.entropy_coef == (0.001 if method == "hpt" else 0.0)
-    assert (config.temperature, config.second_temperature) == (1.0, 1.0)
+    assert config.temperature == 1.0
     assert config.n_epochs == (2 if method == "ppo_llm" else 1)

@@ -25,7 +25,7 @@ WANT = frozenset({"log_prob"})
 def config(**changes: Any) -> Any:
     default = {
         "model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2, "lora_rank": 0, "logits_chunk_size": 0,
-        "temperature": 1.0, "second_temperature": 1.0,
+        "temperature": 1.0,
     }  # fmt: skip
     return SimpleNamespace(**default | changes)
 
@@ -75,9 +75,9 @@ def test_tables_are_for_bandits(task: TextTask) -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny", "tabular"])
-def test_temperatures_reach_the_policy(transformers: Any, model: str) -> None:
-    policy: Any = build_policy(config(model=model, temperature=0.7, second_temperature=1.3), RaggedTask())
-    assert (policy.temperature, policy.second_temperature) == (0.7, 1.3)
+def test_the_temperature_reaches_the_policy(transformers: Any, model: str) -> None:
+    policy: Any = build_policy(config(model=model, temperature=0.7), RaggedTask())
+    assert policy.temperature == 0.7
 
 
 def test_a_table_does_not_train_its_start() -> None:

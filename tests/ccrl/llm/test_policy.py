@@ -111,7 +111,6 @@ def test_outputs_and_size(build: Build, task: TextTask) -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature: expected > 0, got 0.0"),
-        ({"second_temperature": -1.0}, "temperature: expected > 0"),
         ({"logits_chunk_size": 0}, "logits_chunk_size: expected None or >= 1, got 0"),
     ],
 )
@@ -123,27 +122,40 @@ def test_bad_options(build: Build, options: dict[str, float], message: str) -> N
 def test_token_outputs_by_hand() -> None:
     probability = torch.tensor([[0.5, 0.25, 0.25]])
     token = torch.tensor([1])
-    out = token_outputs(probability.log(), token, OUTPUTS - {"hidden"}, 1.0, 0.5, 2)
+    out = token_outputs(probability.log(), token, OUTPUTS - {"hidden"}, 1.0, 2)
     assert out["log_prob"].tolist() == pytest.approx([-1.386294])
     assert out["entropy"].tolist() == pytest.approx([1.039721])
     assert out["sum_pi2"].tolist() == pytest.approx([0.375])
-    assert out["log_prob_second"].exp().tolist() == pytest.approx([1 / 6])  # squares 4, 1, 1
     assert out["topk_index"][0, 0] == 0
     assert out["topk_log_prob"].exp()[0].tolist() == pytest.approx([0.5, 0.25])
     torch.testing.assert_close(out["log_probs"], probability.log())
-    sharp = token_outputs(probability.log(), token, frozenset({"log_prob"}), 0.5, 1.0, 2)
+    sharp = token_outputs(probability.log(), token, frozenset({"log_prob"}), 0.5, 2)
     assert sharp.keys() == {"log_prob"}
-    assert sharp["log_prob"].exp().tolist() == pytest.approx([1 / 6])
+    assert sharp["log_prob"].exp().tolist() == pytest.approx([1 / 6])  # squares 4, 1, 1
+
+
+@pytest.mark.parametrize("logits_chunk_size", [None, 7])
+def test_log_probabilities_at_another_temperature(
+    build: Build, task: TextTask, prompts: Prompts, logits_chunk_size: int | None
+) -> None:
+    """Those of a policy that has that temperature, whatever its own; with a gradient."""
+    policy, other = (build("llama", temperature=t, logits_chunk_size=logits_chunk_size) for t in (0.7, 1.3))
+    data = rollout(policy, task, prompts)
+    found = policy.log_prob(data, 1.3)
+    assert torch.equal(found, other(data, frozenset({"log_prob"}))["log_prob"])
+    assert not torch.allclose(found, policy(data, frozenset({"log_prob"}))["log_prob"])
+    found.sum().backward()
+    assert any(p.grad is not None and bool(p.grad.any()) for p in policy.parameters())
 
 
 def test_forbidden_tokens_have_no_entropy() -> None:
     logits = torch.tensor([[0.0, 0.0, -torch.inf]], requires_grad=True)
-    out = token_outputs(logits, torch.tensor([0]), frozenset({"entropy", "sum_pi2"}), 1.0, 1.0, 2)
+    out = token_outputs(logits, torch.tensor([0]), frozenset({"entropy", "sum_pi2"}), 1.0, 2)
     assert out["entropy"].tolist() == pytest.approx([0.693147])
     assert out["sum_pi2"].tolist() == pytest.approx([0.5])
 
 
 def test_half_precision_logits_are_scored_in_float32() -> None:
     logits = torch.randn(4, 9).bfloat16()
-    out = token_outputs(logits, torch.zeros(4, dtype=torch.int64), frozenset({"log_prob"}), 1.0, 1.0, 2)
+    out = token_outputs(logits, torch.zeros(4, dtype=torch.int64), frozenset({"log_prob"}), 1.0, 2)
     torch.testing.assert_close(out["log_prob"], logits.float().log_softmax(-1)[:, 0])

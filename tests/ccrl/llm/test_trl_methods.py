@@ -92,7 +92,7 @@ def test_refused_by_trl(make_trainer: Callable[..., Any], name: str, options: di
         make_trainer(cls, (first_right,), num_generations=4, max_completion_length=3, prompts=2)
 
 
-def test_the_second_temperature_is_the_models(make_trainer: Callable[..., Any]) -> None:
+def test_the_other_temperature_is_the_models(make_trainer: Callable[..., Any]) -> None:
     """DCPO's weights in TRL: log-probabilities at its temperature over those of the policy that sampled."""
     trainer = make_trainer(
         grpo_trainer(*recipe("dcpo")), (first_right,), num_generations=4, max_completion_length=3, prompts=2,
