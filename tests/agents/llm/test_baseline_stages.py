@@ -18,6 +18,7 @@ from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context
 from ccrl.estimators.recipe import Parts
+from ccrl.estimators.terms import no_ratio
 from ccrl.testing.recipe_contract import RaggedTask
 
 F64 = torch.float64
@@ -152,7 +153,8 @@ def test_the_entropy_bonus_lowers_the_loss_of_uncertain_policies() -> None:
     assert term.coef == 0.1
     entropy = torch.full_like(VALID, 2.0)
     batch = rollout([0] * 5, [0] * 5)
-    level = term.ratio({"entropy": entropy}, batch)
+    assert term.ratio is None
+    level = no_ratio(batch["valid"])
     close(term.loss(level, VALID, {"entropy": entropy}, batch), -entropy)
 
 
