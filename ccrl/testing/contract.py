@@ -149,8 +149,8 @@ class EnvContract:
                 runs.append((seen, told))
                 env.close()
             for first, second in zip(*runs):
-                same = [equal(a, b) for a, b in zip(first, second)]
-                assert all(same), f"{mode}: copy {kept} depends on the actions of the others"
+                alike = [equal(a, b) for a, b in zip(first, second)]
+                assert all(alike), f"{mode}: copy {kept} depends on the actions of the others"
 
     def test_same_step_returns_the_first_observation_and_keeps_the_last(self) -> None:
         if AutoresetMode.SAME_STEP not in self.autoreset_modes:
