@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ __all__ = ["HARPG", "HARPGConfig"]
 class HARPGConfig(TrajectoryConfig):
     """One of the update rules that correct the momentum for the last move."""
 
-    variant: str = "nharpg"
+    variant: Literal["nharpg", "harpg", "storm"] = "nharpg"
     """nharpg, harpg (not normalised) or storm (importance weights instead of the Hessian; one rollout)."""
 
     def __post_init__(self) -> None:

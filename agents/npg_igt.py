@@ -17,15 +17,17 @@ Slots: plan = fresh episodes at the look-ahead point; gradient = sum of psi_t ti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import OnPolicyConfig
+from agents.on_policy import OnPolicyConfig, check_eager, check_positive, check_unused
+from ccrl.batched_env import Tree
 from ccrl.buffer import space_like
 from ccrl.data import Data
 from ccrl.estimators.base import Context
@@ -58,21 +60,16 @@ class TrajectoryConfig(OnPolicyConfig):
     """eta_0: factor of the momentum weights (the first one is 1)."""
     discount_from_start: bool = True
     """Weight step t with gamma^t (the paper's estimator; released code does not)."""
-    baseline: str = "none"
+    baseline: Literal["none", "linear"] = "none"
     """none, or linear: fitted to the previous iteration's returns."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fields = type(self).__dataclass_fields__
-        for name in UNUSED:
-            if getattr(self, name) != fields[name].default:
-                got = getattr(self, name)
-                raise ValueError(
-                    f"{name}: this agent has no use for it; expected {fields[name].default!r}, got {got!r}"
-                )
-        if self.learning_rate <= 0 or not 0 < self.momentum <= 1:
-            got = (self.learning_rate, self.momentum)
-            raise ValueError(f"learning_rate, momentum: expected > 0 and in (0, 1], got {got[0]} and {got[1]}")
+        check_unused(self, "this agent has no use for it", *UNUSED)
+        check_eager(self)
+        check_positive(self, "learning_rate")
+        if not 0.0 < self.momentum <= 1.0:
+            raise ValueError(f"momentum: expected a number in (0, 1], got {self.momentum}")
         if self.min_steps < 0:
             raise ValueError(f"min_steps: expected >= 0, got {self.min_steps}")
         if self.baseline not in ("none", "linear"):
@@ -93,15 +90,19 @@ class Rule(NamedTuple):
 class NPGIGTConfig(TrajectoryConfig):
     """One of the update rules that need a single rollout per iteration."""
 
-    variant: str = "npg_igt"
+    variant: Literal["npg_igt", "nmpg", "normalised", "pg"] = "npg_igt"
     """npg_igt, nmpg (no transport), normalised (no momentum either) or pg (plain gradient)."""
-    lookahead_eta: str = "current"
+    lookahead_eta: Literal["current", "previous"] = "current"
     """npg_igt: the weight in the look-ahead, current (eta_t, the paper) or previous (eta_{t-1}, released code)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _choose("variant", self.variant, NPGIGTEstimator.rules)
         _choose("lookahead_eta", self.lookahead_eta, ("current", "previous"))
+        if self.variant != "npg_igt":
+            check_unused(self, f"variant={self.variant} looks ahead at nothing", "lookahead_eta")
+        if NPGIGTEstimator.rules[self.variant].eta is None:
+            check_unused(self, f"variant={self.variant} has no momentum", "momentum")
 
 
 class MomentumDirection(TrajectoryEstimator):
@@ -131,11 +132,13 @@ class MomentumDirection(TrajectoryEstimator):
         """Momentum weight of iteration k (0-d): 1 at k = 0 and without momentum."""
         if self.rule.eta is None:
             return torch.ones_like(k)
-        return torch.where(k == 0, 1.0, self.config.momentum * (2.0 / (k + 2.0)) ** self.rule.eta)
+        eta: Tensor = self.config.momentum * (2.0 / (k + 2.0)) ** self.rule.eta
+        return torch.where(k == 0, 1.0, eta)
 
     def step_size(self, k: Tensor) -> Tensor:
         """``gamma_k``, 0-d."""
-        return self.config.learning_rate * (2.0 / (k + 2.0)) ** self.rule.step
+        size: Tensor = self.config.learning_rate * (2.0 / (k + 2.0)) ** self.rule.step
+        return size
 
     def advance(self, theta: Tensor, d: Tensor, ctx: Context) -> Tensor:
         """Remember ``d`` and ``theta``, return the next parameters. A zero direction does not move."""
@@ -147,6 +150,16 @@ class MomentumDirection(TrajectoryEstimator):
         # the global norm: one norm per tensor or a rescaling optimiser would be another method
         length = torch.linalg.vector_norm(d) if self.rule.normalised else torch.ones((), device=d.device)
         return theta + gamma.to(theta) * d / torch.where(length > 0, length, 1.0)
+
+    def points(self, theta: Tensor, ctx: Context) -> dict[str, Tensor]:
+        """Where the rule wants gradients: tag -> parameters ``[n]``."""
+        raise NotImplementedError
+
+    def step(
+        self, theta: Tensor, gradient: Callable[[str], GradientEstimate], have: dict[str, Data], ctx: Context
+    ) -> Tensor:
+        """The next parameters ``[n]``."""
+        raise NotImplementedError
 
 
 class NPGIGTEstimator(MomentumDirection):
@@ -185,7 +198,8 @@ class TrajectoryAgent(Agent):
         updater = FlatUpdater(self.policy, lr=c.learning_rate)
         self.updaters = {"policy": updater}
         baseline = linear_baseline(self.policy, self.env.single_observation_space) if c.baseline == "linear" else None
-        self.estimator = self.direction = self.Direction(c, updater.flat, updater.lr, baseline)
+        rule = self.Direction(c, updater.flat, updater.lr, baseline)
+        self.estimator, self.direction = rule, rule
 
 
 class NPGIGT(TrajectoryAgent):
@@ -209,19 +223,28 @@ class NPGIGT(TrajectoryAgent):
 def linear_baseline(policy: MLPPolicy, space: Any) -> LinearBaseline:
     """A baseline on what the actor sees."""
     device = next(policy.parameters()).device
-    features = lambda obs: policy.features(obs, "actor")  # noqa: E731
+
+    def features(obs: Tree) -> Tensor:
+        return policy.features(obs, "actor")
+
     return LinearBaseline(features, features(space_like(space, (1,), device)).shape[1]).to(device)
 
 
 class TheoryConstants(NamedTuple):
-    """Constants of the analysis (smoothness, variances, truncation); npg_igt_harpg sheet, section 2."""
+    """Constants of the paper's analysis, as bounds (docs/npg_igt.md lists the formulas and whence they are)."""
 
     L_g: float
+    """Smoothness of the return."""
     sigma_g2: float
+    """Variance of the gradient estimate of one trajectory."""
     sigma_h2: float
+    """Variance of the Hessian estimate of one trajectory."""
     D_g: float
+    """Bias of the truncated gradient, over gamma^H."""
     D_h: float
+    """Bias of the truncated Hessian, over gamma^H."""
     M_g: float
+    """Norm of a score."""
     truncation: float
     """``gamma^H``."""
 
@@ -231,13 +254,19 @@ class TheoryConstants(NamedTuple):
 
     def harpg_step(self, mu_F: float) -> float:
         """gamma_0 of theorem 2: the smaller of two bounds."""
-        sigma_g = self.sigma_g2**0.5
-        smooth = 1.0 / (8.0 * 6.0**0.5 * (self.L_g + sigma_g + self.D_h * self.truncation))
-        return min(smooth, 2.0**0.5 * self.M_g / (3.0**0.5 * sigma_g * mu_F))
+        sigma_g = math.sqrt(self.sigma_g2)
+        smooth = 1.0 / (8.0 * math.sqrt(6.0) * (self.L_g + sigma_g + self.D_h * self.truncation))
+        return min(smooth, math.sqrt(2.0) * self.M_g / (math.sqrt(3.0) * sigma_g * mu_F))
 
 
 def theory_constants(*, M_g: float, M_h: float, r_max: float, gamma: float, H: int) -> TheoryConstants:
-    """From bounds on scores, on their derivative and on rewards, the discount and the horizon."""
+    """The constants from bounds.
+
+    :param M_g, M_h: of the norms of ``grad log pi`` and of ``hess log pi``.
+    :param r_max: of ``|r|``.
+    :param gamma: discount, below 1.
+    :param H: horizon, in steps.
+    """
     left = 1.0 - gamma
     return TheoryConstants(
         L_g=r_max * (M_g**2 + M_h) / left**2,

@@ -15,7 +15,7 @@ from ccrl.estimators.stages import Gae, RewardNorm, Values
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import FlatUpdater, linear_decay
 
-__all__ = ["VALUE", "OnPolicyConfig", "OnPolicyEstimator", "check_positive"]
+__all__ = ["VALUE", "OnPolicyConfig", "OnPolicyEstimator", "check_eager", "check_positive", "check_unused"]
 
 VALUE = frozenset({"value"})
 """What a value loss wants of the policy."""
@@ -77,6 +77,23 @@ def check_positive(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not value > 0:
             raise ValueError(f"{name}: expected {'>= 1' if type(value) is int else '> 0'}, got {value}")
+
+
+def check_unused(config: Any, why: str, *names: str) -> None:
+    """``ValueError`` where one of these settings, which would do nothing, is not at its default.
+
+    :param why: what makes it useless, for the message.
+    """
+    for name in names:
+        default, value = type(config).__dataclass_fields__[name].default, getattr(config, name)
+        if value != default:
+            raise ValueError(f"{name}: {why}; expected the default {default!r}, got {value!r}")
+
+
+def check_eager(config: Any) -> None:
+    """``ValueError`` for ``compile="on"`` where updates are explicit steps: only surrogates are compiled."""
+    if config.compile == "on":
+        raise ValueError("compile: this agent has no surrogate to compile; expected 'auto' or 'off', got 'on'")
 
 
 class OnPolicyEstimator(Estimator):

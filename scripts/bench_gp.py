@@ -9,11 +9,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from ccrl.gp.deep_kernel import DeepKernel
-from ccrl.gp.deep_quadrature import GradientSystem, StateGram
+from ccrl.packages import check_siblings
+
+check_siblings()
+
+from agents.dbqpg.kernel import DeepKernel
+from agents.dbqpg.quadrature import GradientSystem, StateGram
 
 __all__ = ["Config", "main"]
 

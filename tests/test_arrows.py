@@ -35,7 +35,7 @@ ON_DEMAND = {
     "ccrl.adapters.sb3_export": "subclasses a class of SB3; as_vec_env imports it when it is called",
     "ccrl.gp.kernels": "its kernels are subclasses of GPyTorch's; imported by what evaluates them",
     "ccrl.llm.cache": "subclasses a class of transformers; imported by what has such a model",
-    "ccrl.gp.deep_kernel": "holds such a kernel; imported when an agent with one is built",
+    "agents.dbqpg.kernel": "holds such a kernel; imported when an agent with one is built",
 }
 """Modules that need an extra as a whole, each with the reason. Nothing may import them with a module."""
 

@@ -19,7 +19,7 @@ from ccrl.policies.distributions import Distribution
 
 __all__ = ["Scores"]
 
-LogRatio = Literal["step", "trajectory"]
+SampleLevel = Literal["step", "trajectory"]
 
 
 class Scores:
@@ -42,7 +42,7 @@ class Scores:
         module: nn.Module,
         theta: Tensor,
         data: Data,
-        level: LogRatio = "step",
+        level: SampleLevel = "step",
         *,
         prefixes: Sequence[str] | None = None,
     ) -> None:

@@ -1,7 +1,7 @@
-"""Estimates of the Fisher matrix ``G [n, n]`` and of its inverse (bpg sheet, section 3.3).
+"""Estimates of the Fisher matrix ``G [n, n]`` of scores and of its inverse.
 
-With the second Bayesian-quadrature model and ``G`` from the same batch, the posterior mean is plain Monte Carlo,
-rescaled; whatever the method gains comes from a ``G`` that knows more: analytic, or running over past iterations.
+With the second Bayesian-quadrature model (docs/bpg.md) and ``G`` from the same batch, the posterior mean is plain Monte
+Carlo, rescaled; whatever the method gains comes from a ``G`` that knows more: analytic, or running over iterations.
 """
 
 from __future__ import annotations

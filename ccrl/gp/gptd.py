@@ -1,4 +1,4 @@
-"""Gaussian-process temporal differences: a posterior over ``Q`` from rewards (bpg sheet, sections 3.5 and 3.6).
+"""Gaussian-process temporal differences (Engel, Mannor, Meir 2005): a posterior over ``Q`` from rewards.
 
 ``r = H (Q + eps)``, ``eps ~ N(0, sigma^2 I)``: a row ``[1, -gamma]`` per transition, ``[1]`` for the last of a
 terminated episode. A truncated episode ends with a point that has no reward of its own (the true successor with an
@@ -7,7 +7,13 @@ action of the policy), so its last row is ``[1, -gamma]`` too. The posterior is 
 
     alpha = H^T (H K H^T + sigma^2 H H^T)^-1 r,    C = H^T (H K H^T + sigma^2 H H^T)^-1 H
 
-If every episode terminates, ``H`` is invertible: ``alpha = (K + sigma^2 I)^-1 g`` with the discounted returns ``g``.
+If every episode terminates, ``H`` is invertible: ``C = M^-1`` and ``alpha = M^-1 g`` with ``M = K + sigma^2 I`` and the
+discounted returns ``g``. Else ``H`` has a null space ``D``, a column per truncated episode (``H D = 0``, powers of
+gamma back from its last point), and ``C`` is that of a regression on ``g`` with a free value at each cut::
+
+    alpha = C g,    C = M^-1 - M^-1 D (D^T M^-1 D)^-1 D^T M^-1                    (docs/bac.md has the derivation)
+
+so that conjugate gradients always solve with ``M``, whose preconditioners are known.
 """
 
 from __future__ import annotations
@@ -71,8 +77,16 @@ class Chain:
         return torch.where(self.follows.view(-1, *(1,) * (x.dim() - 1)), self.gamma * x, 0.0)
 
     def returns(self) -> Tensor:
-        """Discounted rewards to go, ``[N]``."""
-        return discounted_sum(self.reward, self.gamma, self.follows.to(self.reward))
+        """Discounted rewards to go ``g [N]``, 0 at points without reward: a solution of ``H g = r``."""
+        reward = torch.where(self.rewarded, self.reward, 0.0)
+        return discounted_sum(reward, self.gamma, self.follows.to(reward))
+
+    def null_space(self) -> Tensor:
+        """``D [N, E]`` with ``H D = 0``, a column per truncated episode: ``gamma^i``, i steps before its last point."""
+        ends = (~self.rewarded).nonzero().squeeze(-1)
+        columns = self.reward.new_zeros(len(self.reward), len(ends))
+        columns[ends, torch.arange(len(ends), device=ends.device)] = 1.0
+        return discounted_sum(columns, self.gamma, self.follows.to(columns).unsqueeze(-1).expand_as(columns))
 
 
 @dataclass(frozen=True)
@@ -93,40 +107,50 @@ def gptd(
     noise: float,
     *,
     tolerance: float = 1e-6,
-    max_iterations: int = 1000,
+    max_iterations: int = 10_000,
     preconditioner: Solver | None = None,
 ) -> QPosterior:
     """The batch posterior: exact by Cholesky for a matrix ``[N, N]``, by conjugate gradients for a product ``K x``.
 
-    :param preconditioner: of ``K + sigma^2 I``; used where every episode terminates.
+    :param noise: ``sigma^2``.
+    :param tolerance, max_iterations: conjugate gradients: relative residual, and iterations before they give up.
+    :param preconditioner: conjugate gradients: an approximation of ``K + sigma^2 I`` to solve with.
+    :raises ValueError: a noise variance that is not positive, a matrix of another size than the chain's.
+    :raises FloatingPointError: solves that fail (``ccrl.gp.solve``).
     """
     if not noise > 0.0:
         raise ValueError(f"gptd: expected a noise variance > 0, got {noise}")
     n = len(chain.reward)
     everything = torch.arange(n, device=chain.reward.device)
-    solver: Solver
-    if isinstance(kernel, Tensor):
-        if kernel.shape != (n, n):
-            raise ValueError(f"gptd: expected a kernel matrix [{n}, {n}], got {tuple(kernel.shape)}")
-        matrix = kernel + torch.diag_embed(noise * kernel.new_ones(n))
-        if not chain.terminated:
-            matrix = chain.apply(chain.apply(matrix).T)  # H (K + sigma^2 I) H^T
-        solver = Cholesky(matrix)
-    else:
+    if not isinstance(kernel, Tensor):
         product = kernel
-
-        def matvec(x: Tensor) -> Tensor:
-            if chain.terminated:
-                return product(x) + noise * x
-            up = chain.adjoint(x)
-            return chain.apply(product(up) + noise * up)
-
-        usable = preconditioner if chain.terminated else None
-        solver = CG(matvec, tolerance=tolerance, max_iterations=max_iterations, preconditioner=usable)
+        solver: Solver = CG(
+            lambda x: product(x) + noise * x,
+            tolerance=tolerance, max_iterations=max_iterations, preconditioner=preconditioner,
+        )  # fmt: skip
+        precision = solver.solve if chain.terminated else _without(chain.null_space(), solver)
+        return QPosterior(everything, precision(chain.returns()), precision)
+    if kernel.shape != (n, n):
+        raise ValueError(f"gptd: expected a kernel matrix [{n}, {n}], got {tuple(kernel.shape)}")
+    matrix = kernel + torch.diag_embed(noise * kernel.new_ones(n))
     if chain.terminated:
+        solver = Cholesky(matrix)
         return QPosterior(everything, solver.solve(chain.returns()), solver.solve)
+    solver = Cholesky(chain.apply(chain.apply(matrix).T))  # H (K + sigma^2 I) H^T
     alpha = chain.adjoint(solver.solve(chain.reward[chain.rewarded]))
     return QPosterior(everything, alpha, lambda v: chain.adjoint(solver.solve(chain.apply(v))))
+
+
+def _without(null: Tensor, solver: Solver) -> Callable[[Tensor], Tensor]:
+    """``v -> C v`` with ``C = M^-1 - M^-1 D (D^T M^-1 D)^-1 D^T M^-1``, for ``D`` and a solver of ``M``."""
+    solved = solver.solve(null)
+    inner = Cholesky(null.T @ solved)
+
+    def precision(v: Tensor) -> Tensor:
+        x = solver.solve(v)
+        return x - solved @ inner.solve(null.T @ x)
+
+    return precision
 
 
 class _Recursion:

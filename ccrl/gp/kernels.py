@@ -1,6 +1,6 @@
 """Kernels on scores, as GPyTorch kernels. Importing this module needs GPyTorch.
 
-With ``u = grad log pi`` and the Fisher matrix ``G`` (bpg sheet, sections 3.2 and 3.5)::
+With ``u = grad log pi`` and the Fisher matrix ``G`` (docs/bpg.md, docs/bac.md)::
 
     Fisher            k(u, u')     = u^T G^-1 u'
     quadratic Fisher  k(u, u')     = (1 + u^T G^-1 u')^2

@@ -1,7 +1,7 @@
 """``(K + sigma^2 I)^-1 b`` in three ways: exact, conjugate gradients, low rank. Float64, gradients detached by callers.
 
 The tolerance of the conjugate gradients is an argument of the solve. GPyTorch's own default (1.0 in training) put
-gradients of 2,000 transitions off by 30 %, so anything above 1e-4 is refused here (bpg sheet, section 8).
+gradients of 2,000 transitions off by 30 %, so anything above 1e-4 is refused here.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class CG:
         matvec: Callable[[Tensor], Tensor],
         *,
         tolerance: float = 1e-6,
-        max_iterations: int = 1000,
+        max_iterations: int = 10_000,
         preconditioner: Solver | None = None,
     ) -> None:
         if not 0.0 < tolerance <= MAX_TOLERANCE:

@@ -1,4 +1,4 @@
-"""Sparsification by approximate linear dependence (ALD; Engel, Mannor, Meir 2002; bpg sheet, section 3.4).
+"""Sparsification by approximate linear dependence (ALD; Engel, Mannor, Meir 2002).
 
 A point joins the dictionary if its feature vector lies further than ``sqrt(nu)`` from the span of those already there:
 ``delta = k(x, x) - k~^T K~^-1 k~ > nu``. Otherwise its coefficients ``a = K~^-1 k~`` represent it.

@@ -1,6 +1,9 @@
-"""BAC: the batch posterior it must equal, the random walk of the sheet, its policy on a grid."""
+"""BAC: the batch posterior it must equal, angles on a random walk, solvers, its policy on a grid."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import replace
 
 import gymnasium as gym
 import pytest
@@ -9,7 +12,7 @@ from torch import Tensor
 
 pytest.importorskip("gpytorch")
 
-import agents.bac
+import agents.bac.agent
 import envs  # noqa: F401  (registers ids)
 from agents.bac import BAC, BACConfig, BACEstimator, StateScale
 from ccrl.gp.fisher import BatchFisher
@@ -76,18 +79,18 @@ def test_a_kernel_of_ones_own_takes_the_place_of_the_gaussian() -> None:
 
 def test_large_batches_are_solved_by_conjugate_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels: list[bool] = []
-    solve = agents.bac.gptd
-    monkeypatch.setattr(agents.bac, "gptd", lambda k, *rest: kernels.append(torch.is_tensor(k)) or solve(k, *rest))
+    solve = agents.bac.agent.gptd
+    monkeypatch.setattr(agents.bac.agent, "gptd", lambda k, *a, **b: kernels.append(callable(k)) or solve(k, *a, **b))
     agent = BAC("CartPole-v1", BACConfig(num_envs=2, n_steps=5, noise=1.0))
     theta, data = rollout(agent)
     for limit in (data.shape[1], data.shape[1] - 1):
-        monkeypatch.setattr(agents.bac, "EXACT_UP_TO", limit)
+        monkeypatch.setattr(agents.bac.agent, "EXACT_UP_TO", limit)
         agent.estimator.gradient(theta, data, agent.ctx)
-    assert kernels == [True, False]
+    assert kernels == [False, True]
 
 
 def test_defaults_are_those_of_the_mountain_car() -> None:
-    """bpg sheet, section 5."""
+    """Those of a public MATLAB implementation (docs/bac.md)."""
     c = BACConfig()
     assert (c.num_envs, c.n_steps, c.gamma, c.learning_rate, c.lr_decay) == (5, 200, 0.99, 0.025, None)
     assert (c.noise, c.nu, c.state_scale, c.fisher_scale, c.lengthscale) == (9.0, 0.1, 1.0, 1.0, 1.0)
@@ -98,7 +101,8 @@ def test_solvers_agree() -> None:
     """On a rollout with a truncated episode; the dictionary spans at a tiny threshold."""
     estimates = []
     for solver in ("exact", "cg", "sparse"):
-        config = BACConfig(num_envs=2, n_steps=12, solver=solver, nu=1e-11, fisher="mean", noise=0.5)
+        more = {"nu": 1e-11} if solver == "sparse" else {}
+        config = BACConfig(num_envs=2, n_steps=12, solver=solver, fisher="mean", noise=0.5, **more)
         agent = BAC("Pendulum-v1", config, seed=4)
         theta, data = rollout(agent)
         estimates.append(agent.estimator.gradient(theta, data, agent.ctx))
@@ -108,8 +112,22 @@ def test_solvers_agree() -> None:
         assert torch.allclose(other.covariance(v), estimates[0].covariance(v), rtol=1e-4, atol=1e-5)
 
 
+def test_conjugate_gradients_find_truncated_chains_easy() -> None:
+    """1,200 points, 6 cut episodes, little noise: plain conjugate gradients on H K H^T give up after 1,000 iterations;
+    preconditioned, a handful does, and the mean is Cholesky's."""
+    config = BACConfig(num_envs=6, n_steps=199, policy="grid", noise=0.01, solver="cg")
+    agent = BAC("ccrl/MountainCarTwoActions-v0", config, seed=0)
+    theta, data = rollout(agent)
+    assert int((~data["rewarded"]).sum()) == 6
+    found = agent.estimator.gradient(theta, data, agent.ctx)
+    exact = BACEstimator(replace(config, solver="exact"), agent.policy, agent.estimator.states)
+    expected = exact.gradient(theta, data, agent.ctx)
+    assert float((found.mean - expected.mean).norm()) < 1e-5 * float(expected.mean.norm())
+    assert float(found.stats["gradient_std"]) == pytest.approx(float(expected.stats["gradient_std"]), rel=1e-6)
+
+
 def test_a_state_kernel_alone_changes_no_prior() -> None:
-    """It integrates to 0 against the scores: B and B0 stay c_F U and c_F G (oracle 9), the prior is c_F G."""
+    """It integrates to 0 against the scores: B and B0 stay c_F U and c_F G, the prior is c_F G."""
     agent = BAC("CartPole-v1", BACConfig(num_envs=2, n_steps=5, noise=1e12, state_scale=50.0, fisher="mean"))
     theta, data = rollout(agent)
     estimate = agent.estimator.gradient(theta, data, agent.ctx)
@@ -135,8 +153,8 @@ def test_discounting_weights_late_scores_less() -> None:
 
 
 def test_angles_on_the_random_walk() -> None:
-    """bpg sheet, section 6, at theta = 0: BAC about 39 degrees at M = 5, Monte Carlo about 66."""
-    exact = torch.tensor(  # oracle 7
+    """At theta = 0 (docs/bac.md, results): BAC about 39 degrees at M = 5, Monte Carlo about 66."""
+    exact = torch.tensor(  # of the discounted return: envs/classic/tabular.py, tests/envs/test_exact.py
         [2.788443, 7.104811, 10.018874, 11.767300, 12.492091, 12.252110, 11.027868, 8.719936, 5.140872], dtype=DOUBLE
     )
     generator = torch.Generator().manual_seed(0)
@@ -233,6 +251,9 @@ def test_it_learns_the_cart_pole() -> None:
     [
         {"policy": "tree"}, {"fisher": "running"}, {"solver": "svd"}, {"noise": 0.0}, {"nu": 0.0}, {"grid": 0},
         {"lengthscale": 0.0}, {"state_scale": 0.0}, {"fisher_scale": -1.0}, {"normalise_obs": True, "policy": "grid"},
+        {"hidden": (8,), "policy": "grid"}, {"activation": "elu", "policy": "grid"}, {"grid": 5}, {"damping": math.nan},
+        {"squash": True, "policy": "grid"}, {"log_std_init": -1.0, "policy": "grid"}, {"nu": 1e-3, "solver": "exact"},
+        {"orthogonal": False, "policy": "grid"}, {"compile": "on"}, {"noise": math.nan},
     ],
 )  # fmt: skip
 def test_wrong_settings(wrong: dict) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import gymnasium as gym
 import pytest
@@ -13,10 +14,10 @@ pytest.importorskip("gpytorch")
 
 import envs
 from agents.bpg import BPG, BPGConfig, BPGEstimator, make_fisher
+from agents.bpg.quadrature import model1, model2
 from ccrl.batched_env import AutoresetMode, StepResult
 from ccrl.data import Data
 from ccrl.gp.fisher import AnalyticFisher, FisherEstimate, RunningFisher
-from ccrl.gp.quadrature import model1, model2
 from ccrl.policies import MLPPolicy
 
 LQR = {"n_steps": 20, "gamma": 1.0, "orthogonal": False}
@@ -106,7 +107,7 @@ def test_the_fisher_matrix_that_the_settings_name() -> None:
 
 
 def test_angles_to_the_exact_gradient_on_the_regulator() -> None:
-    """bpg sheet, section 6: with the analytic Fisher matrix, M = 20, about 4 to 6 degrees; Monte Carlo has 33."""
+    """With the analytic Fisher matrix, M = 20, about 4 to 6 degrees; Monte Carlo has 33 (docs/bpg.md, results)."""
     agent = lqr_agent(20)
     env = envs.make("ccrl/LQR-v0", 1)
     exact = env.exact_gradient(agent.policy)
@@ -209,7 +210,8 @@ def test_it_learns_from_observations_that_hide_the_state() -> None:
     "wrong",
     [
         {"model": 3}, {"fisher": "exact"}, {"noise": 0.0}, {"amplitude": 0.0}, {"constant": -1.0}, {"sparsity": 0.0},
-        {"learning_rate": 0.0}, {"lr_decay": 0.0},
+        {"learning_rate": 0.0}, {"lr_decay": 0.0}, {"noise": math.nan}, {"constant": math.nan}, {"compile": "on"},
+        {"fisher_rate": 0.1, "fisher": "mean"}, {"clip_norm": 1.0}, {"activation": "elu"}, {"time_limit": "terminal"},
     ],
 )  # fmt: skip
 def test_wrong_settings(wrong: dict) -> None:

@@ -1,6 +1,8 @@
-"""DBQPG and UAPG as agents: targets, the gradient, steps, settings (the algebra: tests/ccrl/test_gp_deep.py)."""
+"""DBQPG and UAPG as agents: targets, the gradient, steps, settings (the algebra: test_dbqpg_quadrature.py)."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
@@ -10,10 +12,10 @@ pytest.importorskip("gpytorch")
 
 import envs  # noqa: F401  (registers ids)
 from agents.dbqpg import DBQPG, DBQPGConfig
+from agents.dbqpg.kernel import DeepKernel
+from agents.dbqpg.uncertainty import shrink, stretch
 from ccrl.data import Data
-from ccrl.gp.deep_kernel import DeepKernel
 from ccrl.gp.lowrank import Eigen
-from ccrl.gp.uncertainty import shrink, stretch
 from ccrl.testing import ClockEnv, Episode
 from ccrl.updaters import GradientEstimate
 
@@ -65,7 +67,8 @@ def test_the_gradient_is_the_weighted_score() -> None:
 @pytest.mark.parametrize("targets", ["gae", "returns"])
 def test_targets_are_standardised_advantages_or_returns(targets: str, time_limit: str) -> None:
     """By a loop backwards through each environment: lambda-weighted errors, or rewards and the value at the end."""
-    options = {"gamma": 0.9, "gae_lambda": 0.6, "time_limit": time_limit, "targets": targets, "kernel_lr": 0.1}
+    options = {"gamma": 0.9, "time_limit": time_limit, "targets": targets, "kernel_lr": 0.1}
+    options |= {"gae_lambda": 0.6} if targets == "gae" else {}
     config = DBQPGConfig(**(SMALL | options))
     agent = DBQPG(ClockEnv([[Episode(0, 6, "truncate"), Episode(50, 4)], [Episode(10, 30)]]), config, seed=2)
     agent._started = (0.0, 0)
@@ -106,7 +109,7 @@ def test_the_deep_kernel_learns_what_the_settings_say(monkeypatch: pytest.Monkey
 
 
 def test_defaults_are_the_published_ones_at_a_fifth_of_the_batch() -> None:
-    """bpg sheet, section 5."""
+    """The released code's (github.com/Akella17/Deep-Bayesian-Quadrature-Policy-Optimization, commit 276e2c1)."""
     c = DBQPGConfig()
     assert (c.num_envs * c.n_steps, c.gamma, c.gae_lambda, c.hidden) == (3000, 0.995, 0.97, (64, 64))
     assert (c.normalise_obs, c.clip_norm) == (True, 5.0)
@@ -146,7 +149,8 @@ LINEAR = {"hidden": (), "rank": 10, "damping": 0.3, "fisher_scale": 0.1}  # five
 
 def stepped(**options) -> tuple[DBQPG, GradientEstimate, Tensor]:
     """The agent, its posterior and the move of one step."""
-    agent, data = prepared(**(LINEAR | options))
+    linear = {k: v for k, v in LINEAR.items() if (k, options.get("update")) != ("damping", "vanilla")}
+    agent, data = prepared(**(linear | options))
     theta = agent.updaters["policy"].flat
     before = theta.clone()
     estimate = agent.estimator.gradient(theta, data, agent.ctx)
@@ -176,7 +180,8 @@ def test_the_vanilla_step_is_adams_along_the_shrunk_gradient() -> None:
 
 @pytest.mark.parametrize("update", ["natural", "trpo"])
 def test_natural_and_trust_region_steps_are_stretched_along_certain_directions(update: str) -> None:
-    options = {"update": update, "uncertainty": True, "stretch_limit": 1.2, "learning_rate": 0.5, "max_kl": 0.02}
+    options = {"update": update, "uncertainty": True, "stretch_limit": 1.2}
+    options |= {"learning_rate": 0.5} if update == "natural" else {"max_kl": 0.02}
     agent, estimate, moved = stepped(**options)
     damped = fisher_of(agent) + 0.3 * torch.eye(5, dtype=DOUBLE)
     step = stretch(torch.linalg.solve(damped, estimate.mean), eigen(agent.estimator.system.natural_precision), 1.2)
@@ -267,6 +272,11 @@ def test_equal_targets_give_no_gradient() -> None:
     [
         {"update": "adam"}, {"targets": "td"}, {"solver": "lu"}, {"cg_tolerance": 1e-2}, {"fisher_scale": 0.0},
         {"rank": 0}, {"stretch_limit": 0.5}, {"damping": -1.0}, {"normalise_reward": True}, {"min_noise": 0.0},
+        {"damping": math.nan}, {"learning_rate": math.nan}, {"state_scale": -1.0}, {"kernel_features": 0},
+        {"compile": "on"}, {"learning_rate": 0.1}, {"adam_eps": 0.1}, {"max_kl": 0.1, "update": "natural"},
+        {"damping": 0.2, "update": "vanilla"}, {"cg_iterations": 3, "update": "vanilla"}, {"stretch_limit": 2.0},
+        {"stretch_limit": 2.0, "uncertainty": True, "update": "vanilla"}, {"gae_lambda": 0.9, "targets": "returns"},
+        {"cg_tolerance": 1e-5, "solver": "exact"}, {"clip_norm": 1.0, "normalise_obs": False},
     ],
 )  # fmt: skip
 def test_wrong_settings(wrong: dict) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import gymnasium
@@ -144,15 +145,16 @@ def test_the_third_direction_of_harpg_by_hand(variant):
 
 
 def test_schedules_of_every_rule():
-    """Section 3 of the sheet (and STORM's) at t = 2, where c = 1/2: exponents of the step and of the weight."""
+    """The schedules of docs/npg_igt.md and docs/harpg.md at t = 2, where c = 1/2: exponents of step and weight."""
     expected = {
         "npg_igt": (1, 4 / 5), "nmpg": (1, 2 / 3), "normalised": (1, None), "pg": (2 / 3, None),
         "nharpg": (1, 1), "harpg": (1 / 2, 1), "storm": (1 / 3, 2 / 3),
     }  # fmt: skip
     k = torch.tensor(2.0, dtype=F64)
     for cls, config, variant in METHODS:
-        rule = cls.Direction(config(variant=variant, learning_rate=3.0, momentum=0.9), torch.zeros(1))
         step, eta = expected[variant]
+        momentum = {} if eta is None else {"momentum": 0.9}
+        rule = cls.Direction(config(variant=variant, learning_rate=3.0, **momentum), torch.zeros(1))
         assert rule.step_size(k).item() == pytest.approx(3.0 * 0.5**step), variant
         assert rule.eta(k).item() == pytest.approx(1.0 if eta is None else 0.9 * 0.5**eta), variant
 
@@ -259,6 +261,9 @@ def test_linear_baseline_is_a_regression_on_the_iterations_before():
         ({"learning_rate": 0.0}, "learning_rate"), ({"momentum": 1.5}, "momentum"), ({"gae_lambda": 0.5}, "gae_lambda"),
         ({"normalise_obs": True}, "normalise_obs"), ({"activation": "relu"}, "smooth"),
         ({"baseline": "mlp"}, "baseline"), ({"min_steps": -1}, "min_steps"),
+        ({"compile": "on"}, "compile"), ({"momentum": 0.5, "variant": "pg"}, "momentum"),
+        ({"lookahead_eta": "previous", "variant": "nmpg"}, "lookahead_eta"),
+        ({"learning_rate": math.nan}, "learning_rate"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused(options, message):

@@ -84,8 +84,11 @@ def test_saved_kernels_are_the_same(kernel) -> None:
     assert torch.equal(kernel(x).to_dense(), before)
 
 
-def test_numbers_of_the_sheet() -> None:
-    """Bandit actions (-1, .5, 2) with G = diag(1, 2) (bpg sheet, oracle 1)."""
+def test_a_bandit_by_hand() -> None:
+    """Actions (-1, .5, 2), scores (a, a^2 - 1) = (-1, 0), (.5, -.75), (2, 3), G = diag(1, 2).
+
+    u1' G^-1 u1 = 1, u1' G^-1 u2 = -.5, u1' G^-1 u3 = -2; u2: .25 + .28125, 1 - 1.125; u3: 4 + 4.5.
+    """
     a = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
     u = torch.stack([a, a * a - 1.0], 1)
     inverse = torch.diag(torch.tensor([1.0, 0.5], dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""Solvers, Fisher estimates, randomised decompositions, UAPG's rescaling."""
+"""Solvers, Fisher estimates, randomised decompositions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from ccrl.gp.fisher import AnalyticFisher, BatchFisher, RunningFisher, symmetric_inverse
-from ccrl.gp.lowrank import Eigen, randomised_eigh, randomised_right_svd
+from ccrl.gp.lowrank import randomised_eigh, randomised_right_svd
 from ccrl.gp.posterior import Covariance
 from ccrl.gp.solve import CG, Cholesky, LowRank, pivoted_cholesky
-from ccrl.gp.uncertainty import shrink, stretch
 
 DOUBLE = torch.float64
 
@@ -212,7 +211,7 @@ def test_wrong_fisher_arguments() -> None:
         RunningFisher(2).estimate(torch.zeros(3, 1))
 
 
-# -- decompositions and UAPG ------------------------------------------------------------------------------------------
+# -- decompositions ---------------------------------------------------------------------------------------------------
 
 
 def test_randomised_decompositions_are_exact_on_low_ranks() -> None:
@@ -234,28 +233,6 @@ def test_randomised_decompositions_are_exact_on_low_ranks() -> None:
     ):
         with pytest.raises(ValueError, match="rank"):
             call()
-
-
-def test_uncertainty_rescaling_of_the_sheet() -> None:
-    """Oracle 8: h = (4, 1, .25), L = (1, 2, 3)."""
-    pairs = Eigen(torch.tensor([4.0, 1.0, 0.25], dtype=DOUBLE), torch.eye(3, dtype=DOUBLE))
-    step = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE)
-    assert shrink(step, pairs).tolist() == [0.25, 1.0, 3.0]
-    assert stretch(step, pairs, 3.0).tolist() == [3.0, 4.0, 3.0]
-    with pytest.raises(ValueError, match="limit"):
-        stretch(step, pairs, 0.5)
-
-
-def test_certain_directions_do_not_stop_the_others() -> None:
-    """An eigenvalue of 0 (or of rounding size) is no smallest uncertainty to compare with."""
-    step = torch.ones(3, dtype=DOUBLE)
-    for zero in (0.0, 1e-17, -1e-17):
-        pairs = Eigen(torch.tensor([4.0, 1.0, zero], dtype=DOUBLE), torch.eye(3, dtype=DOUBLE))
-        assert shrink(step, pairs).tolist() == [0.5, 1.0, 1.0]
-        assert stretch(step, pairs).tolist() == [2.0, 1.0, 1.0]
-    nothing = Eigen(torch.zeros(2, dtype=DOUBLE), torch.eye(3, dtype=DOUBLE)[:, :2])
-    assert torch.equal(shrink(step, nothing), step)
-    assert torch.equal(stretch(step, nothing), step)
 
 
 def test_covariances_are_operators() -> None:

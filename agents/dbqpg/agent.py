@@ -25,12 +25,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.base import Agent
-from agents.on_policy import OnPolicyConfig
+from agents.dbqpg.quadrature import GradientSystem, StateGram
+from agents.dbqpg.uncertainty import shrink, stretch
+from agents.on_policy import OnPolicyConfig, check_eager, check_positive, check_unused
 from ccrl.batched_env import Tree
 from ccrl.collect import Request
 from ccrl.data import Data, tree_map
@@ -38,11 +41,9 @@ from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.directions import line_search, natural_step, trust_region_step
 from ccrl.estimators.scores import Scores
 from ccrl.estimators.stages import Gae, Standardise, Values
-from ccrl.gp.deep_quadrature import GradientSystem, StateGram
 from ccrl.gp.lowrank import Eigen, Product, randomised_eigh, randomised_right_svd
 from ccrl.gp.posterior import Covariance
 from ccrl.gp.solve import MAX_TOLERANCE
-from ccrl.gp.uncertainty import shrink, stretch
 from ccrl.packages import require
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import FlatUpdater, GradientEstimate, Stats
@@ -66,11 +67,11 @@ class DBQPGConfig(OnPolicyConfig):
     """Running observation statistics."""
     clip_norm: float = 5.0
     """Normalised observations are clipped to +- this."""
-    update: str = "trpo"
+    update: Literal["vanilla", "natural", "trpo"] = "trpo"
     """vanilla (Adam), natural or trpo."""
     uncertainty: bool = False
     """UAPG: shape the step by the covariance of the gradient."""
-    targets: str = "gae"
+    targets: Literal["gae", "returns"] = "gae"
     """gae (standardised) or returns (standardised, bootstrapped where the rollout cuts an episode)."""
     learning_rate: float = 2.1e-3
     """Step size of natural and vanilla (Adam; the paper's on Swimmer: 7e-4); TRPO has none."""
@@ -82,7 +83,7 @@ class DBQPGConfig(OnPolicyConfig):
     """Rank of the Fisher kernel, and of UAPG's decompositions."""
     stretch_limit: float = 3.0
     """eps: most that UAPG lengthens a direction."""
-    solver: str = "auto"
+    solver: Literal["auto", "exact", "cg", "low_rank"] = "auto"
     """exact, cg, low_rank; auto: low_rank where its error is below 1e-4, else exact up to 4,000, else cg."""
     cg_tolerance: float = 1e-6
     """cg: relative residual, at most 1e-4."""
@@ -112,18 +113,33 @@ class DBQPGConfig(OnPolicyConfig):
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "fisher_scale", "rank", "kernel_lr", "likelihood_points", "min_noise", "max_kl"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
+        check_positive(
+            self, "learning_rate", "fisher_scale", "rank", "kernel_lr", "likelihood_points", "min_noise", "max_kl",
+            "cg_iterations", "kernel_features",
+        )  # fmt: skip
         if not 0.0 < self.cg_tolerance <= MAX_TOLERANCE:
             raise ValueError(f"cg_tolerance: expected in (0, {MAX_TOLERANCE}], got {self.cg_tolerance}")
-        if self.state_scale < 0.0 or self.stretch_limit < 1.0 or self.damping < 0.0:
-            raise ValueError(
-                f"expected state_scale >= 0, stretch_limit >= 1, damping >= 0, got {self.state_scale}, "
-                f"{self.stretch_limit}, {self.damping}"
-            )
-        if self.normalise_reward:
-            raise ValueError("normalise_reward: targets are standardised; expected False, got True")
+        for name, lowest in (("state_scale", 0.0), ("stretch_limit", 1.0), ("damping", 0.0)):
+            if not getattr(self, name) >= lowest:
+                raise ValueError(f"{name}: expected >= {lowest:g}, got {getattr(self, name)}")
+        check_unused(self, "targets are standardised", "normalise_reward")
+        check_eager(self)
+        if self.update != "vanilla":
+            check_unused(self, f"update={self.update} takes its steps without Adam", "adam_eps")
+        if self.update == "vanilla":
+            check_unused(self, "update=vanilla follows Adam", "damping", "cg_iterations")
+        if self.update != "trpo":
+            check_unused(self, f"update={self.update} has no trust region", "max_kl")
+        else:
+            check_unused(self, "update=trpo takes the length of its steps from max_kl", "learning_rate")
+        if not self.uncertainty or self.update == "vanilla":
+            check_unused(self, "only uncertainty with update=natural or trpo lengthens a step", "stretch_limit")
+        if self.targets == "returns":
+            check_unused(self, "targets=returns have no lambda", "gae_lambda")
+        if self.solver in ("exact", "low_rank"):
+            check_unused(self, f"solver={self.solver} iterates nothing", "cg_tolerance")
+        if not self.normalise_obs:
+            check_unused(self, "it clips normalised observations, normalise_obs is off", "clip_norm")
 
 
 class DBQPGEstimator(Estimator):
@@ -131,20 +147,19 @@ class DBQPGEstimator(Estimator):
 
     def __init__(self, config: DBQPGConfig, policy: MLPPolicy, flat: Tensor) -> None:
         super().__init__()
-        from ccrl.gp.deep_kernel import DeepKernel
+        from agents.dbqpg.kernel import DeepKernel
 
         self.config = config
         self._policy, self._flat = [policy], flat  # in a list: a module of its own would be saved twice
-        self.deep = DeepKernel(
-            policy.actor.net[0].in_features, config.kernel_hidden, config.kernel_features, config.min_noise
-        )
+        first = policy.actor.net[0]
+        assert isinstance(first, nn.Linear)
+        self.deep = DeepKernel(first.in_features, config.kernel_hidden, config.kernel_features, config.min_noise)
         self._values = Values(lambda obs: self.deep.values(self._inputs(obs)))
         lam = config.gae_lambda if config.targets == "gae" else 1.0
         self._gae = Gae(config.gamma, lam, config.time_limit)  # type: ignore[arg-type]
         self._standardise = Standardise("target", eps=1e-8)
         self.system: GradientSystem
-        """Of the last gradient, for directions that need more than its mean; with ``reward_components`` and ``weight
-        [T, N]``."""
+        """Of the last gradient, for directions that need more than its mean; with ``scores`` and ``weight [T, N]``."""
         self.scores: Scores
         self.weight: Tensor
 
@@ -156,7 +171,7 @@ class DBQPGEstimator(Estimator):
         with torch.no_grad():
             data = have["on"] = self._whitened(have["on"], ctx)
             targets = self._targets(data)
-        rows = lambda x: x.reshape(-1, *x.shape[2:])[self._kept(data)]  # noqa: E731
+        rows = _flatten(self._kept(data))
         return self.deep.fit(
             self._inputs(tree_map(rows, data["obs"])), rows(data["whitened"]), rows(targets["target"]).double(),
             rows(targets["return"]).double(), state_scale=c.state_scale, fisher_scale=c.fisher_scale,
@@ -169,7 +184,7 @@ class DBQPGEstimator(Estimator):
     @torch.no_grad()
     def gradient(self, theta: Tensor, data: Data, ctx: Context) -> GradientEstimate:
         c, kept = self.config, self._kept(data)
-        rows = lambda x: x.reshape(-1, *x.shape[2:])[kept]  # noqa: E731
+        rows = _flatten(kept)
         self.scores = ctx.scores(theta.double(), data, "step")
         up, down = _products(self.scores, kept, data.shape)
         phi = self.deep.features(self._inputs(tree_map(rows, data["obs"])))
@@ -213,6 +228,11 @@ class DBQPGEstimator(Estimator):
     @staticmethod
     def _kept(data: Data) -> Tensor:
         return (data["valid"].reshape(-1) > 0).nonzero().squeeze(-1)
+
+
+def _flatten(kept: Tensor) -> Callable[[Tensor], Tensor]:
+    """The kept rows ``[K, ...]`` of a column ``[T, N, ...]``."""
+    return lambda x: x.reshape(-1, *x.shape[2:])[kept]
 
 
 def _scatter(x: Tensor, kept: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -277,7 +297,8 @@ class DBQPGDirection:
         old = {name: data[f"old_{name}"] for name in distribution.names}
 
         def evaluate(candidate: Tensor) -> tuple[Tensor, Tensor]:
-            out = ctx.bank.policy(candidate).evaluate(data, frozenset({"log_prob", "dist"}))
+            policy: Any = ctx.bank.policy(candidate)
+            out = policy.evaluate(data, frozenset({"log_prob", "dist"}))
             ratio = (out["log_prob"] - data["log_prob"]).exp()
             improvement = torch.where(valid > 0, weight * (ratio - 1.0), 0.0).sum()
             kl = torch.where(valid > 0, distribution.kl(old, out), 0.0).sum() / valid.sum()

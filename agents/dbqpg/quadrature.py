@@ -1,4 +1,4 @@
-"""The linear algebra of deep Bayesian quadrature, through products with the scores alone (bpg sheet, section 3.7).
+"""The linear algebra of deep Bayesian quadrature, through products with the scores alone.
 
 With scores ``U [n, N]``, ``G = U U^T / N`` and ``W = (c1 K_s + c2 K_F + sigma^2 I)^-1``, the gradient is ``c2 U W A``
 for targets ``A [N]`` and its covariance ``S = c2 G - c2^2 U W U^T``.

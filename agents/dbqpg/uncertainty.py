@@ -1,4 +1,4 @@
-"""UAPG: a step shaped by how certain the gradient is (Akella et al. 2021; bpg sheet, section 3.7)."""
+"""UAPG: a step shaped by how certain the gradient is (Akella et al. 2021)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bayesian quadrature of the policy gradient over whole paths (BPG; bpg sheet, sections 3.1, 3.2 and 3.4).
+"""Bayesian quadrature of the policy gradient over whole paths (docs/bpg.md derives it).
 
 ``grad eta = int R(xi) u(xi) Pr(xi) dxi`` with path scores ``u``. Model 1 puts a Gaussian process on ``R u`` (known:
 ``Pr``), model 2 on ``R`` (known: ``u Pr``). Kernels are chosen so that the integrals are closed form::

@@ -1,4 +1,4 @@
-"""Bayesian quadrature against the hand numbers, identities and edge cases of the bpg sheet (section 7)."""
+"""Bayesian quadrature of the policy gradient: numbers by hand, identities, edge cases."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 pytest.importorskip("gpytorch")
 
+from agents.bpg.quadrature import model1, model2
 from ccrl.gp.fisher import BatchFisher, FisherEstimate
-from ccrl.gp.quadrature import model1, model2
 
 DOUBLE = torch.float64
 MODELS = [model1, model2]
@@ -31,7 +31,11 @@ def close(x: Tensor, expected: object, atol: float = 1e-6) -> bool:
 
 
 def test_hand_numbers() -> None:
-    """Oracle 1."""
+    """Bandit: u = (a, a^2 - 1) at a = (-1, .5, 2), R = a, G = diag(1, 2), sigma^2 = .1.
+
+    K_F = [[1, -.5, -2], [-.5, .53125, -.125], [-2, -.125, 8.5]] and the posteriors of docs/bpg.md: U diag(R) C b with
+    b_i = 1 + K_ii and C = ((1 + K_F)^2 + .1 I)^-1; U C R and G - U C U^T with C = (K_F + .1 I)^-1.
+    """
     u, a = bandit([-1.0, 0.5, 2.0])
     one, two = model1(u, a, known(1, 2), 0.1), model2(u, a, known(1, 2), 0.1)
     assert close(one.mean, [0.951660, 0.367068])
@@ -41,14 +45,14 @@ def test_hand_numbers() -> None:
 
 
 def test_model_2_with_the_matrix_of_its_own_batch_is_monte_carlo() -> None:
-    """Oracle 2: U y / (M + sigma^2), whatever the data."""
+    """U y / (M + sigma^2), whatever the data."""
     u, y = torch.randn(3, 12, dtype=DOUBLE), torch.randn(12, dtype=DOUBLE)
     posterior = model2(u, y, BatchFisher("mean", 0.0).estimate(u), 0.7)
     assert torch.allclose(posterior.mean, u @ y / (12 + 0.7))
 
 
 def test_returns_in_the_span_are_found_exactly() -> None:
-    """Oracle 3."""
+    """R = a = u_1 lies in the span of model 2's kernel, R u of R = a^2 in that of model 1: gradients (1, 0), (0, 2)."""
     u, a = bandit([-0.7, 1.3])
     assert close(model2(u, a, known(1, 2), 1e-8).mean, [1.0, 0.0], atol=1e-5)
     u, a = bandit([-1.6, -0.7, 0.1, 0.9, 2.0])
@@ -78,7 +82,7 @@ def test_amplitude_and_noise_scale_together(model) -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("constant", [0.0, 3.0])
 def test_properties_of_the_posterior(model, constant: float) -> None:
-    """Oracle 9."""
+    """Between 0 and the prior, never wider for one path more, blind to order, and the prior itself in endless noise."""
     u, y = torch.randn(3, 9, dtype=DOUBLE), torch.randn(9, dtype=DOUBLE)
     fisher = known(1.0, 2.0, 0.5)
     options = {"constant": constant}

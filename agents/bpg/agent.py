@@ -21,23 +21,23 @@ Slots: plan = M episodes; prepare = episode returns; gradient = posterior mean a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import OnPolicyConfig
+from agents.bpg.quadrature import model1, model2
+from agents.on_policy import OnPolicyConfig, check_eager, check_positive, check_unused
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.directions import Ascent
 from ccrl.estimators.stages import EpisodeReturn
 from ccrl.gp.fisher import BatchFisher, Fisher, RunningFisher
-from ccrl.gp.quadrature import model1, model2
 from ccrl.packages import require
 from ccrl.updaters import FlatUpdater, GradientEstimate
 
-__all__ = ["BPG", "BPGConfig", "BPGEstimator", "EpisodicConfig"]
+__all__ = ["BPG", "BPGConfig", "BPGEstimator", "EpisodicConfig", "make_fisher"]
 
 MODELS = {1: model1, 2: model2}
 
@@ -46,8 +46,8 @@ MODELS = {1: model1, 2: model2}
 class EpisodicConfig(OnPolicyConfig):
     """What the Bayesian methods share: explicit steps on gradients of small policies, from whole episodes.
 
-    The critic's settings of the base (``gae_lambda``, ``normalise_reward``, ``adam_eps``) have no meaning here and are
-    refused; nothing is compiled.
+    The base's settings of critics and of Adam (``gae_lambda``, ``normalise_reward``, ``adam_eps``) have no meaning here
+    and are refused; nothing is compiled.
     """
 
     num_envs: int = 10
@@ -65,23 +65,22 @@ class EpisodicConfig(OnPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("gae_lambda", "normalise_reward", "adam_eps"):
-            default = type(self).__dataclass_fields__[name].default
-            if getattr(self, name) != default:
-                raise ValueError(f"{name}: this agent has no use for it; expected {default}, got {getattr(self, name)}")
-        if self.learning_rate <= 0.0:
-            raise ValueError(f"learning_rate: expected > 0, got {self.learning_rate}")
-        if self.lr_decay is not None and self.lr_decay <= 0.0:
-            raise ValueError(f"lr_decay: expected > 0 or None, got {self.lr_decay}")
+        check_unused(self, "this agent has no use for it", "gae_lambda", "normalise_reward", "adam_eps")
+        check_eager(self)
+        if not self.normalise_obs:
+            check_unused(self, "it clips normalised observations, normalise_obs is off", "clip_norm")
+        if not self.hidden:
+            check_unused(self, "there are no hidden layers", "activation")
+        check_positive(self, "learning_rate", "lr_decay")
 
 
 @dataclass(frozen=True)
 class BPGConfig(EpisodicConfig):
     """Model 2 on returns less their mean, with a Fisher matrix that remembers past iterations."""
 
-    model: int = 2
+    model: Literal[1, 2] = 2
     """1: a process on R u; 2: on R."""
-    fisher: str = "running"
+    fisher: Literal["running", "mean", "sum"] = "running"
     """Fisher matrix of path scores: running (over all iterations), mean or sum (of this batch alone)."""
     fisher_rate: float = 0.02
     """running: least weight of a new path; 0 forgets nothing, also not the scores of old policies."""
@@ -104,16 +103,12 @@ class BPGConfig(EpisodicConfig):
             raise ValueError(f"model: expected 1 or 2, got {self.model}")
         if self.fisher not in ("running", "mean", "sum"):
             raise ValueError(f"fisher: expected running, mean or sum, got {self.fisher!r}")
-        if self.noise <= 0.0 or self.amplitude <= 0.0 or self.constant < 0.0:
-            got = (self.noise, self.amplitude, self.constant)
-            raise ValueError(f"noise, amplitude, constant: expected > 0, > 0, >= 0, got {got}")
-        if self.sparsity is not None and self.sparsity <= 0.0:
-            raise ValueError(f"sparsity: expected > 0 or None, got {self.sparsity}")
-        if self.time_limit != "bootstrap":
-            raise ValueError(
-                "time_limit: returns of whole paths bootstrap nothing, this agent has no use for it; expected "
-                f"'bootstrap', got {self.time_limit!r}"
-            )
+        check_positive(self, "noise", "amplitude", "sparsity")
+        if not self.constant >= 0.0:
+            raise ValueError(f"constant: expected >= 0, got {self.constant}")
+        if self.fisher != "running":
+            check_unused(self, f"fisher={self.fisher} remembers no past path", "fisher_rate")
+        check_unused(self, "returns of whole paths bootstrap nothing", "time_limit")
 
 
 class BPGEstimator(Estimator):

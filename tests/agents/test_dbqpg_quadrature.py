@@ -1,4 +1,4 @@
-"""Deep Bayesian quadrature: identities of the bpg sheet (section 7, oracles 2 and 9), solvers, the deep kernel."""
+"""Deep Bayesian quadrature: identities of the posterior, solvers, the deep kernel, UAPG's shaping of a step."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from torch import Tensor
 
 pytest.importorskip("gpytorch")
 
-from ccrl.gp.deep_kernel import DeepKernel, log_marginal_likelihood
-from ccrl.gp.deep_quadrature import GradientSystem, StateGram
+from agents.dbqpg.kernel import DeepKernel, log_marginal_likelihood
+from agents.dbqpg.quadrature import GradientSystem, StateGram
+from agents.dbqpg.uncertainty import shrink, stretch
 from ccrl.gp.kernels import rbf
+from ccrl.gp.lowrank import Eigen
 
 DOUBLE = torch.float64
 N, SIZE = 30, 4
@@ -48,7 +50,7 @@ def test_mean_and_covariance_are_those_of_the_definition(c1: float, solver: str)
 
 
 def test_without_a_state_kernel_it_is_monte_carlo() -> None:
-    """Oracle 2: c2 N / (c2 N + sigma^2) times U A / N."""
+    """Without the state kernel: c2 N / (c2 N + sigma^2) times U A / N."""
     made, u, _ = system(c1=0.0)
     targets = torch.randn(N, dtype=DOUBLE)
     share = 0.3 * N / (0.3 * N + 0.2)
@@ -207,3 +209,28 @@ def test_features_fill_the_unit_box_and_constant_ones_stay_finite() -> None:
     assert bool(deep.features(torch.ones(5, 2, dtype=DOUBLE)).isfinite().all())
     with pytest.raises(ValueError, match="hidden"):
         DeepKernel(2, ())
+
+
+# -- UAPG -------------------------------------------------------------------------------------------------------------
+
+
+def test_uncertainty_rescaling_by_hand() -> None:
+    """h = (4, 1, .25): L_i sqrt(.25 / h_i) = (1/4, 2/2, 3); the step times min(sqrt(h_i / .25), 3) = (3, 2, 1)."""
+    pairs = Eigen(torch.tensor([4.0, 1.0, 0.25], dtype=DOUBLE), torch.eye(3, dtype=DOUBLE))
+    step = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE)
+    assert shrink(step, pairs).tolist() == [0.25, 1.0, 3.0]
+    assert stretch(step, pairs, 3.0).tolist() == [3.0, 4.0, 3.0]
+    with pytest.raises(ValueError, match="limit"):
+        stretch(step, pairs, 0.5)
+
+
+def test_certain_directions_do_not_stop_the_others() -> None:
+    """An eigenvalue of 0 (or of rounding size) is no smallest uncertainty to compare with."""
+    step = torch.ones(3, dtype=DOUBLE)
+    for zero in (0.0, 1e-17, -1e-17):
+        pairs = Eigen(torch.tensor([4.0, 1.0, zero], dtype=DOUBLE), torch.eye(3, dtype=DOUBLE))
+        assert shrink(step, pairs).tolist() == [0.5, 1.0, 1.0]
+        assert stretch(step, pairs).tolist() == [2.0, 1.0, 1.0]
+    nothing = Eigen(torch.zeros(2, dtype=DOUBLE), torch.eye(3, dtype=DOUBLE)[:, :2])
+    assert torch.equal(shrink(step, nothing), step)
+    assert torch.equal(stretch(step, nothing), step)

@@ -17,23 +17,25 @@ Slots: plan = M episodes; prepare = chain with bootstrap pairs; gradient = poste
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
+from agents.bac.chain import chain_rows
 from agents.base import Agent
 from agents.bpg import EpisodicConfig
+from agents.on_policy import check_positive, check_unused
 from ccrl.batched_env import Tree
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.directions import Ascent
-from ccrl.gp.episodes import chain_rows
 from ccrl.gp.fisher import BatchFisher, Fisher
 from ccrl.gp.gptd import Chain, QPosterior, gptd, recursive_gptd
 from ccrl.gp.posterior import Covariance, Posterior
+from ccrl.gp.solve import LowRank, pivoted_cholesky
 from ccrl.packages import require
 from ccrl.policies import GibbsPolicy, MLPPolicy, RBFGrid
 from ccrl.updaters import FlatUpdater, GradientEstimate
@@ -41,7 +43,11 @@ from ccrl.updaters import FlatUpdater, GradientEstimate
 __all__ = ["BAC", "BACConfig", "BACEstimator"]
 
 EXACT_UP_TO = 4000
-"""Transitions up to which ``solver="auto"`` factorises the kernel matrix."""
+"""Points up to which ``solver="auto"`` factorises the kernel matrix."""
+PRECONDITIONER_RANK = 300
+"""Largest rank of the factor that preconditions the conjugate gradients."""
+MISSED = 1e-2
+"""Trace of the kernel that the factor may miss, over the noise variance: it bounds the condition number less 1."""
 GRID_WIDTH = 1.3
 """Width of the grid policy's bumps, in distances between neighbours."""
 
@@ -54,14 +60,14 @@ class BACConfig(EpisodicConfig):
     """M: fresh episodes per update, one environment each."""
     learning_rate: float = 0.025
     """beta: size of the steps."""
-    policy: str = "mlp"
+    policy: Literal["mlp", "grid"] = "mlp"
     """mlp (hidden layers as given; none: linear) or grid: softmax, linear in Gaussian bumps on a grid over the bounded
     state."""
     grid: int = 4
     """grid: bumps per state dimension."""
     noise: float = 9.0
     """sigma^2: noise variance of a reward's model."""
-    solver: str = "auto"
+    solver: Literal["auto", "exact", "cg", "sparse"] = "auto"
     """exact (Cholesky), cg (conjugate gradients) or sparse (recursion on a dictionary); auto: exact up to 4,000 points,
     else cg."""
     nu: float = 0.1
@@ -73,7 +79,7 @@ class BACConfig(EpisodicConfig):
     """c_F: amplitude of the Fisher kernel."""
     lengthscale: float = 1.0
     """Of the Gaussian state kernel, on states scaled to [0, 1] where their bounds are finite."""
-    fisher: str = "sum"
+    fisher: Literal["sum", "mean"] = "sum"
     """Fisher matrix of the batch's scores: sum (the authors' code; a Fisher kernel of about n / N) or mean."""
     damping: float = 1e-6
     """Added to its diagonal."""
@@ -84,13 +90,19 @@ class BACConfig(EpisodicConfig):
         super().__post_init__()
         if self.policy not in ("mlp", "grid"):
             raise ValueError(f"policy: expected mlp or grid, got {self.policy!r}")
-        if self.policy == "grid" and self.normalise_obs:
-            raise ValueError("normalise_obs: the grid scales the bounded state itself; expected False, got True")
+        if self.policy == "grid":
+            check_unused(self, "the grid scales the bounded state itself", "normalise_obs")
+            why = "policy=grid is linear in its bumps, over discrete actions, and starts at 0"
+            check_unused(self, why, "hidden", "activation", "orthogonal", "squash", "log_std_init")
+        else:
+            check_unused(self, "policy=mlp has no grid", "grid")
+        if self.solver != "sparse":
+            check_unused(self, f"solver={self.solver} keeps every point, sparse has a dictionary", "nu")
         if self.fisher not in ("sum", "mean"):
             raise ValueError(f"fisher: expected sum or mean, got {self.fisher!r}")
-        for name in ("noise", "state_scale", "fisher_scale", "lengthscale", "grid", "nu"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
+        check_positive(self, "noise", "state_scale", "fisher_scale", "lengthscale", "grid", "nu")
+        if not self.damping >= 0.0:
+            raise ValueError(f"damping: expected >= 0, got {self.damping}")
         if self.solver not in ("auto", "exact", "cg", "sparse"):
             raise ValueError(f"solver: expected auto, exact, cg or sparse, got {self.solver!r}")
 
@@ -180,10 +192,13 @@ class BACEstimator(Estimator):
         if c.solver == "sparse":
             column = lambda i: kernel(points, points[i : i + 1]).to_dense()[:, 0]  # noqa: E731
             return recursive_gptd(column, kernel(points, diag=True), chain, c.noise, c.nu)
+        matrix: Tensor = kernel(points).to_dense()
         if c.solver == "exact" or (c.solver == "auto" and len(points) <= EXACT_UP_TO):
-            return gptd(kernel(points).to_dense(), chain, c.noise)
-        matrix = kernel(points).evaluate_kernel()
-        return gptd(lambda x: matrix @ x, chain, c.noise)
+            return gptd(matrix, chain, c.noise)
+        diagonal = matrix.diagonal()
+        enough = c.noise * MISSED / float(diagonal.sum())
+        root = pivoted_cholesky(lambda i: matrix[:, i], diagonal, PRECONDITIONER_RANK, enough)
+        return gptd(lambda x: matrix @ x, chain, c.noise, preconditioner=LowRank(root, c.noise))
 
 
 class BAC(Agent):
