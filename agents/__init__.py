@@ -1,12 +1,13 @@
-"""Agents by name. Importing this package loads none of them: each class is imported when it is asked for."""
+"""Agents by name, in ``ccrl.registry.agents``. Importing this package loads none of them: each class is imported when
+it is asked for."""
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from agents.llm import METHODS
+from ccrl import registry
 
 if TYPE_CHECKING:
     from agents.bac import BAC
@@ -40,18 +41,15 @@ AGENTS = {
 
 
 def get_agent(name: str) -> Any:
-    """The agent class called ``name``.
+    """The agent class called ``name``: one of ours, of a plugin, or ``module:Class``.
 
     :raises ValueError: an unknown name, with near matches.
     """
-    known = AGENTS | METHODS
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=3)
-        raise ValueError(
-            f"agent: expected one of {sorted(known)}, got {name!r}" + (f"; did you mean {near}?" if near else "")
-        )
-    module, cls = known[name]
-    return getattr(importlib.import_module(module), cls)
+    return registry.agents.get(name)
+
+
+for _name, (_module, _class) in (AGENTS | METHODS).items():
+    registry.agents.register(_name, f"{_module}:{_class}")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,6 @@ inheritance needed. Adapters for Gymnasium, SB3 and others are in ``ccrl.adapter
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium
@@ -15,7 +14,7 @@ from gymnasium import Space
 from gymnasium.vector import AutoresetMode
 from torch import Tensor
 
-from ccrl.packages import check_siblings
+from ccrl import registry
 
 __all__ = ["AutoresetMode", "BatchedEnv", "StepResult", "Tree", "check_device", "resolve_env"]
 
@@ -98,25 +97,27 @@ def check_device(device: torch.device | str) -> torch.device:
 def resolve_env(env: Any, num_envs: int, *, device: torch.device | str = "cpu", **env_kwargs: Any) -> BatchedEnv:
     """A ``BatchedEnv`` from one (returned as it is) or from an id.
 
-    Ids are built by the package ``envs`` (``envs.make``), looked up by name at call time: this package does not depend
-    on it, and a program that brings its own environments never loads it.
+    Ids are those of ``ccrl.registry.environments``: what plugins registered, or ``module:name``, a class called with
+    ``(num_envs, device=device, **env_kwargs)``. A program that brings its own environments loads no plugin.
 
-    :raises TypeError: if ``env`` is neither a string nor has the members of the protocol.
+    :raises TypeError: if ``env`` is neither a string nor has the members of the protocol, or an id makes something that
+        has not.
     :raises ValueError: an unknown id or device, or options for an environment that is already made.
     """
     if isinstance(env, str):
-        check_siblings(("envs",))
-        made: BatchedEnv = importlib.import_module("envs").make(env, num_envs, device=device, **env_kwargs)
-        return made
-    missing = [m for m in ("num_envs", "device", "reset", "step", "autoreset_mode") if not hasattr(env, m)]
-    if missing:
-        raise TypeError(
-            f"env: expected an id or a BatchedEnv, got {type(env).__name__} without {missing}; {_how_to_wrap(env)}"
-        )
+        made = registry.environments.get(env)(num_envs, device=device, **env_kwargs)
+        return _checked(made, f"env: expected {env!r} to make a BatchedEnv")
     if env_kwargs:
         raise ValueError(
             f"env_kwargs: options go with an id, got {sorted(env_kwargs)} with an environment that is made"
         )
+    return _checked(env, "env: expected an id or a BatchedEnv")
+
+
+def _checked(env: Any, expected: str) -> BatchedEnv:
+    missing = [m for m in ("num_envs", "device", "reset", "step", "autoreset_mode") if not hasattr(env, m)]
+    if missing:
+        raise TypeError(f"{expected}, got {type(env).__name__} without {missing}; {_how_to_wrap(env)}")
     found: BatchedEnv = env
     return found
 

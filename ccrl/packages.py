@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds ``ccrl``, and beside it ``agents`` and ``envs``."""
 
 
-def check_siblings(names: tuple[str, ...] = ("agents", "envs")) -> None:
+def check_siblings(*names: str) -> None:
     """Make sure that importing ``names`` gives the packages beside ``ccrl``. Imports none of them.
 
-    Scripts call it before their first import of ``agents`` or ``envs``.
+    Scripts call it before their first import of ``agents`` or ``envs``, the registry before it loads a plugin of ours.
 
     Raises:
         ImportError: another package of that name comes first, or there is none.

@@ -1,8 +1,8 @@
 """Environments, and the one door to all of them: :func:`make`.
 
-Importing this package registers every native environment with Gymnasium as ``ccrl/<id>``, so that
-``gymnasium.make_vec("ccrl/CartPole-v1", num_envs=8)`` builds what ``envs.make("CartPole-v1", 8)`` builds, with NumPy
-arrays outside.
+Importing this package registers every environment and text task in ``ccrl.registry``, and every native environment
+with Gymnasium as ``ccrl/<id>``, so that ``gymnasium.make_vec("ccrl/CartPole-v1", num_envs=8)`` builds what
+``envs.make("CartPole-v1", 8)`` builds, with NumPy arrays outside.
 """
 
 from __future__ import annotations
@@ -10,14 +10,17 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import gymnasium
 import torch
 
+from ccrl import registry
 from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
 from ccrl.batched_env import AutoresetMode, BatchedEnv, check_device
 from ccrl.inventory.functional_env import FunctionalEnv
+from envs.text import TASKS, make_task
 
 __all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_functional", "make_single_env", "make_vector_env"]
 
@@ -104,15 +107,7 @@ def make(
         raise ValueError(f"num_envs: expected >= 1, got {num_envs}")
     module, _, name = id.rpartition(":")
     if module:
-        try:
-            importlib.import_module(module)
-        except ModuleNotFoundError as error:
-            if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-                raise  # the module is there and misses a package of its own
-            raise ModuleNotFoundError(
-                f"{id!r}: expected a module {module!r} that registers {name!r}, found none; install its package or put "
-                "its folder on PYTHONPATH"
-            ) from error
+        registry.import_module(id)
     bare = name.removeprefix("ccrl/")
     native = (bare in NATIVE and (backend is None or bare != name)) or (bare in OWN and bare != name)
     if native and backend not in (None, "native"):
@@ -225,3 +220,12 @@ for _id in (*NATIVE, *OWN):
             vector_entry_point="envs:make_vector_env",
             kwargs={"task": _id},
         )
+
+
+registry.environments.register_finder(lambda id: partial(make, id))
+for _id, (_module, _) in OWN.items():
+    if _module == "envs.inventory":
+        for _name in (f"ccrl/{_id}", _id):
+            registry.functional_environments.register(_name, partial(make_functional, f"ccrl/{_id}"))
+for _id in TASKS:
+    registry.text_tasks.register(_id, partial(make_task, _id))

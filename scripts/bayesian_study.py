@@ -28,7 +28,7 @@ import tyro
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from ccrl.experiment import plots
 from ccrl.experiment.cells import CellsFailed, complete

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 import agents
 from agents.bac import BAC, BACConfig

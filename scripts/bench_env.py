@@ -17,7 +17,7 @@ import torch
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from envs.mujoco import TASKS, MujocoEnv, make_mujoco
 from envs.mujoco.engine import available_cores

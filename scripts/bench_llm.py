@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from ccrl.packages import check_siblings, require
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.llm.baselines import GRPO
 from ccrl.data import Batching, Data

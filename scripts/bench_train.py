@@ -23,7 +23,7 @@ import torch
 
 from ccrl.packages import check_siblings, require
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents import PPO
 from agents.ppo import PPOConfig

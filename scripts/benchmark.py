@@ -32,7 +32,7 @@ import tyro
 
 from ccrl.packages import check_siblings, require
 
-check_siblings()
+check_siblings("agents", "envs")
 
 import envs
 from ccrl.experiment import checkpoint

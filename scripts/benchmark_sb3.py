@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ccrl.packages import check_siblings, require
 
-check_siblings()
+check_siblings("agents", "envs")
 
 import envs
 from ccrl.adapters import as_vec_env

@@ -24,7 +24,7 @@ if __package__ in (None, ""):
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 import agents
 import envs

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from ccrl.updaters import GradientEstimate
 

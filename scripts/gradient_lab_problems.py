@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 import envs
 from ccrl.bank import Bank

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.hdpo import HDPO
 from ccrl.experiment import checkpoint, plots

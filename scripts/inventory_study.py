@@ -31,7 +31,7 @@ import tyro
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from ccrl.experiment.cells import CellsFailed, complete
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.hdpo import HDPO, HDPOConfig
 from ccrl.inventory.functional_env import State

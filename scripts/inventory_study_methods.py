@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.base import Agent
 from agents.hdpo import HDPO, HDPOConfig

@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.statistics import Interval, stratified_bootstrap

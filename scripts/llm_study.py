@@ -28,7 +28,7 @@ from matplotlib import pyplot as plt
 
 from ccrl.packages import ROOT, check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 import agents
 from ccrl.experiment.cells import complete

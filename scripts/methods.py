@@ -18,7 +18,7 @@ import tyro
 
 from ccrl.packages import ROOT, check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 import agents
 

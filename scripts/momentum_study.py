@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 import envs
 from agents.harpg import HARPG, HARPGConfig, HARPGEstimator

@@ -21,7 +21,7 @@ import tyro
 from ccrl.experiment.checkpoint import write_atomic
 from ccrl.packages import ROOT, check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from scripts.reproductions import PAPERS, Measurement
 

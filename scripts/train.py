@@ -26,7 +26,7 @@ import tyro
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 import agents
 import envs

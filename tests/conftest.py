@@ -22,6 +22,8 @@ import numpy as np
 import pytest
 import torch
 
+import envs  # noqa: F401  (registers ids also where the project is not installed with its entry points)
+
 torch.set_num_threads(1)
 
 

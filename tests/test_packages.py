@@ -24,7 +24,7 @@ def check_in_subprocess(*path: Path) -> subprocess.CompletedProcess[str]:
         sys.executable,
         "-P",
         "-c",
-        "from ccrl.packages import check_siblings as c; c(); import agents; print(1)",
+        "from ccrl.packages import check_siblings as c; c('agents', 'envs'); import agents; print(1)",
     ]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
 
@@ -40,7 +40,7 @@ def make_package(folder: Path, name: str, distribution: str | None = None) -> No
 
 
 def test_our_own_packages_pass():
-    check_siblings()
+    check_siblings("agents", "envs")
     done = check_in_subprocess(ROOT)
     assert done.stdout == "1\n", done.stderr
 
@@ -78,7 +78,7 @@ def test_a_folder_without_init_and_a_missing_package(tmp_path):
     (tmp_path / "agents").symlink_to(ROOT / "agents")
     (tmp_path / "envs").mkdir()
     # -S leaves out site-packages, and with it an editable install of this project.
-    command = [sys.executable, "-S", "-P", "-c", "from ccrl.packages import check_siblings as c; c()"]
+    command = [sys.executable, "-S", "-P", "-c", "from ccrl.packages import check_siblings as c; c('agents', 'envs')"]
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert f"at {ROOT / 'envs'}, received {tmp_path / 'envs'}, which" in done.stderr
@@ -93,7 +93,7 @@ def test_a_foreign_package_that_is_already_imported(monkeypatch, tmp_path):
     module.__spec__ = types.SimpleNamespace(origin=str(tmp_path / "agents.py"), submodule_search_locations=None)
     monkeypatch.setitem(sys.modules, "agents", module)
     with pytest.raises(ImportError, match=r"received .*agents\.py"):
-        check_siblings()
+        check_siblings("agents", "envs")
 
 
 def test_two_distributions_in_one_folder(monkeypatch, tmp_path):
@@ -104,9 +104,9 @@ def test_two_distributions_in_one_folder(monkeypatch, tmp_path):
     monkeypatch.delitem(sys.modules, "agents", raising=False)
     monkeypatch.setattr(packages, "packages_distributions", lambda: {"agents": ["ccrl", "openai-agents"]})
     with pytest.raises(ImportError, match=r"of openai-agents, .* these: pip uninstall openai-agents; install"):
-        check_siblings(("agents",))
+        check_siblings("agents")
     monkeypatch.setattr(packages, "packages_distributions", lambda: {"agents": ["ccrl"]})
-    check_siblings(("agents",))
+    check_siblings("agents")
 
 
 def test_require_returns_the_module():

@@ -17,7 +17,6 @@ device, under autograd and inside ``torch.compile``.
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Integral
@@ -26,7 +25,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ccrl.packages import check_siblings
+from ccrl import registry
 
 __all__ = ["FunctionalEnv", "Network", "Split", "State", "resolve_functional_env"]
 
@@ -184,16 +183,14 @@ class FunctionalEnv(Protocol):
 
 
 def resolve_functional_env(env: FunctionalEnv | str, **options: Any) -> FunctionalEnv:
-    """A ``FunctionalEnv`` from one (returned as it is) or from an id, built by the package ``envs``
-    (``envs.make_functional``), which is looked up by name at call time as ``resolve_env`` does.
+    """A ``FunctionalEnv`` from one (returned as it is) or from an id of ``ccrl.registry.functional_environments``.
 
     Raises:
         TypeError: ``env`` is neither a string nor has the members of the protocol, or options come with an object.
+        ValueError: an unknown id.
     """
     if isinstance(env, str):
-        check_siblings(("envs",))
-        made: FunctionalEnv = importlib.import_module("envs").make_functional(env, **options)
-        return made
+        return resolve_functional_env(registry.functional_environments.get(env)(**options))
     missing = [m for m in ("network", "periods", "sample", "initial", "observe", "step") if not hasattr(env, m)]
     if missing or options:
         raise TypeError(

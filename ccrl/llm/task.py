@@ -1,11 +1,10 @@
 """What a language-model agent needs of a task: prompts, verifiable scores, demonstrations, replies.
 
-Tasks live outside this package (``envs.text``) and are looked up by name when an agent is built.
+Tasks live outside this package and are looked up in ``ccrl.registry.text_tasks`` when an agent is built.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
@@ -13,7 +12,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Generator, Tensor
 
-from ccrl.packages import check_siblings
+from ccrl import registry
 
 __all__ = [
     "ConversationTask",
@@ -111,14 +110,13 @@ class ConversationTask(Protocol):
 
 
 def resolve_task(task: Any, **options: Any) -> TextTask:
-    """A task from one (returned as it is) or from a name, which the package ``envs.text`` builds.
+    """A task from one (returned as it is) or from a name of ``ccrl.registry.text_tasks``, called with ``options``.
 
     :raises TypeError: if ``task`` is neither a name nor has the members of the protocol.
+    :raises ValueError: an unknown name.
     """
     if isinstance(task, str):
-        check_siblings(("envs",))
-        made: TextTask = importlib.import_module("envs.text").make_task(task, **options)
-        return made
+        task = registry.text_tasks.get(task)(**options)
     if not isinstance(task, TextTask):
         missing = [
             m for m in ("name", "vocab", "components", "max_new_tokens", "prompts", "score") if not hasattr(task, m)

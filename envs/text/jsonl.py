@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from ccrl import registry
 from ccrl.llm.task import Prompts, Score, Split, Vocabulary, pad_left, pad_right
 from envs.text.generated import TEST_SHARE, at_least, columns, fingerprint
 from envs.text.vocabulary import CharVocabulary
@@ -176,18 +176,14 @@ def _find(reward: Reward | str) -> Reward:
         return reward
     if not isinstance(reward, str):
         raise TypeError(f"reward: expected a function or 'module:function', got {type(reward).__name__}")
-    module, _, name = reward.partition(":")
-    if not module or not name:
-        raise ValueError(f"reward: expected 'module:function', got {reward!r}")
     try:
-        found = importlib.import_module(module)
-    except ModuleNotFoundError as error:
+        function = registry.load(reward)
+    except registry.UntrustedError:
+        raise
+    except (ValueError, ModuleNotFoundError) as error:
         raise ValueError(f"reward: expected 'module:function', got {reward!r}: {error}") from error
-    function = getattr(found, name, None)
     if not callable(function):
-        near = difflib.get_close_matches(name, [n for n in dir(found) if callable(getattr(found, n))], n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"reward: expected a function {name!r} in {found.__file__}, there is none{hint}")
+        raise ValueError(f"reward: expected {reward!r} to be a function, got {type(function).__name__}")
     made: Reward = function
     return made
 

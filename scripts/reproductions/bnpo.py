@@ -12,7 +12,7 @@ from ccrl.estimators.stages import GroupBaseline
 from ccrl.packages import check_siblings
 from scripts.reproductions import Measurement
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.llm.bnpo import BNPO, BetaNormaliser, BNPOConfig, log_density, optimal_normaliser
 from envs.text.bandits import TokenBandit

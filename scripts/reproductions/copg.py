@@ -18,7 +18,7 @@ from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.llm.task import Prompts
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.llm.copg import CoPG, CoPGConfig, sequence_sum
 from envs.text.bandits import Arms, SequenceMatch

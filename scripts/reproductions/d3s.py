@@ -17,7 +17,7 @@ from ccrl.packages import check_siblings
 from scripts.reproductions import Measurement
 from scripts.reproductions.tables import History, train
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.llm.base import LLM
 from agents.llm.baselines import GRPO, GRPOConfig

@@ -14,7 +14,7 @@ from ccrl.llm.task import Prompts, Split
 from ccrl.packages import check_siblings
 from scripts.reproductions import Measurement
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.llm.base import LLM
 from agents.llm.baselines import GRPO, DrGRPO

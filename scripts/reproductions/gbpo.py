@@ -16,7 +16,7 @@ from scripts.reproductions import Measurement
 from scripts.reproductions.modsum import modsum_shape
 from scripts.reproductions.tables import partial_sums, train
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.llm.base import LLM
 from agents.llm.baselines import GRPO

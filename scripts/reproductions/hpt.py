@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.llm.hpt import HPT, HPTConfig
 from envs.text.bandits import DeadPrompts

@@ -12,7 +12,7 @@ from ccrl.packages import check_siblings
 from scripts.reproductions import Measurement
 from scripts.reproductions.tables import partial_sums, train
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.llm.baselines import GRPO, GRPOConfig
 from agents.llm.real import REAL, REALConfig, anchored

@@ -15,7 +15,7 @@ from ccrl.llm.policy import OUTPUTS, token_outputs
 from ccrl.llm.task import Prompts
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.llm.base import LLM
 

@@ -377,5 +377,5 @@ def test_train_resume_and_evaluate_from_the_command_line(tmp_path: Path, capsys:
     assert found["steps"] >= 1200
     assert -1000 < found["deterministic/mean_reward"] < 0
     assert "mean return" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no differentiable simulator"):
+    with pytest.raises(ValueError, match="no functional environment"):
         HDPO("CartPole-v1")

@@ -138,7 +138,7 @@ def test_errors_name_the_fix():
         envs.make("CartPole-v11")
     with pytest.raises(ValueError, match="module:nobody/Knows-v0"):
         envs.make("nobody/Knows-v0")
-    with pytest.raises(ModuleNotFoundError, match="expected a module 'no_such_module' that registers"):
+    with pytest.raises(ModuleNotFoundError, match="expected a module 'no_such_module' that has"):
         envs.make("no_such_module:Env-v0")
     with pytest.raises(ValueError, match="expected backend None or one of native, sync"):
         envs.make("CartPole-v1", backend="fast")

@@ -109,7 +109,7 @@ def test_bad_rewards(write: Write) -> None:
         make_task("jsonl", path=path, reward="json")
     with pytest.raises(ValueError, match="got 'no_such_module:f': No module named 'no_such_module'"):
         make_task("jsonl", path=path, reward="no_such_module:f")
-    with pytest.raises(ValueError, match=r"expected a function 'load_' in .*; did you mean load"):
+    with pytest.raises(ValueError, match=r"expected a name 'load_' in .*; did you mean load"):
         make_task("jsonl", path=path, reward="json:load_")
     with pytest.raises(TypeError, match="expected a function or 'module:function', got int"):
         make_task("jsonl", path=path, reward=3)
