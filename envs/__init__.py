@@ -20,7 +20,7 @@ from ccrl import registry
 from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
 from ccrl.batched_env import AutoresetMode, BatchedEnv, check_device
 from ccrl.inventory.functional_env import FunctionalEnv
-from envs.text import TASKS, make_task
+from ccrl.llm.task import TextTask
 
 __all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_functional", "make_single_env", "make_vector_env"]
 
@@ -152,6 +152,12 @@ def make_single_env(task: str, render_mode: str | None = None, **options: Any) -
     return SingleEnv(env, render_mode)
 
 
+def _make_task(name: str, **options: Any) -> TextTask:
+    from envs.text import make_task  # late: who plays cart-pole needs none of it
+
+    return make_task(name, **options)
+
+
 def _make_native(
     id: str,
     num_envs: int,
@@ -227,5 +233,4 @@ for _id, (_module, _) in OWN.items():
     if _module == "envs.inventory":
         for _name in (f"ccrl/{_id}", _id):
             registry.functional_environments.register(_name, partial(make_functional, f"ccrl/{_id}"))
-for _id in TASKS:
-    registry.text_tasks.register(_id, partial(make_task, _id))
+registry.text_tasks.register_finder(lambda name: partial(_make_task, name))

@@ -153,5 +153,5 @@ def test_from_a_folder_that_is_not_installed(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     said, modules = done.stdout.splitlines()
-    assert "import the package that registers it first (`import envs`)" in said
+    assert "import the package that registers the name first (`import envs`)" in said
     assert modules == "False False"

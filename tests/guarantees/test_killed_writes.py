@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 TRAINER = """
 import sys, torch
 torch.set_num_threads(1)
+import envs
 from agents.ppo import PPO, PPOConfig
 from ccrl.experiment.callbacks import CheckpointCallback
 config = PPOConfig(num_envs=2, n_steps=4, batch_size=8, n_epochs=1, hidden=(700, 700), compile="off")
