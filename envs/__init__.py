@@ -233,4 +233,4 @@ for _id, (_module, _) in OWN.items():
     if _module == "envs.inventory":
         for _name in (f"ccrl/{_id}", _id):
             registry.functional_environments.register(_name, partial(make_functional, f"ccrl/{_id}"))
-registry.text_tasks.register_finder(lambda name: partial(_make_task, name))
+registry.text_tasks.register_finder(lambda name: None if registry.is_module_name(name) else partial(_make_task, name))

@@ -144,7 +144,9 @@ def test_ccrl_does_not_name_what_plugs_into_it():
     module = re.compile(r"(agents|envs|scripts)([.:]\w+)*")
     wrong = []
     for path in files("ccrl"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        tree.body = [node for node in tree.body if not ast.unparse(node).startswith("__all__")]
+        for node in ast.walk(tree):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and module.fullmatch(node.value):
                 wrong.append(f"{name(path)}:{node.lineno} names {node.value!r}")
     assert not wrong, "\n".join(wrong)

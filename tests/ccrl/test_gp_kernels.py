@@ -138,7 +138,7 @@ def test_a_missing_extra_says_how_to_install_it() -> None:
     code = """
         import sys
         sys.modules["gpytorch"] = None   # as if it were not installed
-        import agents.bpg, agents.bac, agents.dbqpg   # to list agents needs no extra
+        import envs, agents.bpg, agents.bac, agents.dbqpg   # to list agents needs no extra
         from agents.bpg import BPG
         try:
             BPG("CartPole-v1")

@@ -19,6 +19,7 @@ import torch
 
 torch.set_num_threads(1)
 
+import envs  # noqa: F401  (registers ids also where the project is not installed)
 from agents import get_agent
 from ccrl.experiment import config as configs
 from ccrl.experiment.callbacks import Callback, CheckpointCallback

@@ -107,7 +107,7 @@ def test_bad_rewards(write: Write) -> None:
     path = write(RECORDS)
     with pytest.raises(ValueError, match="expected 'module:function', got 'json'"):
         make_task("jsonl", path=path, reward="json")
-    with pytest.raises(ValueError, match="got 'no_such_module:f': .* expected a module 'no_such_module'"):
+    with pytest.raises(ValueError, match=r"got 'no_such_module:f': .* expected a module 'no_such_module'"):
         make_task("jsonl", path=path, reward="no_such_module:f")
     with pytest.raises(ValueError, match=r"expected a name 'load_' in .*; did you mean load"):
         make_task("jsonl", path=path, reward="json:load_")
