@@ -137,8 +137,6 @@ def test_estimators_know_no_updater():
     assert not wrong, "\n".join(wrong)
 
 
-
-
 def test_ccrl_does_not_name_what_plugs_into_it():
     """Neither as a module nor as a string that could become one; the registry learns the names from plugins."""
     module = re.compile(r"(agents|envs|scripts)([.:]\w+)*")
