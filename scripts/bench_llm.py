@@ -126,7 +126,7 @@ class Ours:
             model_width=config.width,
         )  # fmt: skip
         self.agent = GRPO(task, settings, seed=0, device=config.device)
-        self.prompts = self.agent.collector._to_device(task.prompts(config.n_prompts, None))
+        self.prompts = task.prompts(config.n_prompts, None).to(config.device)
         questions = torch.arange(config.n_prompts, device=config.device)
         self.question = questions.repeat_interleave(config.group_size)
         self._batch: Data | None = None

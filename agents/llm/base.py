@@ -22,6 +22,7 @@ from ccrl.llm.models import WithoutAdapters, build_policy
 from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.task import Prompts, TextTask, pad_left, resolve_task
+from ccrl.llm.vocabulary import encode_prompt
 from ccrl.updaters import ModuleUpdater, linear_decay
 
 __all__ = ["LLM", "LLMConfig"]
@@ -209,6 +210,8 @@ class LLM(Agent):
         return float(loss)
 
     def _points(self) -> dict[str, Tensor]:
+        # before plan is asked, so that a budget sees the prompts
+        self.ctx.prompts = self.collector.draw(self.config.n_prompts)
         return {}
 
     def _choose_compile(self, total_timesteps: int) -> None:
@@ -245,7 +248,7 @@ class LLM(Agent):
     @torch.no_grad()
     def complete(self, prompts: Sequence[str], deterministic: bool = False, seed: int | None = None) -> list[str]:
         """One completion per prompt, as text; ``seed=None`` draws from torch's global generator."""
-        tokens, valid = pad_left([self.task.vocab.encode(p) for p in prompts], self.task.vocab.pad)
+        tokens, valid = pad_left([encode_prompt(self.task.vocab, p) for p in prompts], self.task.vocab.pad)
         seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
         asked = Prompts(tokens, valid, torch.arange(len(prompts)), (None,) * len(prompts))
         found = self._collector(seed).complete(self.policy, asked, deterministic)

@@ -13,34 +13,23 @@ import torch
 from torch import Generator, Tensor
 
 from ccrl import registry
+from ccrl.llm.vocabulary import Vocabulary
 
 __all__ = [
     "ConversationTask",
+    "FiniteTask",
     "Prompts",
     "Score",
     "Split",
     "TextTask",
     "Vocabulary",
+    "pad_demonstrations",
     "pad_left",
     "pad_right",
     "resolve_task",
 ]
 
 Split = Literal["train", "test"]
-
-
-class Vocabulary(Protocol):
-    """Tokens as integers ``0..size-1``."""
-
-    size: int
-    pad: int
-    bos: int
-    eos: int
-
-    def encode(self, text: str) -> list[int]: ...
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text without padding and special tokens."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -55,17 +44,35 @@ class Prompts:
     """``[Q]`` int64: which question it is (its number in a finite set), for statistics per question."""
     truth: tuple[Any, ...]
     demonstration: Tensor | None = None
-    """``[Q, L]`` int64: one right answer with its end token, right-padded with the task's pad token; None where the
-    task has none. A row of padding alone: none for that question."""
+    """``[Q, L]`` int64: one right answer with its end token, right-padded; None where the task has none."""
+    demonstration_valid: Tensor | None = None
+    """``[Q, L]`` float32, 0 on padding; a row of zeros: no demonstration of that question. The mask alone says so: the
+    pad token may be the end token."""
+
+    def __post_init__(self) -> None:
+        shown, mask = self.demonstration, self.demonstration_valid
+        if (shown is None) != (mask is None) or (shown is not None and mask is not None and shown.shape != mask.shape):
+            shape = [None if x is None else tuple(x.shape) for x in (shown, mask)]
+            raise ValueError("Prompts: expected demonstration and demonstration_valid of one shape [Q, L], or neither, "
+                             f"got {shape[0]} and {shape[1]}; pad_demonstrations makes both")  # fmt: skip
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
 
     def select(self, questions: Tensor) -> Prompts:
         """Some of the questions, ``questions`` ``[Q']`` int64."""
-        demonstration = None if self.demonstration is None else self.demonstration[questions]
+        shown, mask = (None if x is None else x[questions] for x in (self.demonstration, self.demonstration_valid))
         truth = tuple(self.truth[i] for i in questions.tolist())
-        return Prompts(self.tokens[questions], self.valid[questions], self.index[questions], truth, demonstration)
+        return Prompts(self.tokens[questions], self.valid[questions], self.index[questions], truth, shown, mask)
+
+    def to(self, device: torch.device | str) -> Prompts:
+        """The same on ``device``."""
+        columns = (self.tokens, self.valid, self.index, self.demonstration, self.demonstration_valid)
+        tokens, valid, index, shown, mask = (None if x is None else x.to(device) for x in columns)
+        assert tokens is not None
+        assert valid is not None
+        assert index is not None
+        return Prompts(tokens, valid, index, self.truth, shown, mask)
 
 
 class Score(NamedTuple):
@@ -99,8 +106,23 @@ class TextTask(Protocol):
 
 
 @runtime_checkable
+class FiniteTask(Protocol):
+    """A text task with a list of questions. Training then goes through all of them, in a random order, before any comes
+    again."""
+
+    def count(self, split: Split) -> int:
+        """How many questions the split has."""
+        ...
+
+    def ask(self, numbers: Tensor, split: Split) -> Prompts:
+        """The questions ``numbers`` ``[Q]`` int64 of the split, each from 0 to ``count(split) - 1``."""
+        ...
+
+
+@runtime_checkable
 class ConversationTask(Protocol):
-    """A text task that replies: after ``turn`` (a token) the environment writes before the model goes on."""
+    """A text task that replies: after ``turn`` (a token) the environment writes before the model goes on. ``turn`` may
+    be an end token, as in many chat models: whether the episode ends there is then for ``respond`` to say."""
 
     turn: int
 
@@ -137,3 +159,10 @@ def pad_right(rows: Sequence[Sequence[int]], pad: int, width: int | None = None)
     """``[Q, L]`` int64."""
     width = max(map(len, rows)) if width is None else width
     return torch.tensor([list(r) + [pad] * (width - len(r)) for r in rows], dtype=torch.int64)
+
+
+def pad_demonstrations(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """``[Q, L]`` tokens and their mask; an empty row is a question without a demonstration."""
+    width = max(1, max(map(len, rows)))
+    mask = torch.tensor([[1.0] * len(row) + [0.0] * (width - len(row)) for row in rows])
+    return pad_right(rows, pad, width), mask

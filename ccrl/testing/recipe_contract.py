@@ -71,7 +71,7 @@ class RaggedTask:
         index = torch.arange(n) % self.questions
         end = torch.full_like(index, self.vocab.eos)
         shown = torch.stack([index, (index + 1) % 4, end], 1)
-        return Prompts(index[:, None], torch.ones(n, 1), index, tuple(index.tolist()), shown)
+        return Prompts(index[:, None], torch.ones(n, 1), index, tuple(index.tolist()), shown, torch.ones(n, 3))
 
     def score(self, prompts: Prompts, question: Tensor, tokens: Tensor, length: Tensor) -> Score:
         number = prompts.index[question]

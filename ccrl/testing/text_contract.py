@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
-from ccrl.llm.task import Prompts, Split, TextTask
+from ccrl.llm.task import ConversationTask, FiniteTask, Prompts, Split, TextTask
+from ccrl.llm.vocabulary import end_tokens
 
 __all__ = ["TextTaskContract"]
 
@@ -36,6 +37,9 @@ class TextTaskContract:
         assert len(task.components) >= 1
         assert task.max_new_tokens >= 1
         assert -1 <= task.vocab.eos < task.vocab.size
+        ends = end_tokens(task.vocab)
+        assert (task.vocab.eos in ends) == (task.vocab.eos >= 0)
+        assert all(token < task.vocab.size for token in ends)
 
     def test_prompts_are_left_padded(self) -> None:
         for task, prompts in self._draws():
@@ -90,14 +94,32 @@ class TextTaskContract:
         train, test = (set(task.prompts(500, Generator().manual_seed(0), s).index.tolist()) for s in self.splits)
         assert not train & test
 
+    def test_a_list_of_questions(self) -> None:
+        """Of a task with one: all numbers are questions, different and of their split, and a draw repeats none before
+        it has to."""
+        task = self.make_task()
+        if not isinstance(task, FiniteTask):
+            return
+        for split in self.splits:
+            count = task.count(split)
+            assert count >= 1
+            found = task.ask(torch.arange(count), split)
+            assert len(set(found.index.tolist())) == len(found) == count
+            drawn = task.prompts(count, Generator().manual_seed(0), split)
+            assert sorted(drawn.index.tolist()) == sorted(found.index.tolist())
+
     def test_demonstrations_are_right(self) -> None:
         for task, prompts in self._draws():
             if prompts.demonstration is None:
                 continue
-            length = demonstration_length(task, prompts)
+            assert prompts.demonstration_valid is not None
+            assert (prompts.demonstration_valid.diff(dim=1) <= 0).all(), "padding to the left of a demonstration"
+            length = demonstration_length(prompts)
             assert (length <= task.max_new_tokens).all()
-            written = (prompts.demonstration != task.vocab.pad).any(1)
-            assert (length[written] > 0).all(), "a demonstration without its end token"
+            if end_tokens(task.vocab) and not isinstance(task, ConversationTask):
+                written = (length > 0).nonzero().flatten()
+                last = prompts.demonstration[written, length[written] - 1].tolist()
+                assert set(last) <= set(end_tokens(task.vocab)), "a demonstration without its end token"
             shown = (length > 0).nonzero().flatten()
             score = task.score(prompts, shown, prompts.demonstration[shown].t(), length[shown])
             assert (score.components[:, 0] == 1).all()
@@ -184,18 +206,14 @@ class TextTaskContract:
         tokens = torch.randint(task.vocab.size, (task.max_new_tokens, self.n), generator=Generator().manual_seed(0))
         length = torch.full((self.n,), task.max_new_tokens)
         if prompts.demonstration is not None:
-            known = demonstration_length(task, prompts)
+            known = demonstration_length(prompts)
             tokens[: prompts.demonstration.shape[1], known > 0] = prompts.demonstration.t()[:, known > 0]
             length = torch.where(known > 0, known, length)
         length[::3] -= 1
         return tokens, length.clamp(min=1)
 
 
-def demonstration_length(task: TextTask, prompts: Prompts) -> Tensor:
+def demonstration_length(prompts: Prompts) -> Tensor:
     """``[Q]`` int64: tokens of each demonstration, its end token included; 0 where there is none."""
-    assert prompts.demonstration is not None
-    shown, eos = prompts.demonstration, task.vocab.eos
-    if eos < 0:
-        return (shown != task.vocab.pad).sum(1)
-    ends = shown == eos
-    return torch.where(ends.any(1), ends.int().argmax(1) + 1, 0)
+    assert prompts.demonstration_valid is not None
+    return prompts.demonstration_valid.sum(1).long()

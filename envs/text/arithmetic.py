@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Generator
 
-from envs.text.generated import GeneratedTask, Question, Verdict, at_least, natural
+from envs.text.generated import LONGEST, GeneratedTask, Question, Verdict, at_least, natural, some_of
 from envs.text.vocabulary import CharVocabulary
 
 __all__ = ["Arithmetic"]
@@ -35,14 +35,13 @@ class Arithmetic(GeneratedTask):
     def __init__(
         self, operands: int = 2, digits: int = 2, operators: str = "+", modulus: int = 100, max_new_tokens: int = 6
     ) -> None:
-        self.operands = at_least("operands", operands, 1)
-        self.base = 10 ** at_least("digits", digits, 1)
-        self.modulus = at_least("modulus", modulus, 2)
-        if not operators or set(operators) - set("+-*") or len(set(operators)) < len(operators):
-            raise ValueError(f"operators: expected some of '+-*', each once, got {operators!r}")
-        self.operators = operators
+        # 18 digits are what an answer is read from, and the questions are numbered in 62 bits
+        self.operands = at_least("operands", operands, 1, 18)
+        self.base = 10 ** at_least("digits", digits, 1, 18)
+        self.modulus = at_least("modulus", modulus, 2, 10**18)
+        self.operators = some_of("operators", operators, "+-*")
         needed = len(str(modulus - 1)) + 2 * len(self.mark) + 1
-        self.max_new_tokens = at_least("max_new_tokens", max_new_tokens, needed)
+        self.max_new_tokens = at_least("max_new_tokens", max_new_tokens, needed, LONGEST)
         self.questions = self.base**operands * len(operators) ** (operands - 1)
         if self.questions >= 2**62:
             raise ValueError(f"expected fewer than 2^62 questions, got {self.questions}; take fewer operands or digits")

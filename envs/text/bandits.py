@@ -7,6 +7,7 @@ scoring stays on tensors. The rules of a task are drawn from its own ``seed``.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
@@ -17,6 +18,10 @@ from ccrl.llm.task import Prompts, Score, Split
 from envs.text.generated import at_least
 
 __all__ = ["Arms", "DeadPrompts", "EasyHard", "ModSum", "SequenceMatch", "SumRule", "SymbolVocabulary", "TokenBandit"]
+
+
+LARGEST_TABLE = 2**28
+"""Logits ``[questions, fixed_length, symbols]``: 1 GiB in float32."""
 
 
 class SymbolVocabulary:
@@ -54,7 +59,8 @@ class TokenBandit(ABC):
         symbols: tokens to choose from.
 
     Raises:
-        ValueError: one of them is too small, or there are 2^62 completions or more.
+        ValueError: one of them is too small, there are 2^62 completions or more, or the table has more than
+            ``LARGEST_TABLE`` logits.
     """
 
     name: str
@@ -64,10 +70,15 @@ class TokenBandit(ABC):
 
     def __init__(self, questions: int, fixed_length: int, symbols: int) -> None:
         self.questions = at_least("questions", questions, 1)
-        self.fixed_length = self.max_new_tokens = at_least("fixed_length", fixed_length, 1)
+        self.fixed_length = self.max_new_tokens = at_least("fixed_length", fixed_length, 1, 61)
         self.symbols = at_least("symbols", symbols, 2)
         if symbols**fixed_length >= 2**62:
             raise ValueError(f"expected symbols^fixed_length < 2^62, got {symbols}^{fixed_length}")
+        if questions * fixed_length * symbols > LARGEST_TABLE:
+            raise ValueError(
+                f"expected a table of at most {LARGEST_TABLE} logits, got questions={questions} x "
+                f"fixed_length={fixed_length} x symbols={symbols}"
+            )
         self.vocab = SymbolVocabulary(symbols)
 
     @abstractmethod
@@ -84,7 +95,8 @@ class TokenBandit(ABC):
         else:
             raise ValueError(f"expected the split 'train' or 'test', got {split!r}")
         shown = None if self.demonstrations is None else self.demonstrations[index]
-        return Prompts(index[:, None], torch.ones(n, 1), index, tuple(index.tolist()), shown)
+        mask = None if shown is None else torch.ones(shown.shape)
+        return Prompts(index[:, None], torch.ones(n, 1), index, tuple(index.tolist()), shown, mask)
 
     def score(self, prompts: Prompts, question: Tensor, tokens: Tensor, length: Tensor) -> Score:
         """See :class:`ccrl.llm.task.TextTask`. A completion shorter than ``fixed_length`` is worth 0."""
@@ -123,7 +135,7 @@ class SumRule(TokenBandit):
 
     def __init__(self, questions: int = 256, fixed_length: int = 4, symbols: int = 16, seed: int = 0) -> None:
         super().__init__(questions, fixed_length, symbols)
-        generator = Generator().manual_seed(seed)
+        generator = _seeded(seed)
         size = torch.randint(1, symbols, (questions, 1), generator=generator)
         self.allowed = _random_sets(size, symbols, generator)
 
@@ -161,11 +173,11 @@ class DeadPrompts(TokenBandit):
         seed: int = 0,
     ) -> None:
         super().__init__(questions, at_least("fixed_length", fixed_length, 2), symbols)
-        if not 0 <= dead <= 1:
-            raise ValueError(f"dead: expected a share from 0 to 1, got {dead}")
-        if not 1 <= smallest <= largest <= symbols:
+        if isinstance(dead, bool) or not isinstance(dead, int | float) or not 0 <= dead <= 1:
+            raise ValueError(f"dead: expected a share from 0 to 1, got {dead!r}")
+        if not at_least("smallest", smallest, 1) <= at_least("largest", largest, 1) <= symbols:
             raise ValueError(f"expected 1 <= smallest <= largest <= {symbols}, got {smallest} and {largest}")
-        generator = Generator().manual_seed(seed)
+        generator = _seeded(seed)
         self.dead = torch.zeros(questions, dtype=torch.bool)
         self.dead[torch.randperm(questions, generator=generator)[: round(dead * questions)]] = True
         self.demonstrations = torch.randint(symbols, (questions, fixed_length), generator=generator)
@@ -188,10 +200,9 @@ class EasyHard(TokenBandit):
 
     def __init__(self, questions: int = 40, symbols: int = 20, easy: int = 10, seed: int = 0) -> None:
         super().__init__(questions, 1, symbols)
-        if not 1 <= easy <= symbols:
-            raise ValueError(f"easy: expected 1 to {symbols} right symbols, got {easy}")
+        at_least("easy", easy, 1, symbols)
         self.hard = torch.arange(questions) % 2 == 1
-        self.allowed = _random_sets(torch.where(self.hard, 1, easy)[:, None], symbols, Generator().manual_seed(seed))
+        self.allowed = _random_sets(torch.where(self.hard, 1, easy)[:, None], symbols, _seeded(seed))
 
     def reward(self, question: Tensor, tokens: Tensor) -> Tensor:
         return self.allowed.to(tokens.device)[question, tokens[0]].float()
@@ -204,7 +215,7 @@ class SequenceMatch(TokenBandit):
 
     def __init__(self, questions: int = 1, fixed_length: int = 6, symbols: int = 8, seed: int = 0) -> None:
         super().__init__(questions, fixed_length, symbols)
-        generator = Generator().manual_seed(seed)
+        generator = _seeded(seed)
         self.targets = torch.randint(symbols, (questions, fixed_length), generator=generator)
         self.demonstrations = self.targets
 
@@ -218,13 +229,18 @@ class Arms(TokenBandit):
     name = "arms"
 
     def __init__(self, rewards: Sequence[float] = (1.0, 0.3, -0.5)) -> None:
+        wrong = isinstance(rewards, str) or not isinstance(rewards, Sequence) or len(rewards) < 2
+        if wrong or not all(isinstance(r, int | float) and -math.inf < r <= 1 for r in rewards):
+            raise ValueError(f"rewards: expected two or more finite numbers up to 1 (success), got {rewards!r}")
         super().__init__(1, 1, len(rewards))
         self.rewards = torch.tensor(rewards, dtype=torch.float32)
-        if not (self.rewards <= 1).all() or not self.rewards.isfinite().all():
-            raise ValueError(f"rewards: expected finite numbers up to 1, which is success, got {tuple(rewards)}")
 
     def reward(self, question: Tensor, tokens: Tensor) -> Tensor:
         return self.rewards.to(tokens.device)[tokens[0]]
+
+
+def _seeded(seed: int) -> Generator:
+    return Generator().manual_seed(at_least("seed", seed, 0, 2**63 - 1))
 
 
 def _random_sets(size: Tensor, symbols: int, generator: Generator) -> Tensor:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Generator
 
-from envs.text.generated import GeneratedTask, Question, Verdict, at_least, fingerprint
+from ccrl.llm.vocabulary import end_tokens
+from envs.text.generated import LONGEST, GeneratedTask, Question, Verdict, at_least, fingerprint
 from envs.text.sandbox import MISSING, Sandbox
 from envs.text.vocabulary import CharVocabulary
 
@@ -46,13 +47,13 @@ class Code(GeneratedTask):
         wall_seconds: float = 5.0,
         memory: int = 2**28,
     ) -> None:
-        self.degree = at_least("degree", degree, 0)
+        self.degree = at_least("degree", degree, 0, LARGEST_DEGREE)
         self.largest = at_least("largest", largest, 1)
         self.choices = 2 * largest + 1
-        if degree > LARGEST_DEGREE or self.choices ** (degree + 1) >= 2**62:
-            raise ValueError(f"expected a degree up to {LARGEST_DEGREE} and fewer than 2^62 questions, got {degree}")
+        if self.choices ** (degree + 1) >= 2**62:
+            raise ValueError(f"expected fewer than 2^62 questions, got degree={degree}, largest={largest}")
         longest = sum(len(f"-{largest}{'*x' * power}") for power in range(degree + 1)) + 1
-        self.max_new_tokens = at_least("max_new_tokens", max_new_tokens, longest)
+        self.max_new_tokens = at_least("max_new_tokens", max_new_tokens, longest, LONGEST)
         # All that a program may be written in.
         self.vocab = CharVocabulary("\n" + "".join(map(chr, range(32, 127))))
         self.sandbox = Sandbox(cpu_seconds, wall_seconds, memory)
@@ -67,8 +68,8 @@ class Code(GeneratedTask):
 
     def verdicts(self, truths: Sequence[Any], completions: Sequence[Sequence[int]]) -> list[Verdict]:
         """All completions in one start of the sandbox; equal programs run once."""
-        eos = self.vocab.eos
-        texts = [self.vocab.decode(c) if len(c) > 1 and c[-1] == eos else None for c in completions]
+        ends = end_tokens(self.vocab)
+        texts = [self.vocab.decode(c) if len(c) > 1 and c[-1] in ends else None for c in completions]
         different = sorted({text for text in texts if text is not None})
         outputs: dict[str | None, list[Any]] = {None: [MISSING] * len(INPUTS)}
         if different:

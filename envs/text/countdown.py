@@ -7,7 +7,7 @@ from fractions import Fraction
 import torch
 from torch import Generator
 
-from envs.text.generated import GeneratedTask, Question, Verdict, at_least, fingerprint, natural
+from envs.text.generated import GeneratedTask, Question, Verdict, at_least, fingerprint, natural, some_of
 from envs.text.vocabulary import CharVocabulary
 
 __all__ = ["Countdown", "evaluate"]
@@ -32,16 +32,13 @@ class Countdown(GeneratedTask):
     name = "countdown"
 
     def __init__(self, numbers: int = 3, largest: int = 9, target: int = 99, operators: str = "+-*") -> None:
-        self.numbers = at_least("numbers", numbers, 2)
+        self.numbers = at_least("numbers", numbers, 2, 6)
         self.largest = at_least("largest", largest, 1)
         self.target = at_least("target", target, 1)
-        if not operators or set(operators) - set("+-*/") or len(set(operators)) < len(operators):
-            raise ValueError(f"operators: expected some of '+-*/', each once, got {operators!r}")
-        self.operators = operators
-        if numbers > 6 or (target + 1) * (largest + 1) ** numbers >= 2**62:
+        self.operators = some_of("operators", operators, "+-*/")
+        if (target + 1) * (largest + 1) ** numbers >= 2**62:
             raise ValueError(
-                f"expected at most 6 numbers and fewer than 2^62 questions, got numbers={numbers}, largest={largest}, "
-                f"target={target}"
+                f"expected fewer than 2^62 questions, got numbers={numbers}, largest={largest}, target={target}"
             )
         # The digits, the operators between them, a pair of brackets for all but one of the operators, the end.
         self.max_new_tokens = numbers * len(str(largest)) + (numbers - 1) + 2 * (numbers - 2) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -10,10 +11,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from ccrl.llm.task import Prompts, Score, Split, Vocabulary, pad_left, pad_right
+from ccrl.llm.task import Prompts, Score, Split, Vocabulary, pad_demonstrations, pad_left
+from ccrl.llm.vocabulary import encode_prompt, end_tokens
 
-__all__ = ["GeneratedTask", "Question", "Verdict", "at_least", "columns", "fingerprint", "natural"]
+__all__ = [
+    "LONGEST",
+    "GeneratedTask",
+    "Question",
+    "Verdict",
+    "at_least",
+    "columns",
+    "fingerprint",
+    "natural",
+    "some_of",
+]
 
+LONGEST = 2**20
+"""Tokens of a completion, at most: what is asked for is reserved."""
 TEST_SHARE = 10
 """One question in this many is a test question."""
 
@@ -95,10 +109,25 @@ class GeneratedTask(ABC):
                 raise ValueError(f"{self.name} has no question in the split {split!r}; its options leave too few")
         del chosen[n:]
         vocab = self.vocab
-        tokens, valid = pad_left([[vocab.bos, *vocab.encode(q.text)] for q in chosen], vocab.pad)
+        tokens, valid = pad_left([encode_prompt(vocab, q.text) for q in chosen], vocab.pad)
         shown = [[] if q.demonstration is None else [*vocab.encode(q.demonstration), vocab.eos] for q in chosen]
         index = torch.tensor([q.number for q in chosen], dtype=torch.int64)
-        return Prompts(tokens, valid, index, tuple(q.truth for q in chosen), pad_right(shown, vocab.pad))
+        return Prompts(tokens, valid, index, tuple(q.truth for q in chosen), *pad_demonstrations(shown, vocab.pad))
+
+    def reencoded(self, vocab: Vocabulary) -> GeneratedTask:
+        """The same questions in another vocabulary.
+
+        Raises:
+            ValueError: there is a text that cannot be written in it, or an answer that is too long in it.
+        """
+        found = copy.copy(self)
+        found.vocab = vocab
+        shown = found.prompts(64, Generator().manual_seed(0)).demonstration_valid
+        longest = 0 if shown is None else int(shown.sum(1).max())
+        if longest > self.max_new_tokens:
+            raise ValueError(f"{self.name}: expected answers of at most max_new_tokens = {self.max_new_tokens} tokens, "
+                             f"got {longest} with {type(vocab).__name__}; raise max_new_tokens")  # fmt: skip
+        return found
 
     @staticmethod
     def _is_test(question: Question) -> bool:
@@ -112,20 +141,33 @@ class GeneratedTask(ABC):
 
     def verdicts(self, truths: Sequence[Any], completions: Sequence[Sequence[int]]) -> list[Verdict]:
         """One verdict per completion; a task that judges many of them at once replaces it."""
-        decode, judge, eos = self.vocab.decode, self.judge, self.vocab.eos
+        decode, judge, ends = self.vocab.decode, self.judge, end_tokens(self.vocab)
         unfinished = Verdict((0.0,) * len(self.components), -1)
         return [
-            judge(truth, decode(completion)) if completion and completion[-1] == eos else unfinished
+            judge(truth, decode(completion)) if completion and completion[-1] in ends else unfinished
             for truth, completion in zip(truths, completions)
         ]
 
 
-def at_least(name: str, value: int, least: int) -> int:
+def at_least(name: str, value: int, least: int, most: int = 2**31 - 1) -> int:
     """``value``, checked.
 
     Raises:
-        ValueError: it is no whole number or below ``least``.
+        ValueError: it is no whole number, below ``least`` or above ``most``.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: expected a whole number >= {least}, got {value!r}")
+    if value > most:
+        raise ValueError(f"{name}: expected a whole number <= {most}, got {value!r}")
+    return value
+
+
+def some_of(name: str, value: str, allowed: str) -> str:
+    """``value``, checked: characters out of ``allowed``.
+
+    Raises:
+        ValueError: it is no text, an empty one, has other characters or one of them twice.
+    """
+    if not isinstance(value, str) or not value or set(value) - set(allowed) or len(set(value)) < len(value):
+        raise ValueError(f"{name}: expected some of {allowed!r}, each once, got {value!r}")
     return value

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Generator
 
+from ccrl.llm.vocabulary import Vocabulary
 from envs.text.generated import GeneratedTask, Question, Verdict, at_least, natural
 from envs.text.vocabulary import CharVocabulary
 
@@ -35,10 +36,8 @@ class Guessing(GeneratedTask):
     disjoint = False
 
     def __init__(self, numbers: int = 20, turns: int = 5) -> None:
-        self.numbers = at_least("numbers", numbers, 2)
-        self.turns = at_least("turns", turns, 1)
-        if numbers > 10**15:
-            raise ValueError(f"numbers: expected at most 10^15, got {numbers}")
+        self.numbers = at_least("numbers", numbers, 2, 10**15)
+        self.turns = at_least("turns", turns, 1, 1000)
         self.vocab = CharVocabulary("0123456789:;<>")
         (self.turn,) = self.vocab.encode(";")
         self.max_new_tokens = turns * (len(str(numbers - 1)) + 2) + 1
@@ -53,6 +52,23 @@ class Guessing(GeneratedTask):
         if not guesses or guesses[-1] in (-1, truth) or len(guesses) >= self.turns:
             return None
         return self.vocab.encode(">" if truth > guesses[-1] else "<")
+
+    def reencoded(self, vocab: Vocabulary) -> GeneratedTask:
+        """Replies are told from guesses by their place: one token each.
+
+        Raises:
+            ValueError: the turn token or a reply is not a single token of ``vocab``.
+        """
+        pieces = {text: vocab.encode(text) for text in ";<>"}
+        several = {text: tokens for text, tokens in pieces.items() if len(tokens) != 1}
+        if several or vocab.encode("1;") != [*vocab.encode("1"), *pieces[";"]]:
+            raise ValueError(
+                "guessing needs a vocabulary with a token each for ';', '<' and '>', also behind digits; "
+                f"got {several or vocab.encode('1;')}; train it with a model without a tokenizer"
+            )
+        found = super().reencoded(vocab)
+        found.turn = pieces[";"][0]
+        return found
 
     def judge(self, truth: int, text: str) -> Verdict:
         return self._verdict(truth, self.vocab.encode(text))

@@ -24,9 +24,7 @@ class Sorting(GeneratedTask):
     name = "sorting"
 
     def __init__(self, digits: int = 5) -> None:
-        self.digits = at_least("digits", digits, 2)
-        if digits > 18:
-            raise ValueError(f"digits: expected at most 18, got {digits}")
+        self.digits = at_least("digits", digits, 2, 18)
         self.max_new_tokens = digits + 1
         self.vocab = CharVocabulary("0123456789=")
         self.check()

@@ -1,9 +1,10 @@
-"""Vocabularies: characters, and what a Hugging Face tokenizer knows."""
+"""Vocabularies: characters; and ``HFVocabulary``, which is at home in ccrl, for who looks for it here."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+
+from ccrl.llm.vocabulary import HFVocabulary
 
 __all__ = ["CharVocabulary", "HFVocabulary"]
 
@@ -47,34 +48,3 @@ class CharVocabulary:
         """Text of ``tokens``, special tokens left out."""
         text = self._text
         return "".join([text[t] for t in tokens])
-
-
-class HFVocabulary:
-    """A Hugging Face tokenizer with the members of a vocabulary; imports nothing itself.
-
-    Args:
-        tokenizer: anything with ``encode``, ``decode``, ``__len__``, ``eos_token_id``, ``pad_token_id`` and
-            ``bos_token_id``. Without a pad token the end token pads, without a begin token none is written.
-
-    Raises:
-        ValueError: the tokenizer has no end token: completions would never end.
-    """
-
-    def __init__(self, tokenizer: Any) -> None:
-        if tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"expected a tokenizer with an end token, got {type(tokenizer).__name__} with eos_token_id=None; set it"
-            )
-        self.tokenizer = tokenizer
-        self.size = len(tokenizer)
-        self.eos = int(tokenizer.eos_token_id)
-        self.pad = self.eos if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id)
-        self.bos = -1 if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
-
-    def encode(self, text: str) -> list[int]:
-        """Tokens of ``text``, without special tokens."""
-        return list(self.tokenizer.encode(text, add_special_tokens=False))
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of ``tokens``, special tokens left out."""
-        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))

@@ -331,11 +331,11 @@ def test_imitation_of_texts_of_different_lengths() -> None:
     assert float(agent.scalars["train/sft_loss"]) == pytest.approx(math.log(agent.task.vocab.size), rel=1e-5)
     agent.learn(60 * agent.samples_per_iteration)
     prompts = agent.task.prompts(64, torch.Generator().manual_seed(5), "train")
-    tokens = prompts.demonstration
+    tokens, mask = prompts.demonstration, prompts.demonstration_valid
     assert tokens is not None
+    assert mask is not None
     before = torch.cat([prompts.tokens[:, -1:], tokens[:, :-1]], 1)
-    counted = (tokens == agent.task.vocab.eos).cumsum(1) - (tokens == agent.task.vocab.eos).long() == 0
-    nll = -agent.policy.logits.log_softmax(-1)[before, tokens][counted].mean()
+    nll = -agent.policy.logits.log_softmax(-1)[before, tokens][mask > 0].mean()
     nll = nll.detach()
     assert float(nll) == pytest.approx(float(agent.scalars["train/sft_loss"]), abs=0.3)
     assert float(nll) < 0.7 * math.log(agent.task.vocab.size)

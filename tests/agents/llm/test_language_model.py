@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -59,6 +60,25 @@ def test_the_rollout_that_is_asked_for() -> None:
     assert agent.estimator.parts.request.counts.tolist() == [5, 5]
     assert agent.samples_per_iteration == 10
     assert agent.estimator.parts.components == ("accuracy", "grade")
+
+
+def test_plan_sees_the_prompts() -> None:
+    """A budget gives the questions different numbers of completions."""
+
+    class Budget(GRPO.Recipe):
+        def plan(self, points: Any, have: Any, ctx: Any) -> Any:
+            seen.append(ctx.prompts.index.tolist())
+            counts = torch.where(ctx.prompts.index == 1, 6, 3)
+            return [] if have else [replace(self.parts.request, counts=counts)]
+
+    class Agent(GRPO):
+        Recipe = Budget
+
+    seen = list[list[int]]()
+    agent = Agent(RaggedTask(), GRPO.Config(**SMALL), seed=0)
+    agent.learn(1)
+    assert seen == [[0, 1, 2]] * 2
+    assert agent.num_timesteps == 12
 
 
 def test_lengths() -> None:

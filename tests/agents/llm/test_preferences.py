@@ -131,7 +131,7 @@ class Partly(RaggedTask):
 
     def prompts(self, n: int, generator: Any, split: Any = "train") -> Any:
         found = super().prompts(n, generator, split)
-        found.demonstration[found.index == 1] = self.vocab.pad
+        found.demonstration_valid[found.index == 1] = 0.0
         return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from ccrl.collect import Request
 from ccrl.data import Data, Field
-from ccrl.llm import sampler
+from ccrl.llm import decoding
 from ccrl.llm.policy import CausalLMPolicy
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.tabular import TabularTokenPolicy
@@ -55,7 +56,7 @@ def test_dropping_finished_rows_changes_no_sample(
 ) -> None:
     found = []
     for share in (0.0, 1.0):
-        monkeypatch.setattr(sampler, "COMPACT", share)
+        monkeypatch.setattr(decoding, "COMPACT", share)
         if name == "table":
             found.append(collect(0))
             continue
@@ -213,7 +214,7 @@ def test_prompts_of_another_rollout() -> None:
     again = collector.collect(Request(tag="again", counts=torch.tensor([1, 3]), source="on"), policy)
     assert collector.prompts["again"] is collector.prompts["on"]
     assert again["group"].tolist() == [0, 1, 1, 1]
-    with pytest.raises(ValueError, match=r"request 'x': expected counts \[2\], got \(1,\)"):
+    with pytest.raises(ValueError, match=r"request 'x': expected counts \[2\], one per prompt, got \(1,\)"):
         collector.collect(Request(tag="x", counts=torch.tensor([1]), source="on"), policy)
 
 
@@ -237,8 +238,8 @@ def test_a_question_without_demonstration_is_an_empty_column() -> None:
 
     def partly(n: int, generator: Any, split: Any = "train") -> Prompts:
         found = ask(n, generator, split)
-        assert found.demonstration is not None
-        found.demonstration[1] = task.vocab.pad
+        assert found.demonstration_valid is not None
+        found.demonstration_valid[1] = 0.0
         return found
 
     task.prompts = partly  # type: ignore[method-assign]
@@ -258,6 +259,93 @@ def test_end_token_that_pads(build: Build, task: TextTask) -> None:
     data = TokenCollector(task, seed=0).collect(request, build("llama"))
     assert data["length"].unique().tolist() == [2, 3]
     assert data["reward_components"].flatten().tolist() == [1.0] * 6
+
+
+def test_a_demonstration_longer_than_the_cap_is_cut_not_ended() -> None:
+    task = RaggedTask()
+    prompts = task.prompts(3, None)
+    collector = TokenCollector(task, seed=0)
+    collector.steps = 2
+    data = collector.score(collector.demonstrate(prompts, torch.arange(3)))
+    assert data["length"].tolist() == [2, 2, 2]
+    assert data["capped"].all()
+    assert not data["terminated"].any()
+
+
+@pytest.mark.parametrize("ends", [(4,), (4, 3), (4, 3, 2)])
+def test_every_end_token_ends(ends: tuple[int, ...]) -> None:
+    class Ends(RaggedTask):
+        vocab = SimpleNamespace(size=5, pad=-1, bos=-1, eos=4, ends=ends)  # type: ignore[assignment]
+
+    task = Ends()
+    data = TokenCollector(task, seed=0).sample(
+        table(task), task.prompts(3, None), torch.arange(3).repeat_interleave(40)
+    )
+    for column, length in zip(data["action"].t().tolist(), data["length"].tolist()):
+        assert column[length - 1] in ends
+        assert not set(column[: length - 1]) & set(ends)
+
+
+# -- the four verbs -------------------------------------------------------------------------------------------------
+
+
+def test_the_verbs_make_a_rollout() -> None:
+    task = RaggedTask()
+    verbs, whole = TokenCollector(task, seed=0), TokenCollector(task, seed=0)
+    drawn = verbs.draw(2)
+    prompts, question = verbs.plan(Request(counts=torch.tensor([1, 3])))
+    assert prompts is drawn
+    assert question.tolist() == [0, 1, 1, 1]
+    written = verbs.generate(table(task), prompts, question)
+    assert written.buffer.reward.abs().sum() == 0  # nothing is verified yet
+    data, expected = verbs.score(written), whole.collect(Request(counts=torch.tensor([1, 3])), table(task))
+    assert data.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(data[name], expected[name]), name
+
+
+class Numbered(RaggedTask):
+    """Prompts say how many were drawn before them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn = 0
+
+    def prompts(self, n: int, generator: Any, split: Any = "train") -> Prompts:
+        found = super().prompts(n, generator, split)
+        index = torch.arange(self.drawn, self.drawn + n)
+        self.drawn += n
+        return replace(found, index=index)
+
+
+def test_who_asks_gets_the_drawn_prompts_first_and_then_more() -> None:
+    """A budget sees the prompts, a probe takes some of them, a refill new ones of the same source."""
+    task = Numbered()
+    collector, policy = TokenCollector(task, seed=0), table(task)
+    drawn = collector.draw(3)
+    assert collector.collect(Request(counts=torch.tensor([1, 0, 2])), policy)["index"].tolist() == [0, 2, 2]
+    probe = Request(tag="probe", prompts=drawn.select(torch.tensor([2])), counts=torch.tensor([2]))
+    assert collector.collect(probe, policy)["index"].tolist() == [2, 2]
+    assert collector.collect(Request(tag="refill", counts=torch.tensor([1, 1])), policy)["index"].tolist() == [3, 4]
+    collector.draw(3)
+    named = Request(prompts=drawn, counts=torch.tensor([1, 1, 1]))
+    assert collector.collect(named, policy)["index"].tolist() == [0, 1, 2]
+    # named prompts stand for the drawn ones, which come to nobody else
+    assert collector.collect(Request(counts=torch.tensor([1])), policy)["index"].tolist() == [8]
+
+
+def test_requests_that_do_not_fit_their_prompts() -> None:
+    task = RaggedTask()
+    collector = TokenCollector(task, seed=0)
+    collector.draw(3)
+    with pytest.raises(ValueError, match=r"expected counts \[3\], one per prompt, got \(2,\); name the prompts"):
+        collector.plan(Request(counts=torch.tensor([1, 1])))
+    with pytest.raises(ValueError, match="expected at least one completion, got counts of 0 alone"):
+        collector.plan(Request(counts=torch.zeros(3, dtype=torch.int64)))
+    with pytest.raises(ValueError, match=r"expected a source among \[\], got 'on'"):
+        collector.plan(Request(counts=torch.ones(3), source="on"))
+    with pytest.raises(ValueError, match="at least one prompt, got 0"):
+        collector.draw(0)
 
 
 # -- conversations --------------------------------------------------------------------------------------------------
@@ -343,6 +431,22 @@ def test_what_a_reply_says_has_no_effect() -> None:
     assert len(task.heard) == 1
     assert not data["entropy"][data["valid"] == 0].any()
     assert collector.tokens == 4  # what was chosen, not what was replied
+
+
+def test_a_turn_token_that_is_an_end_token() -> None:
+    """As in many chat models: the reply decides whether the episode ends there."""
+
+    class Chat(Scripted):
+        turn = 3
+
+        def respond(self, truth: Any, tokens: Sequence[int]) -> list[int] | None:
+            return {1: [1, 0]}.get(list(tokens).count(3))
+
+    task, policy = Chat(), Follows([0, 3, 1, 1, 0, 3, 0, 0, 0, 0, 0, 0])
+    data = TokenCollector(task, seed=0).sample(policy, task.prompts(1, None), torch.zeros(1, dtype=torch.int64))
+    assert data["action"][:, 0].tolist() == [0, 3, 1, 0, 0, 3]
+    assert data["valid"][:, 0].tolist() == [1, 1, 0, 0, 1, 1]
+    assert data["terminated"][:, 0].nonzero().flatten().tolist() == [5]
 
 
 def test_a_reply_is_cut_at_the_cap() -> None:

@@ -169,8 +169,8 @@ class ForgetsTheEnd(Sorting):
 
     def prompts(self, n, generator, split="train"):
         prompts = super().prompts(n, generator, split)
-        shown = torch.where(prompts.demonstration == self.vocab.eos, self.vocab.pad, prompts.demonstration)
-        return dataclasses.replace(prompts, demonstration=shown)
+        mask = prompts.demonstration_valid * (prompts.demonstration != self.vocab.eos)
+        return dataclasses.replace(prompts, demonstration_valid=mask)
 
 
 @pytest.mark.parametrize(

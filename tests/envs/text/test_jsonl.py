@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Generator
 
+from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.task import TextTask, pad_right
 from envs.text import make_task
 from envs.text.vocabulary import CharVocabulary, HFVocabulary
@@ -29,6 +30,11 @@ def write(tmp_path: Path) -> Write:
     return write
 
 
+def small(path: Path, **options: Any) -> TextTask:
+    """Of a file that is too small to lose a tenth: its training questions are its test."""
+    return make_task("jsonl", path=path, test_path=path, **options)
+
+
 def rewards(task: TextTask, text: str, n: int = 3) -> list[list[float]]:
     prompts = task.prompts(n, Generator().manual_seed(0))
     tokens = pad_right([[*task.vocab.encode(text), task.vocab.eos]] * n, task.vocab.pad).t()
@@ -40,20 +46,20 @@ def length_of(prompt: str, completion: str, record: dict[str, Any]) -> float:
 
 
 def test_a_function_gets_prompt_completion_and_record(write: Write) -> None:
-    task = make_task("jsonl", path=write([{"prompt": "a7", "bonus": 0.5}] * 3), reward=length_of)
+    task = small(write([{"prompt": "a7", "bonus": 0.5}] * 3), reward=length_of)
     assert rewards(task, "7a7") == [[3.5]] * 3
 
 
 def test_a_function_by_name(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_rewards.py").write_text("def same(prompt, completion, record):\n    return completion in prompt\n")
     monkeypatch.syspath_prepend(tmp_path)
-    task = make_task("jsonl", path=write([{"prompt": "say 7"}]), reward="my_rewards:same")
+    task = small(write([{"prompt": "say 7"}]), reward="my_rewards:same")
     assert rewards(task, "7") == [[1.0]] * 3
     assert rewards(task, "77") == [[0.0]] * 3
 
 
 def test_without_a_function_the_answer_decides(write: Write) -> None:
-    task = make_task("jsonl", path=write([{"prompt": "1+1 =", "answer": " 2"}] * 2))
+    task = small(write([{"prompt": "1+1 =", "answer": " 2"}] * 2))
     assert rewards(task, "2") == rewards(task, " 2 ") == [[1.0]] * 3
     assert rewards(task, "1") == [[0.0]] * 3
 
@@ -68,7 +74,7 @@ def test_components(write: Write) -> None:
         rewards(make_task("jsonl", path=path, reward=lambda p, c, r: {"b": 2}, components=("a",)), "1")
     with pytest.raises(ValueError, match=r"expected a mapping with the components \('a', 'b'\), got 1.0"):
         rewards(make_task("jsonl", path=path, reward=lambda p, c, r: 1.0, components=("a", "b")), "1")
-    with pytest.raises(ValueError, match="expected a list of at least one name, got 'accuracy'"):
+    with pytest.raises(ValueError, match="expected a list of at least one name, none of them twice, got 'accuracy'"):
         make_task("jsonl", path=path, components="accuracy")
 
 
@@ -118,7 +124,7 @@ def test_bad_rewards(write: Write) -> None:
 
 
 def test_prompts_begin_and_demonstrations_end_with_their_token(write: Write) -> None:
-    task = make_task("jsonl", path=write([{"prompt": "say 7", "answer": "7", "demonstration": "7"}] * 2))
+    task = small(write([{"prompt": "say 7", "answer": "7", "demonstration": "7"}] * 2))
     prompts = task.prompts(2, Generator().manual_seed(0))
     encode, (bos, eos) = task.vocab.encode, (task.vocab.bos, task.vocab.eos)
     assert prompts.tokens.tolist() == [[bos, *encode("say 7")]] * 2
@@ -126,7 +132,7 @@ def test_prompts_begin_and_demonstrations_end_with_their_token(write: Write) -> 
 
 
 def test_answers_that_differ_in_white_space_alone_are_equal(write: Write) -> None:
-    task = make_task("jsonl", path=write([{"prompt": "1+1 =", "answer": "2"}]))
+    task = small(write([{"prompt": "1+1 =", "answer": "2"}]))
     prompts = task.prompts(1, Generator().manual_seed(0))
     rows = [[*task.vocab.encode(text), task.vocab.eos] for text in ("2", " 2 ", "1", "  ")]
     length = torch.tensor([len(row) for row in rows])
@@ -145,8 +151,73 @@ def test_splits(write: Write) -> None:
     train, test = (set(hashed.prompts(400, Generator().manual_seed(0), s).index.tolist()) for s in ("train", "test"))
     assert train | test == set(range(40))
     assert not train & test
-    with pytest.raises(ValueError, match=r"no question in the split 'test'; .* give a test_path"):
-        make_task("jsonl", path=write([{"prompt": "say 7", "answer": "7"}])).prompts(1, None, "test")
+    with pytest.raises(ValueError, match=r"prompts\.jsonl: expected a test question, got 1 lines, .*give a test_path"):
+        make_task("jsonl", path=write([{"prompt": "say 7", "answer": "7"}]))
+    with pytest.raises(ValueError, match="expected the split 'train' or 'test', got 'dev'"):
+        hashed.prompts(1, None, "dev")  # type: ignore[arg-type]
+
+
+def test_no_question_comes_twice_before_all_came(write: Write) -> None:
+    task = make_task("jsonl", path=write(RECORDS), test_path=write([RECORDS[0]] * 60, "test.jsonl"))
+    assert sorted(task.prompts(60, Generator().manual_seed(0), "test").index.tolist()) == list(range(40, 100))
+    twice = task.prompts(80, Generator().manual_seed(1), "train").index.tolist()
+    assert sorted(twice[:40]) == sorted(twice[40:]) == list(range(40))
+    assert twice[:40] != twice[40:]
+
+
+def test_training_goes_through_the_file_in_epochs(write: Write) -> None:
+    """Also where a rollout takes no whole part of the file, and over a checkpoint."""
+    task = make_task("jsonl", path=write(RECORDS), test_path=write([RECORDS[0]], "test.jsonl"))
+    collector, asked = TokenCollector(task, seed=3), list[int]()
+    for _ in range(3):
+        asked += collector.draw(12).index.tolist()
+    again = TokenCollector(task, seed=8)
+    again.load_state_dict(collector.state_dict())
+    asked += again.draw(12).index.tolist()
+    assert sorted(asked[:40]) == list(range(40))
+    assert collector.draw(12).index.tolist() == asked[36:]
+    assert len(set(asked[40:])) == 8  # of the second epoch
+
+
+def test_a_record_without_a_demonstration_is_not_imitated_where_padding_is_the_end(write: Write) -> None:
+    """Words() pads with its end token: what is a demonstration is for the mask to say."""
+    records = [{"prompt": "say 1", "answer": "1", "demonstration": "1"}, {"prompt": "say 2", "answer": "2"}]
+    task = small(write(records), vocab=HFVocabulary(Words()))
+    assert task.vocab.pad == task.vocab.eos
+    prompts = task.prompts(2, Generator().manual_seed(0))
+    shown = TokenCollector(task, seed=0).demonstrate(prompts, torch.arange(2))
+    has = ["demonstration" in record for _, record in prompts.truth]
+    assert shown.valid.sum(0).tolist() == [2.0 * one for one in has]
+    assert shown.length.tolist() == [2 * one for one in has]
+
+
+def test_files_that_are_no_text(write: Write, tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(json.dumps(RECORDS[0]).encode() + b'\n{"prompt": "caf\xe9", "answer": "1"}\n')
+    with pytest.raises(ValueError, match=r"latin\.jsonl:2: expected text in UTF-8, got the byte 0xe9 in column 16"):
+        make_task("jsonl", path=path)
+    path.write_bytes(b"\xef\xbb\xbf" + write(RECORDS).read_bytes())  # as some editors save UTF-8
+    assert len(make_task("jsonl", path=path).records) == 40
+    with pytest.raises(ValueError, match=r":1: expected text as 'prompt', got half a surrogate pair"):
+        make_task("jsonl", path=write(['{"prompt": "\\ud800", "answer": "1"}']))
+    with pytest.raises(ValueError, match=r":1: expected a JSON object"):
+        make_task("jsonl", path=write(["[" * 100_000]))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"path": None}, TypeError, "path: expected the path of a JSONL file, got None"),
+        ({"test_path": 3}, TypeError, "test_path: expected the path of a JSONL file, got 3"),
+        ({"components": ("a", "a")}, ValueError, "none of them twice"),
+        ({"components": (1,)}, ValueError, "expected a list of at least one name"),
+        ({"components": 3}, ValueError, "expected a list of at least one name"),
+        ({"max_new_tokens": 2**63}, ValueError, "max_new_tokens: expected a whole number <= 1048576"),
+    ],
+)
+def test_bad_options(write: Write, options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make_task("jsonl", **{"path": write(RECORDS)} | options)
 
 
 def test_vocabularies(write: Write) -> None:
