@@ -37,7 +37,7 @@ __all__ = ["CAR", "GRADIENTS", "RATES", "STREAMS", "Car", "EpisodicPPO", "MonteC
 
 CAR = MountainCarTwoActions.id
 RATES = {
-    "bac": (0.025,),  # the authors' code (bpg sheet, section 5)
+    "bac": (0.025,),  # a public MATLAB implementation (docs/bac.md)
     "mc": (0.0001, 0.0003, 0.001, 0.003),
     "mc-baseline": (0.0001, 0.0003, 0.001, 0.003),
     "ppo": (0.003, 0.01, 0.03, 0.1),
@@ -46,7 +46,7 @@ RATES = {
 GRADIENTS = {"mc": {"state_scale": 0.0}, "dbqpg": {}, "uapg": {"uncertainty": True}}
 """Method -> settings of the DBQPG agent."""
 EPISODES, HORIZON, JUDGED = 5, 200, 100
-"""Episodes per update, their longest length, episodes of an evaluation from either start (bpg sheet, section 5)."""
+"""Episodes per update, their longest length, episodes of an evaluation from either start (docs/bac.md)."""
 STREAMS = 6
 """Parallel environments of the DBQPG agent."""
 NEAR_REST = 0.02 / MAX_SPEED

@@ -1,4 +1,4 @@
-"""The five momentum and Hessian methods side by side (npg_igt_harpg sheet, section 6).
+"""The five momentum and Hessian methods side by side (docs/npg_igt.md).
 
     python scripts/momentum_study.py errors --out results/momentum --jobs 2      # random MDP, error of d_t
     python scripts/momentum_study.py samples --out results/momentum --jobs 2     # random MDP, equal samples
@@ -261,7 +261,7 @@ def agent_of(method: str) -> tuple[Any, Any]:
 
 
 def tabular(method: str, seed: int, **options: Any) -> Any:
-    """A softmax table on the five states of the sheet."""
+    """A softmax table on the five states of the random MDP."""
     cls, config = agent_of(method)
 
     class Tabular(cls):  # type: ignore[misc,valid-type]

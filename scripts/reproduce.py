@@ -48,7 +48,8 @@ def page(found: dict[str, list[Measurement]], seconds: dict[str, float], seeds: 
         "# The papers' small experiments", "",
         f"Made by `python scripts/reproduce.py` ({seeds} seeds, one CPU thread): {good} of {total} numbers agree with "
         "what is expected. Mean over seeds, with the standard error where there are several; exact results have one "
-        "value. Expected numbers are those of the paper where it says so, else of an independent implementation.",
+        "value. Expected numbers are those of the paper where it says so, else of a formula or of a "
+        "[reference run](reference_runs.md), an independent implementation.",
     ]  # fmt: skip
     for slug, rows in found.items():
         lines += ["", f"## {slug}: {PAPERS[slug]}", "", f"{seconds[slug]:.0f} s.", "",

@@ -35,7 +35,7 @@ class Measurement:
     quantity: str
     """What is measured, with its unit."""
     expected: str
-    """The expected number, and where it is from (paper, or the sheet's own run)."""
+    """The expected number, and where it is from (paper, formula, or docs/reference_runs.md)."""
     accept: tuple[float, float]
     """The range that counts as agreement; infinite where one side is open."""
     values: tuple[float, ...]

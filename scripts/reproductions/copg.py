@@ -29,6 +29,7 @@ __all__ = ["OfflineCoPG", "exact_arms", "offline", "run", "sampled_arms"]
 # -- three arms -----------------------------------------------------------------------------------------------------
 
 REFERENCE, FIRST, SECOND = (0.2, 0.5, 0.3), (0.7, 0.2, 0.1), (0.1, 0.1, 0.8)
+# ref exp(R / beta) / Z; and where mu (R_beta - sum mu R_beta pi / mu) vanishes: mu R_beta = pi sum(mu R_beta)
 OPTIMUM = (0.591306, 0.364535, 0.044159)
 BIASED = (0.658909, 0.277268, 0.063823)
 """Where a policy gradient without baseline ends on data of the first behaviour."""
@@ -237,9 +238,10 @@ def run(seeds: list[int]) -> list[Measurement]:
         ("policy", "off-policy PG, baseline over the policy", OPTIMUM),
     ):
         found = exact_arms(loss)
+        source = "closed form" if target is OPTIMUM else "fixed point"
         for arm, (value, expected) in enumerate(zip(found, target)):
             accept = (expected - 2e-6, expected + 2e-6)
-            rows.append(Measurement(f"{name}: probability of arm {arm}", f"{expected} (sheet)", accept, (value,)))
+            rows.append(Measurement(f"{name}: probability of arm {arm}", f"{expected} ({source})", accept, (value,)))
     error = tuple(float((sampled_arms(seed) - torch.tensor(OPTIMUM)).abs().max()) for seed in seeds)
     rows.append(Measurement("CoPG on samples of two behaviours: largest error", "0 (theory)", (0.0, 0.01), error))
     curves = {m: [offline(m, seed) for seed in seeds] for m in ("CoPG", "DPO", "IPO", "IW-PG")}

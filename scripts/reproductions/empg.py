@@ -104,19 +104,19 @@ def run(seeds: list[int]) -> list[Measurement]:
         return tuple(_filler_entropy(a[0]) - _filler_entropy(b[0]) for a, b in zip(with_bonus, without))
 
     remembering = {zeta: empg(zeta, memory=True) for zeta in (0.0, 0.1, 0.5)}
-    falls, lower = (-math.inf, 0.0), "below 0 (sheet)"
+    falls, lower = (-math.inf, 0.0), "below 0 (the bonus's purpose)"
     furthest = tuple(float(history.agent.estimator.furthest) for history, _ in scaled)
     return [
         Measurement("success over the last 20 of 100 updates, EMPG minus GRPO", "no loss (paper: a gain on its tasks)",
                     (-0.01, 1.0), tuple(a - b for a, b in zip(success(default), success(grpo)))),
         Measurement("zeta = 0: largest distance of mean g from 1", "0 (paper)", (0.0, 1e-5), furthest),
-        Measurement("gradient norm, fillers / keys: EMPG with zeta = 0, over GRPO's", "below 1 (sheet)", (0.0, 1.0),
-                    tuple(a / b for a, b in zip(ratio(scaled), ratio(grpo)))),
-        Measurement("gradient norm, fillers / keys: EMPG, over GRPO's", "below 1 (sheet)", (0.0, 1.0),
+        Measurement("gradient norm, fillers / keys: EMPG with zeta = 0, over GRPO's", "below 1 (the scaling's purpose)",
+                    (0.0, 1.0), tuple(a / b for a, b in zip(ratio(scaled), ratio(grpo)))),
+        Measurement("gradient norm, fillers / keys: EMPG, over GRPO's", "below 1 (the scaling's purpose)", (0.0, 1.0),
                     tuple(a / b for a, b in zip(ratio(default), ratio(grpo)))),
         # here no decision changes the entropy ahead: the bonus is a constant of the place, and its gradient noise
-        Measurement("entropy of fillers, nats: zeta = 0.1 minus zeta = 0", "0 (derived; sheet: below 0)", (-0.01, 0.01),
-                    below(default, scaled)),
+        Measurement("entropy of fillers, nats: zeta = 0.1 minus zeta = 0", "0 (derived; the bonus's purpose: below 0)",
+                    (-0.01, 0.01), below(default, scaled)),
         Measurement("the same where a state remembers the decision before", lower, falls,
                     below(remembering[0.1], remembering[0.0])),
         Measurement("the same, zeta = 0.5", lower, falls, below(remembering[0.5], remembering[0.0])),

@@ -105,16 +105,16 @@ def run(seeds: list[int]) -> list[Measurement]:
     near = math.sqrt(sum(binary) / square(torch.arange(GROUP)))
     bound, outlier = 1.534121, (GROUP - 1) / math.sqrt(GROUP)
     rows += [
-        Measurement("RMS advantage, binary over log-normal task, Dr.GRPO", "about 50 (sheet): the rewards' scales",
+        Measurement("RMS advantage, binary over log-normal task, Dr.GRPO", "about 50: the rewards' scales",
                     (10.0, math.inf), pick(plain, "rms")),
-        Measurement("the same, GRPO", "1 (sheet)", (0.95, 1.05), pick(grpo, "rms")),
+        Measurement("the same, GRPO", "1: every group is standardised", (0.95, 1.05), pick(grpo, "rms")),
         Measurement("the same, G2RPO", f"{near:.3f}: the quantiles of binomial successes over those without ties",
                     (near - 0.02, near + 0.02), pick(ranked, "rms")),
-        Measurement("largest advantage, log-normal task, GRPO", f"up to {outlier:.3f} (sheet)", (2.2, outlier + 1e-4),
-                    pick(grpo, "max B")),
-        Measurement("largest advantage, log-normal task, G2RPO", "1.534121 (sheet)", (bound - 2e-6, bound + 2e-6),
-                    pick(ranked, "max B")),
-        Measurement("largest advantage, binary task, G2RPO", "at most 1.534121 (sheet)", (0.0, bound + 2e-6),
+        Measurement("largest advantage, log-normal task, GRPO", f"up to {outlier:.3f}: (G - 1) / sqrt(G)",
+                    (2.2, outlier + 1e-4), pick(grpo, "max B")),
+        Measurement("largest advantage, log-normal task, G2RPO", "1.534121: the normal quantile of 7.5 / 8",
+                    (bound - 2e-6, bound + 2e-6), pick(ranked, "max B")),
+        Measurement("largest advantage, binary task, G2RPO", "at most 1.534121: the same quantile", (0.0, bound + 2e-6),
                     pick(ranked, "max A")),
         Measurement("largest over median gradient norm, log-normal task, Dr.GRPO minus G2RPO", "> 0 (paper)",
                     (0.0, math.inf), tuple(a - b for a, b in zip(pick(plain, "spike"), pick(ranked, "spike")))),

@@ -88,13 +88,14 @@ EXPECTED = {
     "sum without deviation": (Sum, ((0.93, 0.93), (0.33, 0.40)), None),
     "GDPO": (GDPO, ((0.84, 0.86), (0.94, 0.95)), ((0.98, 0.98), (0.99, 0.99))),
 }
-"""Method -> the sheet's ranges over three seeds of P(correct), P(format) after 100 and after 200 updates."""
+"""Method -> P(correct), P(format) after 100 and after 200 updates: the ranges of three reference runs
+(docs/reference_runs.md)."""
 MARGIN = 0.05
 """Around those ranges: three seeds of a stochastic run."""
 
 
 def run(seeds: list[int]) -> list[Measurement]:
-    """The sheet's experiment, and the order of the methods that the paper claims."""
+    """The experiment of the reference run, and the order of the methods that the paper claims."""
     rows, formats = [], {}
     for name, (method, *expected) in EXPECTED.items():
         runs = [probabilities(method, seed) for seed in seeds]
@@ -103,9 +104,9 @@ def run(seeds: list[int]) -> list[Measurement]:
             for what, quantity in enumerate(("correct", "format")):
                 if ranges is not None:
                     low, high = ranges[what]
-                    sheet = f"{low}-{high} (sheet)" if low < high else f"{low} (sheet)"
+                    numbers = f"{low}-{high}" if low < high else f"{low}"
                     rows.append(Measurement(
-                        f"P({quantity}) after {updates} updates, {name}", sheet,
+                        f"P({quantity}) after {updates} updates, {name}", f"{numbers} (reference run)",
                         (low - MARGIN, high + MARGIN), tuple(one[at][what] for one in runs),
                     ))  # fmt: skip
     for better, worse in (("GDPO", "GRPO"), ("GRPO", "sum without deviation")):

@@ -26,7 +26,8 @@ SECOND_MOMENTS = {
     1.0: (0.060129, 1.074915, 0.255343, 7.292232),
     2.0: (0.037520, 0.757927, 0.138229, 2980.899),
 }
-"""Deviation of the log-ratio -> E[M^2] of MHPO, of its modulator alone, of GRPO's clip with A > 0 and with A < 0."""
+"""Deviation of the log-ratio -> E[M^2] of MHPO, of its modulator alone, of GRPO's clip with A > 0 and with A < 0
+(docs/reference_runs.md)."""
 SHAPE = {"n_prompts": 16, "group_size": 8, "n_epochs": 8, "max_grad_norm": 0.0, "model": "tabular"}
 UPDATES = 150
 
@@ -59,7 +60,7 @@ def _moments() -> list[Measurement]:
             moment = float(torch.trapezoid(_multiplier(loss, x, advantage) ** 2 * density, x))
             room = 1e-3 * max(1.0, value)
             found.append(Measurement(
-                f"E[M^2], log-ratio deviation {deviation:g}: {name}", f"{value:g} (sheet)",
+                f"E[M^2], log-ratio deviation {deviation:g}: {name}", f"{value:g} (quadrature)",
                 (value - room, value + room), (moment,),
             ))  # fmt: skip
     return found
@@ -85,14 +86,14 @@ def _modsum(seeds: list[int]) -> list[Measurement]:
         return tuple(x / y for x, y in zip(slow[a], slow[b]))
 
     return [
-        Measurement("ModSum, Adam: final reward of MHPO", "0.997-0.998 (sheet)", (0.98, 1.0),
+        Measurement("ModSum, Adam: final reward of MHPO", "0.997-0.998 (reference run)", (0.98, 1.0),
                     tuple(h.final() for h in mhpo)),
-        Measurement("ModSum, Adam: MHPO minus GRPO, final reward", "0: parity (sheet)", (-0.01, 0.01),
+        Measurement("ModSum, Adam: MHPO minus GRPO, final reward", "0: parity (reference run)", (-0.01, 0.01),
                     tuple(a.final() - b.final() for a, b in zip(mhpo, grpo))),
-        Measurement("ModSum, SGD: largest gradient norm of MHPO", "0.012 (sheet)", (0.006, 0.024),
+        Measurement("ModSum, SGD: largest gradient norm of MHPO", "0.012 (reference run)", (0.006, 0.024),
                     tuple(slow["MHPO"])),
-        Measurement("ModSum, SGD: largest gradient norm, MHPO / GRPO", "0.29 (sheet: 0.012 / 0.041)", (0.0, 0.5),
-                    ratio("MHPO", "GRPO")),
-        Measurement("ModSum, SGD: largest gradient norm, GRPO / no clip", "0.33-0.60 (sheet: 0.041 / 0.068-0.126)",
-                    (0.0, 1.0), ratio("GRPO", "no clip")),
+        Measurement("ModSum, SGD: largest gradient norm, MHPO / GRPO", "0.29 (reference run: 0.012 / 0.041)",
+                    (0.0, 0.5), ratio("MHPO", "GRPO")),
+        Measurement("ModSum, SGD: largest gradient norm, GRPO / no clip",
+                    "0.33-0.60 (reference run: 0.041 / 0.068-0.126)", (0.0, 1.0), ratio("GRPO", "no clip")),
     ]  # fmt: skip

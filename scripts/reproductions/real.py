@@ -65,7 +65,7 @@ def _weights() -> list[Measurement]:
         Measurement("largest gradient weight of REAL, s in [-3, 3], groups 1/8, 4/8, 7/8", "below 1 / tau = 2 (paper)",
                     (0.0, 1.0 / TAU), (largest,)),
         Measurement("grid intervals on which REAL's weight is not monotone", "0 (paper)", (0, 0), (float(wrong_way),)),
-        Measurement("GRPO's weight of a negative at s = 3, in |A|", "20 (sheet: e^3)", (20.0, 20.2), (grpo,)),
+        Measurement("GRPO's weight of a negative at s = 3, in |A|", "20 (e^3)", (20.0, 20.2), (grpo,)),
     ]  # fmt: skip
 
 
@@ -85,14 +85,14 @@ def _modsum(seeds: list[int]) -> list[Measurement]:
         ours, theirs = go(REAL, REALConfig, updates, **options), go(GRPO, GRPOConfig, updates, **options)
         for method, histories, final, area in (("REAL", ours, real, real_area), ("GRPO", theirs, grpo, grpo_area)):
             found += [
-                Measurement(f"ModSum, {name}: final reward of {method}", f"{final[0]:g}-{final[1]:g} (sheet)",
+                Measurement(f"ModSum, {name}: final reward of {method}", f"{final[0]:g}-{final[1]:g} (reference run)",
                             (final[0] - 0.01, 1.0), tuple(h.final() for h in histories)),
                 Measurement(f"ModSum, {name}: mean reward of all updates, {method}",
-                            f"{area[0]:g}-{area[1]:g} (sheet)", (area[0] - 0.03, area[1] + 0.03),
+                            f"{area[0]:g}-{area[1]:g} (reference run)", (area[0] - 0.03, area[1] + 0.03),
                             tuple(h.area for h in histories)),
             ]  # fmt: skip
         found.append(Measurement(
-            f"ModSum, {name}: mean reward of all updates, REAL minus GRPO", "positive (sheet)", (0.0, 1.0),
+            f"ModSum, {name}: mean reward of all updates, REAL minus GRPO", "positive (reference run)", (0.0, 1.0),
             tuple(a.area - b.area for a, b in zip(ours, theirs)),
         ))  # fmt: skip
     return found

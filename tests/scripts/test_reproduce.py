@@ -35,7 +35,7 @@ def test_the_page_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     def run(seeds: list[int]) -> list[Measurement]:
         asked.append(seeds)
-        return [Measurement("exact", "1 (sheet)", (1.0, 1.0), (1.0,)), Measurement("mean", "0", (-1, 1), (3.0, 1.0))]
+        return [Measurement("exact", "1 (paper)", (1.0, 1.0), (1.0,)), Measurement("mean", "0", (-1, 1), (3.0, 1.0))]
 
     monkeypatch.setattr(reproduce.importlib, "import_module", lambda name: types.SimpleNamespace(run=run))
     target = tmp_path / "page.md"
@@ -45,7 +45,7 @@ def test_the_page_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     text = target.read_text()
     assert "(2 seeds, one CPU thread): 2 of 4 numbers agree" in text
     assert f"## bnpo: {PAPERS['bnpo']}" in text
-    assert "| exact | 1 (sheet) | 1 | yes |" in text
+    assert "| exact | 1 (paper) | 1 | yes |" in text
     assert "| mean | 0 | 2 +- 1 | **no** |" in text
 
 
