@@ -17,15 +17,18 @@ __all__ = ["RolloutBuffer", "space_like"]
 
 
 def space_like(space: gym.Space[Any], lead: tuple[int, ...], device: torch.device) -> Tree:
-    """Zeros ``[*lead, *space.shape]`` in the dtype of the space (float64 becomes float32; Discrete is int64)."""
+    """Zeros ``[*lead, *space.shape]`` in the dtype of the space (float64 becomes float32; discrete ones are int64)."""
     if isinstance(space, gym.spaces.Dict):
         return {k: space_like(s, lead, device) for k, s in space.items()}  # type: ignore[misc]
-    if isinstance(space, gym.spaces.Discrete):
-        return torch.zeros(lead, dtype=torch.int64, device=device)
+    if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.MultiBinary):
+        return torch.zeros((*lead, *(space.shape or ())), dtype=torch.int64, device=device)
     if isinstance(space, gym.spaces.Box):
         dtype = torch.float32 if np.issubdtype(space.dtype, np.floating) else torch.from_numpy(space.low[:0]).dtype
         return torch.zeros((*lead, *space.shape), dtype=dtype, device=device)
-    raise ValueError(f"expected a Box, Discrete or flat Dict space, got {space}; flatten it with a wrapper")
+    raise ValueError(
+        f"expected a Box, Discrete, MultiDiscrete, MultiBinary or a flat Dict of these, got {space}; flatten it with a "
+        "wrapper"
+    )
 
 
 class RolloutBuffer:
@@ -55,7 +58,7 @@ class RolloutBuffer:
         self.obs = space_like(observation_space, (steps + 1, num_envs), self.device)
         action = space_like(action_space, lead, self.device)
         if isinstance(action, dict):
-            raise ValueError(f"RolloutBuffer: expected a Box or Discrete action space, got {action_space}")
+            raise ValueError(f"RolloutBuffer: expected an action space that is no Dict, got {action_space}")
         self.action = action
         self.reward = torch.zeros(lead, device=self.device)
         self.terminated = torch.zeros(lead, dtype=torch.bool, device=self.device)

@@ -163,16 +163,21 @@ class Data(Mapping[str, Tree]):
         """The true successor of every row, ``[T, N, ...]``: ``obs[1:]`` with the final observations patched in."""
         if "next_obs" in self:  # rows without neighbours (replay, data sets) store it
             return self["next_obs"]
-        return self._need_successors().obs()
+        return self.successors.obs()
 
     def state_values(self, fn: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
         """``(V(o_t), V(x_t))``, both ``[T, N, ...]``, with every distinct state evaluated once.
 
         ``fn`` maps observations ``[K, ...]`` to ``[K, ...]``.
         """
-        return self._need_successors().values(fn)
+        return self.successors.values(fn)
 
-    def _need_successors(self) -> Successors:
+    @property
+    def successors(self) -> Successors:
+        """What lies after every row.
+
+        :raises ValueError: for anything but a whole rollout.
+        """
         if self._successors is None:
             raise ValueError(
                 "successor observations exist on whole rollouts only; derive what you need before batching"
@@ -350,16 +355,18 @@ class Successors:
         stream = stream.reshape(steps + 1, width, *stream.shape[1:])
         value, after = stream[:-1], stream[1:]
         final = fn(self.rows) if _rows(self.rows) else None
-        return value, self._patch(after, value, final)
+        return value, self.patch(after, value, final)
 
     def obs(self) -> Tree:
         if isinstance(self.stream, dict):
             assert isinstance(self.rows, dict)
-            return {k: self._patch(v[1:], v[:-1], self.rows[k]) for k, v in self.stream.items()}
+            return {k: self.patch(v[1:], v[:-1], self.rows[k]) for k, v in self.stream.items()}
         assert isinstance(self.rows, Tensor)
-        return self._patch(self.stream[1:], self.stream[:-1], self.rows)
+        return self.patch(self.stream[1:], self.stream[:-1], self.rows)
 
-    def _patch(self, after: Tensor, here: Tensor, final: Tensor | None) -> Tensor:
+    def patch(self, after: Tensor, here: Tensor, final: Tensor | None) -> Tensor:
+        """``after [T, N, ...]`` (of the next rows) with ``final [M, ...]`` (of ``rows``) where an episode ended, and
+        ``here`` (of the rows themselves) where the environment hides its end."""
         slot = self.slot.reshape(*self.slot.shape, *(1,) * (after.dim() - 2))
         out = torch.where(slot == -2, here, after)
         if final is None or not final.shape[0]:

@@ -16,7 +16,7 @@ from torch import Generator, Tensor, nn
 
 from ccrl.gp.kernels import AdditiveRBFKernel
 from ccrl.gp.solve import Cholesky
-from ccrl.policies.mlp import mlp
+from ccrl.policies.encoders import mlp
 
 __all__ = ["DeepKernel", "log_marginal_likelihood"]
 

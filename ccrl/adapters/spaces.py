@@ -1,6 +1,7 @@
 """What the adapters share: which spaces are supported, and how observations and actions cross between NumPy and torch.
 
-Supported observations: ``Box``, ``Discrete`` and a flat ``Dict`` of them. Supported actions: ``Box`` and ``Discrete``.
+Supported observations: ``Box``, ``Discrete``, ``MultiDiscrete``, ``MultiBinary`` and a flat ``Dict`` of them; actions:
+the same without ``Dict``.
 Floating-point observations become float32, integers keep their type, and each is copied once.
 """
 
@@ -21,6 +22,9 @@ __all__ = ["action_array", "batch_buffer", "check_action_space", "check_batch", 
            "to_numpy"]  # fmt: skip
 
 
+_INTEGERS = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+
+
 def float32_space(space: Space[Any], *, where: str, nested: bool = False) -> Space[Any]:
     """The space of the tensors made from ``space``: the same, with floating-point boxes in float32.
 
@@ -37,25 +41,27 @@ def float32_space(space: Space[Any], *, where: str, nested: bool = False) -> Spa
                 "(gymnasium.wrappers.TransformObservation)"
             )
         return space
+    if isinstance(space, spaces.MultiBinary) or (isinstance(space, spaces.MultiDiscrete) and not space.start.any()):
+        return space
     if isinstance(space, spaces.Box):
         if not np.issubdtype(space.dtype, np.floating):
             return space
         return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
     raise TypeError(
-        f"{where}: expected observations from a Box, a Discrete or a flat Dict of these, got {space}; wrap the "
-        "environment (gymnasium.wrappers.FlattenObservation turns most spaces into a Box)"
+        f"{where}: expected observations from a Box, Discrete, MultiDiscrete (from 0), MultiBinary or a flat Dict of "
+        f"these, got {space}; wrap the environment (gymnasium.wrappers.FlattenObservation turns most spaces into a Box)"
     )
 
 
 def check_action_space(space: Space[Any], *, where: str) -> None:
     """Raises:
-    TypeError: neither ``Box`` of floating-point numbers nor ``Discrete``.
-    ValueError: a ``Discrete`` that does not start at 0.
+    TypeError: neither ``Box`` of floating-point numbers nor ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``.
+    ValueError: a ``Discrete`` or ``MultiDiscrete`` that does not start at 0.
     """
-    if not isinstance(space, spaces.Box | spaces.Discrete):
+    if not isinstance(space, (spaces.Box, *_INTEGERS)):
         raise TypeError(
-            f"{where}: expected actions from a Box or a Discrete, got {space}; wrap the environment "
-            "(gymnasium.wrappers.TransformAction)"
+            f"{where}: expected actions from a Box, Discrete, MultiDiscrete or MultiBinary, got {space}; wrap the "
+            "environment (gymnasium.wrappers.TransformAction)"
         )
     if isinstance(space, spaces.Box) and not np.issubdtype(space.dtype, np.floating):
         # cut to integers on the way to the environment, Gaussian actions would not be those whose density is learnt
@@ -63,8 +69,8 @@ def check_action_space(space: Space[Any], *, where: str) -> None:
             f"{where}: expected actions from a Box of floating-point numbers, got {space}; make the space Discrete, or "
             "a Box of float32 and round inside the environment"
         )
-    if isinstance(space, spaces.Discrete) and space.start != 0:
-        raise ValueError(f"{where}: expected a Discrete action space that starts at 0, got {space}")
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) and np.any(space.start):
+        raise ValueError(f"{where}: expected an action space that starts at 0, got {space}")
 
 
 def batch_buffer(space: Space[Any], num_envs: int, device: torch.device) -> Tree:
@@ -113,16 +119,21 @@ def action_array(action: Tensor, space: Space[Any], num_envs: int, *, where: str
     """``[N, *shape]`` actions as NumPy numbers of the space's own type.
 
     Raises:
-        ValueError: another shape, or floating-point numbers for a ``Discrete`` space (or the reverse).
+        ValueError: another shape, or floating-point numbers for a space of integers (or the reverse).
     """
     shape = (num_envs, *(space.shape or ()))
-    discrete = isinstance(space, spaces.Discrete)
+    discrete = isinstance(space, _INTEGERS)
     if tuple(action.shape) != shape or action.is_floating_point() == discrete:
         raise ValueError(
             f"{where}: expected {'integer' if discrete else 'floating-point'} actions of shape {shape}, got "
             f"{action.dtype} of shape {tuple(action.shape)}"
         )
-    return action.detach().cpu().numpy().astype(space.dtype, copy=False)
+    array = action.detach().cpu().numpy()
+    if array.dtype == space.dtype:
+        return array
+    array = array.astype(space.dtype)
+    # rounding may have crossed a bound: 0.3 in float32 is above 0.3 in float64
+    return np.clip(array, space.low, space.high) if isinstance(space, spaces.Box) else array
 
 
 def numpy_act(

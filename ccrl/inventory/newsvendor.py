@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ccrl.inventory.base_stock import _Levels
 from ccrl.inventory.functional_env import FunctionalEnv, Network, State
-from ccrl.policies.mlp import mlp
+from ccrl.policies.encoders import mlp
 
 __all__ = ["NewsvendorPolicy", "QuantileForecaster", "Rule", "Windows", "demand_windows", "fit_forecaster"]
 

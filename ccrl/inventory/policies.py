@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from ccrl.inventory import feasibility
 from ccrl.inventory.functional_env import Network, State
+from ccrl.policies.encoders import mlp
 from ccrl.policies.gnn import EdgeNet
-from ccrl.policies.mlp import mlp
 
 __all__ = ["DataDrivenPolicy", "GNNPolicy", "OrderPolicy", "SymmetryAwarePolicy", "VanillaPolicy"]
 

@@ -9,6 +9,7 @@ import gymnasium as gym
 import torch
 from torch import Tensor, nn
 
+from ccrl.policies.actions import box_bounds, to_box
 from ccrl.policies.distributions import GAUSSIAN, Distribution
 from ccrl.policies.parametric import ParametricPolicy, box_width
 
@@ -47,8 +48,7 @@ class LinearGaussianPolicy(ParametricPolicy):
         super().__init__()
         self.n_out = box_width(action_space, "action")
         self.action_shape = (self.n_out,)
-        for name in ("low", "high"):
-            bound = torch.as_tensor(getattr(action_space, name), dtype=torch.float32)
+        for name, bound in zip(("low", "high"), box_bounds(action_space)):
             self.register_buffer(name, bound, persistent=False)
         self.gain_range, self.std_range = gain_range, std_range
         if std <= 0:
@@ -67,7 +67,7 @@ class LinearGaussianPolicy(ParametricPolicy):
 
     def to_env(self, action: Tensor) -> Tensor:
         """Clipped onto the bounds of the action space."""
-        return torch.minimum(torch.maximum(action, self.low), self.high)
+        return to_box(action, self.low, self.high, squash=False)
 
 
 def _squashed(k: Tensor, ends: tuple[float, float] | None) -> Tensor:

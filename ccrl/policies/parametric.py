@@ -38,7 +38,13 @@ class ParametricPolicy(nn.Module):
         draw = torch.randn if self.distribution.noise == "normal" else torch.rand
         return draw((n, *self.action_shape), generator=generator, device=device)
 
-    def act(self, obs: Tree, noise: Tensor | None) -> dict[str, Tensor]:
+    def initial_state(self, n: int) -> None:
+        """No memory."""
+        return None
+
+    def act(
+        self, obs: Tree, noise: Tensor | None, state: Tensor | None = None, first: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """``action`` ``[B, ...]`` as stored and the distribution parameters; ``noise=None``: the mode."""
         params = self.params(self._tensor(obs))
         action = self.distribution.mode(params) if noise is None else self.distribution.sample(params, noise)

@@ -276,7 +276,8 @@ class AgentContract:
         assert "BatchedEnv" in _error(TypeError, lambda: self.make_agent(object()))  # type: ignore[arg-type]
         box = spaces.Box(-1, 1, (2,))
         bad = [
-            (box, spaces.MultiDiscrete([2, 2])), (box, spaces.Box(-1, 1, (2, 2))), (box, spaces.Discrete(3, start=1)),
+            (box, spaces.MultiDiscrete([2, 2], start=[0, 1])), (box, spaces.Box(-1, 1, (2, 2))),
+            (box, spaces.Discrete(3, start=1)),
             (spaces.Tuple((box, box)), self._action_space()),
             (spaces.Dict({"a": spaces.Dict({"b": box})}), self._action_space()),
         ]  # fmt: skip

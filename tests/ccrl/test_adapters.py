@@ -180,11 +180,11 @@ def test_types_of_observations():
 @pytest.mark.parametrize(
     ("observation", "action", "error"),
     [
-        (spaces.MultiDiscrete([2, 3]), spaces.Discrete(2), TypeError),
+        (spaces.Text(2), spaces.Discrete(2), TypeError),
         (spaces.Tuple((spaces.Discrete(2),)), spaces.Discrete(2), TypeError),
         (spaces.Dict({"a": spaces.Dict({"b": spaces.Discrete(2)})}), spaces.Discrete(2), TypeError),
-        (spaces.Discrete(2), spaces.MultiDiscrete([2, 3]), TypeError),
-        (spaces.Discrete(2), spaces.MultiBinary(2), TypeError),
+        (spaces.Discrete(2), spaces.Text(2), TypeError),
+        (spaces.Discrete(2), spaces.MultiDiscrete([2, 3], start=[0, 1]), ValueError),
         (spaces.Discrete(2), spaces.Discrete(2, start=1), ValueError),
         (spaces.Discrete(2, start=1), spaces.Discrete(2), ValueError),
         (spaces.Dict({"a": spaces.Discrete(2, start=1)}), spaces.Discrete(2), ValueError),

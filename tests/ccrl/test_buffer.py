@@ -159,4 +159,4 @@ def test_bad_input() -> None:
     with pytest.raises(ValueError, match="steps, num_envs"):
         RolloutBuffer(0, 1, OBS, ACT)
     with pytest.raises(ValueError, match="flatten it"):
-        space_like(gym.spaces.MultiBinary(3), (1,), torch.device("cpu"))
+        space_like(gym.spaces.Text(3), (1,), torch.device("cpu"))
