@@ -16,7 +16,16 @@ from torch import Tensor
 
 from ccrl import registry
 
-__all__ = ["AutoresetMode", "BatchedEnv", "StepResult", "Tree", "check_device", "resolve_env"]
+__all__ = [
+    "AutoresetMode",
+    "BatchedEnv",
+    "StepResult",
+    "Tree",
+    "as_autoreset_mode",
+    "check_device",
+    "resolve_env",
+    "resume_note",
+]
 
 Tree = Tensor | dict[str, Tensor]
 """An observation: one tensor ``[N, ...]`` or a flat dict of them."""
@@ -74,7 +83,28 @@ class BatchedEnv(Protocol):
         ...
 
     # Optional: ``state_dict() -> dict`` and ``load_state_dict(dict)`` (tensors, numbers, strings, nested dicts and
-    # lists of them). With both, a resumed run continues bit for bit; without, it starts fresh episodes.
+    # lists of them). With both, a resumed run continues bit for bit; without, it starts fresh episodes. Where that
+    # depends on what is inside, the attribute ``resume_note`` says why the state cannot be had (``None``: it can).
+
+
+def as_autoreset_mode(mode: AutoresetMode | str, *, where: str) -> AutoresetMode:
+    """``mode`` as the enum, from itself, its value (``"NextStep"``) or its name (``"next_step"``).
+
+    :raises ValueError: another one.
+    """
+    for known in AutoresetMode:
+        if mode == known or (isinstance(mode, str) and mode.lower() in (known.value.lower(), known.name.lower())):
+            return known
+    names = ", ".join(repr(known.value) for known in AutoresetMode)
+    raise ValueError(f"{where}: expected an AutoresetMode or one of {names} as autoreset_mode, got {mode!r}")
+
+
+def resume_note(env: Any) -> str | None:
+    """Why a run with ``env`` cannot be resumed bit for bit, as a sentence; ``None`` where it can."""
+    if not (hasattr(env, "state_dict") and hasattr(env, "load_state_dict")):
+        return f"{type(env).__name__} has no state_dict"
+    note: str | None = getattr(env, "resume_note", None)
+    return note
 
 
 def check_device(device: torch.device | str) -> torch.device:

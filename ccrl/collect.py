@@ -13,7 +13,7 @@ from gymnasium import Space
 from gymnasium.spaces import Dict, Discrete
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree
+from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree, resume_note
 from ccrl.buffer import RolloutBuffer
 from ccrl.data import Data, Field, tree_map
 from ccrl.returns import forward_scan
@@ -120,6 +120,7 @@ class Collector:
         """Valid environment steps of fresh episodes; with ``total_steps`` the agent's clock."""
         self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
         self.log: dict[str, Any] = {}
+        self._told = False
         self.env_seconds = 0.0
         """Wall time spent in environments; the owner resets it."""
         self._stream = _Stream(env)
@@ -247,7 +248,21 @@ class Collector:
     @property
     def exact(self) -> bool:
         """Whether the environments can be saved, so that a resumed run continues bit for bit."""
-        return hasattr(self.env, "state_dict")
+        return self.resume_note is None
+
+    @property
+    def resume_note(self) -> str | None:
+        """Why the environments cannot be saved, so that a resumed run starts fresh episodes; ``None``: they can."""
+        return resume_note(self.env)
+
+    def _tell(self, note: str) -> None:
+        """Once: a run is saved many times."""
+        if not self._told:
+            warnings.warn(
+                f"{note}: a resumed run starts fresh episodes here, and differs from one that was not interrupted",
+                stacklevel=3,
+            )
+        self._told = True
 
     def state_dict(self) -> dict[str, Any]:
         stream = self._stream
@@ -260,7 +275,10 @@ class Collector:
             "ended": stream.ended.clone(),
             "returns": stream.returns.clone(),
         }
-        if self.exact and stream.obs is not None:
+        note = self.resume_note if stream.obs is not None else None
+        if note is not None:
+            self._tell(note)
+        elif stream.obs is not None:
             state |= {"env": self.env.state_dict(), "obs": tree_map(torch.clone, stream.obs)}  # type: ignore[attr-defined]
         return state
 
@@ -270,9 +288,10 @@ class Collector:
         self.fresh_generator.set_state(state["fresh_generator"].cpu())
         self.total_steps, self.fresh_steps = state["total_steps"], state.get("fresh_steps", 0)
         stream = self._stream
-        if "env" in state and not self.exact:
-            warnings.warn("this environment cannot restore the saved state: it starts fresh episodes", stacklevel=2)
-        if "env" not in state or not self.exact:
+        note = self.resume_note
+        if note is not None:
+            self._tell(note)
+        if "env" not in state or note is not None:
             # a seed that depends on progress: restarting from the first seed would replay the first episodes
             stream.obs = self.env.reset(seed=self.seed + self.total_steps)
             for fact in (stream.step, stream.ended, stream.returns):

@@ -14,7 +14,7 @@ import torch
 from gymnasium import Space, spaces
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, StepResult, Tree, check_device
+from ccrl.batched_env import AutoresetMode, StepResult, Tree, as_autoreset_mode, check_device
 
 __all__ = ["Array", "TorchEnv"]
 
@@ -79,7 +79,7 @@ class TorchEnv:
             )
         self.num_envs = num_envs
         self.device = check_device(device)
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.autoreset_mode = as_autoreset_mode(autoreset_mode, where=self.name)
         self.provides_final_obs = self.autoreset_mode == AutoresetMode.SAME_STEP
         self.max_episode_steps = limit
         self._limit = _NO_LIMIT if limit is None else min(limit, _NO_LIMIT)

@@ -18,7 +18,7 @@ import torch
 
 from ccrl import registry
 from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
-from ccrl.batched_env import AutoresetMode, BatchedEnv, check_device
+from ccrl.batched_env import AutoresetMode, BatchedEnv, as_autoreset_mode, check_device
 from ccrl.inventory.functional_env import FunctionalEnv
 from ccrl.llm.task import TextTask
 
@@ -100,9 +100,8 @@ def make(
     """
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"expected backend None or one of {', '.join(BACKENDS)}, got {backend!r}")
-    if autoreset_mode is not None and autoreset_mode not in list(AutoresetMode):
-        names = ", ".join(repr(mode.value) for mode in AutoresetMode)
-        raise ValueError(f"autoreset_mode: expected None, an AutoresetMode or one of {names}, got {autoreset_mode!r}")
+    if autoreset_mode is not None:
+        autoreset_mode = as_autoreset_mode(autoreset_mode, where=id)
     if num_envs < 1:
         raise ValueError(f"num_envs: expected >= 1, got {num_envs}")
     module, _, name = id.rpartition(":")
@@ -165,7 +164,7 @@ def _make_native(
     autoreset_mode: AutoresetMode | str | None,
     options: dict[str, Any],
 ) -> BatchedEnv:
-    mode = AutoresetMode(autoreset_mode or AutoresetMode.SAME_STEP)
+    mode = as_autoreset_mode(autoreset_mode or AutoresetMode.SAME_STEP, where=id)
     if id not in MUJOCO:
         check_device(device)
     if id in CLASSIC:
@@ -207,7 +206,7 @@ def _make_gymnasium(
         made = gymnasium.make_vec(id, num_envs, "vector_entry_point", **options)
         # one of as_vector_env is a BatchedEnv inside: with its state, which Gymnasium cannot save, and in torch
         env = made.env if isinstance(made, TorchVectorEnv) else GymnasiumEnv(made, device=device)
-        if autoreset_mode is not None and AutoresetMode(autoreset_mode) != env.autoreset_mode:
+        if autoreset_mode is not None and as_autoreset_mode(autoreset_mode, where=id) != env.autoreset_mode:
             raise ValueError(
                 f"the vector entry point of {id} resets in {env.autoreset_mode}, got autoreset_mode={autoreset_mode}; "
                 "use backend='sync' or 'async' to choose it"

@@ -194,6 +194,8 @@ def build(agent_name: str, config: Any, resume: Path | None = None) -> Callable[
         run = RunFolder.create(config.run_root, config.env, agent_name, config.seed, config)
     else:
         run.record_resume(agent.num_timesteps)
+    # null, or why a resumed run is not the run that would have gone on: its environments start fresh episodes
+    run.record(resume_note=getattr(getattr(agent, "collector", None), "resume_note", None))
     return Training(config, run, agent, step, eval_env)
 
 

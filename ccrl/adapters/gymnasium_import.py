@@ -8,14 +8,19 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium.vector import AsyncVectorEnv, SyncVectorEnv, VectorEnv
+from gymnasium.vector.utils import concatenate
 from torch import Tensor
 
+from ccrl.adapters.border import ReusedArrays, borders_of, check_arrays, put_borders
 from ccrl.adapters.gymnasium_export import TorchVectorEnv
+from ccrl.adapters.plain_state import read_plain, write_plain
 from ccrl.adapters.seeds import copy_seeds
 from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, check_batch, float32_space, store
-from ccrl.batched_env import AutoresetMode, StepResult, Tree, check_device
+from ccrl.batched_env import AutoresetMode, StepResult, Tree, as_autoreset_mode, check_device
 
 __all__ = ["GymnasiumEnv", "from_gymnasium"]
+
+_VECTOR_STATE = ("_env_obs", "_autoreset_envs", "_terminations", "_truncations")
 
 
 class GymnasiumEnv:
@@ -23,8 +28,12 @@ class GymnasiumEnv:
 
     The autoreset mode is the one in the environment's metadata. The returned tensors are persistent buffers. A seed
     gives each copy one of its own, ``ccrl.adapters.seeds.copy_seeds(seed, N)`` (a vector entry point, which seeds its
-    copies in its own way, gets the first of these). There is no ``state_dict``: Gymnasium has no way to save an
-    environment, so a resumed run starts fresh episodes (the native environments in ``envs`` resume exactly).
+    copies in its own way, gets the first of these).
+
+    Each copy of a ``SyncVectorEnv`` is put into a :class:`ccrl.adapters.border.Border` here, those of
+    :func:`from_gymnasium` were built in one: observations are copied and results checked there, and such environments
+    resume exactly where their state is plain data (``resume_note`` says why it is not). An ``AsyncVectorEnv`` that was
+    built elsewhere keeps references over a reset, which this class can only warn of.
 
     Args:
         env: the environment, not yet wrapped in anything that changes its autoreset mode.
@@ -42,12 +51,13 @@ class GymnasiumEnv:
                 f"expected a gymnasium.vector.VectorEnv, got {self.name}; use "
                 "ccrl.adapters.from_gymnasium(lambda: env, num_envs=1) for a single environment"
             )
-        mode = env.metadata.get("autoreset_mode")
-        if not isinstance(mode, AutoresetMode):
+        told = env.metadata.get("autoreset_mode")
+        if told is None:
             raise ValueError(
-                f"{self.name}: expected an AutoresetMode in metadata['autoreset_mode'], got {mode!r}; set it on the "
+                f"{self.name}: expected an AutoresetMode in metadata['autoreset_mode'], got none; set it on the "
                 "environment's class to what its step() does"
             )
+        mode = as_autoreset_mode(told, where=f"{self.name}, metadata['autoreset_mode']")
         check_action_space(env.single_action_space, where=self.name)
         self.env = env
         self.num_envs: int = env.num_envs
@@ -56,6 +66,12 @@ class GymnasiumEnv:
         self.single_observation_space = float32_space(env.single_observation_space, where=self.name)
         self.autoreset_mode = mode
         self.provides_final_obs = mode == AutoresetMode.SAME_STEP
+        inner = env.unwrapped
+        if isinstance(inner, SyncVectorEnv):
+            put_borders(inner.envs)
+        self._bordered = isinstance(inner, SyncVectorEnv)
+        self._checked = False
+        self._reused = ReusedArrays(self.name)
         self._obs = batch_buffer(self.single_observation_space, self.num_envs, self.device)
         self._final_obs = batch_buffer(self.single_observation_space, self.num_envs, self.device)
         self._reward = torch.zeros(self.num_envs, device=self.device)
@@ -99,6 +115,10 @@ class GymnasiumEnv:
         """
         array = action_array(action, self.single_action_space, self.num_envs, where=self.name)
         obs, reward, terminated, truncated, infos = self.env.step(array)
+        if not self._checked:
+            flags = {"terminated": terminated, "truncated": truncated}
+            check_arrays(f"{self.name}, step()", self.num_envs, {"rewards": reward}, flags)
+            self._checked = True
         store(self._obs, obs)
         store(self._reward, reward)
         store(self._terminated, terminated)
@@ -108,11 +128,50 @@ class GymnasiumEnv:
         done = np.logical_or(terminated, truncated)
         if done.any():
             self._store_final(infos.get("final_obs"), np.flatnonzero(done))
+            if not self._bordered:
+                self._reused.check(self._obs, self._final_obs, np.flatnonzero(done))
         return StepResult(self._obs, self._reward, self._terminated, self._truncated, self._final_obs)
 
     def close(self) -> None:
         """Close the environment and its processes."""
         self.env.close()
+
+    @property
+    def resume_note(self) -> str | None:
+        """Why the state of these environments cannot be had, ``None`` where it can."""
+        inner = self.env.unwrapped
+        if inner is not self.env:
+            return f"the state of {type(self.env).__name__}, a wrapper of a vector environment, cannot be had"
+        if not isinstance(inner, SyncVectorEnv | AsyncVectorEnv) or not self._bordered:
+            return f"the state of {self.name} cannot be had"
+        if isinstance(inner, AsyncVectorEnv) and self.autoreset_mode != AutoresetMode.SAME_STEP:
+            return f"the processes of {self.name} keep which copies wait for their reset to themselves"
+        notes = inner.call("border_note")
+        note = next((note for note in notes if note is not None), None)
+        return None if note is None else f"{self.name}: the state of the environment cannot be had ({note})"
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that decides the future, as plain data; to be loaded where ``resume_note`` is ``None``."""
+        inner = self.env.unwrapped
+        vector = {name: getattr(inner, name) for name in _VECTOR_STATE} if isinstance(inner, SyncVectorEnv) else {}
+        return {"copies": list(inner.call("border_state")), "vector": read_plain(vector, self.name)}
+
+    def load_state_dict(self, values: dict[str, Any]) -> None:
+        """Continue from ``state_dict()`` of an environment that was built in the same way.
+
+        Raises:
+            ValueError: another number of copies, or an environment with other attributes.
+        """
+        if len(values["copies"]) != self.num_envs:
+            raise ValueError(f"{self.name}: expected {len(values['copies'])} copies as saved, got {self.num_envs}")
+        inner = self.env.unwrapped
+        inner.call("load_border_state", values["copies"])
+        vector = write_plain(values["vector"], self.name)
+        for name, value in vector.items():
+            setattr(inner, name, value)
+        if vector:
+            concatenate(inner.single_observation_space, inner._env_obs, inner._observations)
+            store(self._obs, inner._observations)
 
     def _seeds(self, seed: int) -> Any:
         inner = self.env.unwrapped
@@ -170,10 +229,13 @@ def from_gymnasium(
     single = make if callable(make) else lambda: gymnasium.make(make, **env_kwargs)
     vector = AsyncVectorEnv if asynchronous else SyncVectorEnv
     # The adapter copies once into its own buffers; a second copy inside the vector environment would be waste.
-    env = vector([single] * num_envs, copy=False, autoreset_mode=AutoresetMode(autoreset_mode))
+    mode = as_autoreset_mode(autoreset_mode, where="from_gymnasium")
+    env = vector(borders_of(single, num_envs), copy=False, autoreset_mode=mode)
     if not asynchronous and len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
         raise ValueError(
             f"expected a function that makes a new environment at every call, got {num_envs} times the same "
-            f"{env.envs[0]}; build it inside the function"
+            f"{env.envs[0].env}; build it inside the function"
         )
-    return GymnasiumEnv(env, device=device)
+    made = GymnasiumEnv(env, device=device)
+    made._bordered = True
+    return made

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium
 import numpy as np
 import torch
 from torch import Tensor
 
+from ccrl.adapters.border import ReusedArrays, check_arrays, put_borders
 from ccrl.adapters.seeds import copy_seeds
 from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, check_batch, float32_space, store
 from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree, check_device
@@ -21,6 +23,9 @@ class SB3Env:
 
     ``infos[i]["terminal_observation"]`` becomes ``final_obs``; ``infos[i]["TimeLimit.truncated"]`` tells truncations
     from terminations. The returned tensors are persistent buffers. There is no ``state_dict``.
+
+    The copies of a ``DummyVecEnv`` are put into a :class:`ccrl.adapters.border.Border` here; those in processes of SB3
+    keep references over a reset, which this class can only warn of.
 
     Raises:
         TypeError: an object without the methods of a ``VecEnv``, or a space that is not supported.
@@ -37,6 +42,15 @@ class SB3Env:
                 "there are GymnasiumEnv and from_gymnasium"
             )
         check_action_space(env.action_space, where=self.name)
+        inner = env
+        while hasattr(inner, "venv"):
+            inner = inner.venv
+        singles = getattr(inner, "envs", None)
+        self._bordered = isinstance(singles, list) and all(isinstance(each, gymnasium.Env) for each in singles)
+        if self._bordered:
+            put_borders(singles)  # type: ignore[arg-type]
+        self._reused = ReusedArrays(self.name)
+        self._checked = False
         self.env = env
         self.num_envs: int = env.num_envs
         self.device = check_device(device)
@@ -74,7 +88,10 @@ class SB3Env:
             RuntimeError: an episode's end without its last observation.
         """
         self.env.step_async(action_array(action, self.single_action_space, self.num_envs, where=self.name))
-        obs, reward, done, infos = self.env.step_wait()
+        result = self.env.step_wait()
+        if not self._checked:
+            self._check(result)
+        obs, reward, done, infos = result
         truncated = np.zeros(self.num_envs, dtype=bool)
         for row in np.flatnonzero(done):
             truncated[row] = infos[row].get("TimeLimit.truncated", False)
@@ -85,10 +102,22 @@ class SB3Env:
                 )
             store(self._final_obs, infos[row]["terminal_observation"], int(row))
         store(self._obs, obs)
+        if not self._bordered and np.any(done):
+            self._reused.check(self._obs, self._final_obs, np.flatnonzero(done))
         store(self._reward, reward)
         store(self._terminated, np.asarray(done, dtype=bool) & ~truncated)
         store(self._truncated, truncated)
         return StepResult(self._obs, self._reward, self._terminated, self._truncated, self._final_obs)
+
+    def _check(self, result: Any) -> None:
+        """Raises:
+        ValueError: in the first step, arrays that would be broadcast or cast without a word.
+        """
+        if not isinstance(result, tuple) or len(result) != 4:
+            got = f"{len(result)} values" if isinstance(result, tuple) else type(result).__name__
+            raise ValueError(f"{self.name}: expected (obs, rewards, dones, infos) from step_wait(), got {got}")
+        check_arrays(f"{self.name}, step_wait()", self.num_envs, {"rewards": result[1]}, {"dones": result[2]})
+        self._checked = True
 
     def close(self) -> None:
         """Close the environment and its processes."""

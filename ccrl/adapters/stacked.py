@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ccrl.batched_env import BatchedEnv, StepResult, Tree
+from ccrl.batched_env import BatchedEnv, StepResult, Tree, resume_note
 
 __all__ = ["StackedEnv"]
 
@@ -54,6 +54,11 @@ class StackedEnv:
     def close(self) -> None:
         for part in self.parts:
             part.close()
+
+    @property
+    def resume_note(self) -> str | None:
+        """Why the state of a part cannot be had, ``None`` where all can."""
+        return next((note for note in map(resume_note, self.parts) if note is not None), None)
 
     def state_dict(self) -> dict[str, Any]:
         """States of all parts; ``AttributeError`` where the environment has none."""

@@ -10,7 +10,7 @@ import torch
 from gymnasium import Space, spaces
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, StepResult, Tree
+from ccrl.batched_env import AutoresetMode, StepResult, Tree, as_autoreset_mode
 
 __all__ = ["ClockEnv", "Episode"]
 
@@ -64,7 +64,7 @@ class ClockEnv:
         self.script = script
         self.num_envs = len(script)
         self.device = torch.device(device)
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.autoreset_mode = as_autoreset_mode(autoreset_mode, where="ClockEnv")
         self.provides_final_obs = provides_final_obs and self.autoreset_mode == AutoresetMode.SAME_STEP
         self.single_action_space = spaces.Discrete(2) if action_space is None else action_space
         policy = spaces.Box(-np.inf, np.inf, (1,), np.float32)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, resolve_env
+from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, resolve_env, resume_note
 from ccrl.testing.env_checks import check_obs, check_result, copy_of, equal, error_of, row_of, sample_actions, snapshot
 
 __all__ = ["EnvContract"]
@@ -33,7 +33,7 @@ class EnvContract:
     time_limit: int | None = None
     """Step at which every episode is truncated that did not terminate before; ``None`` does not test it."""
     resumable = True
-    """Whether there is a ``state_dict``."""
+    """Whether a resumed run continues exactly; where not, ``ccrl.batched_env.resume_note`` has to say so."""
     independent_copies = False
     """Whether a copy is independent of the others beyond the first end of an episode: none of them draws from a random
     stream that another one's resets move on."""
@@ -258,6 +258,13 @@ class EnvContract:
             self._check_resume(mode, self._after(mode, 7), steps=60)
             self._check_resume(mode, self._until_end(mode)[0], steps=20)
 
+    def test_it_says_whether_it_resumes_exactly(self) -> None:
+        for mode in self.autoreset_modes:
+            env = self._after(mode, 3)
+            note = resume_note(env)
+            env.close()
+            assert (note is None) == self.resumable, f"{mode}: resumable = {self.resumable}, resume_note says {note!r}"
+
     def test_wrong_actions_are_refused(self) -> None:
         env = self._env(self.autoreset_modes[0])
         env.reset(seed=0)
@@ -307,7 +314,8 @@ class EnvContract:
     def _check_resume(self, mode: AutoresetMode, env: BatchedEnv, steps: int) -> None:
         """A new environment goes on as ``env`` does, from its state as a checkpoint holds it."""
         other = self._env(mode)
-        saver, loader = _resumable(env), _resumable(other)
+        saver: Any = env
+        loader: Any = other
         other.reset(seed=99)
         file = io.BytesIO()
         torch.save(saver.state_dict(), file)
@@ -338,8 +346,3 @@ class EnvContract:
                 return env, result, done.nonzero().flatten().tolist(), before
             before = copy_of(result.obs)
         raise AssertionError(f"no episode ended within {self.max_steps} steps; raise max_steps or lower the time limit")
-
-
-def _resumable(env: Any) -> Any:
-    assert hasattr(env, "state_dict"), "no state_dict; set resumable = False if that is meant"
-    return env

@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, StepResult
+from ccrl.batched_env import AutoresetMode, StepResult, as_autoreset_mode
 from ccrl.inventory.functional_env import Network, Split, State
 from envs.inventory.demand import Recorded
 from envs.inventory.simulator import InventoryEnv
@@ -54,7 +54,7 @@ class InventoryVector:
         num_envs: int = 1,
         *,
         device: torch.device | str = "cpu",
-        autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         split: Split = "train",
         max_episode_steps: int | None = None,
         id: str | None = None,
@@ -68,7 +68,7 @@ class InventoryVector:
         self.env = InventoryEnv(built, split, periods=max_episode_steps)
         self.id = id or built.name
         self.num_envs, self.device = num_envs, torch.device(device)
-        self.autoreset_mode = AutoresetMode(autoreset_mode)
+        self.autoreset_mode = as_autoreset_mode(autoreset_mode, where=self.id)
         self.provides_final_obs = self.autoreset_mode == AutoresetMode.SAME_STEP
         net = built.network
         columns = [node * net.slots + slot for node in range(net.nodes) for slot in range(net.node_slots[node])]

@@ -10,7 +10,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, StepResult
+from ccrl.batched_env import AutoresetMode, StepResult, as_autoreset_mode
 from envs.mujoco.engine import BatchEngine, available_cores
 from envs.mujoco.render import Renderer, RenderOptions
 from envs.mujoco.task import MujocoTask, model_path
@@ -53,14 +53,14 @@ class MujocoEnv:
         *,
         seed: int | None = None,
         nthread: int | None = None,
-        autoreset_mode: AutoresetMode = AutoresetMode.SAME_STEP,
+        autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         max_episode_steps: int | None = None,
         dtype: torch.dtype = torch.float32,
         unstable: Literal["nan", "continue"] = "nan",
         render: RenderOptions | None = None,
     ) -> None:
         self.task, self.num_envs, self.unstable = task, num_envs, unstable
-        self.autoreset_mode = autoreset_mode
+        self.autoreset_mode = as_autoreset_mode(autoreset_mode, where=type(task).__name__)
         self.max_episode_steps = task.max_episode_steps if max_episode_steps is None else max_episode_steps
         self._render_options = render or RenderOptions()
         nthread = available_cores() if nthread is None else nthread
@@ -73,13 +73,11 @@ class MujocoEnv:
         for name, value in positive.items():
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected a positive integer, received {value!r}")
-        if not isinstance(autoreset_mode, AutoresetMode):
-            raise TypeError(f"autoreset_mode: expected one of {list(AutoresetMode)}, received {autoreset_mode!r}")
         if dtype not in (torch.float32, torch.float64):
             raise TypeError(f"dtype: expected torch.float32 or torch.float64, received {dtype}")
         if unstable not in ("nan", "continue"):
             raise ValueError(f"unstable: expected 'nan' or 'continue', received {unstable!r}")
-        self.provides_final_obs = autoreset_mode is AutoresetMode.SAME_STEP
+        self.provides_final_obs = self.autoreset_mode is AutoresetMode.SAME_STEP
 
         model = mujoco.MjModel.from_xml_path(str(model_path(task.xml_file)))
         self.engine = BatchEngine(model, num_envs, nthread, task.fields)

@@ -80,21 +80,28 @@ class TestHopper(EnvContract):
 
 
 class TestSync(EnvContract):
-    resumable = False
-
     def make_env(self, num_envs, autoreset_mode):
         return envs.make("CartPole-v1", num_envs, backend="sync", autoreset_mode=autoreset_mode)
 
 
 class TestSyncMujoco(EnvContract):
-    resumable = False
-
     def make_env(self, num_envs, autoreset_mode):
         return envs.make("InvertedPendulum-v5", num_envs, backend="sync", autoreset_mode=autoreset_mode)
 
 
 class TestAsync(EnvContract):
+    autoreset_modes = (AutoresetMode.SAME_STEP,)
+    num_envs = 2
+
+    def make_env(self, num_envs, autoreset_mode):
+        return envs.make("CartPole-v1", num_envs, backend="async", autoreset_mode=autoreset_mode)
+
+
+class TestAsyncWithoutAutoresetInOneStep(EnvContract):
+    """Its processes know alone which copies wait for a reset."""
+
     resumable = False
+    autoreset_modes = (AutoresetMode.NEXT_STEP, AutoresetMode.DISABLED)
     num_envs = 2
 
     def make_env(self, num_envs, autoreset_mode):
@@ -124,7 +131,6 @@ class DictPendulum(gymnasium.ObservationWrapper):
 
 
 class TestDictObservations(EnvContract):
-    resumable = False
     time_limit = 9
 
     def make_env(self, num_envs, autoreset_mode):
@@ -268,6 +274,25 @@ class IgnoresTheSeed(Faulty):
         return super().reset(None, mask)
 
 
+class NeighbouringSeeds(Faulty):
+    """Copy i starts as a run with the seed s + i alone would: runs with the seeds 1 and 2 share copies."""
+
+    def reset(self, seed=None, mask=None):
+        obs = super().reset(seed, mask)
+        if seed is not None:
+            draws = [torch.rand(4, 1, generator=torch.Generator().manual_seed(seed + i)) for i in range(self.num_envs)]
+            self.put(0, self.initial_state(torch.cat(draws, 1).numpy()))
+            self.put(4, self._memory[0].copy())
+            obs = self._obs_outward(self._memory[4])
+        return obs
+
+
+class ClaimsNothing(Faulty):
+    """Says that its state cannot be had."""
+
+    resume_note = "its state cannot be had"
+
+
 class SeedsEverybody(Faulty):
     def reset(self, seed=None, mask=None):
         if seed is not None:
@@ -359,6 +384,8 @@ OTHERS, MASK = (
         (ResetKeepsTheClock, PAST),
         (ResetKeepsTheFlags, PAST),
         (IgnoresTheSeed, PAST),
+        (NeighbouringSeeds, "test_seeds_and_copies_start_differently"),
+        (ClaimsNothing, "test_it_says_whether_it_resumes_exactly"),
         (SeedsEverybody, OTHERS),
         (SharesItsNumbers, OTHERS),
         (ActsForAll, "test_copies_do_not_depend_on_each_other"),

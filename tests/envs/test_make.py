@@ -170,7 +170,7 @@ def test_render_modes_of_a_vector_environment_and_of_one():
         ({"device": "gpu"}, "device: expected one of PyTorch's .*'gpu'"),
         ({"device": "gpu", "backend": "sync"}, "device: expected one of PyTorch's .*'gpu'"),
         ({"device": "cuda:99"}, r"got 'cuda:99', but PyTorch .* finds \d+ CUDA GPUs; use 'cpu'"),
-        ({"autoreset_mode": "next_step"}, "'NextStep', 'SameStep', 'Disabled', got 'next_step'"),
+        ({"autoreset_mode": "never"}, "'NextStep', 'SameStep', 'Disabled' as autoreset_mode, got 'never'"),
     ],
 )
 def test_options_that_no_environment_takes(options, message):
@@ -183,3 +183,15 @@ def test_a_module_that_fails_inside_is_not_called_missing(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_dependency'"):
         envs.make("registers_things:My-v0")
+
+
+@pytest.mark.parametrize("text", ["NextStep", "nextstep", "NEXT_STEP", "next_step"])
+@pytest.mark.parametrize("id", ["CartPole-v1", "Hopper-v5", "ccrl/InventorySerial-v0"])
+def test_autoreset_modes_can_be_given_as_text(id, text):
+    env = envs.make(id, 2, autoreset_mode=text)
+    assert env.autoreset_mode is AutoresetMode.NEXT_STEP
+    assert not env.provides_final_obs
+    if not id.startswith("ccrl/"):
+        assert envs.make(id, 2, autoreset_mode=text, backend="sync").autoreset_mode is AutoresetMode.NEXT_STEP
+    vector = gymnasium.make_vec(f"ccrl/{id.removeprefix('ccrl/')}", 2, autoreset_mode=text)
+    assert vector.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
