@@ -45,10 +45,13 @@ class SB3Env:
         inner = env
         while hasattr(inner, "venv"):
             inner = inner.venv
-        singles = getattr(inner, "envs", None)
-        self._bordered = isinstance(singles, list) and all(isinstance(each, gymnasium.Env) for each in singles)
+        try:
+            singles = inner.envs
+        except AttributeError:  # in processes
+            singles = []
+        self._bordered = bool(singles) and all(isinstance(each, gymnasium.Env) for each in singles)
         if self._bordered:
-            put_borders(singles)  # type: ignore[arg-type]
+            put_borders(singles)
         self._reused = ReusedArrays(self.name)
         self._checked = False
         self.env = env
