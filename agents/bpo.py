@@ -36,7 +36,7 @@ __all__ = ["BPO", "BPOConfig"]
 
 @dataclass(frozen=True)
 class BPOConfig(OnPolicyConfig):
-    """The paper's SB3 variant (bpo sheet, sections 4 and 5)."""
+    """The released code's variant for MuJoCo (github.com/bounded-ratio-rl/bounded_ratio_rl, Stable-Baselines3 half)."""
 
     num_envs: int = 4
     """Parallel environments."""

@@ -33,7 +33,7 @@ __all__ = ["MDPO", "MDPOConfig", "step_size"]
 
 @dataclass(frozen=True)
 class MDPOConfig(OnPolicyConfig):
-    """Table of the paper's on-policy runs (mdpo sheet, section 5), at 16 x 128 = 2,048 steps per iteration."""
+    """The paper's on-policy runs, in its "loaded" setting, at 16 x 128 = 2,048 steps per iteration (docs/mdpo.md)."""
 
     normalise_obs: bool = True
     """Running observation statistics (part of the paper's "loaded" setting, as the next one)."""

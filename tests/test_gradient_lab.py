@@ -67,7 +67,7 @@ def test_unbiased_estimators_and_calibrated_covariances(name, lqr):
 
 
 def test_bayesian_quadrature_on_the_bandit():
-    """The bandit table of the bpg sheet: at 100 paths the reward lies in the kernel's span."""
+    """The bandit of docs/bpg.md: at 100 paths the reward lies in the kernel's span."""
     setting = problems.Setting("bandit-linear", warmup=10)
     built = {name: estimators.build(name, setting, 100) for name in ("mc", "bpg1")}
     means = {name: [] for name in built}

@@ -67,14 +67,14 @@ def cispo(low: Number, high: Number) -> Loss:
 
 
 def bounded_target(x: Tensor, low: Number, high: Number, temperature: Number) -> Tensor:
-    """BPO's ratio target ``c_l + (c_h - c_l) sigmoid(x / lambda)`` with ``c_l = 1 - low, c_h = 1 + high`` (bpo, 3)."""
+    """BPO's ratio target ``c_l + (c_h - c_l) sigmoid(x / lambda)`` with ``c_l = 1 - low, c_h = 1 + high``."""
     return (1.0 - low) + (low + high) * torch.sigmoid(x / temperature)
 
 
 def bounded_ratio(
     low: Number, high: Number, temperature: Number, *, threshold: str = "median", weight: str | None = None
 ) -> Loss:
-    """BPO: ``|(rho - rho*) w|``, an L1 regression of the ratio onto its bounded target (bpo sheet, section 3).
+    """BPO: ``|(rho - rho*) w|``, an L1 regression of the ratio onto its bounded target (docs/bpo.md).
 
     Online weights ``w = R - V_phi(s)`` come from the critic being trained; ``weight`` names a stored column instead
     (the offline-advantage option). ``threshold`` is the forward output the return is compared with: the median head,
@@ -142,7 +142,7 @@ def value_loss(*, scale: float = 1.0, clip_range: Number | None = None, head: st
 
 
 def median_loss(*, kappa: float = 0.5, temperature: Number = 1.0, head: str = "median") -> Loss:
-    """BPO's second critic: ``lambda softplus(x / lambda) - kappa x`` with ``x = R - U`` (bpo sheet, section 3).
+    """BPO's second critic: ``lambda softplus(x / lambda) - kappa x`` with ``x = R - U`` (docs/bpo.md).
 
     Its minimiser solves ``E sigmoid(x / lambda) = kappa``: the ``(1 - kappa)``-quantile where ``|x|`` is large against
     the temperature. ``temperature=1, kappa=1/2`` is the released ``softplus(x) - x/2`` (the median); for asymmetric

@@ -94,7 +94,7 @@ class Scores:
         return self._forward(self.log_prob, v)
 
     def hvp(self, weight: Tensor, v: Tensor) -> Tensor:
-        """Unbiased estimate of the Hessian of the expected return times ``v``, ``[n]`` (npg_igt_harpg sheet, eq. B).
+        """Unbiased estimate of the Hessian of the expected return times ``v``, ``[n]`` (HARPG; see docs/harpg.md).
 
         The mean over samples of ``hess Phi v + grad Phi <score, v>`` with ``Phi = sum_t weight_t log pi_t`` and
         ``weight [T, N]`` held constant; the second term is there because the sampling depends on ``theta`` too.

@@ -163,7 +163,7 @@ class GroupBaseline:
 class GroupThreshold:
     """``threshold`` ``[N]``: a quantile of every group's scores, linearly interpolated (GBPO: the median).
 
-    ``level = 1 - kappa`` keeps the target ratios of asymmetric bounds at mean 1 (bpo sheet, section 3). A group of one
+    ``level = 1 - kappa`` keeps the target ratios of asymmetric bounds at mean 1 (docs/bpo.md). A group of one
     has threshold 0, like its mean in ``GroupBaseline``.
     """
 

@@ -1,6 +1,6 @@
 """Gradients from whole fresh episodes: ``g(tau, theta) = grad sum_t psi_t log pi_theta(a_t|s_t)``, unbiased and plain.
 
-What the update rules that evaluate gradients at points of their own (look-ahead, line) share; npg_igt_harpg sheet, 3.
+What the update rules that evaluate gradients at points of their own (look-ahead, line) share: docs/npg_igt.md.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ class OneHot(nn.Module):
 class RBFGrid(nn.Module):
     """Radial basis functions ``exp(-|x - c|^2 / (2 width^2))`` on a grid over a box, after scaling it to ``[0, 1]^D``.
 
-    Centres are ``(i - 1/2) / per_axis``; the default width is that of the BAC mountain car (bpg sheet, section 5).
+    Centres are ``(i - 1/2) / per_axis``; the default width is that of the BAC mountain car (docs/bac.md).
 
     :param low, high: the box, ``[D]`` each, finite.
     :param per_axis: centres per dimension: ``per_axis ** D`` features.

@@ -22,7 +22,7 @@ class LinearGaussianPolicy(ParametricPolicy):
 
     ``sigma`` itself is the parameter, not its logarithm: the scores for ``A = O = 1`` are ``(a - K x) x / sigma^2`` and
     ``((a - K x)^2 - sigma^2) / sigma^3``. With ``gain_range`` and ``std_range`` both are squashed into intervals
-    instead, ``low + (high - low) / (1 + e^k)`` of free parameters ``k`` (the LQR of the bpg sheet, section 5).
+    instead, ``low + (high - low) / (1 + e^k)`` of free parameters ``k`` (as BPG's experiments on the LQR do).
 
     :param gain, std: initial values.
     :param fixed_std: the standard deviation is a constant.

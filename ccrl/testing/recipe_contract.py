@@ -1,4 +1,4 @@
-"""The contract of language-model recipes as a test class: what section 5 of the baselines' sheet asks of every loss.
+"""The contract of language-model recipes as a test class: what must hold of every loss.
 
 Recipes are driven through the whole life cycle (plan, collect, fit, prepare, terms) of the agent that has them, with a
 table of logits in float64 as policy.

@@ -1,6 +1,7 @@
 """Two tasks with Gaussian actions and exact gradients: a bandit and the linear-quadratic regulator of BPG.
 
-Source: Ghavamzadeh and Engel 2006 / Ghavamzadeh, Engel and Valko 2016; numbers of the bpg sheet, section 5.
+Source: Ghavamzadeh and Engel 2006; Ghavamzadeh, Engel and Valko 2016. The constants of the LQR are quoted from memory
+of these.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class MountainCarContinuous(MountainCar):
 
 class MountainCarTwoActions(MountainCar):
     """As :class:`MountainCar` with full throttle left (0) or right (1), a track that ends at the goal (0.5), and reward
-    0 on the step that reaches it: the task of Bayesian actor-critic (bpg sheet, section 5)."""
+    0 on the step that reaches it: the task of Bayesian actor-critic (docs/bac.md)."""
 
     id = "ccrl/MountainCarTwoActions-v0"
 

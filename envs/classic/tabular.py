@@ -151,7 +151,7 @@ class TabularMDP(Exact, ClassicEnv):
 
 
 class RandomMDP(TabularMDP):
-    """A random MDP; the defaults are the five states of the npg_igt_harpg sheet, section 6.
+    """A random MDP; the defaults are the five states of docs/npg_igt.md.
 
     ``numpy.random.default_rng(mdp_seed)`` draws transitions from a Dirichlet distribution, then rewards from [0, 1).
     """
@@ -181,7 +181,7 @@ class RandomMDP(TabularMDP):
 
 class RandomWalk(TabularMDP):
     """States 0 to 9 in a row, start 0, actions right (0) and left (1), deterministic, the left end holds; -1 per step
-    until 9 is reached (bpg sheet, section 5: a design of that sheet)."""
+    until 9 is reached. A walk as in Ghavamzadeh, Engel and Valko 2016, whose rewards are not known here."""
 
     id = "ccrl/RandomWalk-v0"
     default_max_episode_steps = 2000

@@ -8,7 +8,7 @@ period never serves it); costs; what is in transit moves up one slot and the ord
     post     = max(post, 0)                               where demand is lost
     x'_0     = post + x_1,   x'_j = x_{j+1},   then   x'_{L-1} += order
 
-Source: Alvo et al. 2023 (arXiv 2306.11246), section 3 of the hdpo_inventory sheet.
+Source: Alvo et al. 2023 (arXiv 2306.11246) and their published code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""BPO: the gradient at ratio 1, both kinds of weights, the median's level, shrinking bounds; oracles 6 and 7."""
+"""BPO: the gradient at ratio 1, both kinds of weights, the median's level, shrinking bounds."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def plain_gradient(agent: BPO, data: Data, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize("env", ["Pendulum-v1", "CartPole-v1"])
 @pytest.mark.parametrize("eps", [(0.25, 0.25), (0.1, 0.4)])
 def test_the_first_gradient_is_the_policy_gradient(env: str, eps: tuple[float, float]) -> None:
-    """Oracle 6: ratio 1, no median, temperature -> 0. The width of the bounds does not enter."""
+    """Ratio 1, no median, temperature -> 0. The width of the bounds does not enter."""
     agent = make(env, use_median=False, temperature=1e-9, eps_low=eps[0], eps_high=eps[1])
     data = prepare_rollout(agent)
     expected = plain_gradient(agent, data, data["return"] - data["value"])
@@ -106,7 +106,7 @@ def test_target_ratios_average_to_one(low: float, high: float, temperature: floa
     (1e-3, 0.2775, (-0.2625, -0.1125, 0.325, 0.05)), (1.0, 0.136270, None),
 ])  # fmt: skip
 def test_loss_by_hand(temperature: float, loss: float, gradient: tuple[float, ...] | None) -> None:
-    """Oracle 7, through the agent's terms."""
+    """The batch of tests/ccrl/test_bounded_ratio.py, through the agent's terms."""
     agent = make(eps_low=0.3, eps_high=0.3, temperature=temperature)
     log_ratio = torch.tensor([[1.05, 0.9, 1.3, 1.0]]).log().requires_grad_()
     evaluation: Outputs = {

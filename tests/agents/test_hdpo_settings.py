@@ -24,7 +24,7 @@ def make(policy: str = "vanilla", task: str = "one_store_lost", **settings: Any)
 
 
 def test_defaults_are_the_published_ones() -> None:
-    """hdpo_inventory sheet, sections 4 and 5 (a quarter of the traces, batches of 512)."""
+    """Those of the published code (docs/hdpo.md), with a quarter of the traces and batches of 512."""
     c = HDPOConfig()
     assert (c.policy, c.n_train, c.batch_size, c.dev_every, c.patience) == ("vanilla", 8192, 512, 10, 500)
     assert (c.learning_rate, c.max_grad_norm, c.anneal_lr, c.whole_units) == (None, None, False, False)

@@ -1,4 +1,4 @@
-"""N-PG-IGT and HARPG: every oracle of the npg_igt_harpg sheet, section 7, and exact resume."""
+"""N-PG-IGT and HARPG: expectations over all trajectories, numbers by hand, limits, bounds and lemmas."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def close(got, expected, atol=5e-7):
     torch.testing.assert_close(got, expected, atol=atol, rtol=0)
 
 
-# -- the MDP of oracles 1 to 4, 10 and 11 -----------------------------------------------------------------------------
-# The sheet lists parameters by state; the policy's are [action, state]. ``swap`` goes both ways.
+# -- a small MDP ------------------------------------------------------------------------------------------------------
+# Vectors below list logits by state; the policy's parameters are [action, state]. ``swap`` goes both ways.
 
 P = [[[0.7, 0.3], [0.2, 0.8]], [[0.5, 0.5], [0.9, 0.1]]]
 R = [[1.0, 0.0], [-0.5, 2.0]]
@@ -94,7 +94,7 @@ def context(policy):
     return SimpleNamespace(scores=lambda theta, data, level: Scores(policy, theta, data, level))
 
 
-def test_oracle_1_expectations(env):
+def test_expectations_over_all_trajectories(env):
     policy = tabular(env)
     data, p = all_trajectories(policy, THETA)
     assert p.sum().item() == pytest.approx(1.0)
@@ -109,7 +109,7 @@ def test_oracle_1_expectations(env):
     close((p @ returns)[0], vector(1.965851)[0])
 
 
-def test_oracle_2_one_trajectory(env):
+def test_one_trajectory(env):
     policy = tabular(env)
     data = estimator().weigh(rollouts([[0, 1, 0]], [[1, 0, 1]]))
     step, path = Scores(policy, THETA, data), Scores(policy, THETA, data, "trajectory")
@@ -122,8 +122,8 @@ def test_oracle_2_one_trajectory(env):
     close(swap(path.hvp(data["psi"], V)), vector(-0.6579, 0.6579, 0.5961, -0.5961), 5e-5)
 
 
-def test_oracle_3_the_sign_of_the_second_term(env):
-    """With a minus the expectation is another vector; ours (oracle 1) is the Hessian's."""
+def test_the_sign_of_the_second_term(env):
+    """With a minus the expectation is another vector; ours (the test of expectations) is the Hessian's."""
     policy = tabular(env)
     data, p = all_trajectories(policy, THETA)
 
@@ -138,7 +138,7 @@ def test_oracle_3_the_sign_of_the_second_term(env):
     assert (expectation - env.exact_hvp(policy, THETA, V)).norm() > 1.0
 
 
-def test_oracle_4_line_integral(env):
+def test_the_line_integral_of_the_hessian(env):
     """Averaged over the line, the Hessian times the move is the difference of gradients; the quadrature is
     Gauss-Legendre with 8 points."""
     policy, delta = tabular(env), 0.3 * V
@@ -154,7 +154,7 @@ def test_oracle_4_line_integral(env):
     close(total, expected, 1e-9)
 
 
-# -- oracle 5: a quadratic with exact gradients -----------------------------------------------------------------------
+# -- a quadratic with exact gradients ---------------------------------------------------------------------------------
 
 A, B = torch.tensor([[2.0, 0.5], [0.5, 1.0]], dtype=F64), vector(1, -1)
 
@@ -191,7 +191,7 @@ def errors(xs, ds):
     return [(d - (B - A @ x)).norm().item() for x, d in zip(xs, ds)]
 
 
-def test_oracle_5_transport_is_exact_on_a_quadratic():
+def test_transport_is_exact_on_a_quadratic():
     xs, ds, points = run_quadratic(direction_on_quadratic(NPGIGTEstimator, NPGIGTConfig), 7)
     assert max(errors(xs, ds)) < 1e-14
     for t, expected in enumerate([(2.31376, -2.08578), (1.92467, -2.09897), (1.65086, -2.08377)], start=1):
@@ -200,12 +200,12 @@ def test_oracle_5_transport_is_exact_on_a_quadratic():
 
 
 @pytest.mark.parametrize("variant", ["harpg", "nharpg"])
-def test_oracle_5_harpg_with_exact_hessians(variant):
+def test_harpg_with_exact_hessians(variant):
     xs, ds, _ = run_quadratic(direction_on_quadratic(HARPGEstimator, HARPGConfig, variant=variant), 6)
     assert max(errors(xs, ds)) < 1e-14
 
 
-def test_oracle_5_and_section_8_what_others_leave():
+def test_what_others_leave():
     """Plain momentum, and the look-ahead with the previous eta of the released code, do not keep the gradient."""
     xs, ds, _ = run_quadratic(direction_on_quadratic(NPGIGTEstimator, NPGIGTConfig, variant="nmpg"), 6)
     assert errors(xs, ds)[1:] == pytest.approx([0.253, 0.355, 0.401, 0.421, 0.427], abs=5e-4)
@@ -223,7 +223,7 @@ def test_schedules():
     assert NPGIGTEstimator(NPGIGTConfig(momentum=0.3), torch.zeros(1)).eta(torch.zeros(())).item() == 1.0
 
 
-def test_oracle_8_a_fixed_trajectory_hides_the_second_term(env):
+def test_a_fixed_trajectory_hides_the_second_term(env):
     policy = tabular(env)
     data = estimator().weigh(rollouts([[0, 1, 0]], [[1, 0, 1]]))
     g = lambda theta: estimator().gradient(theta, data, context(policy)).mean  # noqa: E731
@@ -233,7 +233,7 @@ def test_oracle_8_a_fixed_trajectory_hides_the_second_term(env):
     assert (difference - product).norm() > 1.0
 
 
-def test_oracle_9_theory_constants():
+def test_theory_constants():
     c = theory_constants(M_g=1, M_h=0.5, r_max=1, gamma=0.9, H=46)
     got = [c.L_g, c.sigma_g2, c.sigma_h2, c.D_g, c.D_h, c.truncation, c.npg_igt_step(0.1), c.harpg_step(0.1)]
     assert got == pytest.approx([150, 1000, 21162500, 74.833147, 840, 0.00785517, 30, 2.711228e-4], rel=5e-7)
@@ -242,7 +242,7 @@ def test_oracle_9_theory_constants():
     assert loose.harpg_step(1e3) == pytest.approx(2**0.5 * 1e-3 / (3**0.5 * loose.sigma_g2**0.5 * 1e3))
 
 
-def test_oracle_10_bounds(env):
+def test_bounds(env):
     policy, endless = tabular(env), two_states(None)
     M_g, M_h, r_max = 2**0.5, 0.5, 2.0
     data, p = all_trajectories(policy, THETA)
@@ -267,7 +267,7 @@ def test_oracle_10_bounds(env):
     assert [b.D_g * b.truncation for b in bounds] == pytest.approx([18.8346, 1.1291], abs=5e-5)
 
 
-def test_oracle_10_fisher_matrices(env):
+def test_fisher_matrices(env):
     """Of the discounted visitation: the full table is singular, one free logit per state is not."""
     policy, endless = tabular(env), two_states(None)
     pi = torch.func.functional_call(policy, {"theta": THETA.reshape(2, 2)}, (_states(), frozenset({"dist"})))
@@ -303,7 +303,7 @@ def _pair(s, a):
     return Data({"obs": vector(s).reshape(1, 1, 1), "action": torch.tensor([[a]]), "valid": torch.ones(1, 1)})
 
 
-def test_oracle_11_key_lemma():
+def test_the_key_lemma():
     """-J(x') <= -J(x) - gamma/3 |grad J| + 8 gamma/3 |d - grad J_H| + L gamma^2/2 + 4 gamma/3 |grad J_H - grad J| for
     any direction and step; 2000 random draws, H = 20."""
     endless, short = two_states(None), two_states(20)
@@ -328,7 +328,7 @@ def test_oracle_11_key_lemma():
     assert slack.min() < 1e-2, "the draws come close to the bound"
 
 
-def test_oracle_11_momentum_lemma():
+def test_the_momentum_lemma():
     eta = lambda t, q: (2 / (t + 2)) ** q  # noqa: E731
     for q in (0.5, 0.8, 1.0):
         product = 1.0

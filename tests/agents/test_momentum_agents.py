@@ -64,7 +64,7 @@ def rewards(monkeypatch, change):
 
 
 @pytest.mark.parametrize(("cls", "config", "variant"), METHODS, ids=IDS)
-def test_oracle_6_no_rewards_no_move(cls, config, variant, monkeypatch):
+def test_no_rewards_no_move(cls, config, variant, monkeypatch):
     rewards(monkeypatch, lambda r: 0.0 * r)
     agent = make(cls, config, variant)
     before = agent.updaters["policy"].flat.clone()
@@ -75,7 +75,7 @@ def test_oracle_6_no_rewards_no_move(cls, config, variant, monkeypatch):
 @pytest.mark.parametrize(
     ("cls", "config", "variant"), [METHODS[0], METHODS[len(NPGIGTEstimator.rules)]], ids=["npg_igt", "nharpg"]
 )
-def test_oracle_6_without_momentum_both_are_normalised_gradient(cls, config, variant, monkeypatch):
+def test_without_momentum_both_are_normalised_gradient(cls, config, variant, monkeypatch):
     agent = make(cls, config, variant)
     monkeypatch.setattr(type(agent.estimator), "eta", lambda self, k: torch.ones_like(k))
     gradients, gradient = [], agent.estimator.gradient
@@ -87,7 +87,7 @@ def test_oracle_6_without_momentum_both_are_normalised_gradient(cls, config, var
 
 
 @pytest.mark.parametrize(("cls", "config", "variant"), METHODS, ids=IDS)
-def test_oracle_6_a_bandit(cls, config, variant):
+def test_a_bandit(cls, config, variant):
     """H = 1: a full turn on the best arm."""
     step = 1.0 if cls.Direction.rules[variant].normalised else 8.0
     agent = make(cls, config, variant, num_envs=64, n_steps=1, learning_rate=step, env_kwargs={"horizon": 1})
@@ -98,7 +98,7 @@ def test_oracle_6_a_bandit(cls, config, variant):
 
 
 @pytest.mark.parametrize("variant", ["npg_igt", "nmpg", "nharpg", "pg"])
-def test_oracle_7_scaled_rewards(variant, monkeypatch):
+def test_scaled_rewards(variant, monkeypatch):
     """Normalised methods do not see the scale (a power of two: to the last bit); plain gradient does."""
     cls, config = (HARPG, HARPGConfig) if variant == "nharpg" else (NPGIGT, NPGIGTConfig)
     plain = train(make(cls, config, variant), 4)
@@ -167,7 +167,7 @@ def test_the_settings_reach_the_estimates():
 
 
 def test_defaults_are_those_of_the_released_code():
-    """npg_igt_harpg sheet, section 5."""
+    """Step size, momentum and networks of its examples (docs/npg_igt.md)."""
     for c in (NPGIGTConfig(), HARPGConfig()):
         assert (c.gamma, c.learning_rate, c.momentum, c.baseline, c.hidden) == (0.99, 0.1, 1.0, "none", (32, 32))
     assert (NPGIGTConfig().variant, NPGIGTConfig().lookahead_eta, HARPGConfig().variant) == (

@@ -42,7 +42,7 @@ def test_ppo_has_sb3s_defaults() -> None:
 
 
 def test_mdpo_has_the_papers_defaults() -> None:
-    """The sheet's table (mdpo, section 5), the column of the on-policy runs, "loaded"."""
+    """Its on-policy runs in the "loaded" setting, with the released code's learning rate (docs/mdpo.md)."""
     table = {
         "hidden": (64, 64), "activation": "tanh", "orthogonal": True, "inner_steps": 10, "learning_rate": 3e-4,
         "adam_eps": 1e-5, "gamma": 0.99, "gae_lambda": 0.95, "critic_epochs": 5, "critic_batch_size": 128,
@@ -54,8 +54,8 @@ def test_mdpo_has_the_papers_defaults() -> None:
 
 
 def test_bpo_has_the_papers_defaults() -> None:
-    """The sheet's common MuJoCo settings (bpo, sections 3 and 5); bounds, environments and batch of Hopper's and Ant's
-    rows."""
+    """The released sweep's common MuJoCo settings; bounds, environments and steps are Hopper's, batch and step size
+    Ant's."""
     table = {
         "hidden": (256, 256), "median_hidden": (256, 256), "activation": "relu", "orthogonal": True,
         "log_std_init": 0.0,

@@ -1,4 +1,4 @@
-"""BPO and GBPO against the numbers of the BPO sheet (section 7)."""
+"""BPO and GBPO: targets, losses and gradients by hand, on bandits and small batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One surrogate, many algorithms: gradient identities of the unified estimator (hpt_upge sheet, section 7), float64.
+"""One surrogate, many algorithms: gradient identities of the unified estimator (Lv et al. 2025), float64.
 
 The generic surrogate is ``-sum M * A * exp(log pi - stopgrad(log ref))``; each method is a mask ``M``, a denominator
 and an advantage. The reference gradients come from the methods' own losses.

@@ -1,4 +1,4 @@
-"""Losses, penalties, critics and advantages against hand-computed numbers and the MDPO sheet (section 7)."""
+"""Losses, penalties, critics and advantages against numbers by hand."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ def test_value_losses_by_hand() -> None:
 
 
 def test_canonical_batch_aggregations() -> None:
-    # llm_baselines sheet, C0 with PPO-clip .2
+    # the batch C0 of docs/llm/baselines.md with PPO-clip .2
     old = torch.tensor([[-1.2, -0.5, -1.9], [-0.3, -1.6, 0], [-0.7, -0.9, -0.3], [-1.1, 0, 0]], dtype=F64).T
     new = torch.tensor([[-1.0, -0.5, -2.0], [-0.3, -1.2, 0], [-0.7, -0.7, -0.7], [-1.5, 0, 0]], dtype=F64).T
     valid = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]], dtype=F64).T

@@ -1,4 +1,4 @@
-"""The unified gradient: with its modulation a surrogate is the classic one, to 1e-15 (hpt_upge sheet, section 7)."""
+"""The unified gradient: with its modulation a surrogate is the classic one, to 1e-15 (Lv et al. 2025, table 1)."""
 
 from __future__ import annotations
 

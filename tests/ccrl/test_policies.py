@@ -38,7 +38,7 @@ def test_gaussian_matches_torch() -> None:
 
 
 def test_kl_has_the_new_distribution_first() -> None:
-    # mdpo sheet, oracle 3: KL(N(.3, .8^2) || N(0, 1)); the other direction is .1284189
+    # KL(N(.3, .8^2) || N(0, 1)) = (.64 + .09 - 1) / 2 - log .8; the other direction is .1284189
     new = {"mean": torch.tensor([0.3]), "log_std": torch.tensor([math.log(0.8)])}
     old = {"mean": torch.tensor([0.0]), "log_std": torch.tensor([0.0])}
     assert float(GAUSSIAN.kl(new, old)) == pytest.approx(0.0881436, abs=1e-7)

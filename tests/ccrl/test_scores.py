@@ -1,4 +1,4 @@
-"""Scores against autograd loops, finite differences, torch.distributions and full enumeration (npg_igt_harpg sheet)."""
+"""Scores against autograd loops, finite differences, torch.distributions and full enumeration."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_shapes_are_checked() -> None:
         Scores(policy, theta, data, "trajectory").hvp(torch.ones(N), theta)
 
 
-# -- the two-state MDP of the sheet -----------------------------------------------------------------------------------
+# -- a two-state MDP, all trajectories --------------------------------------------------------------------------------
 
 
 class Table(nn.Module):
@@ -263,7 +263,7 @@ def expected_hvp(theta: Tensor, v: Tensor) -> Tensor:
     return scores.hvp(psi * p * p.numel(), v)
 
 
-def test_oracle_1_expectations_are_the_exact_gradient_and_hessian() -> None:
+def test_expectations_are_the_exact_gradient_and_hessian() -> None:
     scores, psi, p = enumerate_(THETA)
     assert float(p.sum()) == pytest.approx(1.0)
     assert float(p @ psi[0]) == pytest.approx(1.965851, abs=1e-6)
@@ -272,7 +272,7 @@ def test_oracle_1_expectations_are_the_exact_gradient_and_hessian() -> None:
     assert expected_hvp(THETA, V).tolist() == pytest.approx([-0.1882, 0.1882, 0.3307, -0.3307], abs=5e-5)
 
 
-def test_oracle_2_and_3_one_trajectory_and_the_sign() -> None:
+def test_one_trajectory_and_the_sign() -> None:
     obs, action = torch.tensor([[0], [1], [0]]), torch.tensor([[1], [0], [1]])
     data = Data({"obs": obs, "action": action, "valid": torch.ones(3, 1, dtype=F64)})
     table = Table(torch.zeros(2, 2))
@@ -287,12 +287,12 @@ def test_oracle_2_and_3_one_trajectory_and_the_sign() -> None:
     curvature = whole.hvp(psi, V) - g * along
     assert curvature.tolist() == pytest.approx([0.1586, -0.1586, -0.1892, 0.1892], abs=5e-5)
     assert whole.hvp(psi, V).tolist() == pytest.approx([-0.6579, 0.6579, 0.5961, -0.5961], abs=5e-5)
-    # 8: a finite difference on the fixed trajectory sees the first term only
+    # a finite difference on the fixed trajectory sees the first term only
     other = central(lambda x: Scores(table, x, data, "step").vjp(psi), THETA, V)
     torch.testing.assert_close(other, curvature, rtol=1e-6, atol=1e-8)
 
 
-def test_oracle_4_line_integral() -> None:
+def test_the_line_integral_of_the_hessian() -> None:
     delta = 0.3 * V
     nodes, weights = np.polynomial.legendre.leggauss(8)
     integral = sum(w / 2 * expected_hvp(THETA + (x + 1) / 2 * delta, delta) for x, w in zip(nodes, weights))

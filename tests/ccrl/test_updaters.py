@@ -219,7 +219,7 @@ class Tokens(nn.Module):
 
 
 def canonical(microbatch: int | None) -> tuple[Tokens, Data]:
-    """Batch C0 of the llm_baselines sheet, time-major."""
+    """Batch C0 of docs/llm/baselines.md, time-major."""
     new = torch.tensor([[-1.0, -0.5, -2.0], [-0.3, -1.2, 0], [-0.7, -0.7, -0.7], [-1.5, 0, 0]], dtype=F64).T
     old = torch.tensor([[-1.2, -0.5, -1.9], [-0.3, -1.6, 0], [-0.7, -0.9, -0.3], [-1.1, 0, 0]], dtype=F64).T
     valid = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]], dtype=F64).T

@@ -51,7 +51,7 @@ def two_states(num_envs=1, horizon=3, **options):
 
 
 def by_state(policy, *logits):
-    """The sheet lists logits by state, the policy's parameters are ``[action, state]``."""
+    """Logits are listed by state, the policy's parameters are ``[action, state]``."""
     policy.theta.data = torch.tensor(logits, dtype=F64).reshape(-1, policy.theta.shape[0]).T.contiguous()
     return policy
 
@@ -117,11 +117,14 @@ def test_ids():
         lqr.render()
 
 
-# -- published numbers ------------------------------------------------------------------------------------------------
+# -- numbers by hand and by other routes ------------------------------------------------------------------------------
 
 
-def test_lqr_oracle():
-    """bpg sheet, oracle 6; costs there, rewards here. And: the best gain at sig = .001 is -0.91323."""
+def test_lqr_by_hand():
+    """e' = (1 + lam)^2 e + sig^2 + .01 from E x^2 = .091, cost sum_t (1 + .1 lam^2) e_t + .1 sig^2 over 20 steps.
+
+    And: the best gain at sig = .001 is -0.91323.
+    """
     env = LQR()
     policy = gaussian(env)
     theta = vector(-0.2, 1.0)
@@ -143,8 +146,8 @@ def test_lqr_refuses_other_policies():
         env.exact_return(gaussian(env), vector(1.0))
 
 
-def test_random_walk_oracle():
-    """bpg sheet, oracle 7. The walk from 0 visits states 9, 8, ..., 1 times twice: Fisher = visits / 4."""
+def test_random_walk_by_hand():
+    """The walk from 0 visits states 9, 8, ..., 1 times twice: Fisher = visits / 4."""
     env = RandomWalk()
     policy = tabular(env, 9, pinned=True)
     close(env.exact_return(policy), vector(-51.257723)[0])
@@ -167,29 +170,29 @@ def test_bandit():
 
 
 def test_five_states():
-    """npg_igt_harpg sheet, section 6."""
+    """The return of the uniform policy and the best of the finite horizon (docs/npg_igt.md)."""
     env = RandomMDP()
     close(env.exact_return(tabular(env, 5)), vector(4.031029)[0])
     assert env.optimal_return() == pytest.approx(6.001122, abs=5e-7)
 
 
 def test_two_states():
-    """npg_igt_harpg sheet, oracles 1 and 10."""
+    """Horizon 3 as in tests/agents/test_momentum.py, which sums over all trajectories; and no horizon."""
     v = by_state(tabular(two_states(), 2), 1, -0.5, 0.25, 2).theta.data.flatten()
 
-    def sheet(x):
+    def listed(x):
         return x.reshape(2, 2).T.flatten()
 
     env = two_states()
     policy = by_state(tabular(env, 2), 0.3, -0.2, 0.1, 0.5)
     close(env.exact_return(policy), vector(1.965851)[0])
-    close(sheet(env.exact_gradient(policy)), vector(0.4120, -0.4120, -0.4335, 0.4335), atol=5e-5)
-    close(sheet(env.exact_hvp(policy, None, v)), vector(-0.1882, 0.1882, 0.3307, -0.3307), atol=5e-5)
+    close(listed(env.exact_gradient(policy)), vector(0.4120, -0.4120, -0.4335, 0.4335), atol=5e-5)
+    close(listed(env.exact_hvp(policy, None, v)), vector(-0.1882, 0.1882, 0.3307, -0.3307), atol=5e-5)
     env = two_states(horizon=None)
     close(env.exact_return(policy), vector(7.590377)[0])
-    close(sheet(env.exact_gradient(policy)), vector(1.283922, -1.283922, -2.093954, 2.093954))
+    close(listed(env.exact_gradient(policy)), vector(1.283922, -1.283922, -2.093954, 2.093954))
     hessian = torch.stack([env.exact_hvp(policy, None, row) for row in torch.eye(4, dtype=F64)])
-    # the sheet prints 1.624418; fourth-order differences of the return give 1.624417 as well
+    # fourth-order differences of the return give 1.624417 as well
     assert torch.linalg.matrix_norm(hessian, 2).item() == pytest.approx(1.624417, abs=5e-7)
     torch.testing.assert_close(hessian, hessian.T)
 

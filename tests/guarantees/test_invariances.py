@@ -43,7 +43,8 @@ def test_autoreset_modes_give_the_same_advantages(cls: type[Any]) -> None:
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_advantages_by_hand(mode: AutoresetMode) -> None:
-    """V(o) = o / 10, gamma 0.9, lambda 0.8, reward 1: the table of the sheet on reference scores, section 7."""
+    """V(o) = o / 10, gamma 0.9, lambda 0.8, reward 1. The episode 0, 1, 2: A_2 = 1 - .2 = .8,
+    A_1 = 1 + .9 * .2 - .1 + .72 * .8 = 1.656, A_0 = 1 + .9 * .1 - 0 + .72 * 1.656 = 2.28232."""
     env = ClockEnv([[Episode(0, 3)], [Episode(10, 2, "truncate")]], autoreset_mode=mode)
     steps = 8 if mode == AutoresetMode.NEXT_STEP else 6
     agent = PPO(env, PPO.Config(num_envs=2, n_steps=steps, hidden=(), gamma=0.9, gae_lambda=0.8))

@@ -17,7 +17,7 @@ from ccrl.estimators.terms import surrogate
 
 
 def _rollout(old: Any, mask: Any, **columns: Any) -> Data:
-    """The sheets' ``(B, T)`` lists as a rollout ``[T, B]`` in float64; one-dimensional ones are per sequence."""
+    """``(B, T)`` lists as a rollout ``[T, B]`` in float64; one-dimensional ones hold one number per sequence."""
     found = {"log_prob": torch.as_tensor(old, dtype=torch.float64), "valid": torch.as_tensor(mask, dtype=torch.float64)}
     found |= {name: torch.as_tensor(value) for name, value in columns.items()}
     found.setdefault("group", torch.zeros(found["valid"].shape[0], dtype=torch.int64))

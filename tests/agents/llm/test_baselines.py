@@ -1,5 +1,4 @@
-"""The baselines against the numbers of their sheet (sections 2 to 4), on its canonical batch, through the suite's
-recipes and terms."""
+"""The baselines by hand on a canonical batch C0 (docs/llm/baselines.md), through the suite's recipes and terms."""
 
 from __future__ import annotations
 
@@ -29,7 +28,7 @@ F64 = torch.float64
 
 
 def rows(*values: list[float]) -> Tensor:
-    """``[T, B]`` from the sheet's sequences ``[B, T]``."""
+    """``[T, B]`` from sequences ``[B, T]``."""
     return torch.tensor(values, dtype=F64).t().contiguous()
 
 
@@ -79,7 +78,7 @@ def value_of(policy: Stored, data: Data, terms: tuple[Term, ...]) -> tuple[float
 
 
 def recipe_value(agent: type[LLM], max_length: int = 3, *, signs: bool = True, **settings: Any) -> tuple[float, Tensor]:
-    """Value and gradient of an agent's whole recipe on C0; ``signs``: with the sheet's advantages +-1."""
+    """Value and gradient of an agent's whole recipe on C0; ``signs``: with advantages +-1."""
     policy = Stored()
     updater = ModuleUpdater(policy, lambda params: torch.optim.SGD(params, lr=1.0))
     parts = Parts(policy, updater, Request(counts=torch.tensor([4])), max_length)

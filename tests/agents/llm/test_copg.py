@@ -1,4 +1,4 @@
-"""CoPG: the sheet's numbers, three forms with one gradient, other methods as special cases, learning off policy."""
+"""CoPG: numbers by hand, three forms with one gradient, other methods as special cases, learning off policy."""
 
 from __future__ import annotations
 

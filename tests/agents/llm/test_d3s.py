@@ -53,7 +53,7 @@ def chosen(x: Any, n: int) -> list[int]:
         (6, [0, 1, 2, 3, 4, 5], 1.358889),
     ],
 )
-def test_subsets_of_the_sheet(n: int, members: list[int], expected: float) -> None:
+def test_subsets_of_largest_variance(n: int, members: list[int], expected: float) -> None:
     x = double([2.0, 0.5, -0.3, -0.9, 1.1, -1.4, 0.0, 0.2])
     assert chosen(x, n) == members
     assert variance(x[members]) == pytest.approx(expected, abs=5e-7)
@@ -144,7 +144,7 @@ def kept(share: float, pool: str = "batch", valid: Any = None) -> list[list[int]
     return keep_tokens(advantage, entropy, mask, share, pool).t().tolist()
 
 
-def test_tokens_of_the_sheet() -> None:
+def test_which_tokens_are_kept() -> None:
     assert kept(0.5) == [[0, 1, 1, 0], [1, 0, 0, 1]]
     assert kept(1.0) == [[1] * 4] * 2
     assert kept(0.5, "response") == [[0, 1, 1, 0], [1, 0, 0, 1]]

@@ -1,4 +1,4 @@
-"""EMPG: the sheet's numbers, where steps begin and end, what the modulation leaves alone, learning, resume."""
+"""EMPG: numbers by hand, where steps begin and end, what the modulation leaves alone, learning, resume."""
 
 from __future__ import annotations
 

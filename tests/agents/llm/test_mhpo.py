@@ -1,4 +1,4 @@
-"""MHPO: the sheet's numbers, gradients against closed forms, limits, control episodes, learning, resume."""
+"""MHPO: numbers by hand, gradients against closed forms, limits, control episodes, learning, resume."""
 
 from __future__ import annotations
 
@@ -201,7 +201,7 @@ def test_control_episodes_give_what_tokens_give(recipe: Any, rollout: Any) -> No
         evaluation = {"log_prob": torch.tensor(LOG_PROB, dtype=torch.float64).t()}
         losses.append(float(surrogate(made.phases()[0].terms, evaluation, prepared)[0]))
     assert losses[0] == pytest.approx(losses[1], abs=1e-12)
-    # the z-scores of 1 and 0 are those of the sheet's example, divided by the square root of 2
+    # the z-scores of 1 and 0 are +-1 / sqrt(2), the loss is linear in them and 0.087815 at +-1 (the example above)
     assert losses[0] == pytest.approx(0.087815 / math.sqrt(2), abs=1e-6)
 
 

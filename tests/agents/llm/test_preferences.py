@@ -1,4 +1,4 @@
-"""DPO, IPO and SFT: the sheet's numbers, how pairs are made, demonstrations."""
+"""DPO, IPO and SFT: numbers by hand, how pairs are made, demonstrations."""
 
 from __future__ import annotations
 

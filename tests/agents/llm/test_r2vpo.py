@@ -287,7 +287,8 @@ def test_exact_resume_with_old_rollouts(tmp_path: Path, every: str) -> None:
 
 
 def test_the_loss_reads_the_dual_when_it_is_called() -> None:
-    """Sheet, O3: mean(-r A) + lambda mean((r - 1)^2) = 0.10625, here with the budget inside."""
+    """mean(-r A) = (-1.3 + .6 - .5 + 1) / 4 = -.05, lambda mean((r - 1)^2) = .5 (.09 + .16 + 1) / 4, less lambda times
+    the budget."""
     ratio = torch.tensor([[1.3, 0.6, 1.0, 2.0]], dtype=torch.float64)
     level = LogRatio(ratio.log(), torch.zeros_like(ratio), torch.ones_like(ratio))
     advantage = torch.tensor([[1.0, -1.0, 0.5, -0.5]], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""REAL: the sheet's numbers, bounds, invariances, groups as the unit, learning, resume."""
+"""REAL: numbers by hand, bounds, invariances, groups as the unit, learning, resume."""
 
 from __future__ import annotations
 

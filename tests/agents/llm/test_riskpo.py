@@ -49,7 +49,7 @@ def questions(rewards: Any) -> Data:
 LOW, HIGH, SCORES = double(1.0), double(4.0), double([0, 1, 2, 3, 4, 5])
 
 
-def test_advantages_of_the_sheet() -> None:
+def test_advantages_by_hand() -> None:
     assert risk_advantage(SCORES, LOW, HIGH, 0.5).tolist() == [-4.5, -3, -2, -1, 0, 0]
     assert risk_advantage(SCORES, LOW, HIGH, -1.0).tolist() == [-3, -3, -2, -1, 0, 0]  # the band alone
 
@@ -118,7 +118,7 @@ def test_translation_and_scale() -> None:
 # -- bundles --------------------------------------------------------------------------------------------------------
 
 
-def test_bundle_of_the_sheet(recipe: Any) -> None:
+def test_a_bundle_by_hand(recipe: Any) -> None:
     data = bundled(questions([[1, 0, 0, 1], [1, 0, 1, 1]]), 2, None)
     assert bundle_rewards(data).tolist() == [2, 0, 1, 2]
     assert data["bundle"].tolist() == [0, 1, 2, 3] * 2

@@ -25,7 +25,7 @@ def test_published_stores():
 
 
 def test_published_costs_and_lead_times():
-    """Section 5 of the hdpo_inventory sheet: the seeds and ranges of NumPy's legacy generator."""
+    """Those of the published code: seeds and ranges of NumPy's legacy generator."""
     holding, underage = (
         tuple(np.random.RandomState(seed).uniform(low, high, 21).tolist())
         for seed, low, high in ((73, 0.7, 1.3), (28, 6.3, 11.7))

@@ -1,4 +1,4 @@
-"""The simulator: steps by hand, gradients, conservation, feasibility. Numbers: hdpo_inventory sheet, section 7."""
+"""The simulator: steps by hand, gradients, conservation, feasibility."""
 
 from __future__ import annotations
 
