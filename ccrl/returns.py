@@ -1,6 +1,8 @@
 """Discounted sums over time-major streams: pure functions on ``[T, N]`` tensors.
 
-Episode ends enter only through two masks that the collector computed once (``ccrl.data``):
+Names carry their time: ``r_t`` is the reward of step t, ``v_t`` the value of its observation, ``v_tp1`` that of the
+true successor (which is not row t + 1 where an episode ends). Episode ends enter only through two masks that the
+collector computed once (``ccrl.data``):
 
 * ``discount_t = gamma * alive_t`` multiplies the value of the true successor, also at a time limit;
 * ``carry_t`` cuts the backward recursion after the last step of an episode, terminated or truncated.
@@ -19,7 +21,6 @@ __all__ = [
     "explained_variance",
     "forward_scan",
     "gae",
-    "lambda_returns",
     "n_step_returns",
 ]
 
@@ -28,10 +29,14 @@ _NARROW = 512
 
 
 def backward_scan(x: Tensor, w: Tensor) -> Tensor:
-    """``y_t = x_t + w_t * y_{t+1}`` with ``y_T = 0``. Shapes ``[T, N]``; returns a new tensor.
+    """``y_t = x_t + w_t y_{t+1}`` with ``y_T = 0``.
 
     Two routes, same result up to rounding: narrow streams use doubling (``log2 T`` vectorised passes), wide ones a
     loop over rows with one fused multiply-add each.
+
+    :param x, w: ``[T, ...]`` of one shape; they are not changed.
+    :returns: ``[T, ...]``, a new tensor.
+    :raises ValueError: shapes that differ.
 
     >>> backward_scan(torch.ones(3, 1), torch.full((3, 1), 0.5)).flatten().tolist()
     [1.75, 1.5, 1.0]
@@ -71,60 +76,75 @@ def _doubling(x: Tensor, w: Tensor) -> Tensor:
 
 
 def forward_scan(x: Tensor, w: Tensor, first: Tensor) -> Tensor:
-    """``y_t = x_t + w_t * y_{t-1}`` with ``y_{-1} = first [N]``. Shapes ``[T, N]``."""
+    """``y_t = x_t + w_t y_{t-1}`` with ``y_{-1} = first [N]``, for ``x, w [T, N]``: running returns and counts."""
     x = torch.cat([(x[0] + w[0] * first).unsqueeze(0), x[1:]])
     w = torch.cat([torch.zeros_like(w[:1]), w[1:]])
     return backward_scan(x.flip(0), w.flip(0)).flip(0)
 
 
-def discounted_sum(reward: Tensor, gamma: float, carry: Tensor) -> Tensor:
-    """Reward to go ``G_t = r_t + gamma * carry_t * G_{t+1}`` inside the rollout, no bootstrap. ``[T, N]``."""
-    return backward_scan(reward, gamma * carry)
+def discounted_sum(r_t: Tensor, gamma: float, carry_t: Tensor) -> Tensor:
+    """Rewards to go ``G_t = r_t + gamma carry_t G_{t+1}``, ``G_T = 0``: nothing is bootstrapped at the rollout's end.
 
-
-def gae(reward: Tensor, value: Tensor, next_value: Tensor, discount: Tensor, carry: Tensor, lam: float) -> Tensor:
-    """Generalised advantage estimate (Schulman et al. 2016, eq. 16), exact over time limits. All ``[T, N]``.
-
-    ``delta_t = r_t + discount_t * V(x_t) - V(o_t)`` with ``x_t`` the true successor (never a reset observation), and
-    ``A_t = delta_t + discount_t * lam * carry_t * A_{t+1}``. ``lam=1``: Monte Carlo with bootstrap; ``lam=0``: TD(0).
+    :param r_t, carry_t: ``[T, ...]`` of one shape.
+    :returns: ``[T, ...]``. ``gamma = 1``: the sum of the episode's rewards to come; ``gamma = 0``: the reward.
+    :raises ValueError: shapes that differ.
     """
-    delta = torch.addcmul(reward, discount, next_value).sub_(value)
-    if delta.shape != carry.shape or not len(delta) or _narrow(delta):
-        return backward_scan(delta, (discount * carry).mul_(lam))
+    return backward_scan(r_t, gamma * carry_t)
+
+
+def gae(r_t: Tensor, v_t: Tensor, v_tp1: Tensor, discount_t: Tensor, carry_t: Tensor, lambda_: float) -> Tensor:
+    """Generalised advantage estimate (Schulman et al. 2016, eq. 16), exact over time limits::
+
+        delta_t = r_t + discount_t v_tp1 - v_t,      A_t = delta_t + discount_t lambda carry_t A_{t+1},      A_T = 0
+
+    ``lambda = 0``: the one-step error ``delta_t``. ``lambda = 1``: ``sum_h gamma^h r_{t+h} - v_t`` up to the episode's
+    or the rollout's end, plus the discounted value of the true successor there unless it is terminal.
+    ``A_t + v_t`` is the lambda return.
+
+    :param r_t, v_t: reward of step t and value of its observation, ``[T, N]``.
+    :param v_tp1: value of the true successor, never of a reset observation, ``[T, N]``.
+    :param discount_t: ``gamma``, 0 where the episode terminates (``data.discount(gamma)``), ``[T, N]``.
+    :param carry_t: 0 at the last step of every episode, terminated or truncated, ``[T, N]``.
+    :returns: ``[T, N]``, a new tensor.
+    """
+    delta_t = torch.addcmul(r_t, discount_t, v_tp1).sub_(v_t)
+    if delta_t.shape != carry_t.shape or not len(delta_t) or _narrow(delta_t):
+        return backward_scan(delta_t, (discount_t * carry_t).mul_(lambda_))
     # In place, and the weights a row at a time: first touches of fresh memory cost wide rollouts more than arithmetic.
-    weight, rows = torch.empty_like(delta[0]), delta.unbind(0)
-    factors = list(zip(discount.unbind(0), carry.unbind(0)))
+    weight, rows = torch.empty_like(delta_t[0]), delta_t.unbind(0)
+    factors = list(zip(discount_t.unbind(0), carry_t.unbind(0)))
     for t in range(len(rows) - 2, -1, -1):
-        rows[t].addcmul_(torch.mul(*factors[t], out=weight), rows[t + 1], value=lam)
-    return delta
+        rows[t].addcmul_(torch.mul(*factors[t], out=weight), rows[t + 1], value=lambda_)
+    return delta_t
 
 
-def lambda_returns(reward: Tensor, next_value: Tensor, discount: Tensor, carry: Tensor, lam: float) -> Tensor:
-    """``G_t = r_t + discount_t * ((1 - lam * carry_t) * V(x_t) + lam * carry_t * G_{t+1})``. All ``[T, N]``.
+def n_step_returns(r_t: Tensor, v_tp1: Tensor, discount_t: Tensor, carry_t: Tensor, n: int) -> Tensor:
+    """Up to ``n`` rewards, then the value of the state reached (Sutton and Barto 2018, eq. 7.1)::
 
-    Where the rollout ends without an episode end (the last row), the whole weight lies on the bootstrap value.
+        G^1_t = r_t + discount_t v_tp1,      G^k_t = r_t + discount_t (G^{k-1}_{t+1} if carry_t else v_tp1)
+
+    Shorter where an episode or the rollout ends. ``n = 1``: the one-step target.
+
+    :param r_t, v_tp1, discount_t, carry_t: as of :func:`gae`, ``[T, N]``.
+    :raises ValueError: ``n`` below 1.
     """
-    mix = lam * carry
-    mix = torch.cat([mix[:-1], torch.zeros_like(mix[-1:])])
-    return backward_scan(reward + discount * (1.0 - mix) * next_value, discount * mix)
-
-
-def n_step_returns(reward: Tensor, next_value: Tensor, discount: Tensor, carry: Tensor, n: int) -> Tensor:
-    """Up to ``n`` rewards, then the value of the state reached; shorter at episode and rollout ends. All ``[T, N]``."""
     if n < 1:
         raise ValueError(f"n_step_returns: expected n >= 1, got {n}")
-    total = reward + discount * next_value
-    last = torch.zeros_like(carry)
+    total = r_t + discount_t * v_tp1
+    last = torch.zeros_like(carry_t)
     last[-1] = 1.0
     for _ in range(n - 1):
         shifted = torch.cat([total[1:], torch.zeros_like(total[-1:])])
-        go_on = carry * (1.0 - last)
-        total = reward + discount * torch.where(go_on > 0, shifted, next_value)
+        go_on = carry_t * (1.0 - last)
+        total = r_t + discount_t * torch.where(go_on > 0, shifted, v_tp1)
     return total
 
 
 def explained_variance(value: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """``1 - Var(R - V) / Var(R)`` over valid rows; NaN if the returns are constant (SB3)."""
+    """``1 - Var(R - V) / Var(R)`` over valid rows, 0-d; NaN where the returns are constant, as in Stable-Baselines3.
+
+    :param value, target, valid: ``V``, ``R`` and 0 or 1, ``[T, N]``.
+    """
     n = valid.sum()
 
     def var(x: Tensor) -> Tensor:

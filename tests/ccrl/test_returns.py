@@ -1,4 +1,4 @@
-"""Discounted sums by hand, and the truncation oracle through the collector in all autoreset modes."""
+"""Discounted sums by hand, and truncation through the collector in all autoreset modes."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ def test_gae_by_hand() -> None:
     #   A_0 = 1 + .5*2 - 1     =  1;  + .25 * A_1  = 1.75
     advantage = returns.gae(
         column(1, 1, 1, 1),
-        value=column(1, 2, 2, 4),
-        next_value=column(2, 8, 4, 99),
-        discount=column(0.5, 0.5, 0.5, 0),
-        carry=column(1, 0, 1, 0),
-        lam=0.5,
+        v_t=column(1, 2, 2, 4),
+        v_tp1=column(2, 8, 4, 99),
+        discount_t=column(0.5, 0.5, 0.5, 0),
+        carry_t=column(1, 0, 1, 0),
+        lambda_=0.5,
     )
     assert advantage.flatten().tolist() == pytest.approx([1.75, 3.0, 0.25, -3.0])
 
 
 def test_discount_alone_leaks_over_a_truncation() -> None:
     arguments = (column(1, 1, 1, 1), column(1, 2, 2, 4), column(2, 8, 4, 99), column(0.5, 0.5, 0.5, 0))
-    right = returns.gae(*arguments, carry=column(1, 0, 1, 0), lam=0.5)
-    leaky = returns.gae(*arguments, carry=torch.ones(4, 1, dtype=torch.float64), lam=0.5)
+    right = returns.gae(*arguments, carry_t=column(1, 0, 1, 0), lambda_=0.5)
+    leaky = returns.gae(*arguments, carry_t=torch.ones(4, 1, dtype=torch.float64), lambda_=0.5)
     # the wrong A_1 gains .25 * A_2 = .0625, and A_0 a quarter of that
     assert (leaky - right).flatten().tolist() == pytest.approx([0.015625, 0.0625, 0.0, 0.0])
 
@@ -93,24 +93,15 @@ def test_discounted_sum_by_hand() -> None:
     assert returns.discounted_sum(column(1, 2, 4), 0.5, column(1, 0, 0)).flatten().tolist() == [2.0, 2.0, 4.0]
 
 
-def test_lambda_returns_by_hand_and_against_gae() -> None:
-    # gamma = .5, lam = .5, no episode end; V(x) = 4, 2, 8
-    #   G_2 = 1 + .5*8                    = 5
-    #   G_1 = 1 + .5*(.5*2 + .5*5)        = 2.75
-    #   G_0 = 1 + .5*(.5*4 + .5*2.75)     = 2.6875
-    ones, half = column(1, 1, 1), column(0.5, 0.5, 0.5)
-    got = returns.lambda_returns(ones, column(4, 2, 8), half, ones, 0.5)
-    assert got.flatten().tolist() == pytest.approx([2.6875, 2.75, 5.0])
-    value = column(7, 4, 2)  # V(o_{t+1}) = V(x_t): GAE + V is the same number
-    advantage = returns.gae(ones, value, column(4, 2, 8), half, ones, 0.5)
-    torch.testing.assert_close(advantage + value, got)
+def test_the_limits_of_lambda() -> None:
+    """gamma = .5, row 1 is cut (its successor is worth 8), row 2 is the rollout's end.
 
-
-def test_lambda_returns_stop_at_time_limits() -> None:
-    # gamma = lam = .5; row 0 is cut (V(x_0) = 4), row 1 terminates, row 2 is cut by the rollout's end
-    #   G_2 = 1 + .5*8 = 5;  G_1 = 1;  G_0 = 1 + .5*4 = 3, not a mixture with G_1
-    arguments = (column(1, 1, 1), column(4, 99, 8), column(0.5, 0, 0.5), column(0, 0, 1))
-    assert returns.lambda_returns(*arguments, 0.5).flatten().tolist() == [3.0, 1.0, 5.0]
+    lambda = 0: 1 + .5 * 4 - 3 = 0, 1 + .5 * 8 - 4 = 1, 1 + .5 * 2 - 6 = -4.
+    lambda = 1: A_1 = 1 and A_2 = -4 stay, nothing flows over the cut; A_0 = 1 + .5 (1 + .5 * 8) - 3 = .5.
+    """
+    arguments = (column(1, 1, 1), column(3, 4, 6), column(4, 8, 2), column(0.5, 0.5, 0.5), column(1, 0, 1))
+    assert returns.gae(*arguments, 0.0).flatten().tolist() == [0.0, 1.0, -4.0]
+    assert returns.gae(*arguments, 1.0).flatten().tolist() == [0.5, 1.0, -4.0]
 
 
 def test_n_step_returns_by_hand() -> None:
@@ -129,14 +120,14 @@ def test_shapes_are_checked() -> None:
         returns.backward_scan(torch.ones(3, 1), torch.ones(3))
 
 
-# -- the truncation oracle: V(o) = .1 o, gamma .9, lam .8, reward 1 ---------------------------------------------------
+# -- truncation: V(o) = .1 o, gamma .9, lam .8, reward 1 ---------------------------------------------------
 
 A_ROWS, B_ROWS = [2.28232, 1.65600, 0.80000], [1.69560, 0.98000]
 # A_2 = 1 - .2 = .8; A_1 = 1 + .9*.2 - .1 + .72*.8 = 1.656; A_0 = 1 + .9*.1 + .72*1.656 = 2.28232
 # B_1 = 1 + .9*1.2 - 1.1 = .98 (bootstrap at the time limit); B_0 = 1 + .9*1.1 - 1 + .72*.98 = 1.6956
 
 
-def oracle_rollout(mode: AutoresetMode) -> Data:
+def cut_rollout(mode: AutoresetMode) -> Data:
     env = ClockEnv([[Episode(0, 3, "terminate")], [Episode(10, 2, "truncate")]], autoreset_mode=mode)
     policy = MLPPolicy(env.single_observation_space, gym.spaces.Discrete(2), hidden=(4,))
     steps = 8 if mode == AutoresetMode.NEXT_STEP else 6
@@ -146,7 +137,7 @@ def oracle_rollout(mode: AutoresetMode) -> Data:
 
 @pytest.mark.parametrize("mode", list(AutoresetMode))
 def test_autoreset_modes_give_identical_advantages(mode: AutoresetMode) -> None:
-    data = Gae(0.9, 0.8)(oracle_rollout(mode))
+    data = Gae(0.9, 0.8)(cut_rollout(mode))
     valid = data["valid"] > 0
     a, b = (data["advantage"][valid[:, n], n].tolist() for n in range(2))
     assert a == pytest.approx(A_ROWS * 2, abs=2e-6)
@@ -159,7 +150,7 @@ def test_autoreset_modes_give_identical_advantages(mode: AutoresetMode) -> None:
 
 
 def test_unmasked_dummy_rows_would_receive_the_wrong_numbers() -> None:
-    data = oracle_rollout(AutoresetMode.NEXT_STEP)
+    data = cut_rollout(AutoresetMode.NEXT_STEP)
     done = (data["terminated"] | data["truncated"]).float()
     wrong = returns.gae(data["reward"], data["value"], data["next_value"], data.discount(0.9), 1 - done, 0.8)
     # env A: row 3 is the dummy obs 3 -> 0: 0 + .9*0 - .3 + .72*2.28232; row 7 has no episode after it: -.3
@@ -168,12 +159,12 @@ def test_unmasked_dummy_rows_would_receive_the_wrong_numbers() -> None:
 
 
 def test_truncation_as_termination_is_the_wrong_number() -> None:
-    data = Gae(0.9, 0.8, time_limit="terminal")(oracle_rollout(AutoresetMode.SAME_STEP))
+    data = Gae(0.9, 0.8, time_limit="terminal")(cut_rollout(AutoresetMode.SAME_STEP))
     assert float(data["advantage"][1, 1]) == pytest.approx(-0.1, abs=1e-6)
 
 
 def test_gae_of_another_reward_column() -> None:
-    data = oracle_rollout(AutoresetMode.SAME_STEP)
+    data = cut_rollout(AutoresetMode.SAME_STEP)
     doubled = Gae(0.9, 0.8, reward="shaped_reward")(data.derive(shaped_reward=2.0 * data["reward"]))
     # A_2 = 2 - .2 = 1.8;  A_1 = 2 + .9*.2 - .1 + .72*1.8 = 3.376
     assert doubled["advantage"][1:3, 0].tolist() == pytest.approx([3.376, 1.8])
