@@ -20,15 +20,15 @@ ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds ``ccrl``, and beside it ``agents`` and ``envs``."""
 
 
-def check_siblings(*names: str) -> None:
-    """Make sure that importing ``names`` gives the packages beside ``ccrl``. Imports none of them.
+def check_siblings(first: str, *others: str) -> None:
+    """Make sure that importing these gives the packages beside ``ccrl``. Imports none of them.
 
     Scripts call it before their first import of ``agents`` or ``envs``, the registry before it loads a plugin of ours.
 
     Raises:
         ImportError: another package of that name comes first, or there is none.
     """
-    for name in names:
+    for name in (first, *others):
         expected = ROOT / name / "__init__.py"
         found = _origin(name)
         # In site-packages two distributions can write to the same folder: the place is right, the files are not.

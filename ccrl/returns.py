@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _NARROW = 512
-"""Up to this many parallel streams the log-depth scan wins over the row loop (measured on CPU, ``bench.py gae``)."""
+"""Up to this many parallel streams the log-depth scan wins over the row loop (measured on CPU, ``bench gae``)."""
 
 
 def backward_scan(x: Tensor, w: Tensor) -> Tensor:

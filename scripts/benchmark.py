@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py --agents ppo mdpo sb3:ppo --envs CartPole-v1 Hopper-v5 --seeds 0 1 2 \\
         --total-timesteps 1000000 --out results/x --jobs 2
-    python scripts/benchmark.py --study scripts/studies/foundation.yaml --out results/foundation --jobs 2
+    python scripts/benchmark.py --study scripts/studies/foundation/study.yaml --out results/foundation --jobs 2
 
 The same command again goes on where it stopped: finished runs are left alone, runs of our agents continue from their
 checkpoints, runs of SB3 start anew. Each run writes to ``log.txt`` in its folder; one that could not begin leaves its
@@ -11,7 +11,6 @@ log beside the folders.
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import os
@@ -38,12 +37,9 @@ import envs
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
 from ccrl.experiment.csv_table import read_columns
-
-study_module, sb3, train = (
-    importlib.import_module(f"{__package__}.{name}" if __package__ else name)
-    for name in ("benchmark_study", "benchmark_sb3", "train")
-)
-Spec = study_module.Spec
+from scripts import benchmark_sb3 as sb3
+from scripts import train
+from scripts.benchmark_study import Spec, Study
 
 __all__ = ["Options", "main"]
 
@@ -79,11 +75,11 @@ def load(options: Options) -> Any:
     if options.study is not None:
         if given or options.seeds:
             raise configs.ConfigError(f"--study names the runs; received --{' --'.join(given or ['seeds'])} too")
-        return configs.from_dict(study_module.Study, configs.load_yaml(options.study))
+        return configs.from_dict(Study, configs.load_yaml(options.study))
     if len(given) < len(flags):
         raise configs.ConfigError(f"expected --study, or --agents, --envs and --total-timesteps; received {given}")
     seeds = {"seeds": options.seeds} if options.seeds else {}
-    return configs.from_dict(study_module.Study, {"entries": [flags], "evals": options.evals} | seeds)
+    return configs.from_dict(Study, {"entries": [flags], "evals": options.evals} | seeds)
 
 
 def main(options: Options) -> int:

@@ -10,17 +10,12 @@ entries:
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ccrl.packages import check_siblings
 
@@ -31,10 +26,8 @@ import envs
 from ccrl.experiment import config as configs
 from ccrl.experiment.config import ConfigError
 from ccrl.experiment.run import RunFolder, find_runs
-
-train, sb3 = (
-    importlib.import_module(f"{__package__}.{name}" if __package__ else name) for name in ("train", "benchmark_sb3")
-)
+from scripts import benchmark_sb3 as sb3
+from scripts import train
 
 __all__ = ["Entry", "Spec", "Study"]
 

@@ -11,7 +11,6 @@ small perceptron (against a large sample). Writes ``OUT.md``, ``OUT.csv`` and ``
 from __future__ import annotations
 
 import csv
-import importlib
 import math
 import shlex
 import sys
@@ -34,11 +33,8 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from ccrl.updaters import GradientEstimate
-
-problems, estimators = (
-    importlib.import_module(f"{__package__}.gradient_lab_{name}" if __package__ else f"gradient_lab_{name}")
-    for name in ("problems", "estimators")
-)
+from scripts import gradient_lab_estimators as estimators
+from scripts import gradient_lab_problems as problems
 
 __all__ = ["Options", "figure", "main", "measure", "summary", "table"]
 

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
@@ -30,8 +24,7 @@ from ccrl.estimators.stages import EpisodeReturn, Gae, Values
 from ccrl.gp.fisher import AnalyticFisher
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import GradientEstimate
-
-problems = importlib.import_module(f"{__package__}.gradient_lab_problems" if __package__ else "gradient_lab_problems")
+from scripts import gradient_lab_problems as problems
 
 __all__ = ["NAMES", "Estimate", "build"]
 

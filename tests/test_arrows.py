@@ -190,6 +190,20 @@ def test_scripts_check_for_foreign_packages_first():
     assert not wrong, "\n".join(wrong)
 
 
+def test_only_their_own_tests_use_scripts():
+    """By import or by path: a package's tests must run where only the package is."""
+    wrong = []
+    for path in files("tests"):
+        if name(path).startswith("tests/scripts/") or path.parent == ROOT / "tests":
+            continue
+        source = path.read_text(encoding="utf-8")
+        wrong += [f"{name(path)}:{each.line}" for each in imports(source) if each.module.split(".")[0] == "scripts"]
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Constant) and re.search(r"(^|\W)scripts(/\w|$)", str(node.value)):
+                wrong.append(f"{name(path)}:{node.lineno}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_packages_have_an_init():
     """A folder without one is left out of an installed package."""
     wrong = {name(path.parent) for path in files(*PACKAGES) if not (path.parent / "__init__.py").exists()}

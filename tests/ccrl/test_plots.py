@@ -1,7 +1,5 @@
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,6 @@ from ccrl.experiment import plots
 from ccrl.experiment.csv_table import CsvTable
 from ccrl.experiment.curves import Curve, Study, load_study, short
 from ccrl.experiment.statistics import iqm, probability_of_improvement_interval
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_run(root, env, agent, seed, points, name="", metric="rollout/ep_rew_mean", file="progress.csv", config=""):
@@ -255,23 +251,6 @@ def test_agents_without_a_shared_env(tmp_path):
     make_run(tmp_path, "B", "mdpo", 0, line(1.0))
     with pytest.raises(ValueError, match="expected an env on which all agents have runs"):
         plots.profile(load_study([tmp_path]))
-
-
-def test_script(many, tmp_path):
-    out = tmp_path / "figures" / "x"
-    command = [sys.executable, "scripts/plot.py", str(many), "--out", str(out), "--title", "T", "--points", "20"]
-    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    names = {f"x_{figure}.{suffix}" for figure in ("curves", "profile", "improvement") for suffix in ("png", "svg")}
-    assert {path.name for path in out.parent.iterdir()} == names | {"x_table.md", "x_table.csv"}
-    assert (out.parent / "x_curves.png").read_bytes()[:4] == b"\x89PNG"
-    assert "scripts/plot.py" in (out.parent / "x_curves.svg").read_text()
-    failed = subprocess.run(
-        [*command, "--metric", "nothing"], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-    assert failed.returncode == 1
-    assert failed.stderr.startswith("error: expected runs with nothing")
 
 
 def test_figures_are_reproducible(many, tmp_path):

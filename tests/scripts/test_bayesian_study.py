@@ -17,8 +17,7 @@ from ccrl.experiment.cells import CellsFailed
 from ccrl.experiment.csv_table import read_rows
 from ccrl.policies import GibbsPolicy
 from envs.classic.mountain_car import MAX_SPEED
-from scripts import bayesian_study as study
-from scripts import bayesian_study_runs as runs
+from scripts.studies.bayesian import runs, study
 
 TINY = {"updates": 2, "evaluate_every": 1, "start_speed": 1.0}
 SIZES = {"num_envs": 3, "n_steps": 30, "learning_rate": 0.01}
@@ -216,7 +215,7 @@ def test_dbqpg_runs_and_their_costs(tmp_path: Path) -> None:
     study.main(["report", "--out", str(tmp_path), "--figures", str(tmp_path / "figures")])
     text = (tmp_path / "figures" / "bayesian_dbqpg.md").read_text()
     assert "| InvertedPendulum-v5 | uapg | " in text
-    assert text.startswith("`python scripts/bayesian_study.py dbqpg ")
+    assert text.startswith("`python scripts/studies/bayesian dbqpg ")
 
 
 def test_costs_are_means_over_runs_of_medians_over_iterations() -> None:
@@ -235,7 +234,7 @@ def test_report_of_the_mountain_car(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     names = {path.name for path in (tmp_path / "f").iterdir()}
     assert {f"bayesian_{n}.{s}" for n in ("mountaincar", "mountaincar_search") for s in ("md", "csv", "png")} <= names
     text = (tmp_path / "f" / "bayesian_mountaincar.md").read_text()
-    assert text.startswith(f"`python scripts/bayesian_study.py mountaincar --out {tmp_path}")
+    assert text.startswith(f"`python scripts/studies/bayesian mountaincar --out {tmp_path}")
     assert "**starts as in training**, to 10 episodes" in text
     assert "| mc | 3 | -101 [" in text  # the mean of -100, -101, -102
     assert "**starts near rest**" in text

@@ -139,7 +139,9 @@ def test_cores_are_shared_by_the_jobs_and_go_to_the_simulator(tmp_path: Path, mo
     assert got[3:] == [{"nthread": 4}, {"nthread": 1}, {}]
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "scripts/studies").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "scripts/studies").glob("*/study.yaml")), ids=lambda path: path.parent.name
+)
 def test_committed_studies_are_valid(file: Path) -> None:
     text = file.read_text()
     if "sb3:" in text:
@@ -150,7 +152,9 @@ def test_committed_studies_are_valid(file: Path) -> None:
 
 def test_our_ppo_and_sb3s_have_the_same_settings_in_the_foundation_study() -> None:
     sb3 = pytest.importorskip("stable_baselines3")
-    specs = benchmark.load(benchmark.Options(out=Path("x"), study=ROOT / "scripts/studies/foundation.yaml")).specs()
+    specs = benchmark.load(
+        benchmark.Options(out=Path("x"), study=ROOT / "scripts/studies/foundation/study.yaml")
+    ).specs()
     ours = next(s for s in specs if s.agent == "ppo").config().agent
     theirs = next(s for s in specs if s.agent == "sb3:ppo").config()
     arguments, num_envs = benchmark.sb3.model_arguments(theirs.agent)

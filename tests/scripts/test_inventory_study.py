@@ -15,8 +15,9 @@ from ccrl.inventory.pathwise import Unrolled, average_cost
 from envs.inventory import InventoryEnv, make_task
 from envs.inventory.batched import mean_flow
 from envs.inventory.oracle import oracle_cost
-from scripts import inventory_study, inventory_study_cells, inventory_study_methods, inventory_study_report
-from scripts.inventory_study import Data, Gaps, Methods, Speed
+from scripts.studies.inventory import cells, methods, report
+from scripts.studies.inventory import study as inventory
+from scripts.studies.inventory.study import Data, Gaps, Methods, Speed
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -40,32 +41,32 @@ def test_finished_cells_are_not_measured_again(
         asked.append((options["lead_time"], cell["seed"]))
         return {"cost": 0.1 + 0.2} | ({"late column": 1} if len(asked) > 1 else {})
 
-    monkeypatch.setitem(inventory_study.MEASURES, "gaps", fake)
-    kind = inventory_study_cells.KINDS["serial"]
-    kinds = {"serial": inventory_study_cells.Kind(**vars(kind) | {"policies": ("vanilla",)})}
-    monkeypatch.setattr(inventory_study_cells, "KINDS", kinds)
+    monkeypatch.setitem(inventory.MEASURES, "gaps", fake)
+    kind = cells.KINDS["serial"]
+    kinds = {"serial": cells.Kind(**vars(kind) | {"policies": ("vanilla",)})}
+    monkeypatch.setattr(cells, "KINDS", kinds)
     study = Gaps(out=tmp_path, only=("serial",), seeds=(0,))
-    assert inventory_study.run_study(study) == 1
+    assert inventory.run_study(study) == 1
     assert "FAILED" in capsys.readouterr().out
     rows = read_rows(tmp_path / "gaps_serial.csv")
     assert [row["late column"] for row in rows] == ["", "1", "1"]
     assert float(rows[0]["cost"]) == 0.1 + 0.2
     asked.clear()
-    assert inventory_study.run_study(study) == 0
+    assert inventory.run_study(study) == 0
     assert asked == [(4, 0)], "only the one that failed was left"
-    assert inventory_study.run_study(Gaps(out=tmp_path, only=("serial",), seeds=(0, 1))) == 2
+    assert inventory.run_study(Gaps(out=tmp_path, only=("serial",), seeds=(0, 1))) == 2
     assert asked[1:] == [(1, 1), (2, 1)], "other seeds are other cells"
     assert "4 of them finished before" in capsys.readouterr().out
 
 
 def test_a_half_written_row_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(inventory_study.MEASURES, "speed", lambda cell, options: {"ms": 1.0})
+    monkeypatch.setitem(inventory.MEASURES, "speed", lambda cell, options: {"ms": 1.0})
     study = Speed(out=tmp_path, batches=(512, 1024), stores=(), compiled=False)
-    inventory_study.run_study(study)
+    inventory.run_study(study)
     path = tmp_path / "speed.csv"
     path.write_text(path.read_text()[:-3])
     assert len(read_rows(path)) == 1
-    inventory_study.run_study(study)
+    inventory.run_study(study)
     assert [row["batch_size"] for row in read_rows(path)] == ["512", "1024"]
 
 
@@ -73,7 +74,7 @@ def test_processes_measure_what_one_process_measures(tmp_path: Path) -> None:
     for jobs in (1, 2):
         study = Speed(out=tmp_path / str(jobs), batches=(4, 8), stores=(), compiled=False, rounds=1, threads=1)
         object.__setattr__(study, "jobs", jobs)
-        assert inventory_study.run_study(study) == 0
+        assert inventory.run_study(study) == 0
     same = ("options", "policy", "batch_size")
     one, two = (
         sorted(tuple(row[k] for k in same) for row in read_rows(tmp_path / str(jobs) / "speed.csv")) for jobs in (1, 2)
@@ -89,10 +90,10 @@ def test_processes_measure_what_one_process_measures(tmp_path: Path) -> None:
 
 
 def test_a_gap_from_start_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kind = inventory_study_cells.KINDS["backlog"]
+    kind = cells.KINDS["backlog"]
     small = {"instances": kind.instances[:1], "n_train": 8, "n_dev": 4, "batch_size": 4}
-    monkeypatch.setitem(inventory_study_cells.KINDS, "backlog", inventory_study_cells.Kind(**vars(kind) | small))
-    assert inventory_study.run_study(Gaps(out=tmp_path, only=("backlog",), budget=2, tests=2)) == 0
+    monkeypatch.setitem(cells.KINDS, "backlog", cells.Kind(**vars(kind) | small))
+    assert inventory.run_study(Gaps(out=tmp_path, only=("backlog",), budget=2, tests=2)) == 0
     (row,) = read_rows(tmp_path / "gaps_backlog.csv")
     number = {k: float(row[k]) for k in ("cost", "optimum", "gap %", "updates", "samples")}
     assert (number["updates"], number["samples"]) == (4, 800)
@@ -104,7 +105,7 @@ def test_the_control_variate_by_hand() -> None:
     """Costs are 2 c + e with e orthogonal to the control c, whose mean was 3 where 2 is expected."""
     control = torch.tensor([2.0, 2.0, 4.0, 4.0], dtype=torch.float64)
     extra = torch.tensor([0.5, -0.5, 0.5, -0.5], dtype=torch.float64)
-    mean, error = inventory_study_cells.adjusted(2 * control + extra, control, 2.0)
+    mean, error = cells.adjusted(2 * control + extra, control, 2.0)
     assert mean == pytest.approx(4.0)
     assert error == pytest.approx(((4 * 0.25) / 3) ** 0.5 / 2)
 
@@ -114,7 +115,7 @@ def test_the_control_variate_by_hand() -> None:
 )
 def test_controls_cost_what_is_known(name: str) -> None:
     env = InventoryEnv(make_task(name, lead_time=2, underage=9.0), periods=400, ignore=100)
-    control, expected = inventory_study_cells.control_policy(env)
+    control, expected = cells.control_policy(env)
     scenarios = env.sample(400, torch.Generator().manual_seed(0))
     costs = average_cost(Unrolled(env, control), scenarios)
     assert abs(float(costs.mean()) - expected) < 4 * float(costs.std()) / 20
@@ -134,15 +135,15 @@ def test_the_batched_environment_is_scored_as_hdpo_is() -> None:
     action = torch.tensor([[-0.2, 0.1, 0.0, 0.05]]).expand(5, 4)
     wanted = torch.tensor(task.demand.mean) @ mean_flow(task.network) * (action + 1.0).square()
     expected = average_cost(Unrolled(env, lambda seen: env.feasible(seen, wanted)), scenarios)
-    found = inventory_study_methods.play(task, "dev", scenarios, lambda obs: action)
+    found = methods.play(task, "dev", scenarios, lambda obs: action)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_reinforce_subtracts_the_batch_mean_of_each_period() -> None:
-    config = inventory_study_methods.ReinforceConfig(num_envs=4, n_steps=3, gamma=0.5)
-    agent = inventory_study_methods.Reinforce("ccrl/InventoryOneStoreLost-v0", config)
+    config = methods.ReinforceConfig(num_envs=4, n_steps=3, gamma=0.5)
+    agent = methods.Reinforce("ccrl/InventoryOneStoreLost-v0", config)
     rollout = {"reward": torch.arange(12.0).view(3, 4) ** 2, "valid": torch.ones(3, 4), "carry": torch.ones(3, 4)}
-    advantage = agent.estimator.advantages(inventory_study_methods.Data(rollout, raw=frozenset(rollout)))["advantage"]
+    advantage = agent.estimator.advantages(methods.Data(rollout, raw=frozenset(rollout)))["advantage"]
     r = rollout["reward"]
     togo = torch.stack([r[0] + 0.5 * r[1] + 0.25 * r[2], r[1] + 0.5 * r[2], r[2]])
     centred = togo - togo.mean(1, keepdim=True)
@@ -153,7 +154,7 @@ def test_reinforce_subtracts_the_batch_mean_of_each_period() -> None:
 def test_methods_keep_their_best_parameters(method: str) -> None:
     cell = {"env": "ccrl/InventoryOneStoreLost-v0", "method": method, "learning_rate": 3e-3, "seed": 0}
     cell |= {"samples": 51_200, "n_train": 512, "n_dev": 8, "scores": 2, "tests": 4}
-    row = inventory_study_methods.compare(cell, {"lead_time": 1, "underage": 4.0})
+    row = methods.compare(cell, {"lead_time": 1, "underage": 4.0})
     scores = [float(point.split(":")[2]) for point in row["curve"].split(";")]
     assert row["dev cost"] == pytest.approx(min(scores), rel=1e-4)
     assert row["samples used"] >= 51_200
@@ -175,7 +176,7 @@ def test_the_table_of_gaps_takes_the_seed_that_development_chose(tmp_path: Path)
     capped = {"capped base stock": 10.03, "better than capped": False}
     write(tmp_path / "gaps_lost.csv", [gap_row(0, 10.01, 9.5, **capped), gap_row(1, 10.06, 9.4, **capped)])
     write(tmp_path / "gaps_serial.csv", [gap_row(0, 10.05, 9.5), gap_row(1, 10.2, 9.6)])
-    text, figure = (path for path in inventory_study.reports.write(tmp_path, tmp_path / "figures"))
+    text, figure = (path for path in inventory.reports.write(tmp_path, tmp_path / "figures"))
     table = text.read_text()
     assert figure.stat().st_size > 10_000
     assert "4 cells, 6 CPU minutes" in table
@@ -200,7 +201,7 @@ def test_tables_of_data_and_methods(tmp_path: Path) -> None:
         [{"method": m, "learning_rate": r, "seed": 0, "cost": c, "dev cost": d, "curve": "10:0.1:9;20:0.2:8"} | same
          for m, r, c, d in found],
     )  # fmt: skip
-    inventory_study.main(["report", "--out", str(tmp_path), "--figures", str(tmp_path)])
+    inventory.main(["report", "--out", str(tmp_path), "--figures", str(tmp_path)])
     assert "| gnn | 16 | 7.000 | 6.000 to 8.000 | 6.000, 8.000 |" in (tmp_path / "inventory_data.md").read_text()
     table = (tmp_path / "inventory_methods.md").read_text()
     assert "| ppo | 0.001 | 1 | 4.200 (4.200 to 4.200) | 0.100 | 3.9 | 2.0 M |" in table, "not the better test cost"
@@ -224,11 +225,11 @@ def test_bad_input(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             build()
     with pytest.raises(FileNotFoundError, match="run a study first"):
-        inventory_study_report.write(tmp_path, tmp_path)
+        report.write(tmp_path, tmp_path)
     with pytest.raises(ValueError, match="optimal cost or bound is known"):
-        inventory_study_cells.control_policy(InventoryEnv(make_task("one_warehouse_lost_demand")))
+        cells.control_policy(InventoryEnv(make_task("one_warehouse_lost_demand")))
     with pytest.raises(ValueError, match="expected hdpo, ppo or reinforce, got 'sac'"):
-        inventory_study_methods.compare({"method": "sac", "learning_rate": 1e-3, "seed": 0, "env": ""}, {})
+        methods.compare({"method": "sac", "learning_rate": 1e-3, "seed": 0, "env": ""}, {})
 
 
 def test_cells_get_equally_many_updates_whatever_the_number_of_scenarios(tmp_path: Path) -> None:

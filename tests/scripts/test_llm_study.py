@@ -1,4 +1,4 @@
-"""llm_study.py: equal rollouts from one warm start, resumable, tables that say what they compare."""
+"""scripts/studies/llm: equal rollouts from one warm start, resumable, tables that say what they compare."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ccrl.experiment.csv_table import read_rows
-from scripts import llm_study as study
+from scripts.studies.llm import study
 
 pytest.importorskip("transformers", reason='pip install -c constraints.txt -e ".[llm]"')
 

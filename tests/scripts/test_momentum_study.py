@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ccrl.experiment.csv_table import read_rows
-from scripts import momentum_study as study
+from scripts.studies.momentum import study
 
 
 def test_errors_are_those_of_the_direction_at_the_parameters_it_belongs_to(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_all_methods_get_equal_trajectories(tmp_path: Path) -> None:
     assert rows[0]["gap"] == pytest.approx(sum(gaps) / 2)
     assert rows[0]["gap sd"] == pytest.approx(abs(gaps[0] - gaps[1]) / math.sqrt(2))  # of a sample: one less
     text = (tmp_path / "f" / "momentum_samples.md").read_text()
-    assert text.startswith("`python scripts/momentum_study.py samples --out")
+    assert text.startswith("`python scripts/studies/momentum samples --out")
     assert f"| nmpg | 1 | {rows[0]['gap']:.4g} | {rows[0]['gap sd']:.4g} |" in text
     for method in ("nmpg", "nharpg"):
         agent = study.tabular(method, 0, num_envs=5, learning_rate=1.0)

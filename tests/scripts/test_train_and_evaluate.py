@@ -18,7 +18,8 @@ from ccrl.experiment.config import ConfigError
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.run import RunFolder
 from ccrl.returns import gae
-from scripts import bench_gae, evaluate, train
+from scripts import evaluate, train
+from scripts.bench import gae as bench_gae
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--num-envs", "4", "--n-steps", "16", "--hidden", "8", "--no-tensorboard", "--eval-episodes", "2"]

@@ -13,7 +13,6 @@ from agents.llm.bnpo import BetaNormaliser, BNPOConfig, fit_beta, log_density, o
 from ccrl.data import Data
 from ccrl.estimators import losses, ratios
 from ccrl.estimators.groups import Groups
-from scripts.reproductions.bnpo import size, variance
 
 
 def rollout(rewards: list[list[float]], steps: int = 2) -> Data:
@@ -86,31 +85,6 @@ def test_no_spread_of_rates_gives_reinforce(rewards: list[list[float]]) -> None:
     data = BetaNormaliser()(rollout(rewards))
     assert data["normaliser"].eq(1.0).all()
     np.testing.assert_allclose(data["advantage"][0].view(-1, 3).sort(1).values[0], [-1 / 3, -1 / 3, 2 / 3])
-
-
-def test_the_variance_formula_and_its_minimum() -> None:
-    x = torch.linspace(0, 1, 400_001, dtype=torch.float64)[1:-1]
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(5):
-        a, b = (2.0 + 4.0 * torch.rand(2, generator=generator, dtype=torch.float64)).unbind()
-        alpha, beta = optimal_normaliser(a, b)
-        integrand = x * (1 - x) * torch.exp(log_density(x, a, b) - 2 * log_density(x, alpha, beta))
-        assert float(variance(a, b, alpha, beta)) == pytest.approx(float(torch.trapezoid(integrand, x)), rel=1e-4)
-        best = variance(a, b, alpha, beta)
-        for da, db in ((0.05, 0), (-0.05, 0), (0, 0.05), (0, -0.05), (0.05, -0.05)):
-            assert variance(a, b, alpha + da, beta + db) > best
-
-
-def test_at_equal_sizes_of_advantages_no_normaliser_is_best() -> None:
-    a, b = torch.tensor([2.0, 6.0], dtype=torch.float64)
-    x = torch.linspace(0, 1, 400_001, dtype=torch.float64)[1:-1]
-    alpha, beta = optimal_normaliser(a, b)
-    integrand = x * (1 - x) * torch.exp(log_density(x, a, b) - log_density(x, alpha, beta))
-    assert float(size(a, b, alpha, beta)) == pytest.approx(float(torch.trapezoid(integrand, x)), rel=1e-4)
-    relative = lambda *shape: float(variance(a, b, *shape) / size(a, b, *shape) ** 2)  # noqa: E731
-    one = torch.ones_like(a)
-    assert relative(one, one) == pytest.approx(6.0)
-    assert relative(alpha, beta) == pytest.approx(6.574863, abs=1e-6)
 
 
 def test_order_does_not_matter_and_failure_mirrors_success() -> None:

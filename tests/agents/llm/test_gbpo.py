@@ -12,7 +12,6 @@ from torch import Tensor
 from agents.llm.gbpo import GBPO, BoundedGroupTarget, GBPOConfig, GBPORecipe, bounded_regression
 from ccrl.data import Batching, Data
 from ccrl.estimators.terms import LogRatio, surrogate
-from scripts.reproductions.gbpo import uniform_bandit
 
 LOG_PROB = [[-1.0, -0.5, -2.0], [-0.3, -1.2, 0.0], [-0.7, -0.7, -0.7], [-1.5, 0.0, 0.0]]
 OLD = [[-1.2, -0.5, -1.9], [-0.3, -1.6, 0.0], [-0.7, -0.9, -0.3], [-1.1, 0.0, 0.0]]
@@ -97,12 +96,6 @@ def test_asymmetric_bounds_quantile_and_cross_entropy_elite() -> None:
     found = target(graded, 0.5, 1.0, config.level)[1]
     close(found[[0, 1, 2, 3, 4, 5, 7, 8, 9]], [0.5] * 6 + [2.0] * 3)  # 6 lies on the threshold
     assert GBPOConfig(clip_low=0.5, clip_high=1.0, threshold="median").level == 0.5
-
-
-def test_the_optimum_on_a_uniform_bandit() -> None:
-    ratio, gain = uniform_bandit((4.0, 1.0, 2.0, 0.0), steps=150)
-    close(ratio, [1.2, 0.8, 1.2, 0.8], atol=5e-3)
-    assert gain == pytest.approx(0.25, abs=5e-3)
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------

@@ -15,8 +15,6 @@ from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, RolloutRing, dual_
 from ccrl.data import Batching, Data
 from ccrl.estimators.terms import LogRatio, surrogate
 from ccrl.testing.recipe_contract import RaggedTask
-from scripts.reproductions import r2vpo as reproduction
-from scripts.reproductions.r2vpo import bandit
 
 LOG_PROB = [[-1.0, -0.5, -2.0], [-0.3, -1.2, 0.0], [-0.7, -0.7, -0.7], [-1.5, 0.0, 0.0]]
 OLD = [[-1.2, -0.5, -1.9], [-0.3, -1.6, 0.0], [-0.7, -0.9, -0.3], [-1.1, 0.0, 0.0]]
@@ -119,23 +117,6 @@ def test_dual_trace() -> None:
     assert float(dual_step(dual, torch.tensor(50.0), 0.04, 100.0, 100.0)) == 100.0
     assert float(dual_step(torch.tensor(3.0), torch.tensor(math.nan), 0.04, 1.0, 100.0)) == 6.0
     assert float(dual_step(torch.tensor(3.0), torch.tensor(math.inf), 0.04, 1.0, 100.0)) == 6.0
-
-
-def test_the_constrained_bandit_converges_to_the_closed_form() -> None:
-    found = bandit(300, 0.3, dual_rate=2.0, dual_init=2.0)
-    assert found.ratio.tolist() == pytest.approx([1.158481, 0.982391, 0.630211], abs=1e-5)
-    assert found.dual == pytest.approx(2.839454, abs=1e-5)
-    assert found.gain == pytest.approx(0.227156, abs=1e-5)
-    old = torch.tensor([0.5, 0.3, 0.2]).double()
-    new = found.ratio * old
-    assert new.tolist() == pytest.approx([0.579241, 0.294717, 0.126042], abs=1e-5)
-    assert float(old @ (found.ratio - 1).square()) == pytest.approx(0.04, abs=1e-5)
-    assert float(new @ found.ratio.log()) == pytest.approx(0.021782, abs=1e-5)
-
-
-def test_a_fixed_dual_on_the_bandit() -> None:
-    found = bandit(200, 0.5, dual_rate=1e-12, dual_init=2.0)
-    assert found.ratio.tolist() == pytest.approx([1.225, 0.975, 0.475], abs=1e-5)
 
 
 SMALL: dict[str, Any] = {"model": "tabular", "n_prompts": 8, "group_size": 8, "n_epochs": 4, "learning_rate": 0.1}
@@ -297,22 +278,3 @@ def test_the_loss_reads_the_dual_when_it_is_called() -> None:
     assert float(loss(level, advantage, {}, Data({})).mean()) == pytest.approx(0.10625 - 0.5 * 0.04, abs=1e-12)
     dual.fill_(0.0)
     assert float(loss(level, advantage, {}, Data({})).mean()) == pytest.approx(-0.05, abs=1e-12)
-
-
-def test_in_ppo_the_dual_follows_every_minibatch() -> None:
-    seen: list[tuple[float, float]] = []
-
-    class Watched(reproduction.Held):
-        def after_minibatch(self, stats: dict[str, Tensor]) -> None:
-            super().after_minibatch(stats)
-            seen.append((float(stats["ratio_variance"]), float(self.dual)))
-
-    variance, _ = reproduction.control(Watched, epochs=3, seed=0, iterations=1)
-    assert len(seen) == 3 * 4
-    assert variance > 0.0
-    dual = 0.5
-    for each, found in seen:
-        dual = max(0.0, dual + 2.0 * (each - 0.04))
-        assert found == pytest.approx(dual, abs=1e-5)
-    assert seen[0][0] == pytest.approx(0.0, abs=1e-9)  # the first minibatch is the policy's own
-    assert seen[-1][0] > 0.0

@@ -1,8 +1,8 @@
 """The five momentum and Hessian methods side by side (docs/npg_igt.md).
 
-    python scripts/momentum_study.py errors --out results/momentum --jobs 2      # random MDP, error of d_t
-    python scripts/momentum_study.py samples --out results/momentum --jobs 2     # random MDP, equal samples
-    python scripts/momentum_study.py cartpole --out results/momentum --jobs 2    # per iteration and per step
+    python scripts/studies/momentum errors --out results/momentum --jobs 2      # random MDP, error of d_t
+    python scripts/studies/momentum samples --out results/momentum --jobs 2     # random MDP, equal samples
+    python scripts/studies/momentum cartpole --out results/momentum --jobs 2    # per iteration and per step
 
 Every finished run is added to ``OUT/NAME.csv``; the same command again, or one with more seeds, runs what is missing.
 In the end ``FIGURES/momentum_NAME.md`` and ``.csv`` are written, of cartpole also ``.png``.
@@ -15,13 +15,9 @@ import itertools
 import math
 import shlex
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
@@ -35,7 +31,7 @@ import envs
 from agents.harpg import HARPG, HARPGConfig, HARPGEstimator
 from agents.npg_igt import NPGIGT, NPGIGTConfig, NPGIGTEstimator
 from ccrl.collect import Collector, Request
-from ccrl.experiment.cells import CellsFailed, complete
+from ccrl.experiment.cells import complete
 from ccrl.policies import GibbsPolicy, OneHot
 
 __all__ = ["CartPole", "Errors", "Samples", "main"]
@@ -296,7 +292,7 @@ def main(argv: list[str]) -> Rows:
     rows = study.run()
     study.figures.mkdir(parents=True, exist_ok=True)
     stem = study.figures / f"momentum_{argv[0]}"
-    command = "python scripts/momentum_study.py " + shlex.join(argv)
+    command = "python scripts/studies/momentum " + shlex.join(argv)
     text = _table(study.summary(rows) if isinstance(study, CartPole) else rows)
     print(text)
     stem.with_suffix(".md").write_text(f"`{command}`\n\n{text}", encoding="utf-8")
@@ -307,10 +303,3 @@ def main(argv: list[str]) -> Rows:
     if isinstance(study, CartPole):
         study.figure(rows, command).savefig(stem.with_suffix(".png"), dpi=150)
     return rows
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, CellsFailed) as error:
-        sys.exit(f"error: {error}")

@@ -48,7 +48,7 @@ def write(out: Path, figures: Path) -> list[Path]:
         tables = {stem: rows for stem, rows in tables.items() if rows}
         if not tables:
             continue
-        command = f"python scripts/inventory_study.py {name} --out {out}"
+        command = f"python scripts/studies/inventory {name} --out {out}"
         with mpl.rc_context(STYLE):
             text, figure = page(tables)
             figure.supxlabel(command, x=0.01, ha="left", fontsize=6, family="monospace", color="#5A5A5A")

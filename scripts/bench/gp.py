@@ -1,4 +1,4 @@
-"""Time and memory of the Gaussian-process solve of DBQPG and BAC: ``python scripts/bench.py gp``."""
+"""Time and memory of the Gaussian-process solve of DBQPG and BAC: ``python scripts/bench gp``."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from pathlib import Path
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
 from ccrl.packages import check_siblings
 
-check_siblings()
+check_siblings("agents", "envs")
 
 from agents.dbqpg.kernel import DeepKernel
 from agents.dbqpg.quadrature import GradientSystem, StateGram

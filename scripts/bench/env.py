@@ -1,4 +1,4 @@
-"""How much of the simulator's own speed an environment keeps: ``python scripts/bench.py env``."""
+"""How much of the simulator's own speed an environment keeps: ``python scripts/bench env``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How fast advantages are computed: ``python scripts/bench.py gae``."""
+"""How fast advantages are computed: ``python scripts/bench gae``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import gymnasium
 import numpy as np

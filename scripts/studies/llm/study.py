@@ -1,7 +1,7 @@
 """Methods for language models from one warm start, at equal rollouts: pass@1, pass@k and entropy over training.
 
-python scripts/llm_study.py run --out results/llm --jobs 2      # resumable: warm starts, then every method and seed
-python scripts/llm_study.py report --out results/llm            # tables and figures in docs/figures/llm_*
+python scripts/studies/llm run --out results/llm --jobs 2      # resumable: warm starts, then every method and seed
+python scripts/studies/llm report --out results/llm            # tables and figures in docs/figures/llm_*
 """
 
 from __future__ import annotations
@@ -9,14 +9,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import matplotlib as mpl
 
@@ -109,7 +105,7 @@ class Run:
 
     def command(self) -> str:
         """The command that makes these rows, with what differs from the defaults."""
-        words = ["python scripts/llm_study.py run --out results/llm"]
+        words = ["python scripts/studies/llm run --out results/llm"]
         for name in ("seeds", "task", "options", "layers", "width", "warm_steps", "iterations", "learning_rate",
                      "max_grad_norm", "eval_every"):  # fmt: skip
             value, default = getattr(self, name), getattr(Run(self.out), name)
@@ -287,7 +283,3 @@ def main(argv: list[str]) -> Any:
     torch.set_num_threads(1)
     chosen: Any = tyro.extras.subcommand_cli_from_dict({"run": Run, "report": Report}, args=argv, description=__doc__)
     return chosen.run()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

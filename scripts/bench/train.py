@@ -1,4 +1,4 @@
-"""How fast PPO trains, end to end: ``python scripts/bench.py train``."""
+"""How fast PPO trains, end to end: ``python scripts/bench train``."""
 
 from __future__ import annotations
 
@@ -8,16 +8,12 @@ import io
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 

@@ -1,10 +1,10 @@
 """HDPO on inventory networks, measured: gaps to computed optima, data efficiency, other methods, speed.
 
-    python scripts/inventory_study.py gaps --out results/inventory --jobs 2
-    python scripts/inventory_study.py data --out results/inventory --jobs 2
-    python scripts/inventory_study.py methods --out results/inventory --jobs 2
-    python scripts/inventory_study.py speed --out results/inventory
-    python scripts/inventory_study.py report --out results/inventory --figures docs/figures
+    python scripts/studies/inventory gaps --out results/inventory --jobs 2
+    python scripts/studies/inventory data --out results/inventory --jobs 2
+    python scripts/studies/inventory methods --out results/inventory --jobs 2
+    python scripts/studies/inventory speed --out results/inventory
+    python scripts/studies/inventory report --out results/inventory --figures docs/figures
 
 Every measurement is a cell (an instance, its settings, a seed), and becomes a row of ``OUT/NAME.csv`` when it is done.
 The same command again measures what is left; other settings are other cells. Each cell runs on one torch thread.
@@ -12,19 +12,14 @@ The same command again measures what is left; other settings are other cells. Ea
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import tyro
@@ -34,11 +29,8 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from ccrl.experiment.cells import CellsFailed, complete
-
-cells, methods, reports = (
-    importlib.import_module(f"{__package__}.inventory_study_{name}" if __package__ else f"inventory_study_{name}")
-    for name in ("cells", "methods", "report")
-)
+from scripts.studies.inventory import cells, methods
+from scripts.studies.inventory import report as reports
 
 __all__ = ["Data", "Gaps", "Methods", "Report", "Speed", "main", "run_study"]
 
@@ -294,11 +286,3 @@ def main(argv: list[str]) -> int:
             print(path)
         return 0
     return run_study(study)
-
-
-if __name__ == "__main__":
-    try:
-        status = main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {error}")
-    sys.exit(1 if status else 0)

@@ -15,7 +15,7 @@ from ccrl.updaters import GradientEstimate
 from scripts import gradient_lab as lab
 from scripts import gradient_lab_estimators as estimators
 from scripts import gradient_lab_problems as problems
-from scripts import momentum_study
+from scripts.studies.momentum import study as momentum_study
 
 pytest.importorskip("gpytorch")
 F64 = torch.float64
@@ -247,7 +247,7 @@ def test_missing_seeds_of_cartpole_are_added_with_the_step_size_of_the_first(tmp
         (0.3, 0, 190.0), (0.3, 1, 189.0), (0.3, 2, 188.0)
     ]  # fmt: skip
     text = (tmp_path / "momentum_cartpole.md").read_text()
-    assert text.startswith("`python scripts/momentum_study.py cartpole --methods nmpg --out")
+    assert text.startswith("`python scripts/studies/momentum cartpole --methods nmpg --out")
     assert "| nmpg | 0.3 | 3 of 3 | 4 | 4000 | 189 |" in text
     assert (tmp_path / "momentum_cartpole.png").stat().st_size > 10_000
     assert len(read_rows(tmp_path / "momentum_cartpole.csv")) == 6

@@ -1,16 +1,10 @@
-"""The runs of ``bayesian_study.py``: agents, a mountain car that counts its episodes, one function that plays a run."""
+"""The runs of the study: agents, a mountain car that counts its episodes, one function that plays a run."""
 
 from __future__ import annotations
 
-import importlib
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -30,8 +24,7 @@ from ccrl.estimators.base import Context
 from ccrl.estimators.trajectory import LinearBaseline, TrajectoryEstimator
 from ccrl.updaters import FlatUpdater
 from envs.classic.mountain_car import MAX_SPEED, MountainCarTwoActions
-
-lab = importlib.import_module(f"{__package__}.gradient_lab_problems" if __package__ else "gradient_lab_problems")
+from scripts import gradient_lab_problems as lab
 
 __all__ = ["CAR", "GRADIENTS", "RATES", "STREAMS", "Car", "EpisodicPPO", "MonteCarlo", "play"]
 

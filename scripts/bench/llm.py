@@ -1,19 +1,14 @@
-"""How fast language models generate and train, beside TRL: ``python scripts/bench.py llm``."""
+"""How fast language models generate and train, beside TRL: ``python scripts/bench llm``."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from torch import Tensor
@@ -300,9 +295,3 @@ def _peak(run: Callable[[], None], device: str) -> int:
     with LiveBytes() as live:
         run()
     return live.peak
-
-
-if __name__ == "__main__":
-    import tyro
-
-    main(tyro.cli(Config))

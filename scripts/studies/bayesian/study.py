@@ -1,8 +1,8 @@
 """Gradients with a posterior against Monte-Carlo gradients: BAC at equal episodes, DBQPG and UAPG at equal samples.
 
-    python scripts/bayesian_study.py mountaincar --out results/bayesian --jobs 2
-    python scripts/bayesian_study.py dbqpg --out results/bayesian --jobs 2
-    python scripts/bayesian_study.py report --out results/bayesian --figures docs/figures
+    python scripts/studies/bayesian mountaincar --out results/bayesian --jobs 2
+    python scripts/studies/bayesian dbqpg --out results/bayesian --jobs 2
+    python scripts/studies/bayesian report --out results/bayesian --figures docs/figures
 
 Every finished run is added to ``OUT/mountaincar.csv``, ``OUT/mountaincar_search.csv`` or ``OUT/dbqpg.csv``; the same
 command again runs what is missing. ``report`` writes ``FIGURES/bayesian_*`` from what is there.
@@ -10,17 +10,12 @@ command again runs what is missing. ``report`` writes ``FIGURES/bayesian_*`` fro
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import shlex
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
@@ -31,11 +26,10 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from ccrl.experiment import plots
-from ccrl.experiment.cells import CellsFailed, complete
+from ccrl.experiment.cells import complete
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.curves import Curve, Study
-
-runs = importlib.import_module(f"{__package__}.bayesian_study_runs" if __package__ else "bayesian_study_runs")
+from scripts.studies.bayesian import runs
 
 __all__ = ["DBQPG", "MountainCar", "Report", "main"]
 
@@ -262,13 +256,6 @@ def main(argv: list[str]) -> Rows:
     study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
     if not isinstance(study, Report):
         study.out.mkdir(parents=True, exist_ok=True)
-        command = "python scripts/bayesian_study.py " + shlex.join(argv)
+        command = "python scripts/studies/bayesian " + shlex.join(argv)
         (study.out / f"{argv[0]}.command").write_text(command, encoding="utf-8")
     return study.run()
-
-
-if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, ImportError, FileNotFoundError, CellsFailed) as error:
-        sys.exit(f"error: {error}")

@@ -1,0 +1,1 @@
+"""Gradients with a posterior against Monte-Carlo gradients."""

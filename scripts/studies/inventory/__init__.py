@@ -1,0 +1,1 @@
+"""HDPO on inventory networks, measured."""

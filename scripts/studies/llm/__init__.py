@@ -1,0 +1,1 @@
+"""Methods for language models from one warm start, at equal rollouts."""

@@ -1,0 +1,12 @@
+"""``python scripts/studies/llm COMMAND``: see ``study.py``."""
+
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path[0] = str(Path(__file__).resolve().parents[3])  # in place of this folder, whose modules have common names
+
+from scripts.studies.llm.study import main
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""The momentum and Hessian methods side by side."""

@@ -1,0 +1,33 @@
+"""The command line of plot.py."""
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_figures_tables_and_what_is_refused(tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "figures" / "x"
+    for env, agent, seed in itertools.product(("A", "ns/B-v0"), ("ppo", "mdpo"), (0, 1)):
+        folder = runs / f"{env.replace('/', '-')}__{agent}__{seed}"
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps({"env": env, "agent": agent, "seed": seed}))
+        (folder / "config.yaml").write_text("")
+        rows = [f"{step},{step * (1 + seed)}\n" for step in range(0, 1001, 50)]
+        (folder / "progress.csv").write_text("step,rollout/ep_rew_mean\n" + "".join(rows))
+    command = [sys.executable, "scripts/plot.py", str(runs), "--out", str(out), "--title", "T", "--points", "20"]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    names = {f"x_{figure}.{suffix}" for figure in ("curves", "profile", "improvement") for suffix in ("png", "svg")}
+    assert {path.name for path in out.parent.iterdir()} == names | {"x_table.md", "x_table.csv"}
+    assert (out.parent / "x_curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "scripts/plot.py" in (out.parent / "x_curves.svg").read_text()
+    failed = subprocess.run(
+        [*command, "--metric", "nothing"], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: expected runs with nothing")
