@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,7 @@ from ccrl.data import Data, columns_read
 from ccrl.estimators.terms import Term, surrogate
 from ccrl.estimators.updates import Stats, Updater
 
-__all__ = ["Surrogates", "accumulate", "can_compile", "linear_decay", "surrogate_loss", "wanted"]
+__all__ = ["SurrogateModule", "Surrogates", "accumulate", "can_compile", "linear_decay", "surrogate_loss"]
 
 
 def linear_decay(updaters: Iterable[Updater], lr: float, progress: Tensor | float) -> None:
@@ -32,13 +34,24 @@ def can_compile() -> tuple[bool, str]:
     return True, f"updates are compiled with {compiler}; the first one takes some seconds"
 
 
-def wanted(terms: tuple[Term, ...]) -> frozenset[str]:
-    """Forward outputs that the terms read."""
-    return frozenset().union(*(t.want for t in terms))
+class SurrogateModule(nn.Module):
+    """The surrogate of some terms as one module: under ``torch.func.functional_call`` every parameter that a forward
+    pass, a ratio, a loss or an aggregate reads through ``module`` is the substituted one. Substituted in the forward
+    pass alone, a temperature read inside a loss would be a constant: gradient 0, silently."""
+
+    def __init__(self, module: nn.Module, terms: tuple[Term, ...]) -> None:
+        super().__init__()
+        self.module, self.terms = module, terms
+        self.want = frozenset().union(*(t.want for t in terms))
+
+    def forward(self, batch: Data) -> tuple[Tensor, Stats]:
+        return surrogate(self.terms, self.module.forward(batch, self.want), batch)
 
 
 def surrogate_loss(module: nn.Module, terms: tuple[Term, ...], batch: Data) -> tuple[Tensor, Stats]:
-    return surrogate(terms, module.forward(batch, wanted(terms)), batch)
+    """The loss to minimise (0-d) and the terms' statistics at the module's own parameters."""
+    want = frozenset().union(*(t.want for t in terms))
+    return surrogate(terms, module.forward(batch, want), batch)
 
 
 def accumulate(
@@ -54,21 +67,69 @@ def accumulate(
     stats: Stats = {}
     for piece in batch.microbatches(batch.microbatch):
         total, row = loss(terms, piece)
+        if not total.requires_grad:
+            raise ValueError(
+                f"terms {[t.name for t in terms]}: expected a loss that depends on parameters, got a constant; check "
+                "what the terms detach and which parameters are frozen"
+            )
         total.backward(inputs=params)  # type: ignore[no-untyped-call]
         stats = {k: stats[k] + v for k, v in row.items()} if stats else row
     return stats
 
 
+@contextmanager
+def frozen_buffers(module: nn.Module) -> Iterator[None]:
+    """The module's buffers are afterwards what they were: running statistics do not move with a look at the loss."""
+    saved = [b.clone() for b in module.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in zip(module.buffers(), saved):
+                buffer.copy_(before)
+
+
 class Surrogates:
+    """What updaters do with a surrogate besides optimising it."""
+
     module: nn.Module
+    params: list[nn.Parameter]
 
     def columns(self, terms: tuple[Term, ...], batch: Data) -> list[str]:
-        """Data columns that the surrogate and the policy read, found by one evaluation on ``batch``."""
-        with torch.no_grad():
-            return columns_read(lambda b: surrogate_loss(self.module, terms, b), batch)
+        """Data columns that the surrogate and the policy read, found by one evaluation on ``batch``.
+
+        :raises ValueError: if the surrogate reaches none of the parameters: every update would do nothing.
+        """
+        # a micro-batch, where there are any: the evaluation keeps its graph
+        piece = batch.microbatches(batch.microbatch)[0]
+        found: list[Tensor] = []
+        with torch.enable_grad(), frozen_buffers(self.module):
+            columns = columns_read(lambda b: found.append(surrogate_loss(self.module, terms, b)[0]), piece)
+        if not _reaches(found[0], self.params):
+            owned = [k for k, p in self.module.named_parameters() if any(p is q for q in self.params)]
+            raise ValueError(
+                f"terms {[t.name for t in terms]}: expected a loss that depends on the updater's parameters, got one "
+                f"that reads none of {owned}; give the updater other prefixes, or the phase another updater"
+            )
+        return columns
 
     @torch.no_grad()
     def measure(self, terms: tuple[Term, ...], batch: Data) -> Stats:
         """The terms' values and statistics at the current parameters, nothing updated; exact over micro-batches."""
-        rows = [surrogate_loss(self.module, terms, piece)[1] for piece in batch.microbatches(batch.microbatch)]
+        with frozen_buffers(self.module):
+            rows = [surrogate_loss(self.module, terms, piece)[1] for piece in batch.microbatches(batch.microbatch)]
         return {k: torch.stack([r[k] for r in rows]).sum() for k in rows[0]}
+
+
+def _reaches(loss: Tensor, params: Sequence[nn.Parameter]) -> bool:
+    """Whether the graph of ``loss`` ends in one of ``params``."""
+    owned, seen, stack = {id(p) for p in params}, set[Any](), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in owned:
+            return True
+        stack.extend(following for following, _ in node.next_functions)
+    return False

@@ -3,19 +3,63 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ccrl.data import Data, columns_read
-from ccrl.estimators.terms import Term, surrogate
+from ccrl.data import Data
+from ccrl.estimators.terms import Term
 from ccrl.estimators.updates import GradientEstimate, Stats, owned_parameters
-from ccrl.updaters.common import Surrogates, accumulate, surrogate_loss, wanted
+from ccrl.updaters.check import check_compiled
+from ccrl.updaters.common import SurrogateModule, Surrogates, accumulate, frozen_buffers, surrogate_loss
 
-__all__ = ["FlatUpdater"]
+__all__ = ["FlatState", "FlatUpdater", "PureUpdate"]
+
+
+class FlatState(NamedTuple):
+    """What one update reads and replaces."""
+
+    flat: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    t: Tensor
+    """Steps taken, float64 ``[1]``."""
+    finite: Tensor
+    """0-d bool: every gradient so far was finite."""
+    buffers: dict[str, Tensor]
+    """The module's buffers that the forward pass writes (running statistics), by name."""
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, none of less than one axis: compiled CPU graphs drop in-place writes to 0-d float64 tensors
+        (torch 2.13), silently."""
+        found = [self.flat, self.exp_avg, self.exp_avg_sq, self.t, self.finite, *self.buffers.values()]
+        return [x.unsqueeze(0) if x.dim() == 0 else x for x in found]
+
+    def like(self, tensors: Sequence[Tensor]) -> FlatState:
+        """The state that ``tensors()`` of a state like this one came from."""
+        flat, m, v, t, finite, *buffers = tensors
+        named = {k: x.view(b.shape) for x, (k, b) in zip(buffers, self.buffers.items())}
+        return FlatState(flat, m, v, t, finite.view(()), named)
+
+
+@dataclass(frozen=True, eq=False)
+class PureUpdate:
+    """One update as a function of tensors: the block that graphs of several updates are made of."""
+
+    state: FlatState
+    """The live tensors it starts from: writing them moves the module."""
+    columns: list[str]
+    """The data columns that it reads, in the order of ``values``."""
+    names: list[str]
+    """Names of the statistics it returns, ``grad_norm`` last."""
+    step: Callable[[FlatState, Tensor, Sequence[Any], Mapping[str, Tensor]], tuple[FlatState, Tensor]]
+    """``step(state, lr, values, substitutes) -> (new state, statistics [len(names)])``. ``substitutes``: parameters of
+    the module that another updater owns and has just moved in the same graph, by name (``FlatUpdater.views`` of its new
+    vector), and buffers that it has written; those not named are read from the module."""
 
 
 class FlatUpdater(Surrogates):
@@ -58,7 +102,16 @@ class FlatUpdater(Surrogates):
         self.lr = torch.tensor(float(lr), dtype=torch.float64, device=self.flat.device)
         self.finite = torch.ones((), dtype=torch.bool, device=self.flat.device)
         self.compile = compile
-        self._graphs: dict[tuple[int, int], tuple[tuple[Term, ...], Callable[..., Tensor], list[str], list[str]]] = {}
+        self._graphs: dict[tuple[int, int], tuple[tuple[Term, ...], Callable[[Sequence[Data]], Tensor], list[str]]] = {}
+
+    def state(self, buffers: Sequence[str] = ()) -> FlatState:
+        """The live tensors, with these buffers of the module: writing them moves the module."""
+        named = {k: self.module.get_buffer(k) for k in buffers}
+        return FlatState(self.flat, self.exp_avg, self.exp_avg_sq, self.t, self.finite, named)
+
+    def views(self, flat: Tensor) -> dict[str, Tensor]:
+        """The owned parameters by name, as views of a vector ``[n]``."""
+        return dict(zip(self.names, self._split(flat)))
 
     def _split(self, flat: Tensor) -> list[Tensor]:
         return [x.view(s) for x, s in zip(torch.split(flat, self.sizes), self.shapes)]
@@ -117,10 +170,52 @@ class FlatUpdater(Surrogates):
         """One update per batch, in order; statistics are means over the batches."""
         if self.compile:
             return self._run_compiled(terms, batches)
+        return self.run_eager(terms, batches)
+
+    def run_eager(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats:
+        """``run`` without compiling, whatever ``compile`` says."""
         rows = [self.apply(self.gradient(terms, batch)) for batch in batches]
         return {k: torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
 
     # -- compiled -----------------------------------------------------------------------------------------------------
+
+    def pure(self, terms: tuple[Term, ...], like: Data) -> PureUpdate:
+        """One update on batches shaped like ``like`` as a pure function: it draws nothing, writes nothing and may be
+        called any number of times inside one compiled graph, also together with other updaters' and with Polyak
+        averages. The caller hands the graph ``update.state.tensors()``, makes a state of them with
+        ``update.state.like(...)`` and copies the new state's ``tensors()`` back.
+
+        Gradients are those of the whole surrogate: of parameters read by the module or anywhere inside a term.
+        """
+        columns, (names, written) = self.columns(terms, like), self._traced(terms, like)
+        sequence, scalars = like.sequence, like.scalars
+        whole = SurrogateModule(self.module, terms)
+
+        def loss(
+            flat: Tensor, values: Sequence[Any], substitutes: Mapping[str, Tensor], buffers: Mapping[str, Tensor]
+        ) -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+            batch = Data(dict(zip(columns, values)), sequence=sequence, scalars=scalars)
+            fresh = {k: v.clone() for k, v in buffers.items()}  # the forward pass writes them in place
+            named = {f"module.{k}": v for k, v in {**substitutes, **fresh, **self.views(flat)}.items()}
+            total, row = torch.func.functional_call(whole, named, (batch,))
+            return total, (torch.stack([row[n] for n in names]), fresh)
+
+        def step(
+            state: FlatState, lr: Tensor, values: Sequence[Any], substitutes: Mapping[str, Tensor]
+        ) -> tuple[FlatState, Tensor]:
+            grad, (row, buffers) = torch.func.grad(loss, has_aux=True)(state.flat, values, substitutes, state.buffers)
+            flat, m, v, norm, ok = self._adam(state.flat, state.exp_avg, state.exp_avg_sq, state.t, lr, grad)
+            t = torch.where(ok, state.t + 1.0, state.t)
+            return FlatState(flat, m, v, t, state.finite & ok, buffers), torch.cat([row, norm.unsqueeze(0)])
+
+        return PureUpdate(self.state(written), columns, [*names, "grad_norm"], step)
+
+    def _traced(self, terms: tuple[Term, ...], like: Data) -> tuple[list[str], list[str]]:
+        """Names of the statistics, and of the buffers that the forward pass writes."""
+        with torch.no_grad(), frozen_buffers(self.module):
+            before = {k: b._version for k, b in self.module.named_buffers()}
+            names = list(surrogate_loss(self.module, terms, like)[1])
+            return names, [k for k, b in self.module.named_buffers() if b._version != before[k]]
 
     def _run_compiled(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats:
         if batches[0].microbatch is not None:
@@ -129,59 +224,36 @@ class FlatUpdater(Surrogates):
         i, names = 0, list[str]()
         while i < len(batches):
             count = self.unroll if len(batches) - i >= self.unroll else 1
-            graph, columns, names = self._graph(terms, batches[i], count)
-            inputs = [tuple(batch[c] for c in columns) for batch in batches[i : i + count]]
-            with torch.no_grad():
-                stats = graph(self.flat, self.exp_avg, self.exp_avg_sq, self.t, self.lr, self.finite, inputs)
+            run, names = self._graph(terms, batches[i : i + count])
+            stats = run(batches[i : i + count])
             total = stats if total is None else total + stats
             i += count
         assert total is not None
         return dict(zip(names, (total / len(batches)).unbind()))
 
     def _graph(
-        self, terms: tuple[Term, ...], batch: Data, count: int
-    ) -> tuple[Callable[..., Tensor], list[str], list[str]]:
-        key = (id(terms), count)
+        self, terms: tuple[Term, ...], batches: Sequence[Data]
+    ) -> tuple[Callable[[Sequence[Data]], Tensor], list[str]]:
+        key = (id(terms), len(batches))
         if key not in self._graphs:
-            columns, names = self._trace(terms, batch)
-            # keeps `terms` alive: an id may be reused after collection
-            self._graphs[key] = (terms, self._build(terms, batch, columns, names), columns, names)
-        _, graph, columns, names = self._graphs[key]
-        return graph, columns, names
+            run, names = self.build(terms, batches[0])
+            check_compiled(self, terms, batches, run)
+            self._graphs[key] = (terms, run, names)  # keeps `terms` alive: an id may be reused after collection
+        return self._graphs[key][1:]
 
-    def _trace(self, terms: tuple[Term, ...], batch: Data) -> tuple[list[str], list[str]]:
-        """Columns that the surrogate reads (only those enter the graph) and the names of its statistics."""
-        stats: Stats = {}
-        with torch.no_grad():
-            columns = columns_read(lambda b: stats.update(surrogate_loss(self.module, terms, b)[1]), batch)
-        return columns, [*stats, "grad_norm"]
+    def build(self, terms: tuple[Term, ...], like: Data) -> tuple[Callable[[Sequence[Data]], Tensor], list[str]]:
+        """A compiled function that takes one update per batch, in place, and returns the sums of the statistics; their
+        names. It compiles at its first call, for that number of batches."""
+        update = self.pure(terms, like)
 
-    def _build(
-        self, terms: tuple[Term, ...], like: Data, columns: list[str], names: list[str]
-    ) -> Callable[..., Tensor]:
-        want, module = wanted(terms), self.module
-        sequence, scalars = like.sequence, like.scalars
-
-        def loss(flat: Tensor, values: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
-            batch = Data(dict(zip(columns, values)), sequence=sequence, scalars=scalars)
-            params = dict(zip(self.names, self._split(flat)))
-            evaluation = torch.func.functional_call(module, params, (batch, want))
-            total, stats = surrogate(terms, evaluation, batch)
-            return total, torch.stack([stats[n] for n in names[:-1]])
-
-        def steps(
-            flat: Tensor, m: Tensor, v: Tensor, t: Tensor, lr: Tensor, finite: Tensor, inputs: list[tuple[Any, ...]]
-        ) -> Tensor:
-            x, x_m, x_v, x_t, x_ok = flat, m, v, t, finite
+        def steps(live: list[Tensor], lr: Tensor, inputs: list[tuple[Any, ...]]) -> Tensor:
+            state = update.state.like(live)
             out: Tensor | None = None
             for values in inputs:
-                grad, stats = torch.func.grad(loss, has_aux=True)(x, values)
-                x, x_m, x_v, norm, ok = self._adam(x, x_m, x_v, x_t, lr, grad)
-                x_t, x_ok = torch.where(ok, x_t + 1.0, x_t), x_ok & ok
-                row = torch.cat([stats, norm.unsqueeze(0)])
+                state, row = update.step(state, lr, values, {})
                 out = row if out is None else out + row
-            for old, new in ((flat, x), (m, x_m), (v, x_v), (t, x_t), (finite, x_ok)):
-                old.copy_(new)
+            for target, new in zip(live, state.tensors()):
+                target.copy_(new)
             assert out is not None
             return out
 
@@ -190,7 +262,17 @@ class FlatUpdater(Surrogates):
         steps.__code__ = steps.__code__.replace()
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
         options["cpp_wrapper"] = self.flat.device.type == "cpu"  # in Python it takes a fifth of a small graph's time
-        return torch.compile(steps, dynamic=False, options=options)
+        graph = torch.compile(steps, dynamic=False, options=options)
+
+        live = update.state.tensors()
+
+        @torch.no_grad()
+        def run(batches: Sequence[Data]) -> Tensor:
+            inputs = [tuple(batch[c] for c in update.columns) for batch in batches]
+            out: Tensor = graph(live, self.lr, inputs)
+            return out
+
+        return run, update.names
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ccrl.data import Data
 from ccrl.estimators.terms import Term
 from ccrl.estimators.updates import GradientEstimate, Stats, owned_parameters
+from ccrl.updaters.check import check_loss
 from ccrl.updaters.common import Surrogates, accumulate, surrogate_loss
 
 __all__ = ["ModuleUpdater"]
@@ -43,7 +44,8 @@ class ModuleUpdater(Surrogates):
         self.module, self.max_grad_norm, self.skip_norm = module, max_grad_norm, skip_norm
         self.skipped = 0
         """Updates that ``skip_norm`` has left out so far."""
-        self.params = [p for p in owned_parameters(module, prefixes).values() if p.requires_grad]
+        named = {k: p for k, p in owned_parameters(module, prefixes).items() if p.requires_grad}
+        self.names, self.params = tuple(named), list(named.values())
         if not self.params:
             raise ValueError("ModuleUpdater: every owned parameter is frozen; set requires_grad or other prefixes")
         self.optimiser = optimiser(self.params)
@@ -114,10 +116,13 @@ class ModuleUpdater(Surrogates):
 
     def _compiled_loss(self, terms: tuple[Term, ...], batch: Data) -> tuple[Tensor, Stats]:
         if id(terms) not in self._losses:
-            self._losses[id(terms)] = (terms, self._build(terms, batch))
+            compiled = self.build(terms, batch)
+            check_loss(self, terms, batch, compiled)
+            self._losses[id(terms)] = (terms, compiled)
         return self._losses[id(terms)][1](batch)
 
-    def _build(self, terms: tuple[Term, ...], like: Data) -> Callable[[Data], tuple[Tensor, Stats]]:
+    def build(self, terms: tuple[Term, ...], like: Data) -> Callable[[Data], tuple[Tensor, Stats]]:
+        """The compiled surrogate on batches shaped like ``like``; it compiles at its first call."""
         sequence, scalars = like.sequence, like.scalars
         columns = self.columns(terms, like)
 
