@@ -13,7 +13,7 @@ No clipping, no advantage normalisation: the gradient-norm clip does the scaling
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -174,7 +174,7 @@ class BPO(Agent):
 
     def build(self) -> None:
         c: BPOConfig = self.config
-        heads: dict[str, tuple[int, ...]] = {"value": ()}
+        heads: dict[str, Sequence[int]] = {"value": ()}
         if c.use_median:
             heads["median"] = c.median_hidden
         self.policy = self.make_policy(heads)

@@ -54,12 +54,12 @@ class Groups:
         std = (self.sum(centred.square()) / (self.count - ddof).clamp_min(1.0)).sqrt()[self.index]
         constant = self.constant(x)[self.index]
         # where constant the divisor may be 0 with eps = 0; its quotient is not used
-        score = torch.where(constant, 0.0, centred / torch.where(constant, 1.0, std + eps))
-        return torch.where(self.count[self.index] == 1, x / (1.0 + eps), score) if single == "keep" else score
+        result = torch.where(constant, 0.0, centred / torch.where(constant, 1.0, std + eps))
+        return torch.where(self.count[self.index] == 1, x / (1.0 + eps), result) if single == "keep" else result
 
 
 def components(data: Data) -> Tensor:
-    """``[N, C]``: the reward's components, or the score alone where nothing else is known (control episodes)."""
+    """``[N, C]``: the reward's components, or the episode's reward where nothing else is known (control episodes)."""
     return data["reward_components"] if "reward_components" in data else data["episode_reward"].unsqueeze(1)
 
 

@@ -30,7 +30,7 @@ def weighted_ratio(level: LogRatio, advantage: Tensor, evaluation: Outputs, batc
 
 
 def modulated_ratio(column: str) -> Loss:
-    """``-M * A * ratio`` with a float mask column ``M`` (hpt_upge, equation 4: the generic surrogate)."""
+    """``-M * A * ratio`` with a float mask column ``M`` (Lv et al. 2025, the unified estimator's surrogate)."""
     return lambda level, advantage, evaluation, batch: -batch[column] * advantage * level.ratio
 
 
@@ -57,7 +57,7 @@ def clip(low: Number, high: Number, dual: Number | None = None) -> Loss:
 
 
 def cispo(low: Number, high: Number) -> Loss:
-    """CISPO: ``-sg(clamp(rho)) A log pi``: clipped tokens keep a bounded gradient (hpt_upge, reading b)."""
+    """CISPO: ``-sg(clamp(rho)) A log pi``: clipped tokens keep a bounded gradient (MiniMax 2025)."""
 
     def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         weight = _clamp(level.ratio.detach(), 1.0 - low, 1.0 + high)

@@ -1,4 +1,4 @@
-"""Stages on the scores of whole sequences: what is rewarded beside the task, and who is compared with whom."""
+"""Stages on the rewards of whole sequences: what is rewarded beside the task, and who is compared with whom."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def kl_tokens(data: Data) -> Tensor:
 
 @dataclass(frozen=True)
 class KLPenalty:
-    """``shaped_episode_reward`` ``[N]``: the score minus ``coef`` times the sequence's k1 (llm_baselines, section
-    3). k1 belongs
-    here and nowhere else: as a loss its expected gradient is 0."""
+    """``shaped_episode_reward`` ``[N]``: the reward minus ``coef`` times the sequence's k1.
+
+    k1 belongs here and nowhere else: as a loss its expected gradient is 0.
+    """
 
     coef: float
     reward: str = "episode_reward"
@@ -34,7 +35,7 @@ class KLPenalty:
 
 @dataclass(frozen=True)
 class OverlongPenalty:
-    """``shaped_episode_reward`` ``[N]``: the score minus a ramp over the last ``buffer`` tokens before ``limit``
+    """``shaped_episode_reward`` ``[N]``: the reward minus a ramp over the last ``buffer`` tokens before ``limit``
     (DAPO, eq. 13).
 
     ``floor``: -1 beyond the limit, as in the paper; without it the ramp goes on (verl).

@@ -61,14 +61,14 @@ def per_pair(valid: Tensor, batch: Data) -> Tensor:
     return valid / batch["n_groups"]
 
 
-def best_and_worst(score: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns ``[P]`` int64 of the highest and of the lowest score ``[N]`` of every group ``[N]`` in which they differ.
+def best_and_worst(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns ``[P]`` int64 of the highest and of the lowest reward ``[N]`` of every group ``[N]`` where they differ.
     Among equals the first counts: samples of one prompt are exchangeable."""
-    order = score.argsort(stable=True)
-    descending = score.argsort(stable=True, descending=True)
+    order = reward.argsort(stable=True)
+    descending = reward.argsort(stable=True, descending=True)
     worst = _first_of_groups(order, group)
     best = _first_of_groups(descending, group)
-    differ = score[best] > score[worst]
+    differ = reward[best] > reward[worst]
     return best[differ], worst[differ]
 
 

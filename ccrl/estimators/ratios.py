@@ -23,7 +23,7 @@ def plain(evaluation: Outputs, batch: Data) -> LogRatio:
 
 def reference(evaluation: Outputs, batch: Data) -> LogRatio:
     """The reference policy over the policy, gradient in the denominator: ``k1``, ``k2``, ``k3`` of this level are those
-    of ``KL(pi || ref)`` under the policy's own samples (llm_baselines, section 4)."""
+    of ``KL(pi || ref)`` under the policy's own samples (docs/llm/baselines.md)."""
     return LogRatio(batch["ref_log_prob"], evaluation["log_prob"], batch["valid"])
 
 
@@ -48,7 +48,7 @@ def sequence_product(evaluation: Outputs, batch: Data) -> LogRatio:
 
 
 def sequence_token(evaluation: Outputs, batch: Data) -> LogRatio:
-    """The sequence ratio's value on every token, gradient through the token only (GSPO-token; hpt_upge, Seq-Clip)."""
+    """The sequence ratio's value on every token, gradient through the token only (GSPO-token; Zheng et al. 2025)."""
     valid, log_prob = batch["valid"], evaluation["log_prob"]
     mean = _masked_mean(log_prob.detach() - batch["log_prob"], valid)
     return LogRatio(log_prob, log_prob.detach() - mean, valid)

@@ -120,11 +120,11 @@ class EpisodeReturn:
 
 @dataclass(frozen=True)
 class GroupBaseline:
-    """``advantage`` ``[T, N]`` from per-column scores compared inside their group.
+    """``advantage`` ``[T, N]`` from per-column rewards compared inside their group.
 
     * GRPO: ``baseline="mean", scale="std"`` (ddof 1, eps 1e-6); Dr.GRPO: ``scale=None``; RLOO: ``leave_one_out``.
-    * A group of one keeps its score (mean 0, std 1) with ``single="keep"``, or gets 0 with ``single="zero"``.
-    * Equal scores give 0 in every variant (the deviation is 0; eps only guards the division).
+    * A group of one keeps its reward (mean 0, std 1) with ``single="keep"``, or gets 0 with ``single="zero"``.
+    * Equal rewards give 0 in every variant (the deviation is 0; eps only guards the division).
     """
 
     reward: str = "episode_reward"
@@ -143,25 +143,25 @@ class GroupBaseline:
         steps = data.shape[0]
         return data.derive(advantage=advantage.expand(steps, *advantage.shape) * data["valid"])
 
-    def advantages(self, score: Tensor, group: Tensor) -> Tensor:
-        """``[N]`` from scores ``[N]`` and integer group labels ``[N]``."""
+    def advantages(self, reward: Tensor, group: Tensor) -> Tensor:
+        """``[N]`` from rewards ``[N]`` and integer group labels ``[N]``."""
         groups = Groups(group)
         if self.scale == "std":
-            return groups.z_score(score, ddof=self.ddof, eps=self.eps, single=self.single).to(score.dtype)
+            return groups.z_score(reward, ddof=self.ddof, eps=self.eps, single=self.single).to(reward.dtype)
         n = groups.count[groups.index]
         # the rounded mean of n equal numbers may differ from them
         centred = torch.where(
-            groups.constant(score)[groups.index], 0.0, score.double() - groups.mean(score)[groups.index]
+            groups.constant(reward)[groups.index], 0.0, reward.double() - groups.mean(reward)[groups.index]
         )
         if self.baseline == "leave_one_out":
             centred = centred * n / (n - 1.0).clamp_min(1.0)
         alone = n == 1 if self.single == "keep" else torch.zeros_like(n, dtype=torch.bool)
-        return torch.where(alone, score.double(), centred).to(score.dtype)
+        return torch.where(alone, reward.double(), centred).to(reward.dtype)
 
 
 @dataclass(frozen=True)
 class GroupThreshold:
-    """``threshold`` ``[N]``: a quantile of every group's scores, linearly interpolated (GBPO: the median).
+    """``threshold`` ``[N]``: a quantile of every group's rewards, linearly interpolated (GBPO: the median).
 
     ``level = 1 - kappa`` keeps the target ratios of asymmetric bounds at mean 1 (docs/bpo.md). A group of one
     has threshold 0, like its mean in ``GroupBaseline``.
@@ -177,13 +177,13 @@ class GroupThreshold:
     def __call__(self, data: Data) -> Data:
         return data.derive_sequence(threshold=self.thresholds(data[self.reward], data["group"]))
 
-    def thresholds(self, score: Tensor, group: Tensor) -> Tensor:
-        """``[N]`` from scores ``[N]`` and integer group labels ``[N]``."""
+    def thresholds(self, reward: Tensor, group: Tensor) -> Tensor:
+        """``[N]`` from rewards ``[N]`` and integer group labels ``[N]``."""
         _, index, counts = torch.unique(group, return_inverse=True, return_counts=True)
-        order = score.argsort(stable=True)
-        order = order[index[order].argsort(stable=True)]  # by group, inside it by score
-        ordered, start = score[order], counts.cumsum(0) - counts
-        place = self.level * (counts - 1).to(score.dtype)
+        order = reward.argsort(stable=True)
+        order = order[index[order].argsort(stable=True)]  # by group, inside it by reward
+        ordered, start = reward[order], counts.cumsum(0) - counts
+        place = self.level * (counts - 1).to(reward.dtype)
         below = place.floor().long()
         above = (below + 1).minimum(counts - 1)
         quantile = torch.lerp(ordered[start + below], ordered[start + above], place - below)

@@ -131,7 +131,7 @@ def test_at_the_target_it_is_grpo(recipe: Any, rollout: Any, value_and_gradient:
     made, data, _ = mixed(recipe, rollout, 0.5)
     batch = data.epoch(Batching("sequence", "full"), None)[0]
     value, gradient = value_and_gradient(made, LOG_PROB, batch)
-    # llm_baselines, canonical batch: 0.193119 and its gradient at advantages of one, here 0.866024
+    # the batch C0 of docs/llm/baselines.md: 0.193119 and its gradient at advantages of one, here 0.866024
     scale = 0.5 / (1 / 3**0.5 + 1e-6)
     assert value == pytest.approx(0.193119 * scale, abs=1e-6)
     expected = [[0, -0.111111, -0.100537], [0.111111, 0.165758, 0], [0.111111, 0.135711, 0], [-0.074480, 0, 0]]
