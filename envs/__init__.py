@@ -8,6 +8,7 @@ with Gymnasium as ``ccrl/<id>``, so that ``gymnasium.make_vec("ccrl/CartPole-v1"
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 from collections.abc import Callable
 from functools import partial
@@ -214,6 +215,11 @@ def _make_gymnasium(
         return env
     mode = autoreset_mode or AutoresetMode.SAME_STEP
     asynchronous = backend == "async"
+    if id.startswith("HalfCheetah-"):
+        from envs.mujoco.model import make_quietly
+
+        make = functools.partial(make_quietly, id, options)
+        return from_gymnasium(make, num_envs, device=device, autoreset_mode=mode, asynchronous=asynchronous)
     return from_gymnasium(id, num_envs, device=device, autoreset_mode=mode, asynchronous=asynchronous, **options)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import mujoco
 import numpy as np
 import torch
 from gymnasium.spaces import Box
@@ -12,8 +11,9 @@ from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, StepResult, as_autoreset_mode
 from envs.mujoco.engine import BatchEngine, available_cores
+from envs.mujoco.model import load_model
 from envs.mujoco.render import Renderer, RenderOptions
-from envs.mujoco.task import MujocoTask, model_path
+from envs.mujoco.task import MujocoTask
 
 __all__ = ["MujocoEnv"]
 
@@ -79,7 +79,7 @@ class MujocoEnv:
             raise ValueError(f"unstable: expected 'nan' or 'continue', received {unstable!r}")
         self.provides_final_obs = self.autoreset_mode is AutoresetMode.SAME_STEP
 
-        model = mujoco.MjModel.from_xml_path(str(model_path(task.xml_file)))
+        model = load_model(task.xml_file)
         self.engine = BatchEngine(model, num_envs, nthread, task.fields)
         task.setup(model, lambda x: torch.as_tensor(np.array(x), dtype=self.engine.dtype, device=self.device))
         self._generator = torch.Generator(self.device)

@@ -21,7 +21,7 @@ check_siblings("agents", "envs")
 
 from envs.mujoco import TASKS, MujocoEnv, make_mujoco
 from envs.mujoco.engine import available_cores
-from envs.mujoco.task import model_path
+from envs.mujoco.model import load_model
 
 __all__ = ["Config", "main"]
 
@@ -137,7 +137,7 @@ def _ours(env: MujocoEnv) -> Run:
 
 def _raw(env: MujocoEnv, nthread: int, episode_length: int) -> Run:
     task = env.task
-    model = mujoco.MjModel.from_xml_path(str(model_path(task.xml_file)))
+    model = load_model(task.xml_file)
     actions = _actions(env).reshape(-1, model.nu)
     starts = [x.numpy() for x in task.reset(DRAWS, torch.Generator().manual_seed(0))]
     simulators = [mujoco.MjData(model) for _ in range(nthread)]

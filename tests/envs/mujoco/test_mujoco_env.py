@@ -284,7 +284,7 @@ def test_a_task_that_reads_an_undeclared_field_is_told_so():
         ({"max_episode_steps": 0}, ValueError, "max_episode_steps: expected"),
         ({"frame_skip": 2.5}, ValueError, "frame_skip: expected"),
         ({"dtype": torch.float16}, TypeError, "dtype: expected"),
-        ({"autoreset_mode": "same"}, TypeError, "autoreset_mode: expected"),
+        ({"autoreset_mode": "same"}, ValueError, "as autoreset_mode, got 'same'"),
         ({"unstable": "raise"}, ValueError, "unstable: expected"),
         ({"xml_file": "cheetah.xml"}, FileNotFoundError, "not one of Gymnasium's MJCF files"),
         ({"xml_file": "./cheetah.xml"}, FileNotFoundError, "expected an MJCF file at"),
