@@ -15,7 +15,8 @@ __all__ = ["Ascent", "line_search", "natural_step", "trust_region_step"]
 
 
 class Ascent:
-    """``theta + lr_j g`` at the current parameters, with ``lr_j = lr0 c / (c + j)`` or constant.
+    """``theta + lr_j g`` at the current parameters, with ``lr_j = lr0 c / (c + j)`` at iteration j = 0, 1, ..., or
+    constant.
 
     :param lr: 0-d, written in place: what the agent logs and checkpoints.
     :param decay: ``c``, in iterations; None: constant.
@@ -41,8 +42,13 @@ class Ascent:
 def natural_step(
     fisher: Callable[[Tensor], Tensor], gradient: Tensor, *, damping: float, iterations: int, tolerance: float = 1e-10
 ) -> Tensor:
-    """``(F + damping I)^-1 g`` ``[n]`` by conjugate gradients, ended early by design: after ``iterations``, or once the
-    squared residual is ``tolerance`` times that of the start."""
+    """The natural gradient ``(F + damping I)^-1 g`` (Kakade 2001) by conjugate gradients, ended early by design: after
+    ``iterations``, or once the squared residual is ``tolerance`` times that of the start.
+
+    :param fisher: ``F v`` for ``v [n]``, as ``Scores.fvp``.
+    :param gradient: ``g [n]``.
+    :returns: ``[n]``; zeros for a gradient of zeros.
+    """
     x, r = torch.zeros_like(gradient), gradient.clone()
     p, rr = r, r @ r
     limit = tolerance * rr
@@ -60,9 +66,11 @@ def natural_step(
 def trust_region_step(
     fisher: Callable[[Tensor], Tensor], direction: Tensor, *, damping: float, max_kl: float
 ) -> Tensor:
-    """``direction`` scaled so that the quadratic model of the KL, ``x^T (F + damping I) x / 2``, is ``max_kl``.
+    """``direction`` scaled so that the quadratic model of the KL, ``x^T (F + damping I) x / 2``, is ``max_kl`` (TRPO;
+    Schulman et al. 2015, appendix C).
 
-    Zeros stay zeros.
+    :param fisher, direction: ``F v`` for ``v [n]``, and ``[n]``. Zeros stay zeros.
+    :param max_kl: in nats.
     """
     curvature = direction @ (fisher(direction) + damping * direction)
     scale = torch.where(curvature > 0, (2.0 * max_kl / curvature.clamp_min(1e-300)).sqrt(), 0.0)
@@ -80,8 +88,10 @@ def line_search(
 ) -> tuple[Tensor, float]:
     """The longest of ``theta + shrink^i step`` that improves the surrogate within the KL; ``theta`` if none does.
 
+    :param theta, step: ``[n]``.
     :param evaluate: parameters -> (improvement over ``theta``, KL from ``theta``), 0-d.
-    :returns: parameters, and the share of ``step`` that was taken.
+    :param backtracks: candidates, each ``shrink`` times as far as the one before.
+    :returns: parameters ``[n]``, and the share of ``step`` that was taken (0: none improves).
     """
     share = 1.0
     for _ in range(backtracks):

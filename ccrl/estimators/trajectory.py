@@ -56,8 +56,8 @@ class LinearBaseline(nn.Module):
 class TrajectoryEstimator(Estimator):
     """Averages ``g(tau, theta)`` over fresh episodes, at as many points as the update rule names.
 
-    ``psi_t = sum_{h>=t} gamma^h r_h - gamma^t b_t``. Rewards after an episode's end are 0; at the horizon nothing is
-    bootstrapped (the bias is of order ``gamma^H``).
+    ``psi_t = sum_{h>=t} gamma^h r_h - gamma^t b_t`` (docs/npg_igt.md). Rewards after an episode's end are 0; at the
+    horizon nothing is bootstrapped (the bias is of order ``gamma^H``).
 
     :param episodes: fresh episodes per rollout.
     :param min_steps: further rollouts at the same point until an estimate rests on so many environment steps.

@@ -1,5 +1,5 @@
-"""Gaussian processes for policy gradients: Bayesian quadrature, GPTD, sparsification, deep kernels.
+"""Gaussian processes on scores, shared by BPG, BAC and DBQPG: kernels, Fisher matrices, GPTD, sparsification, solvers.
 
-Modules with kernels (``kernels``, ``deep_kernel``) are GPyTorch's and need the extra ``gp``; the algebra around them is
-plain torch. All of it works in float64: kernels of scores are ill-conditioned.
+The kernels (``kernels``) are GPyTorch's and need the extra ``gp``; the algebra around them is plain torch. All of it
+works in float64: kernels of scores are ill-conditioned.
 """

@@ -13,9 +13,11 @@ __all__ = ["Covariance", "Posterior"]
 
 @dataclass(frozen=True)
 class Covariance:
-    """A symmetric ``[n, n]`` linear operator: call it with ``v [n]`` or ``[n, k]``.
+    """A symmetric ``[n, n]`` linear operator: call it with ``v [n]`` or ``[n, k]`` for a product of that shape.
 
-    ``dense``, ``diagonal`` and ``trace`` multiply with the identity: for small ``n``.
+    ``dense [n, n]``, ``diagonal [n]`` and ``trace`` (0-d) multiply with the identity: for small ``n``.
+
+    :raises ValueError: vectors of another size.
     """
 
     size: int
@@ -41,13 +43,13 @@ class Covariance:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Posterior of a gradient ``[n]``."""
+    """Posterior of a gradient: ``mean [n]`` and ``covariance [n, n]``."""
 
     mean: Tensor
     covariance: Covariance
 
     def natural(self, inverse: Tensor) -> Posterior:
-        """Of the natural gradient ``G^-1 g``: mean ``G^-1 m``, covariance ``G^-1 C G^-1``."""
+        """Of the natural gradient ``G^-1 g``: mean ``G^-1 m``, covariance ``G^-1 C G^-1``, from ``G^-1 [n, n]``."""
         cov = self.covariance
         product = lambda v: inverse @ cov(inverse @ v)  # noqa: E731
         return Posterior(inverse @ self.mean, Covariance(cov.size, product, cov.like))

@@ -88,7 +88,7 @@ class SparseSet:
 
 
 def ald(column: Column, diagonal: Tensor, nu: float) -> SparseSet:
-    """One pass over all points in order, ``O(N m^2)``.
+    """The dictionary of all points, in one pass in their order: ``O(N m^2)``. Parameters are those of ``Dictionary``.
 
     A point seen before the dictionary was complete keeps the coefficients of that time (zeros for later members).
     """
