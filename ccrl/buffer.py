@@ -68,6 +68,9 @@ class RolloutBuffer:
             f.name: torch.zeros((*(lead if f.per == "step" else lead[1:]), *f.shape), dtype=f.dtype, device=self.device)
             for f in fields
         }
+        self.written: dict[str, str] = {}
+        """Columns that every step writes -> their names among the policy's outputs; set by the collector."""
+        self._step: _StepColumns | None = None
         self._per_sequence = frozenset(f.name for f in fields if f.per == "sequence")
         # views of every row, made once: indexing costs as much as the copy into a row of 16 environments
         self._obs_rows = _rows(self.obs)
@@ -142,6 +145,27 @@ class RolloutBuffer:
             successors=self._successors(done, next_step_reset, hidden_final),
         )
 
+    def step_data(self, step: Tensor, hidden_final: bool) -> tuple[Data, Tensor | None]:
+        """As ``data`` for a buffer of one step without dummy rows: its columns, and where episodes ended (``[N]`` bool;
+        None: nowhere). Columns are the buffer's own tensors, overwritten by the next step.
+
+        :param step: ``[N]`` int64, steps of the current episode before this one (0 after an end).
+        """
+        own = self._step = _StepColumns(self) if self._step is None else self._step
+        torch.logical_or(self.terminated, self.truncated, out=own.done)
+        own.t.copy_(step)
+        if not bool(own.done.any()):
+            return own.running, None
+        torch.logical_not(self.terminated, out=own.alive)
+        torch.logical_not(own.done, out=own.carry)
+        torch.gt(self.truncated, self.terminated, out=own.truncated)
+        if hidden_final or self._final_rows is None:
+            after = Successors(self.obs, own.nothing, torch.where(own.done, -2, -1))
+        else:
+            # a row for every environment, read only where an episode ended: picking them costs more than the rest
+            after = Successors(self.obs, self._final_rows[0], torch.where(own.done, own.group, -1))
+        return Data(own.columns, sequence=own.sequence, successors=after), own.done[0]
+
     def _successors(self, done: Tensor, next_step_reset: bool, hidden_final: bool) -> Successors:
         slot = torch.full(done.shape, -1, dtype=torch.int64, device=self.device)
         empty = tree_map(lambda x: x[:0, 0], self.obs)
@@ -153,6 +177,38 @@ class RolloutBuffer:
         slot.view(-1)[ends] = torch.arange(ends.shape[0], device=self.device)
         rows = tree_map(lambda x: x.flatten(0, 1).index_select(0, ends), self.final_obs)
         return Successors(self.obs, rows, slot)
+
+
+class _StepColumns:
+    """Derived columns of a buffer of one step, allocated once: a rollout of one step would spend more on them than on
+    the step."""
+
+    def __init__(self, buffer: RolloutBuffer) -> None:
+        n, device = buffer.num_envs, buffer.device
+        ones = torch.ones_like(buffer.reward)
+        self.done, self.truncated = torch.zeros_like(buffer.terminated), torch.zeros_like(buffer.terminated)
+        self.alive, self.carry = torch.ones_like(ones), torch.ones_like(ones)
+        self.t = torch.zeros((1, n), dtype=torch.int64, device=device)
+        self.group = torch.arange(n, device=device)
+        self.nothing = tree_map(lambda x: x[:0, 0], buffer.obs)
+        self.sequence = buffer._per_sequence | {"group"}
+        self.columns: dict[str, Tree] = {
+            "obs": tree_map(lambda x: x[:-1], buffer.obs),
+            "action": buffer.action,
+            "reward": buffer.reward,
+            "terminated": buffer.terminated,
+            "truncated": self.truncated,
+            "alive": self.alive,
+            "carry": self.carry,
+            "valid": ones,
+            "t": self.t,
+            "group": self.group,
+            **buffer.extra,
+        }
+        # where no episode ends, both flags are False and both masks 1
+        same = self.columns | {"truncated": buffer.truncated, "alive": ones, "carry": ones}
+        after = Successors(buffer.obs, self.nothing, torch.full_like(self.t, -1))
+        self.running = Data(same, sequence=self.sequence, successors=after)
 
 
 def _rows(tree: Tree) -> list[Tree]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree, resume_note
 from ccrl.buffer import RolloutBuffer
-from ccrl.data import Data, Field, tree_map
-from ccrl.returns import forward_scan
+from ccrl.data import Data, Field, tree_leaves, tree_map
+from ccrl.policies.actions import RandomActor
+from ccrl.stream import EpisodeStats, Stream, finish_rollout, finish_step
 
 __all__ = ["Actor", "Collector", "EpisodeStats", "Request"]
 
@@ -31,7 +33,8 @@ class Request:
 
     tag: str = "on"
     params: Tensor | str = "live"
-    """A bank version or a flat parameter vector ``[n]``: who acts."""
+    """Who acts: a bank version, a flat parameter vector ``[n]``, or ``"random"``: uniform actions of the space (of
+    environments), stored in the coordinates of the policy handed to ``collect``."""
     steps: int | None = None
     """Continue the streams for this many steps."""
     episodes: int | None = None
@@ -65,32 +68,13 @@ class Actor(Protocol):
     """What collection needs of a policy."""
 
     def draw_noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor: ...
-    def act(self, obs: Tree, noise: Tensor | None) -> dict[str, Tensor]: ...
+    def initial_state(self, n: int) -> Tensor | None: ...
+    def act(
+        self, obs: Tree, noise: Tensor | None, state: Tensor | None = None, first: Tensor | None = None
+    ) -> dict[str, Tensor]: ...
     def to_env(self, action: Tensor) -> Tensor: ...
     def behaviour_fields(self) -> tuple[Field, ...]: ...
     def behaviour(self, columns: dict[str, Tensor], action: Tensor) -> dict[str, Tensor]: ...
-
-
-@dataclass
-class EpisodeStats:
-    """Episodes that ended in a rollout: undiscounted raw return and length, ``[E]`` on the host. The horizon ends fresh
-    episodes."""
-
-    returns: Tensor
-    lengths: Tensor
-
-
-class _Stream:
-    """One environment with its buffer and the facts that cross rollout borders."""
-
-    def __init__(self, env: BatchedEnv) -> None:
-        self.env = env
-        self.obs: Tree | None = None
-        n, device = env.num_envs, env.device
-        self.step = torch.zeros(n, dtype=torch.int64, device=device)
-        self.ended = torch.zeros(n, dtype=torch.bool, device=device)
-        self.returns = torch.zeros(n, dtype=torch.float64, device=device)
-        self.buffers: dict[tuple[Any, ...], RolloutBuffer] = {}
 
 
 class Collector:
@@ -123,8 +107,9 @@ class Collector:
         self._told = False
         self.env_seconds = 0.0
         """Wall time spent in environments; the owner resets it."""
-        self._stream = _Stream(env)
-        self._fresh: _Stream | None = None
+        self._stream = Stream(env)
+        self._fresh: Stream | None = None
+        self._random_actor: RandomActor | None = None
 
     # -- requests -----------------------------------------------------------------------------------------------------
 
@@ -136,9 +121,12 @@ class Collector:
                              f"{request}")  # fmt: skip
         if request.steps is not None:
             if self._stream.obs is None:
-                self._stream.obs = self.env.reset(seed=self.seed)
+                self._stream.begin(self.env.reset(seed=self.seed))
+            if isinstance(request.params, str) and request.params == "random":
+                policy = self._random(policy)
             data = self._roll(self._stream, policy, request.steps, self.generator, request.tag)
-            self.total_steps += int(data["valid"].sum())
+            dummies = self.env.autoreset_mode == AutoresetMode.NEXT_STEP
+            self.total_steps += int(data["valid"].sum()) if dummies else request.steps * self.env.num_envs
             return data
         if request.episodes is None or request.horizon is None:
             raise ValueError(f"Collector: expected a request with steps or episodes, got {request}")
@@ -155,12 +143,10 @@ class Collector:
         if self._fresh is None or self._fresh.env.num_envs != episodes:
             if self.make_env is None:
                 raise ValueError("Collector: fresh episodes need make_env, a function that builds n environments")
-            self._fresh = _Stream(self.make_env(episodes))
+            self._fresh = Stream(self.make_env(episodes))
         stream = self._fresh
         draw = torch.randint(2**31 - 1, (), generator=self.fresh_generator, device=self.device)
-        stream.obs = stream.env.reset(seed=int(draw))
-        for fact in (stream.step, stream.ended, stream.returns):
-            fact.zero_()
+        stream.begin(stream.env.reset(seed=int(draw)))
         data = self._roll(stream, policy, horizon, self.fresh_generator, tag, fresh=True)
         first = torch.cat([torch.ones_like(data["carry"][:1]), data["carry"][:-1]]).cumprod(0) * data["valid"]
         self.fresh_steps += int(first.sum())
@@ -172,45 +158,66 @@ class Collector:
 
     # -- the loop -----------------------------------------------------------------------------------------------------
 
+    def _random(self, policy: Actor) -> Actor:
+        """Random actions in the coordinates of ``policy``."""
+        if self._random_actor is None or self._random_actor.policy is not policy:
+            self._random_actor = RandomActor(self.env.single_action_space, policy)
+        return self._random_actor
+
+    def _buffer(self, stream: Stream, policy: Actor, steps: int, tag: str) -> RolloutBuffer:
+        """Of every tag its own: rollouts of one iteration (a probe, a second trajectory) are read together."""
+        env, fields = stream.env, policy.behaviour_fields()
+        key = (tag, steps, fields)
+        if key not in stream.buffers:
+            stream.buffers[key] = RolloutBuffer(
+                steps, env.num_envs, env.single_observation_space, env.single_action_space,
+                fields=(*fields, *self.fields), device=self.device,
+                keep_final_obs=env.autoreset_mode != AutoresetMode.NEXT_STEP,
+            )  # fmt: skip
+            per_step = (f.name for f in fields if f.per == "step" and f.name != "log_prob")
+            stream.buffers[key].written = {name: name.removeprefix("old_") for name in per_step}
+        return stream.buffers[key]
+
     @torch.no_grad()
     def _roll(
-        self, stream: _Stream, policy: Actor, steps: int, generator: torch.Generator, tag: str, fresh: bool = False
+        self, stream: Stream, policy: Actor, steps: int, generator: torch.Generator, tag: str, fresh: bool = False
     ) -> Data:
         env, n = stream.env, stream.env.num_envs
         manual = env.autoreset_mode == AutoresetMode.DISABLED
-        # of every tag its own: rollouts of one iteration (a probe, a second trajectory) are read together
-        key = (tag, steps, policy.behaviour_fields())
-        if key not in stream.buffers:
-            stream.buffers[key] = RolloutBuffer(
-                steps, n, env.single_observation_space, env.single_action_space,
-                fields=(*policy.behaviour_fields(), *self.fields), device=self.device,
-                keep_final_obs=env.autoreset_mode != AutoresetMode.NEXT_STEP,
-            )  # fmt: skip
-        buffer = stream.buffers[key]
+        buffer = self._buffer(stream, policy, steps, tag)
         assert stream.obs is not None
         buffer.begin(stream.obs)
+        first = self._begin_state(stream, buffer, policy)
         # one draw for the whole rollout: per-step draws cost a kernel each and tie the numbers to the step count
         noise = policy.draw_noise(steps * n, generator, self.device)
         noise_rows = noise.view(steps, n, *noise.shape[1:]).unbind()
-        fields = (f.name for f in policy.behaviour_fields() if f.per == "step" and f.name != "log_prob")
-        names = {name: name.removeprefix("old_") for name in fields}
         # asked after every step only where that costs nothing: elsewhere the host would wait for the device
         running = torch.ones(n, dtype=torch.bool, device=self.device) if fresh and self.device.type == "cpu" else None
         for t in range(steps):
-            out = policy.act(buffer.row(t), noise_rows[t])
+            if first is None:
+                out = policy.act(buffer.row(t), noise_rows[t])
+            else:
+                out = policy.act(buffer.row(t), noise_rows[t], stream.state, first[t])
+                stream.state = out["state"]
             executed = policy.to_env(out["action"])
             start = time.perf_counter()
             result = env.step(executed)
             self.env_seconds += time.perf_counter() - start
             if manual:
                 result = result._replace(final_obs=result.obs)
-            buffer.write(t, out["action"], result, {k: out[name] for k, name in names.items()})
+            buffer.write(t, out["action"], result, {k: out[name] for k, name in buffer.written.items()})
             if result.log:
                 self.log |= result.log
-            if not manual and running is None:
+            if not manual and running is None and first is None:
                 continue
             # read back from the buffer: a reset may clear the flags in the tensors that step returned
             done = buffer.terminated[t] | buffer.truncated[t]
+            if first is not None:
+                # with NEXT_STEP the dummy row after an end still shows the old episode; the one after it is the first
+                late = env.autoreset_mode == AutoresetMode.NEXT_STEP
+                first[t + 1].copy_(
+                    (buffer.terminated[t - 1] | buffer.truncated[t - 1] if t else stream.ended) if late else done
+                )
             if manual and bool(done.any()):
                 buffer.write_obs(t + 1, env.reset(mask=done))
             if running is not None:
@@ -219,29 +226,37 @@ class Collector:
                     buffer.clear(t + 1)
                     break
         stream.obs = buffer.row(steps)
-        return self._finish(stream, buffer, policy)
+        return self._finish(stream, buffer, policy, first)
 
-    def _finish(self, stream: _Stream, buffer: RolloutBuffer, policy: Actor) -> Data:
+    @staticmethod
+    def _begin_state(stream: Stream, buffer: RolloutBuffer, policy: Actor) -> Tensor | None:
+        """Store the state before the first row of a policy with a memory; ``first`` ``[T + 1, N]`` to fill, or None."""
+        if "policy_state" not in buffer.extra:
+            stream.state = None  # what acts in between leaves no state to go on from
+            return None
+        if stream.state is None:
+            stream.state = policy.initial_state(stream.env.num_envs)
+            stream.first.fill_(True)
+        assert stream.state is not None
+        buffer.extra["policy_state"].copy_(stream.state)
+        first = torch.zeros((buffer.steps + 1, buffer.num_envs), dtype=torch.bool, device=buffer.device)
+        first[0] = stream.first
+        return first
+
+    def _finish(self, stream: Stream, buffer: RolloutBuffer, policy: Actor, first: Tensor | None) -> Data:
         env = stream.env
         for name, value in policy.behaviour(buffer.extra, buffer.action).items():
             buffer.extra[name].copy_(value)
-        data = buffer.data(
-            step=stream.step,
-            ended=stream.ended,
-            next_step_reset=env.autoreset_mode == AutoresetMode.NEXT_STEP,
-            hidden_final=not env.provides_final_obs and env.autoreset_mode == AutoresetMode.SAME_STEP,
-        )
-        _check_finite(buffer)
+        if first is not None:
+            stream.first.copy_(first[-1])
+        hidden = not env.provides_final_obs and env.autoreset_mode == AutoresetMode.SAME_STEP
+        if buffer.steps == 1 and env.autoreset_mode != AutoresetMode.NEXT_STEP:
+            data, self.stats = finish_step(stream, buffer, hidden)
+        else:
+            data, self.stats = finish_rollout(stream, buffer, hidden)
+        _check_finite(buffer, data)
         _check_states(buffer.obs, env.single_observation_space)
-        done = buffer.terminated | buffer.truncated
-        going = torch.cat([(~stream.ended).unsqueeze(0), ~done[:-1]]).double()
-        returns = forward_scan(buffer.reward.double(), going, stream.returns)
-        lengths = torch.where(data["valid"] > 0, data["t"] + 1, 0)
-        self.stats = EpisodeStats(returns[done].cpu(), lengths[done].cpu())
-        stream.returns.copy_(returns[-1])
-        stream.step.copy_(lengths[-1])
-        stream.ended.copy_(done[-1])
-        return data
+        return data if first is None else data.with_raw(first=first[:-1])
 
     # -- state --------------------------------------------------------------------------------------------------------
 
@@ -279,6 +294,8 @@ class Collector:
         if note is not None:
             self._tell(note)
         elif stream.obs is not None:
+            if stream.state is not None:
+                state |= {"policy_state": stream.state.clone(), "first": stream.first.clone()}
             state |= {"env": self.env.state_dict(), "obs": tree_map(torch.clone, stream.obs)}  # type: ignore[attr-defined]
         return state
 
@@ -293,12 +310,14 @@ class Collector:
             self._tell(note)
         if "env" not in state or note is not None:
             # a seed that depends on progress: restarting from the first seed would replay the first episodes
-            stream.obs = self.env.reset(seed=self.seed + self.total_steps)
-            for fact in (stream.step, stream.ended, stream.returns):
-                fact.zero_()
+            stream.begin(self.env.reset(seed=self.seed + self.total_steps))
             return
         for name in ("step", "ended", "returns"):
             getattr(stream, name).copy_(state[name])
+        stream.state, stream.restarts = None, True
+        if "policy_state" in state:
+            stream.state = state["policy_state"].to(self.device, copy=True)
+            stream.first.copy_(state["first"])
         self.env.load_state_dict(state["env"])  # type: ignore[attr-defined]
         stream.obs = tree_map(torch.clone, state["obs"])
 
@@ -308,12 +327,19 @@ class Collector:
             self._fresh.env.close()
 
 
-def _check_finite(buffer: RolloutBuffer) -> None:
+def _check_finite(buffer: RolloutBuffer, data: Data) -> None:
     """One check per rollout, before anything is learnt from it.
 
     Reports the first bad number in time: a NaN observation makes the next action NaN and that the next reward, and
     naming one of those would lead astray.
     """
+    # a sum shows any bad number for one pass and one wait; it may also overflow, so it only says where to look closer
+    total = buffer.reward.sum()
+    for value in (*tree_leaves(buffer.obs), *tree_leaves(data.successors.rows), buffer.action):
+        if value.is_floating_point() and value.numel():
+            total = total + value.sum()
+    if math.isfinite(float(total)):
+        return
     ended = buffer.terminated | buffer.truncated
     columns: list[tuple[int, str, Tensor, Tensor | None]] = [
         (0, name, value, None) for name, value in _named(buffer.obs)

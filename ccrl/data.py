@@ -122,6 +122,12 @@ class Data(Mapping[str, Tree]):
         data.sequence = self.sequence | columns.keys()
         return data
 
+    def with_raw(self, **columns: Tree) -> Data:
+        """With more raw columns ``[T, N, ...]``: facts that the collector adds to a buffer's."""
+        data = self._with(self._columns | columns)
+        data.raw = self.raw | columns.keys()
+        return data
+
     def _with(self, columns: Mapping[str, Tree], successors: bool = True) -> Data:
         data = Data(
             columns,

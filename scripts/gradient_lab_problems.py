@@ -108,7 +108,7 @@ class ActorCritic(nn.Module):
         self.actor, self.distribution = actor, actor.distribution
         self.critic = nn.ParameterDict({"weight": nn.Parameter(weight.float())})
         self._features, self.heads = [features], tuple(heads)  # in a list: a module of its own would be saved twice
-        for name in ("act", "draw_noise", "to_env", "behaviour", "behaviour_fields"):
+        for name in ("act", "draw_noise", "initial_state", "to_env", "behaviour", "behaviour_fields"):
             setattr(self, name, getattr(actor, name))
 
     def values(self, obs: Tensor, head: str = "value") -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -67,14 +67,6 @@ def to_box(action: Tensor, low: Tensor, high: Tensor, squash: bool) -> Tensor:
     return action.to(low.dtype).clamp(low, high)
 
 
-class _Stored(Protocol):
-    """What is needed of the policy whose rows random actions join."""
-
-    distribution: Distribution
-
-    def to_env(self, action: Tensor) -> Tensor: ...
-
-
 class RandomActor:
     """Uniform actions of the space (warm-up of replay agents), stored in the coordinates of ``policy``.
 
@@ -82,7 +74,7 @@ class RandomActor:
     behaviour columns: these actions do not come from the policy's distribution.
     """
 
-    def __init__(self, space: gym.Space[Any], policy: _Stored) -> None:
+    def __init__(self, space: gym.Space[Any], policy: Any) -> None:
         self.policy, self.squash = policy, policy.distribution is SQUASHED
         self.spec = ActionSpec.of(space, self.squash)
         self.ends = box_bounds(space) if isinstance(space, gym.spaces.Box) else None
@@ -113,7 +105,8 @@ class RandomActor:
         return {"action": torch.where(below == above, inside, half)}
 
     def to_env(self, action: Tensor) -> Tensor:
-        return self.policy.to_env(action)
+        executed: Tensor = self.policy.to_env(action)
+        return executed
 
     def behaviour_fields(self) -> tuple[Field, ...]:
         return ()

@@ -76,6 +76,51 @@ def test_an_episode_that_ends_with_the_rollout_adds_nothing_to_the_next(mode: Au
             assert collector.stats.lengths.tolist() == [3, 3]
 
 
+@pytest.mark.parametrize(
+    ("mode", "hidden"), [*((mode, False) for mode in AutoresetMode), (AutoresetMode.SAME_STEP, True)]
+)
+def test_single_steps_are_the_rollout_cut_in_pieces(mode: AutoresetMode, hidden: bool) -> None:
+    """Rollouts of one step have a path of their own; a checkpoint in between changes nothing."""
+    make = lambda: Collector(ClockEnv(SCRIPT, autoreset_mode=mode, provides_final_obs=not hidden))  # noqa: E731
+    actor, collector = policy(), make()
+    names = (*FACTS, "action", "log_prob", "old_logits")
+    whole_data = collector.collect(Request(steps=20), actor)
+    whole, stats = snapshot(whole_data, names), collector.stats
+    value = whole_data.state_values(lambda obs: obs.sum(-1))
+    collector, pieces, values, ended = make(), [], [], []
+    for step in range(20):
+        if step in (3, 9):  # 3: right after an end
+            state, collector = collector.state_dict(), make()
+            collector.load_state_dict(state)
+        data = collector.collect(Request(steps=1), actor)
+        pieces.append(snapshot(data, names))
+        values.append(data.state_values(lambda obs: obs.sum(-1)))
+        ended += list(zip(collector.stats.returns.tolist(), collector.stats.lengths.tolist()))
+    for name, expected in whole.items():
+        if name in ("action", "log_prob", "old_logits"):
+            continue  # noise is drawn per rollout
+        torch.testing.assert_close(torch.cat([p[name] for p in pieces]), expected, rtol=0, atol=0, msg=name)
+    for i in range(2):
+        torch.testing.assert_close(torch.cat([v[i] for v in values]), value[i], rtol=0, atol=0)
+    # the same order: by row, then by environment
+    assert ended == list(zip(stats.returns.tolist(), stats.lengths.tolist()))
+    assert collector.total_steps == int(whole["valid"].sum())
+
+
+def test_random_actions_act_in_the_policys_coordinates() -> None:
+    space = gym.spaces.Box(-2.0, 6.0, (1,))
+    env = ClockEnv(SCRIPT, action_space=space)
+    actor = MLPPolicy(env.single_observation_space, space, hidden=(4,), squash=True)
+    collector = Collector(env)
+    data = collector.collect(Request(steps=400, params="random"), actor)
+    executed = actor.to_env(data["action"])
+    assert executed.mean().item() == pytest.approx(2.0, abs=0.25)  # deviation 8 / sqrt 12 / sqrt 800 = .08
+    assert executed.min().item() < -1.9
+    assert executed.max().item() > 5.9
+    assert "log_prob" not in data, "random actions do not come from the policy's distribution"
+    assert "log_prob" in collector.collect(Request(steps=4), actor)
+
+
 def test_hidden_final_observations_are_not_read() -> None:
     """An environment that resets in the same step and hides the last observation: the state before stands in."""
     env = ClockEnv(SCRIPT, provides_final_obs=False)
