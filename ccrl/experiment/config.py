@@ -6,7 +6,8 @@
         \"\"\"Step size of Adam.\"\"\"
 
 The docstrings are the help text of the command line and the comments of a saved ``config.yaml``. Values come from the
-defaults, then a YAML file, then the command line; unknown keys and wrong types stop the run before it starts.
+defaults, then a YAML file, then the command line; unknown keys, wrong types and values outside their range
+(``ccrl.settings``) stop the run before it starts.
 """
 
 from __future__ import annotations
@@ -19,21 +20,18 @@ import json
 import os
 import re
 import textwrap
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeVar, cast
 
 import tyro
 import yaml
 
+from ccrl.settings import ConfigError, convert, hints_of
+
 __all__ = ["ConfigError", "Options", "field_docs", "flatten", "from_dict", "load_yaml", "parse", "save_yaml", "to_dict"]
 
 C = TypeVar("C")
-
-
-class ConfigError(ValueError):
-    """An unknown key or a value of the wrong type; the message names the key, what was expected and the fix."""
 
 
 def _options(text: str) -> dict[str, Any]:
@@ -68,7 +66,7 @@ _Loader.add_implicit_resolver(
 def to_dict(config: Any) -> dict[str, Any]:
     """Nested plain values, tuples as lists: what YAML holds."""
     if not dataclasses.is_dataclass(config) or isinstance(config, type):
-        raise ConfigError(f"to_dict: expected a dataclass instance; received {config!r}.")
+        raise ConfigError(f"to_dict: expected a dataclass instance, got {config!r}.")
     return {field.name: _plain(getattr(config, field.name)) for field in dataclasses.fields(config)}
 
 
@@ -86,11 +84,11 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: expected YAML; received a file that does not parse: {error}") from error
+        raise ConfigError(f"{path}: expected YAML, got a file that does not parse: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines; received a {type(values).__name__}.")
+        raise ConfigError(f"{path}: expected `key: value` lines, got a {type(values).__name__}.")
     return values
 
 
@@ -158,90 +156,23 @@ def _build(cls: type[C], values: Mapping[str, Any], base: Any, where: str, requi
                 if dataclasses.is_dataclass(nested) and hasattr(nested, str(key)):
                     hint = f" It is a key of {name!r}: write it, indented, below a line `{where}{name}:`."
             raise ConfigError(f"{where}{key}: unknown key of {cls.__name__}.{hint} Known keys: {', '.join(fields)}.")
-    hints = get_type_hints(cls)
+    hints = hints_of(cast(Any, cls))
     arguments: dict[str, Any] = {}
     for name, field in fields.items():
         current = getattr(base, name, dataclasses.MISSING) if base is not None else _default(field)
         if name in values:
-            arguments[name] = _convert(values[name], hints[name], current, f"{where}{name}")
+            arguments[name] = convert(values[name], hints[name], current, f"{where}{name}", _build)
         elif current is not dataclasses.MISSING:
             arguments[name] = current
         elif required is not None:
             arguments[name] = required
         else:
-            raise ConfigError(f"{where}{name}: expected a value ({cls.__name__} has no default for it); received none.")
+            raise ConfigError(f"{where}{name}: expected a value ({cls.__name__} has no default for it), got none.")
     return cls(**arguments)
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
-
-
-def _convert(value: Any, hint: Any, current: Any, where: str) -> Any:
-    """``value`` as ``hint`` wants it. ``current`` is what a nested configuration is laid over."""
-    origin, options = get_origin(hint), get_args(hint)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        if isinstance(value, hint):
-            return value
-        if isinstance(value, Mapping):
-            return _build(hint, value, current if isinstance(current, hint) else None, f"{where}.")
-    elif origin in (Union, types.UnionType):
-        for option in sorted(options, key=lambda option: type(value) is not option):  # 1 stays an int in float | int
-            try:
-                return _convert(value, option, current, where)
-            except ConfigError as error:
-                if isinstance(value, Mapping) and dataclasses.is_dataclass(option) and type(current) is option:
-                    raise error  # its own message says more than "one of ..." would
-    elif origin is Literal:
-        if any(value == option and type(value) is type(option) for option in options):
-            return value
-        near = difflib.get_close_matches(str(value), [str(option) for option in options], n=1)
-        hint_text = f" Did you mean {near[0]}?" if near else ""
-        words = [option for option in options if yaml.safe_load(str(option)) is value] if type(value) is bool else []
-        if words:  # compile: off
-            hint_text = f' Write "{words[0]}", in quotes: YAML takes the bare word for a boolean.'
-        raise ConfigError(f"{where}: expected one of {', '.join(map(repr, options))}; received {value!r}.{hint_text}")
-    elif origin in (tuple, list) and isinstance(value, list | tuple):
-        if origin is list or options[1:] == (...,):
-            inner = [options[0]] * len(value)
-        else:
-            inner = list(options)
-        if len(inner) == len(value):
-            return origin(
-                _convert(v, t, None, f"{where}[{i}]") for i, (v, t) in enumerate(zip(value, inner, strict=True))
-            )
-    elif origin is dict and isinstance(value, Mapping):
-        return {
-            _convert(k, options[0], None, f"{where} (a key)"): _convert(v, options[1], None, f"{where}[{k!r}]")
-            for k, v in value.items()
-        }
-    elif hint is Any or (hint in (None, type(None)) and value is None):
-        return value
-    elif hint is float and type(value) in (int, float):
-        return float(value)
-    elif hint is Path and isinstance(value, str | Path):
-        return Path(value)
-    elif isinstance(hint, type) and type(value) is hint:
-        return value
-    raise ConfigError(
-        f"{where}: expected {_name(hint)}; received {value!r} ({type(value).__name__}).{_fix(value, hint)}"
-    )
-
-
-def _fix(value: Any, hint: Any) -> str:
-    if isinstance(value, str) and hint in (int, float, bool):
-        return " Write it without quotes."
-    if hint is int and isinstance(value, float) and value.is_integer():
-        return f" Write {int(value)}."
-    if hint is str and isinstance(value, bool):  # compile: off
-        return " Write the word in quotes: YAML takes on, off, yes and no for booleans."
-    if hint is str:
-        return f' Write "{value}", in quotes.'
-    return ""
-
-
-def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
 
 
 def _plain(value: Any) -> Any:

@@ -58,7 +58,7 @@ class Required:
 
     def __post_init__(self) -> None:
         if not 0 <= self.gamma <= 1:
-            raise ValueError(f"gamma: expected a number in [0, 1]; received {self.gamma}.")
+            raise ValueError(f"gamma: expected a number in [0, 1], got {self.gamma}.")
 
 
 CHANGED = Config(
@@ -132,22 +132,22 @@ def test_unknown_keys_name_near_matches():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"seed": 1.0}, r"seed: expected int; received 1.0 \(float\). Write 1."),
-        ({"seed": True}, r"seed: expected int; received True \(bool\)"),
-        ({"seed": "1"}, r"seed: expected int; received '1' \(str\). Write it without quotes"),
-        ({"learning_rate": "x"}, r"learning_rate: expected float; received 'x'"),
-        ({"learning_rate": True}, r"learning_rate: expected float; received True"),
-        ({"learning_rate": None}, r"learning_rate: expected float; received None"),
-        ({"compile": 1}, r"compile: expected bool; received 1"),
-        ({"name": False}, r"name: expected str; received False \(bool\). Write the word in quotes: YAML takes on, off"),
-        ({"name": 5}, r'name: expected str; received 5 \(int\). Write "5", in quotes'),
-        ({"activation": "rélu"}, r"activation: expected one of 'tanh', 'relu'; received 'rélu'. Did you mean relu\?"),
-        ({"hidden": 64}, r"hidden: expected tuple\[int, \.\.\.\]; received 64"),
-        ({"hidden": [64, 1.5]}, r"hidden\[1\]: expected int; received 1.5"),
-        ({"adam": {"betas": [0.9]}}, r"adam.betas: expected tuple\[float, float\]; received \[0.9\]"),
-        ({"adam": 3}, r"adam: expected Adam; received 3"),
-        ({"target_kl": "x"}, r"target_kl: expected float \| None; received 'x'"),
-        ({"weights": {"a": "b"}}, r"weights\['a'\]: expected float; received 'b'"),
+        ({"seed": 1.0}, r"seed: expected int, got 1.0 \(float\). Write 1."),
+        ({"seed": True}, r"seed: expected int, got True \(bool\)"),
+        ({"seed": "1"}, r"seed: expected int, got '1' \(str\). Write it without quotes"),
+        ({"learning_rate": "x"}, r"learning_rate: expected float, got 'x'"),
+        ({"learning_rate": True}, r"learning_rate: expected float, got True"),
+        ({"learning_rate": None}, r"learning_rate: expected float, got None"),
+        ({"compile": 1}, r"compile: expected bool, got 1"),
+        ({"name": False}, r"name: expected str, got False \(bool\). Write the word in quotes: YAML takes on, off"),
+        ({"name": 5}, r'name: expected str, got 5 \(int\). Write "5", in quotes'),
+        ({"activation": "rélu"}, r"activation: expected one of 'tanh', 'relu', got 'rélu'. Did you mean relu\?"),
+        ({"hidden": 64}, r"hidden: expected tuple\[int, \.\.\.\], got 64"),
+        ({"hidden": [64, 1.5]}, r"hidden\[1\]: expected int, got 1.5"),
+        ({"adam": {"betas": [0.9]}}, r"adam.betas: expected tuple\[float, float\], got \[0.9\]"),
+        ({"adam": 3}, r"adam: expected Adam, got 3"),
+        ({"target_kl": "x"}, r"target_kl: expected float \| None, got 'x'"),
+        ({"weights": {"a": "b"}}, r"weights\['a'\]: expected float, got 'b'"),
     ],
 )
 def test_wrong_types(values: dict[str, Any], message: str):
@@ -169,16 +169,16 @@ def test_a_value_keeps_its_type_where_several_fit():
     assert [type(v.rate) for v in values] == [float, float]
     assert from_dict(Alternatives, {"level": 1}).level == 1
     for wrong in (True, 1.0):
-        with pytest.raises(ConfigError, match=r"level: expected one of 'off', 'on', 1, 2; received (True|1\.0)"):
+        with pytest.raises(ConfigError, match=r"level: expected one of 'off', 'on', 1, 2, got (True|1\.0)"):
             from_dict(Alternatives, {"level": wrong})
-    with pytest.raises(ConfigError, match=r"names \(a key\): expected int; received 'a'"):
+    with pytest.raises(ConfigError, match=r"names \(a key\): expected int, got 'a'"):
         from_dict(Alternatives, {"names": {"a": "b"}})
 
 
 def test_a_word_that_yaml_takes_for_a_boolean_is_told_apart(tmp_path):
     for word, boolean in (("off", "False"), ("on", "True")):
         (tmp_path / "a.yaml").write_text(f"level: {word}\n")
-        with pytest.raises(ConfigError, match=f'level: .* received {boolean}. Write "{word}", in quotes: YAML takes'):
+        with pytest.raises(ConfigError, match=f'level: .* got {boolean}. Write "{word}", in quotes: YAML takes'):
             from_dict(Alternatives, load_yaml(tmp_path / "a.yaml"))
         (tmp_path / "a.yaml").write_text(f"level: '{word}'\n")
         assert from_dict(Alternatives, load_yaml(tmp_path / "a.yaml")).level == word
@@ -206,7 +206,7 @@ def test_the_docstring_of_a_field_defined_again_is_the_new_one():
 def test_what_is_not_a_mapping(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("- 1\n")
-    with pytest.raises(ConfigError, match="expected `key: value` lines; received a list"):
+    with pytest.raises(ConfigError, match="expected `key: value` lines, got a list"):
         load_yaml(path)
     path.write_text("a: [1\n")
     with pytest.raises(ConfigError, match="does not parse"):
@@ -218,7 +218,7 @@ def test_what_is_not_a_mapping(tmp_path):
 
 
 def test_the_config_checks_itself():
-    with pytest.raises(ValueError, match=r"gamma: expected a number in \[0, 1\]; received 2"):
+    with pytest.raises(ValueError, match=r"gamma: expected a number in \[0, 1\], got 2"):
         from_dict(Required, {"env": "A", "gamma": 2})
 
 
