@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Literal
 
 import torch
 
@@ -16,6 +17,8 @@ from ccrl.packages import check_siblings
 
 check_siblings("agents", "envs")
 
+import envs  # noqa: F401  (registers ids)
+from agents.bac import BAC, BACConfig
 from agents.dbqpg.kernel import DeepKernel
 from agents.dbqpg.quadrature import GradientSystem, StateGram
 
@@ -30,6 +33,7 @@ class Config:
 
     Kernel: DBQPG's additive one on 10 features of an untrained network, and a Fisher kernel of rank 25. Error: of the
     weights against the exact solve, relative. Memory: peak of a process of its own, above that before the solve.
+    BAC's whole gradients follow.
     """
 
     points: tuple[int, ...] = (500, 1000, 2000, 4000)
@@ -48,6 +52,9 @@ class Config:
     """The fastest counts."""
     threads: int = 1
     """torch threads."""
+    episodes: tuple[int, ...] = (5, 20)
+    """BAC's gradient of a grid policy, with its logged deviation, exact and by cg, from so many episodes of 200 steps of
+    the two-action mountain car (201 points each, the last one a bootstrap pair)."""
 
 
 def main(config: Config) -> None:
@@ -63,6 +70,30 @@ def main(config: Config) -> None:
             error = "-" if exact is None else f"{float((weights - exact).norm() / exact.norm()):.1e}"
             name = solver if solver == kind else f"{solver}: {kind}"
             print(f"{n:>6} {name:>15} {seconds:>9.3f} {memory:>7.0f} {error:>9} {iterations or ''}")
+
+    print(f"\n{'points':>6} {'BAC solver':>15} {'seconds':>9} {'error':>9} of the gradient")
+    torch.set_num_threads(config.threads)
+    for m in config.episodes:
+        rows = {solver: _bac(config, m, solver) for solver in ("exact", "cg")}
+        for solver, (points, seconds, mean) in rows.items():
+            error = float((mean - rows["exact"][2]).norm() / rows["exact"][2].norm())
+            print(f"{points:>6} {solver:>15} {seconds:>9.3f} {error:>9.1e}")
+
+
+def _bac(config: Config, episodes: int, solver: Literal["exact", "cg"]) -> tuple[int, float, torch.Tensor]:
+    """Points, seconds of one gradient, the gradient."""
+    agent = BAC(
+        "ccrl/MountainCarTwoActions-v0", BACConfig(num_envs=episodes, n_steps=200, policy="grid", solver=solver), seed=0
+    )
+    theta = agent.updaters["policy"].flat
+    (request,) = agent.estimator.plan({"on": theta}, {}, agent.ctx)
+    data = agent.estimator.prepare({"on": agent.collector.collect(request, agent.policy)}, agent.ctx)["on"]
+    seconds = math.inf
+    for _ in range(config.repeats):
+        start = time.perf_counter()
+        mean = agent.estimator.gradient(theta, data, agent.ctx).mean
+        seconds = min(seconds, time.perf_counter() - start)
+    return data.shape[1], seconds, mean
 
 
 def _measure(config: Config, n: int, solver: str) -> tuple[torch.Tensor, float, float, int, str]:
