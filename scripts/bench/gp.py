@@ -53,8 +53,8 @@ class Config:
     threads: int = 1
     """torch threads."""
     episodes: tuple[int, ...] = (5, 20)
-    """BAC's gradient of a grid policy, with its logged deviation, exact and by cg, from so many episodes of 200 steps of
-    the two-action mountain car (201 points each, the last one a bootstrap pair)."""
+    """BAC's gradient of a grid policy, with its logged deviation, exact and by cg, from so many episodes of 200 steps
+    of the two-action mountain car (201 points each, the last one a bootstrap pair)."""
 
 
 def main(config: Config) -> None:
