@@ -213,7 +213,8 @@ class BAC(Agent):
         require("gpytorch", "gp")
         c: BACConfig = self.config
         space = self.env.single_observation_space
-        self.policy = self.make_grid_policy() if c.policy == "grid" else self.make_policy({})
+        policy: Any = self.make_grid_policy() if c.policy == "grid" else self.make_policy({})
+        self.policy = policy
         self.updaters = {"policy": FlatUpdater(self.policy, lr=c.learning_rate)}
         self.estimator = BACEstimator(c, self.policy, StateScale(space, self.policy))
         self.direction = Ascent(self.updaters["policy"].lr, c.lr_decay)
