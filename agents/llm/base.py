@@ -18,7 +18,7 @@ from ccrl.estimators.recipe import Parts, Recipe, RecipeConfig
 from ccrl.estimators.terms import Term
 from ccrl.experiment.callbacks import Callback
 from ccrl.experiment.evaluation import EvalResult
-from ccrl.llm.models import WithoutAdapters, build_policy
+from ccrl.llm.models import WithoutAdapters, build_policy, fit_task
 from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.task import Prompts, TextTask, pad_left, resolve_task
@@ -42,8 +42,9 @@ class LLMConfig(RecipeConfig):
     """Attention heads of the tiny model."""
     lora_rank: int = 0
     """Train low-rank adapters of this rank instead of the model (needs peft); 0: the model."""
-    logits_chunk_size: int = 0
-    """Tokens per piece of the vocabulary projection (memory of large vocabularies); 0: in one piece."""
+    logits_chunk_size: int | None = None
+    """Tokens per piece of the vocabulary projection, which is most of the memory of a large vocabulary; 0: in one
+    piece; none: 256 tokens per piece from a vocabulary of 16,384 tokens up, else in one piece."""
     n_prompts: int = 16
     """Prompts per iteration."""
     max_new_tokens: int = 0
@@ -89,7 +90,7 @@ class LLMConfig(RecipeConfig):
             "max_grad_norm",
             "weight_decay",
         ):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
         for name in ("temperature", "learning_rate", "warm_start_lr"):
             if getattr(self, name) <= 0:
@@ -126,7 +127,8 @@ class LLM(Agent):
             raise TypeError(f"config: expected {self.Config.__name__}, got {type(config).__name__}")
         self.config, self.seed, self.env_kwargs = config, seed, dict(env_kwargs or {})
         self.env_id, self.env = env if isinstance(env, str) else None, None
-        self.task = resolve_task(env, **(self.env_kwargs if isinstance(env, str) else {}))
+        named = resolve_task(env, **(self.env_kwargs if isinstance(env, str) else {}))
+        self.task = fit_task(named, config.model)
         self.device = torch.device(device)
         self.collector = self._collector(seed, self.Recipe.fields)
         self.warm = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,13 @@ from torch import Tensor, nn
 
 from ccrl.data import Data
 from ccrl.estimators.terms import Outputs
-from ccrl.llm.policy import CausalLMPolicy
+from ccrl.llm.policy import CausalLMPolicy, check_positions, model_positions
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.llm.task import TextTask
+from ccrl.llm.vocabulary import HFVocabulary, folder_ends, has_tokenizer
 from ccrl.packages import require
 
-__all__ = ["WithoutAdapters", "add_adapters", "build_policy", "load_model", "tiny_model"]
+__all__ = ["WithoutAdapters", "add_adapters", "build_policy", "fit_task", "load_model", "longest_prompt", "tiny_model"]
 
 
 def tiny_model(
@@ -65,8 +67,8 @@ def add_adapters(model: nn.Module, rank: int) -> nn.Module:
 def build_policy(config: Any, task: TextTask) -> nn.Module:
     """The policy that ``config.model`` names, for ``task``.
 
-    :raises ValueError: if the model's vocabulary is smaller than the task's, or a table is asked for where prompts are
-        not numbers of questions, or with adapters.
+    :raises ValueError: if the model's vocabulary is smaller than the task's, if it has fewer positions than a prompt
+        and a completion need, or if a table is asked for where prompts are not numbers of questions, or with adapters.
     """
     options = {"temperature": config.temperature}
     if config.model == "tabular":
@@ -80,19 +82,70 @@ def build_policy(config: Any, task: TextTask) -> nn.Module:
         bandit: Any = task
         init = bandit.initial_logits() if hasattr(bandit, "initial_logits") else None
         return TabularTokenPolicy(bandit.questions, bandit.fixed_length, task.vocab.size, init=init, **options)
+    cap = min(task.max_new_tokens, getattr(config, "max_new_tokens", 0) or task.max_new_tokens)
+    longest, which = longest_prompt(task)
     if config.model == "tiny":
         model = tiny_model(
             task.vocab.size, layers=config.model_layers, width=config.model_width, heads=config.model_heads,
-            pad=task.vocab.pad if 0 <= task.vocab.pad < task.vocab.size else None,
+            max_length=max(256, longest + cap), pad=task.vocab.pad if 0 <= task.vocab.pad < task.vocab.size else None,
         )  # fmt: skip
     else:
         model = load_model(config.model)
+    rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+    if rows < task.vocab.size:
+        raise ValueError(f"model: expected at least the task's {task.vocab.size} tokens, got {rows}")
+    check_positions(model_positions(model), longest, cap, which)
     if config.lora_rank:
         model = add_adapters(model, config.lora_rank)
-    policy = CausalLMPolicy(model, logits_chunk_size=config.logits_chunk_size or None, **options)
-    if policy.vocab_size < task.vocab.size:
-        raise ValueError(f"model: expected at least the task's {task.vocab.size} tokens, got {policy.vocab_size}")
-    return policy
+    return CausalLMPolicy(model, logits_chunk_size=config.logits_chunk_size, vocab_size=task.vocab.size, **options)
+
+
+def longest_prompt(task: TextTask) -> tuple[int, str]:
+    """Tokens of the longest prompt and which one it is: of all where the task can say (``longest_prompt``), else of 64
+    training prompts. A longer one that comes later is refused when it comes."""
+    if hasattr(task, "longest_prompt"):
+        longest, where = task.longest_prompt()
+        return longest, f"the prompt in {where}"
+    width = task.prompts(64, torch.Generator().manual_seed(0)).tokens.shape[1]
+    return width, f"the longest of 64 prompts of {task.name!r}"
+
+
+def fit_task(task: TextTask, model: str) -> TextTask:
+    """``task`` in the tokens of a model (``tiny``, ``tabular`` or a folder): a task that is not written in a tokenizer
+    yet (``HFVocabulary``) is encoded again with that of the folder, and every end token of the folder's generation
+    settings ends a completion. A folder without a tokenizer takes the task as it is.
+
+    :raises ValueError: the task cannot be encoded again, or is written in a tokenizer with other tokens.
+    """
+    if not Path(model).is_dir() or model in ("tiny", "tabular"):
+        return task
+    vocab = task.vocab
+    own = HFVocabulary.from_folder(model) if has_tokenizer(model) else None
+    if isinstance(vocab, HFVocabulary):
+        if own is not None and not _same_tokens(vocab.tokenizer, own.tokenizer):
+            raise ValueError(f"model: expected prompts in the tokens of {model!r}, got those of another tokenizer; use "
+                             f"HFVocabulary.from_folder({model!r})")  # fmt: skip
+        more = [token for token in folder_ends(model) if 0 <= token < vocab.size and token not in vocab.ends]
+        if more:
+            task = copy.copy(task)
+            task.vocab = vocab.with_ends(more)
+        return task
+    if own is None:
+        return task
+    if not hasattr(task, "reencoded"):
+        raise ValueError(f"model: {model!r} has a tokenizer, and the task {task.name!r} has tokens of its own "
+                         f"({type(vocab).__name__}), which mean something else to it; take model='tiny', or a task "
+                         "with a method reencoded(vocab)")  # fmt: skip
+    fitted: TextTask = task.reencoded(own)
+    return fitted
+
+
+def _same_tokens(given: Any, folder: Any) -> bool:
+    """Whether all tokens of the folder's tokenizer have the same numbers in the one that was given; more are fine."""
+    if not hasattr(given, "get_vocab"):
+        return True
+    known: dict[str, int] = given.get_vocab()
+    return all(known.get(token) == number for token, number in folder.get_vocab().items())
 
 
 class WithoutAdapters(nn.Module):

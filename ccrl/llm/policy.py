@@ -19,7 +19,17 @@ from ccrl.data import Data, Unit
 from ccrl.estimators.terms import Outputs
 from ccrl.llm.task import Prompts
 
-__all__ = ["OUTPUTS", "CausalLMPolicy", "TokenPolicy", "entropy_of", "token_outputs"]
+__all__ = [
+    "CHUNK",
+    "CHUNK_FROM",
+    "OUTPUTS",
+    "CausalLMPolicy",
+    "TokenPolicy",
+    "check_positions",
+    "entropy_of",
+    "model_positions",
+    "token_outputs",
+]
 
 OUTPUTS = frozenset({"log_prob", "entropy", "topk_index", "topk_log_prob", "sum_pi2", "log_probs", "hidden"})
 """What a token policy can compute: of the chosen token ``log_prob`` ``[T, B]``, of the whole distribution ``entropy``
@@ -30,6 +40,11 @@ vocabularies only), and ``hidden`` ``[T, B, D]``."""
 SHARE = 128
 """A batch is evaluated in two passes (prompts, completions) where that saves so many prompt tokens: the second pass has
 a cost of its own. On a CPU with the tiny model it is that of some 80 tokens."""
+
+CHUNK_FROM = 16_384
+"""Tokens of a vocabulary from which logits are made in pieces: they are then most of an update's memory."""
+CHUNK = 256
+"""Tokens per piece."""
 
 Run = Callable[..., tuple[Tensor, Any]]
 """From the number of last positions to keep and a model's inputs: values ``[B, keep, X]`` there, and the cache."""
@@ -78,6 +93,24 @@ def token_outputs(logits: Tensor, token: Tensor, want: frozenset[str], temperatu
     return {name: value for name, value in out.items() if name in want}
 
 
+def model_positions(model: nn.Module) -> int | None:
+    """Positions that a Hugging Face model was made for; None where its settings name no limit."""
+    config = _base(model).config
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        if isinstance(found := getattr(config, name, None), int):
+            return found
+    return None
+
+
+def check_positions(positions: int | None, prompt: int, completion: int, which: str) -> None:
+    """:raises ValueError: a prompt and a completion of so many tokens are more than ``positions``; the last token of a
+    completion is never read."""
+    if positions is not None and prompt + completion - 1 > positions:
+        raise ValueError(f"model: expected at least {prompt + completion - 1} positions for {which} ({prompt} tokens) "
+                         f"and completions of up to {completion} tokens, got a model with {positions}; lower "
+                         "max_new_tokens, shorten the prompt or take another model")  # fmt: skip
+
+
 class CausalLMPolicy(nn.Module):
     """Any Hugging Face ``AutoModelForCausalLM``.
 
@@ -85,10 +118,12 @@ class CausalLMPolicy(nn.Module):
     :param temperature: of sampling AND of scoring: ratios compare the distributions that were sampled from.
     :param k: size of ``topk_*``.
     :param logits_chunk_size: tokens per piece of the vocabulary projection; each piece is computed again in the
-    backward pass, so
-        memory is ``logits_chunk_size * V`` instead of ``T * B * V``. None: in one piece.
-    :raises ValueError: for a temperature or chunk that is not positive, or a chunk with a model whose logits are more
-        than a projection of its last hidden state.
+        backward pass, so memory is ``logits_chunk_size * V`` instead of ``T * B * V``. 0: in one piece. None: ``CHUNK``
+        for vocabularies from ``CHUNK_FROM`` tokens up, where the logits are a projection, else in one piece.
+    :param vocab_size: tokens that can be chosen, the first ones; None: all that the model has. Models pad their
+        vocabularies beyond the tokenizer's: what is padding is neither sampled nor part of any probability.
+    :raises ValueError: for a temperature that is not positive, a negative chunk, a chunk with a model whose logits are
+        more than a projection of its last hidden state, or more tokens than the model has.
     """
 
     unit: Unit = "sequence"
@@ -100,24 +135,35 @@ class CausalLMPolicy(nn.Module):
         temperature: float = 1.0,
         k: int = 16,
         logits_chunk_size: int | None = None,
+        vocab_size: int | None = None,
     ) -> None:
         super().__init__()
         if temperature <= 0:
             raise ValueError(f"temperature: expected > 0, got {temperature}; greedy decoding is the sampler's "
                              "`deterministic`")  # fmt: skip
-        if logits_chunk_size is not None and logits_chunk_size < 1:
-            raise ValueError(f"logits_chunk_size: expected None or >= 1, got {logits_chunk_size}")
+        if logits_chunk_size is not None and logits_chunk_size < 0:
+            raise ValueError(f"logits_chunk_size: expected None or >= 0, got {logits_chunk_size}")
         self.model = model.eval()
-        self.temperature, self.k, self.logits_chunk_size = temperature, k, logits_chunk_size
+        self.temperature, self.k = temperature, k
+        rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
+        if vocab_size is not None and not 1 <= vocab_size <= rows:
+            raise ValueError(f"vocab_size: expected 1 to the model's {rows} tokens, got {vocab_size}")
+        self.vocab_size = rows if vocab_size is None else vocab_size
+        self._padded = self.vocab_size < rows
+        self.positions = model_positions(model)
+        """Tokens of prompt and completion that the model has positions for; None: no limit."""
         # transformers 5.24 renamed the argument and warns of the old name at every call
         known = inspect.signature(type(_base(model)).forward).parameters
         self._cache = "cache" if "cache" in known else "past_key_values"
         self._shares = _caches().is_shareable(getattr(_try(model, use_cache=True), self._cache, None))
         # the library's flag of models whose masks cover what is reserved and not yet written
         self._blocks = getattr(_base(model), "_can_compile_fullgraph", False)
-        if logits_chunk_size is not None and not _is_projection(model):
+        if logits_chunk_size and not _is_projection(model):
             raise ValueError(f"logits_chunk_size: the logits of {type(model).__name__} are not its output embedding "
-                             "of the last hidden state; use logits_chunk_size=None")  # fmt: skip
+                             "of the last hidden state; use logits_chunk_size=0")  # fmt: skip
+        if logits_chunk_size is None:
+            logits_chunk_size = CHUNK if rows >= CHUNK_FROM and _is_projection(model) else 0
+        self.logits_chunk_size = logits_chunk_size
 
     def train(self, mode: bool = True) -> CausalLMPolicy:
         """Stays in evaluation mode: dropout would make the score disagree with the sample."""
@@ -125,10 +171,6 @@ class CausalLMPolicy(nn.Module):
 
     def outputs(self) -> frozenset[str]:
         return OUTPUTS
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
 
     # -- scoring ------------------------------------------------------------------------------------------------------
 
@@ -142,7 +184,7 @@ class CausalLMPolicy(nn.Module):
 
     def _evaluate(self, batch: Data, want: frozenset[str], temperature: float) -> Outputs:
         tokens = batch["action"].t()
-        if self.logits_chunk_size is None and "hidden" not in want:
+        if not self.logits_chunk_size and "hidden" not in want:
             out = token_outputs(self._before(batch, self._logits), tokens, want, temperature, self.k)
         else:
             hidden = self._before(batch, self._hidden)
@@ -182,7 +224,7 @@ class CausalLMPolicy(nn.Module):
     def _logits(self, keep: int, **inputs: Any) -> tuple[Tensor, Any]:
         """A ``Run`` of the whole model: logits."""
         out = self.model(**inputs, logits_to_keep=keep)
-        return out.logits, getattr(out, self._cache, None)
+        return self._real(out.logits), getattr(out, self._cache, None)
 
     def _hidden(self, keep: int, **inputs: Any) -> tuple[Tensor, Any]:
         """A ``Run`` of the model below its vocabulary projection: last hidden states."""
@@ -195,13 +237,14 @@ class CausalLMPolicy(nn.Module):
         names = sorted(want)
 
         def piece(states: Tensor, token: Tensor) -> tuple[Tensor, ...]:
-            found = token_outputs(head(states), token, want, temperature, self.k)
+            found = token_outputs(self._real(head(states)), token, want, temperature, self.k)
             return tuple(found[name] for name in names)
 
         flat, token = hidden.flatten(0, 1), tokens.flatten()
-        size = flat.shape[0] if self.logits_chunk_size is None else self.logits_chunk_size
+        size = self.logits_chunk_size or flat.shape[0]
+        again = torch.is_grad_enabled() and flat.shape[0] > size  # a single piece is no larger for being kept
         rows = [
-            checkpoint(piece, states, chosen, use_reentrant=False) if torch.is_grad_enabled() else piece(states, chosen)
+            checkpoint(piece, states, chosen, use_reentrant=False) if again else piece(states, chosen)
             for states, chosen in zip(torch.split(flat, size), torch.split(token, size))
         ]
         return {
@@ -209,11 +252,19 @@ class CausalLMPolicy(nn.Module):
             for i, name in enumerate(names)
         }
 
+    def _real(self, logits: Tensor) -> Tensor:
+        """Without those of padding."""
+        return logits[..., : self.vocab_size] if self._padded else logits
+
     # -- decoding -----------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
     def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[Any, Tensor]:
-        """One prefill per question, shared by its completions."""
+        """One prefill per question, shared by its completions.
+
+        :raises ValueError: the model has not so many positions.
+        """
+        check_positions(self.positions, prompts.tokens.shape[1], steps, "the longest of the prompts")
         mask = prompts.valid.long()
         position = _positions(mask)
         out = self.model(
@@ -223,7 +274,7 @@ class CausalLMPolicy(nn.Module):
         cache.reorder_cache(question)
         block = _caches().make_blocks(cache) if self._blocks and mask.device.type == "cpu" else 1
         attention = F.pad(mask, (0, steps + block))[question]
-        return (cache, attention, position[question, -1], block), out.logits[question, -1]
+        return (cache, attention, position[question, -1], block), self._real(out.logits)[question, -1]
 
     @torch.inference_mode()
     def step(self, state: Any, token: Tensor, present: Tensor) -> tuple[Any, Tensor]:
@@ -236,7 +287,7 @@ class CausalLMPolicy(nn.Module):
             input_ids=token.unsqueeze(1), attention_mask=attention[:, :length], position_ids=position.unsqueeze(1),
             use_cache=True, **{self._cache: cache},
         )  # fmt: skip
-        return (cache, attention, position, block), out.logits[:, -1]
+        return (cache, attention, position, block), self._real(out.logits[:, -1])
 
     @torch.inference_mode()
     def keep(self, state: Any, rows: Tensor) -> Any:

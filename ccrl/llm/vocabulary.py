@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from ccrl.packages import require
 
-__all__ = ["HFVocabulary", "Vocabulary", "encode_prompt", "end_tokens", "has_tokenizer", "model_ends"]
+__all__ = ["HFVocabulary", "Vocabulary", "encode_prompt", "end_tokens", "folder_ends", "has_tokenizer"]
 
 
 class Vocabulary(Protocol):
@@ -75,9 +75,7 @@ class HFVocabulary:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(directory), local_files_only=True, trust_remote_code=False
         )
-        path = Path(directory) / "generation_config.json"
-        found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-        ends = [token for token in _tokens(found) if 0 <= token < len(tokenizer)]
+        ends = [token for token in folder_ends(directory) if token < len(tokenizer)]
         if tokenizer.eos_token_id is None and ends:
             tokenizer.eos_token_id = ends[0]
         return cls(tokenizer, ends)
@@ -97,19 +95,15 @@ class HFVocabulary:
         return found
 
 
-def model_ends(model: Any) -> tuple[int, ...]:
-    """The end tokens of a Hugging Face model's generation settings, which may be several: of the text and of a turn."""
-    return tuple(_tokens(getattr(getattr(model, "generation_config", None), "eos_token_id", None)))
+def folder_ends(directory: str | Path) -> tuple[int, ...]:
+    """The end tokens in a model folder's generation settings, which may be several: of the text and of a turn."""
+    path = Path(directory) / "generation_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    several = found if isinstance(found, list) else [found]
+    return tuple(token for token in several if isinstance(token, int) and token >= 0)
 
 
 def has_tokenizer(directory: str | Path) -> bool:
     """Whether a model's folder has a tokenizer beside the weights."""
     names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
     return any((Path(directory) / name).is_file() for name in names)
-
-
-def _tokens(found: Any) -> list[int]:
-    """``None``, a token or a list of tokens, as generation settings have them."""
-    if found is None:
-        return []
-    return [int(token) for token in (found if isinstance(found, list | tuple) else [found])]

@@ -122,6 +122,15 @@ class GeneratedTask(ABC):
         """
         found = copy.copy(self)
         found.vocab = vocab
+        for question in self.draw(64, Generator().manual_seed(0)):
+            for text in (question.text, question.demonstration or ""):
+                # a character that a tokenizer does not know becomes its unknown token, without a word
+                written = vocab.decode(vocab.encode(text))
+                if written.strip() != text.strip():
+                    raise ValueError(
+                        f"{self.name}: expected a vocabulary that can write {text!r}, got "
+                        f"{type(vocab).__name__}, which makes {written!r} of it"
+                    )
         shown = found.prompts(64, Generator().manual_seed(0)).demonstration_valid
         longest = 0 if shown is None else int(shown.sum(1).max())
         if longest > self.max_new_tokens:

@@ -61,10 +61,14 @@ class Guessing(GeneratedTask):
         """
         pieces = {text: vocab.encode(text) for text in ";<>"}
         several = {text: tokens for text, tokens in pieces.items() if len(tokens) != 1}
-        if several or vocab.encode("1;") != [*vocab.encode("1"), *pieces[";"]]:
+        if (
+            several
+            or len(set(map(tuple, pieces.values()))) < len(pieces)
+            or vocab.encode("1;") != [*vocab.encode("1"), *pieces[";"]]
+        ):
             raise ValueError(
                 "guessing needs a vocabulary with a token each for ';', '<' and '>', also behind digits; "
-                f"got {several or vocab.encode('1;')}; train it with a model without a tokenizer"
+                f"got {several or pieces}; train it with a model without a tokenizer"
             )
         found = super().reencoded(vocab)
         found.turn = pieces[";"][0]

@@ -277,7 +277,7 @@ def _memory(config: Config) -> None:
     columns = {"action": tokens, "present": ones, "valid": ones, "prompt": prompt, "prompt_valid": ones[:1].t()}
     batch = Data(columns, sequence=frozenset({"prompt", "prompt_valid"}))
     plain: Tensor | None = None
-    for name, chunk in (("plain", None), (f"logits_chunk_size={config.logits_chunk_size}", config.logits_chunk_size)):
+    for name, chunk in (("plain", 0), (f"logits_chunk_size={config.logits_chunk_size}", config.logits_chunk_size)):
         policy = CausalLMPolicy(model, logits_chunk_size=chunk)
         model.zero_grad()
         peak = _peak(lambda: policy(batch, frozenset({"log_prob"}))["log_prob"].mean().backward(), config.device)  # noqa: B023

@@ -111,7 +111,7 @@ def test_outputs_and_size(build: Build, task: TextTask) -> None:
     ("options", "message"),
     [
         ({"temperature": 0.0}, "temperature: expected > 0, got 0.0"),
-        ({"logits_chunk_size": 0}, "logits_chunk_size: expected None or >= 1, got 0"),
+        ({"logits_chunk_size": -1}, "logits_chunk_size: expected None or >= 0, got -1"),
     ],
 )
 def test_bad_options(build: Build, options: dict[str, float], message: str) -> None:
