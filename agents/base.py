@@ -12,18 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccrl.adapters.spaces import numpy_act
 from ccrl.bank import Bank
 from ccrl.batched_env import BatchedEnv, Tree, check_device, resolve_env
 from ccrl.collect import Collector
-from ccrl.data import Data, tree_map
+from ccrl.data import Data
 from ccrl.estimators.base import Context, Direction, Estimator, check_terms, run_phases
 from ccrl.estimators.scores import Scores
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
 from ccrl.experiment.callbacks import Callback, as_callback
 from ccrl.experiment.progress import ProgressBar
-from ccrl.policies import MLPPolicy
+from ccrl.policies import MLPPolicy, build_actor_critic
+from ccrl.policies.acting import Acting, has_memory, predict
 from ccrl.returns import explained_variance
 from ccrl.updaters import FlatUpdater, GradientEstimate, Stats, can_compile
 
@@ -121,13 +121,10 @@ class Agent:
         raise NotImplementedError
 
     def make_policy(self, heads: dict[str, Sequence[int]]) -> MLPPolicy:
-        """The perceptron policy that the config describes."""
-        c = self.config
-        return MLPPolicy(
-            self.env.single_observation_space, self.env.single_action_space, hidden=c.hidden, activation=c.activation,
-            heads=heads, squash=c.squash, log_std_init=c.log_std_init, orthogonal=c.orthogonal,
-            normalise_obs=c.normalise_obs, clip_obs=c.clip_norm,
-        ).to(self.device)  # fmt: skip
+        """The policy that the config describes."""
+        spaces = self.env.single_observation_space, self.env.single_action_space
+        policy: MLPPolicy = build_actor_critic(self.config, *spaces, heads).to(self.device)
+        return policy
 
     def _fresh_envs(self, n: int) -> BatchedEnv:
         if self.episodic and n == self.env.num_envs:
@@ -256,6 +253,8 @@ class Agent:
     def _choose_compile(self, total_timesteps: int) -> None:
         if self.direction is not None:
             return  # only surrogates are compiled
+        if not getattr(self.policy, "compiles", True):
+            return
         steps = self.gradient_steps() * (total_timesteps // self.samples_per_iteration)
         wanted = self.config.compile == "on" or (self.config.compile == "auto" and steps >= COMPILE_FROM)
         possible, why = can_compile()
@@ -311,13 +310,18 @@ class Agent:
 
     # -- acting -------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def act(self, obs: Tree, deterministic: bool = False) -> Tensor:
-        """Actions for the environment ``[N, ...]`` from observations ``[N, ...]`` on the agent's device."""
-        obs = tree_map(lambda x: x.float() if x.is_floating_point() else x, obs)  # in training the buffer casts float64
-        first = next(iter(obs.values())) if isinstance(obs, dict) else obs
-        noise = None if deterministic else self.policy.draw_noise(len(first), None, self.device)
-        return self.policy.to_env(self.policy.act(obs, noise)["action"])
+        """Actions for the environment ``[N, ...]`` from observations ``[N, ...]`` on the agent's device.
+
+        :raises ValueError: for a policy with a memory, which would begin an episode at every call.
+        """
+        if has_memory(self.policy):
+            raise ValueError("act: this policy has a memory; use acting(), which keeps it, or predict with its state")
+        return Acting(self.policy, self.device)(obs, deterministic)
+
+    def acting(self) -> Callable[[Tree, bool], Tensor]:
+        """``act`` for whole episodes; of a policy with a memory an ``Acting`` that keeps it, apart from training's."""
+        return Acting(self.policy, self.device) if has_memory(self.policy) else self.act
 
     def predict(
         self,
@@ -326,10 +330,10 @@ class Agent:
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """SB3's signature: one observation or a batch in NumPy -> actions of the same kind, and ``state`` unchanged.
-        ``ValueError`` for observations of another shape."""
-        act = lambda obs: self.act(obs, deterministic)  # noqa: E731
-        return numpy_act(act, self.env.single_observation_space, observation, self.device), state
+        """SB3's signature: one observation or a batch in NumPy -> actions of the same kind and the next state (of
+        policies with a memory). ``ValueError`` for observations of another shape."""
+        space = self.env.single_observation_space
+        return predict(self.policy, space, observation, state, episode_start, deterministic, self.device)
 
     # -- state --------------------------------------------------------------------------------------------------------
 

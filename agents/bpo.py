@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator, check_positive
-from ccrl.data import Batching, Data
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_positive, cut
+from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.stages import standardise
@@ -35,7 +35,7 @@ __all__ = ["BPO", "BPOConfig"]
 
 
 @dataclass(frozen=True)
-class BPOConfig(OnPolicyConfig):
+class BPOConfig(ActorCriticConfig):
     """The released code's variant for MuJoCo (github.com/bounded-ratio-rl/bounded_ratio_rl, Stable-Baselines3 half)."""
 
     num_envs: int = 4
@@ -124,7 +124,7 @@ class BPOEstimator(OnPolicyEstimator):
             median = losses.median_loss(kappa=kappa, temperature=c.median_temperature or 1.0)
             terms.append(Term("median_loss", median, want=frozenset({"median"}), coef=c.u_coef, **plain))
         before = self.advantages if c.recompute_returns else None
-        batching = Batching(size=c.batch_size, epochs=c.n_epochs)
+        batching = cut(policy, c.n_steps, c.batch_size, c.n_epochs)
         self._phases = (Phase("policy", tuple(terms), batching, updaters["policy"], before),)
 
     def _targets(self, threshold: str, temperature: float) -> Callable[[Outputs, Data], Tensor]:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator, check_positive
-from ccrl.data import Batching, Data
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_positive, cut
+from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.stages import Standardise
@@ -32,7 +32,7 @@ __all__ = ["MDPO", "MDPOConfig", "step_size"]
 
 
 @dataclass(frozen=True)
-class MDPOConfig(OnPolicyConfig):
+class MDPOConfig(ActorCriticConfig):
     """The paper's on-policy runs, in its "loaded" setting, at 16 x 128 = 2,048 steps per iteration (docs/mdpo.md)."""
 
     normalise_obs: bool = True
@@ -84,8 +84,8 @@ class MDPOEstimator(OnPolicyEstimator):
         )  # fmt: skip
         value = losses.value_loss(clip_range=c.clip_range_vf)
         critic_terms = (Term("value_loss", value, aggregates.mean, want=VALUE, advantage=None),)
-        policy_batching = Batching(size="full", epochs=c.inner_steps)
-        critic_batching = Batching(size=c.critic_batch_size, epochs=c.critic_epochs)
+        policy_batching = cut(policy, c.n_steps, "full", c.inner_steps)
+        critic_batching = cut(policy, c.n_steps, c.critic_batch_size, c.critic_epochs)
         self._phases = (
             Phase("policy", policy_terms, policy_batching, updaters["policy"], skip=_flat_advantages),
             Phase("critic", critic_terms, critic_batching, updaters["critic"]),

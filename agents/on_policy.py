@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ccrl.collect import Request
-from ccrl.data import Data
+from ccrl.data import Batching, Data
 from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.stages import Gae, RewardNorm, Values
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import FlatUpdater, linear_decay
 
-__all__ = ["VALUE", "OnPolicyConfig", "OnPolicyEstimator", "check_eager", "check_positive", "check_unused"]
+__all__ = [
+    "VALUE", "ActorCriticConfig", "OnPolicyConfig", "OnPolicyEstimator", "check_eager", "check_layers",
+    "check_positive", "check_unused", "cut",
+]  # fmt: skip
 
 VALUE = frozenset({"value"})
 """What a value loss wants of the policy."""
@@ -45,6 +50,10 @@ class OnPolicyConfig:
     """Orthogonal initialisation (hidden sqrt 2, policy output 0.01, value output 1)."""
     squash: bool = False
     """Gaussian actions through tanh onto the bounds; else clipped for the environment only."""
+    state_dependent_std: bool = False
+    """Gaussian policies compute their deviations from the observation; else deviations are parameters of their own."""
+    actor_obs: tuple[str, ...] | None = None
+    """Keys of a Dict observation that the actor sees (unset: all, but not a privileged group called critic)."""
     normalise_obs: bool = False
     """Running observation statistics, part of the policy, moved once per iteration."""
     normalise_reward: bool = False
@@ -61,14 +70,55 @@ class OnPolicyConfig:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
         check_positive(self, "clip_norm", "adam_eps")
-        if any(size < 1 for size in self.hidden):
-            raise ValueError(f"hidden: expected layers of >= 1 unit, got {self.hidden}")
+        check_layers(self, "hidden")
         for name in ("gamma", "gae_lambda"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
         for name, allowed in (("compile", ("auto", "on", "off")), ("time_limit", ("bootstrap", "terminal"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class ActorCriticConfig(OnPolicyConfig):
+    """What agents with a critic have (PPO, MDPO, BPO)."""
+
+    critic_hidden: tuple[int, ...] | None = None
+    """Hidden layers of the critic (unset: those of the actor)."""
+    critic_obs: tuple[str, ...] | None = None
+    """Keys of a Dict observation that the critic sees (unset: all, but critic in place of a group called policy)."""
+    recurrent: Literal["none", "gru", "lstm"] = "none"
+    """A recurrent layer in front of the actor's and of the critic's hidden layers: none, gru or lstm. Minibatches are
+    then whole columns of n_steps, as many as batch_size steps need, and updates run uncompiled."""
+    recurrent_size: int = 64
+    """Units of the recurrent layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_layers(self, "critic_hidden")
+        check_positive(self, "recurrent_size")
+        if self.recurrent not in ("none", "gru", "lstm"):
+            raise ValueError(f"recurrent: expected none, gru or lstm, got {self.recurrent!r}")
+        if self.recurrent == "none":
+            check_unused(self, "there is no recurrent layer", "recurrent_size")
+        elif self.compile == "on":
+            raise ValueError(
+                "compile='on': recurrent policies are updated uncompiled; expected compile='auto' or 'off'"
+            )
+
+
+def check_layers(config: Any, *names: str) -> None:
+    """``ValueError`` unless these settings are hidden layers of at least one unit, or None."""
+    for name in names:
+        if any(size < 1 for size in getattr(config, name) or ()):
+            raise ValueError(f"{name}: expected layers of >= 1 unit, got {getattr(config, name)}")
+
+
+def cut(policy: Any, n_steps: int, size: int | Literal["full"], epochs: int) -> Batching:
+    """Minibatches of ``size`` steps; of a policy with a memory whole columns, as many as ``size`` steps need."""
+    if policy.unit != "sequence":
+        return Batching(size=size, epochs=epochs)
+    return Batching("sequence", size if size == "full" else -(-size // n_steps), epochs)
 
 
 def check_positive(config: Any, *names: str) -> None:
@@ -102,7 +152,10 @@ class OnPolicyEstimator(Estimator):
     def __init__(self, config: Any, policy: MLPPolicy, updaters: dict[str, FlatUpdater]) -> None:
         super().__init__()
         self.config, self._updaters = config, updaters
-        self._values = Values(policy.values)  # a bound method: holding the module itself would save it twice
+        # bound methods: holding the module itself would save it twice
+        self._values: Callable[[Data], Data] = Values(policy.values)
+        if policy.unit == "sequence":
+            self._values = partial(_sequence_values, policy.state_values)
         self.reward_norm = (
             RewardNorm(config.num_envs, config.gamma, config.clip_norm) if config.normalise_reward else None
         )
@@ -128,3 +181,9 @@ class OnPolicyEstimator(Estimator):
     def anneal(self, ctx: Context) -> None:
         """Linear learning-rate decay."""
         linear_decay(self._updaters.values(), self.config.learning_rate, ctx.progress)
+
+
+def _sequence_values(state_values: Callable[[Data], tuple[Tensor, Tensor]], data: Data) -> Data:
+    """``value`` and ``next_value`` of a critic with a memory."""
+    value, next_value = state_values(data)
+    return data.derive(value=value, next_value=next_value)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator, check_positive
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_positive, cut
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
@@ -30,7 +30,7 @@ __all__ = ["PPO", "PPOConfig"]
 
 
 @dataclass(frozen=True)
-class PPOConfig(OnPolicyConfig):
+class PPOConfig(ActorCriticConfig):
     """SB3's defaults at 16 x 128 steps."""
 
     learning_rate: float = 3e-4
@@ -87,7 +87,8 @@ class PPOEstimator(OnPolicyEstimator):
                 advantage=None, coef=c.ent_coef,
             ),
         )  # fmt: skip
-        self._phases = (_phase(c, terms, updaters["policy"], self.advantages),)
+        batching = cut(policy, c.n_steps, c.batch_size, c.n_epochs)
+        self._phases = (_phase(c, batching, terms, updaters["policy"], self.advantages),)
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
         if self.config.anneal_lr:
@@ -102,11 +103,11 @@ class PPOEstimator(OnPolicyEstimator):
         return self._phases
 
 
-def _phase(c: PPOConfig, terms: tuple[Term, ...], updater: Updater, recompute: Any) -> Phase:
+def _phase(c: PPOConfig, batching: Batching, terms: tuple[Term, ...], updater: Updater, recompute: Any) -> Phase:
     limit = None if c.target_kl is None else 1.5 * c.target_kl
     stop = None if limit is None else (lambda stats: bool(stats["approx_kl"] > limit))
     before = recompute if c.recompute_advantages else None
-    return Phase("policy", terms, Batching(size=c.batch_size, epochs=c.n_epochs), updater, before, stop)
+    return Phase("policy", terms, batching, updater, before, stop)
 
 
 def _standardised(loss: Loss) -> Loss:

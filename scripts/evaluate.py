@@ -100,7 +100,7 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         # render_mode is an option of the environment: without it a window or a renderer may never be made
         scene = envs.make(info["env"], 1, device=config.device, **agent.env_kwargs)
         target = run.videos / f"step_{agent.num_timesteps}.{config.video_format}"
-        score = record_video(scene, agent.act, target, fps=config.fps, seed=config.seed)
+        score = record_video(scene, agent.acting(), target, fps=config.fps, seed=config.seed)
         scene.close()
         print(f"video of one deterministic episode (return {score:.2f}): {target}")
     return scalars

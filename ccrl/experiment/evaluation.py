@@ -21,7 +21,8 @@ from ccrl.experiment.csv_table import CsvTable, read_rows
 __all__ = ["EvalLog", "EvalResult", "Predict", "evaluate", "evaluate_agent"]
 
 Predict = Callable[[Tree, bool], Tensor]
-"""``(obs [N, ...], deterministic) -> action [N, ...]``, with the observation normaliser frozen."""
+"""``(obs [N, ...], deterministic) -> action [N, ...]``, with the observation normaliser frozen. One with a memory has
+``restart(first [N] | None)``, called where episodes begin."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ def evaluate(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         obs = env.reset(seed=seed)
+        restart = getattr(predict, "restart", None)  # a policy with a memory is told where episodes begin
+        if restart is not None:
+            restart()
         step = 0
         while True:
             result = env.step(predict(obs, deterministic).to(device))
@@ -92,6 +96,8 @@ def evaluate(
             count += done & (count < quota)
             # The parked row of a slot that has met its quota must not trip the bound on the length.
             running = torch.where(count < quota, lengths[count.clamp(max=rows), slot], 0)
+            if restart is not None:
+                restart(resetting if env.autoreset_mode == AutoresetMode.NEXT_STEP else done)
             if env.autoreset_mode == AutoresetMode.NEXT_STEP:
                 resetting = done
             elif env.autoreset_mode == AutoresetMode.DISABLED and bool(done.any()):
@@ -112,11 +118,12 @@ def evaluate(
 def evaluate_agent(
     agent: Any, env: BatchedEnv, episodes: int = 10, seed: int = 0, deterministic: bool = True
 ) -> EvalResult:
-    """``evaluate`` with the agent's ``act``; or the agent's own ``evaluate(env, episodes, seed, deterministic)``, which
-    agents have that do not play environments step by step."""
+    """``evaluate`` with the agent's ``acting()`` or ``act``; or the agent's own
+    ``evaluate(env, episodes, seed, deterministic)``, which agents have that do not play environments step by step."""
     own = getattr(agent, "evaluate", None)
     if own is None:
-        return evaluate(agent.act, env, episodes, seed, deterministic)
+        acting = agent.acting() if hasattr(agent, "acting") else agent.act
+        return evaluate(acting, env, episodes, seed, deterministic)
     found: EvalResult = own(env, episodes, seed, deterministic)
     return found
 

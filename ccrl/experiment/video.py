@@ -57,11 +57,19 @@ def record_video(
     with torch.random.fork_rng(devices=devices), _writer(path, options[path.suffix]) as writer:
         torch.manual_seed(seed)
         obs = env.reset(seed=seed)
+        restart = getattr(predict, "restart", None)  # a policy with a memory is told where episodes begin
+        dummy = torch.zeros(env.num_envs, dtype=torch.bool, device=env.device)
+        if restart is not None:
+            restart()
         for _ in range(max_steps):
             writer.append_data(_frame(render(0)))
             result = env.step(predict(obs, deterministic).to(env.device))
             obs = result.obs
             done = result.terminated | result.truncated
+            if restart is not None:
+                late = env.autoreset_mode == AutoresetMode.NEXT_STEP
+                restart(dummy if late else done)
+                dummy = done & ~dummy
             if not resetting:
                 total += float(result.reward[0])
             ended = bool(done[0]) and not resetting

@@ -1,6 +1,7 @@
 """Action distributions, encoders and policy networks."""
 
 from ccrl.policies.actions import ActionSpec, RandomActor
+from ccrl.policies.build import build_actor_critic
 from ccrl.policies.distributions import CATEGORICAL, GAUSSIAN, SQUASHED, Distribution, FactoredCategorical
 from ccrl.policies.encoders import CNN, MLP
 from ccrl.policies.gibbs import GibbsPolicy, OneHot, RBFGrid
@@ -31,4 +32,5 @@ __all__ = [
     "RecurrentPolicy",
     "RunningNorm",
     "TwinQ",
+    "build_actor_critic",
 ]
