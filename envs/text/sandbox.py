@@ -5,11 +5,13 @@ A best-effort sandbox, not a virtual machine. It covers what a language model in
 * Each program runs in a process of its own, forked from a small interpreter (``python -I -S``, empty environment, a
   temporary working directory that is removed), in its own session and, where the kernel allows it, in namespaces
   without network and without other processes. Run by root it becomes ``nobody``.
-* seccomp kills it at any system call beyond those of computing: no file is opened, read or written, no process started
-  or signalled, no connection made, no handler or limit changed. That holds for native code too. An audit hook ends it
-  before that at the Python calls that lead there, and at the import of a module that is not loaded
-  (``bisect collections functools heapq itertools json math operator string`` and what these import are).
-* Limits on CPU time, wall-clock time, memory and output. One program at a time, so that another's cannot be used up.
+* seccomp is the wall. It kills the process at any system call beyond those of computing: no file is opened, read or
+  written, no process started or signalled, no connection made, no handler or limit changed. That holds for native code
+  too. An audit hook ends it before that at the Python calls that lead there, and at the import of a module that is not
+  loaded (``bisect collections functools heapq itertools json math operator string`` and what these import are). The
+  hook keeps honest mistakes short; a program that gets at native code gets around it, and meets the wall.
+* Limits on CPU time, wall-clock time, memory and output, each program's own. As many programs compute at once as there
+  are processors; those that wait for themselves run beside them.
 * The right outputs are never in its process: it receives inputs and gives outputs, which are compared here. A printed
   verdict goes to ``/dev/null``. It reads no other program.
 

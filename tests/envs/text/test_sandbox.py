@@ -43,6 +43,14 @@ SWALLOWED = {
     "stop the clock": "import signal; signal.setitimer(signal.ITIMER_PROF, 0)",
     "raise a limit": "import resource; resource.setrlimit(resource.RLIMIT_NPROC, (9, 9))",
     "become root": "import os; os.setuid(0)",
+    "the main module": "import __main__; __main__.EVENTS",
+    "an emptied hook": "1 / 0\n except ZeroDivisionError as e:\n  f = e.__traceback__.tb_frame.f_back\n"
+    "  f.f_globals['EVENTS'] = f.f_globals['refuse'] = ['os.fork']; import os; os.fork()",
+    "ctypes of the main module": "1 / 0\n except ZeroDivisionError as e:\n"
+    "  e.__traceback__.tb_frame.f_back.f_globals['ctypes'].CDLL(None).fork(); import os; os.fork()",
+    "native code": "n = next(c for c in object.__subclasses__() if c.__name__ == '_CData')\n"
+    "  p = next(c for c in n.__subclasses__() if c.__name__ == 'CFuncPtr')\n"
+    "  type('P', (p,), {'_flags_': 1, '_restype_': None})(8)()",
     "frames": "import sys; sys._getframe(1).f_globals",
     "objects": "import gc; gc.get_objects()",
     "a thread": "import _thread; _thread.start_new_thread(print, ())",
@@ -170,6 +178,25 @@ def test_system_calls_alone_stop_what_the_audit_hook_would() -> None:
         assert done.returncode == -31, (attack, done)
 
 
+def test_programs_that_wait_run_side_by_side(folder: Path) -> None:
+    """All of them have begun before the first one's time is over."""
+    waits = "import time, _thread\ndef f(x):\n if x == 0: return time.monotonic()\n lock = _thread.allocate_lock()\n"
+    waits += " lock.acquire()\n lock.acquire()"
+    seconds = 3.0
+    found = Sandbox(cpu_seconds=0.2, wall_seconds=seconds).run([(waits, [0, 1])] * 8 + [("x", [5])])
+    assert found[-1] == [5]
+    assert all(last is MISSING for _, last in found[:-1])
+    begun = [first for first, _ in found[:-1]]
+    assert max(begun) - min(begun) < seconds
+
+
+def test_many_programs_come_back_in_order(sandbox: Sandbox, folder: Path) -> None:
+    """More than run at once, some of which end before others that began earlier."""
+    slow = "def f(x):\n return sum(range(100_000)) * 0 + x"
+    programs = [(slow if i % 3 else "x", [i]) for i in range(40)]
+    assert sandbox.run(programs) == [[i] for i in range(40)]
+
+
 def test_the_runner_knows_nothing_of_the_environment(
     sandbox: Sandbox, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,7 +226,7 @@ def test_a_machine_without_the_filter_is_refused(monkeypatch: pytest.MonkeyPatch
     broken.write_text(source.replace('"x86_64"', '"another"').replace('"aarch64"', '"yet another"'))
     with pytest.raises(RuntimeError, match=r"needs Linux with seccomp .* a harmless program gave \[MISSING\]"):
         Sandbox()
-    unlocked = source.replace("    lock_syscalls()\n    sys.addaudithook(refuse)\n", "")
+    unlocked = source.replace("    lock_syscalls()\n    sys.addaudithook(hook(frozenset(EVENTS), os._exit))\n", "")
     assert unlocked != source
     broken.write_text(unlocked)
     with pytest.raises(RuntimeError, match=r"a forbidden one \[1?0?\d*\] \(expected \[MISSING\]\)"):
