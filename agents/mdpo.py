@@ -80,7 +80,10 @@ class MDPOEstimator(OnPolicyEstimator):
                 "policy_gradient_loss", losses.weighted_ratio, aggregates.mean, ratios.token,
                 stats=losses.ratio_stats(0.2, 0.2),
             ),
-            Term("kl", kl, aggregates.mean, want=frozenset({"dist"}), advantage=None, coef=self.inv_t),
+            Term(
+                "kl", kl, aggregates.mean, want=frozenset({"dist"}), advantage=None, coef=self.inv_t,
+                stats=lambda *of: {"kl": kl(*of)},
+            ),
         )  # fmt: skip
         value = losses.value_loss(clip_range=c.clip_range_vf)
         critic_terms = (Term("value_loss", value, aggregates.mean, want=VALUE, advantage=None),)

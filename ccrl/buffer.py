@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ccrl.batched_env import StepResult, Tree
-from ccrl.data import Data, Field, Successors, tree_leaves, tree_map
+from ccrl.data import Data, Field, tree_leaves, tree_map
 from ccrl.returns import forward_scan
+from ccrl.successors import Successors
 
 __all__ = ["RolloutBuffer", "space_like"]
 

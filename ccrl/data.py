@@ -11,13 +11,16 @@ gamma-free masks, computed once at collection:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
 
 from ccrl.batched_env import Tree
+
+if TYPE_CHECKING:
+    from ccrl.successors import Successors
 
 __all__ = ["Batching", "Data", "Field", "Unit", "columns_read", "tree_columns", "tree_leaves", "tree_map"]
 
@@ -43,7 +46,8 @@ class Batching:
     """Units per optimiser batch; "full" is one batch of everything."""
     epochs: int = 1
     microbatch: int | None = None
-    """Columns per forward pass; gradients of the pieces add up to the whole batch's exactly."""
+    """Columns per forward pass; gradients of the pieces add up to the whole batch's exactly. With unit "group" a piece
+    is at least one whole group."""
 
     def __post_init__(self) -> None:
         if self.unit not in ("transition", "sequence", "group"):
@@ -213,6 +217,14 @@ class Data(Mapping[str, Tree]):
             batch.microbatch = spec.microbatch
         return batches
 
+    def whole(self, spec: Batching) -> Data:
+        """Everything as one batch of ``spec.unit``, in micro-batches no wider than ``spec``'s batches of sequences."""
+        (batch,) = self.epoch(replace(spec, size="full"), None)
+        if spec.microbatch is None and spec.unit != "transition" and spec.size != "full":
+            groups = int(batch["n_groups"]) if spec.unit == "group" else batch.shape[1]
+            batch.microbatch = -(-batch.shape[1] * spec.size // groups)
+        return batch
+
     def _transition_batches(self, size: int | str, generator: Generator | None) -> list[Data]:
         steps, width = self.shape
         total = steps * width
@@ -301,16 +313,32 @@ class Data(Mapping[str, Tree]):
         )
 
     def microbatches(self, size: int | None) -> list[Data]:
-        """Split a batch along its columns into pieces of at most ``size``; the counts stay those of the whole."""
+        """Split a batch along its columns into pieces of at most ``size``; the counts stay those of the whole.
+
+        A batch of groups is cut between groups, so a piece holds at least one whole group, whatever ``size``: a loss
+        that compares inside groups would miss the pairs that a cut separates.
+        """
         width = self.shape[1]
         if size is None or size >= width:
             return [self]
-        device = self["valid"].device
-        index = torch.arange(width, device=device)
+        widths: int | list[int] = self._whole_groups(size) if "n_groups" in self.scalars else size
+        index = torch.arange(width, device=self["valid"].device)
         return [
             self._with({k: self._take(k, v, piece) for k, v in self._columns.items()}, successors=False)
-            for piece in torch.split(index, size)
+            for piece in torch.split(index, widths)
         ]
+
+    def _whole_groups(self, size: int) -> list[int]:
+        """Widths of pieces of at most ``size`` columns, or of one group that is wider."""
+        labels, counts = torch.unique_consecutive(self["group"], return_counts=True)
+        if len(labels) != len(torch.unique(labels)):
+            raise ValueError("microbatches: expected the columns of a group side by side, as group batches have them")
+        pieces = [0]
+        for count in counts.tolist():
+            if pieces[-1] and pieces[-1] + count > size:
+                pieces.append(0)
+            pieces[-1] += count
+        return pieces
 
 
 def columns_read(fn: Callable[[Data], object], batch: Data) -> list[str]:
@@ -340,47 +368,3 @@ def _unbind(tree: Tree) -> Sequence[Tree]:
 def tree_columns(columns: Mapping[str, Tree], fn: Callable[[Tensor], Tensor]) -> dict[str, Tree]:
     """Apply ``fn`` to every tensor of every column."""
     return {name: tree_map(fn, value) for name, value in columns.items()}
-
-
-@dataclass(frozen=True)
-class Successors:
-    """What lies after every row, without storing observations twice.
-
-    ``stream`` is ``[T+1, N, ...]``; ``rows`` ``[M, ...]`` are final observations, ``slot`` ``[T, N]`` int64 says which
-    row follows a step (-1: simply ``stream[t+1]``; -2: unknown, the environment hides it, the state itself stands in).
-    """
-
-    stream: Tree
-    rows: Tree
-    slot: Tensor
-
-    def values(self, fn: Callable[[Tree], Tensor]) -> tuple[Tensor, Tensor]:
-        steps, width = self.slot.shape
-        flat = tree_map(lambda x: x.reshape(-1, *x.shape[2:]), self.stream)
-        stream = fn(flat)
-        stream = stream.reshape(steps + 1, width, *stream.shape[1:])
-        value, after = stream[:-1], stream[1:]
-        final = fn(self.rows) if _rows(self.rows) else None
-        return value, self.patch(after, value, final)
-
-    def obs(self) -> Tree:
-        if isinstance(self.stream, dict):
-            assert isinstance(self.rows, dict)
-            return {k: self.patch(v[1:], v[:-1], self.rows[k]) for k, v in self.stream.items()}
-        assert isinstance(self.rows, Tensor)
-        return self.patch(self.stream[1:], self.stream[:-1], self.rows)
-
-    def patch(self, after: Tensor, here: Tensor, final: Tensor | None) -> Tensor:
-        """``after [T, N, ...]`` (of the next rows) with ``final [M, ...]`` (of ``rows``) where an episode ended, and
-        ``here`` (of the rows themselves) where the environment hides its end."""
-        slot = self.slot.reshape(*self.slot.shape, *(1,) * (after.dim() - 2))
-        out = torch.where(slot == -2, here, after)
-        if final is None or not final.shape[0]:
-            return out
-        picked = final.index_select(0, self.slot.clamp_min(0).flatten()).reshape(after.shape)
-        return torch.where(slot >= 0, picked, out)
-
-
-def _rows(tree: Tree) -> int:
-    first = next(iter(tree.values())) if isinstance(tree, dict) else tree
-    return first.shape[0]

@@ -141,8 +141,9 @@ def check_terms(phases: tuple[Phase, ...], outputs: frozenset[str]) -> None:
 
 
 def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context) -> tuple[Stats, int]:
-    """Every phase, epoch and minibatch on ``data["on"]``; statistics are means over the minibatches of their phase.
-    Also returns the number of gradient steps taken (fewer than planned after an early stop).
+    """Every phase, epoch and minibatch on ``data["on"]``; losses are means over the minibatches of their phase, the
+    terms' ``stats`` are taken after it. Also returns the number of gradient steps taken (fewer than planned after an
+    early stop).
 
     With several phases the totals are told apart by name: ``policy_total_loss``, ``critic_grad_norm``.
     """
@@ -156,6 +157,9 @@ def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context) -> tup
         total = sum(n for _, n in rows)
         steps += total
         means = {k: torch.stack([r[k] * (n / total) for r, n in rows]).sum() for k in rows[0][0]}
+        # statistics of minibatches are from before their steps: 0 for one step, too small for more
+        if any(term.stats is not None for term in phase.terms):
+            means |= phase.updater.measure(phase.terms, data["on"].whole(phase.batching))
         if len(phases) > 1:
             means[f"{phase.name}_total_loss"] = means.pop("loss")
             means[f"{phase.name}_grad_norm"] = means.pop("grad_norm")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ccrl.data import Data
 
-__all__ = ["Aggregate", "LogRatio", "Loss", "Number", "Outputs", "Ratio", "Term", "no_ratio", "surrogate"]
+__all__ = ["Aggregate", "LogRatio", "Loss", "Number", "Outputs", "Ratio", "Term", "no_ratio", "statistics", "surrogate"]
 
 Outputs = dict[str, Tensor]
 """Forward outputs of the policy on a batch, ``[T', B, ...]``; only what was asked for."""
@@ -71,7 +71,8 @@ class Term:
     """Column multiplied into the per-element loss."""
     coef: Number = 1.0
     stats: Callable[[LogRatio, Tensor, Outputs, Data], dict[str, Tensor]] | None = None
-    """Detached diagnostics per element, averaged with the term's weights."""
+    """Diagnostics per element, averaged with the term's weights. What is logged describes the update: it is taken once
+    after the phase, on all its data. Stops and ``after_minibatch`` see each minibatch's, taken before its step."""
 
 
 def surrogate(terms: tuple[Term, ...], evaluation: Outputs, batch: Data) -> tuple[Tensor, dict[str, Tensor]]:
@@ -79,20 +80,15 @@ def surrogate(terms: tuple[Term, ...], evaluation: Outputs, batch: Data) -> tupl
     total: Tensor | None = None
     stats: dict[str, Tensor] = {}
     for term in terms:
-        level = no_ratio(batch["valid"]) if term.ratio is None else term.ratio(evaluation, batch)
-        advantage = batch[term.advantage] if term.advantage is not None else torch.zeros_like(level.valid)
+        level, advantage, weights = _inputs(term, evaluation, batch)
         # a coefficient that is the constant 0 is there for its statistic: no backward pass through it
         off = isinstance(term.coef, float | int) and term.coef == 0
         element = term.loss(level, advantage, evaluation, batch)
         if term.weight is not None:
             element = element * batch[term.weight]
-        weights = term.aggregate(level.valid, batch)
         value = _weighted_sum(weights, element)
         stats[term.name] = value.detach()
-        if term.stats is not None:
-            with torch.no_grad():
-                extra = term.stats(level, advantage, evaluation, batch)
-                stats |= {k: _weighted_sum(weights, v).detach() for k, v in extra.items()}
+        stats |= _statistics(term, level, advantage, weights, evaluation, batch)
         if off:
             continue
         total = term.coef * value if total is None else total + term.coef * value
@@ -100,6 +96,32 @@ def surrogate(terms: tuple[Term, ...], evaluation: Outputs, batch: Data) -> tupl
         raise ValueError("surrogate: expected at least one term, got none")
     stats["loss"] = total.detach()
     return total, stats
+
+
+def statistics(terms: tuple[Term, ...], evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
+    """The terms' ``stats`` alone, 0-d, without their losses."""
+    found: dict[str, Tensor] = {}
+    for term in terms:
+        if term.stats is not None:
+            found |= _statistics(term, *_inputs(term, evaluation, batch), evaluation, batch)
+    return found
+
+
+def _inputs(term: Term, evaluation: Outputs, batch: Data) -> tuple[LogRatio, Tensor, Tensor]:
+    """Log-ratio, advantage, element weights."""
+    level = no_ratio(batch["valid"]) if term.ratio is None else term.ratio(evaluation, batch)
+    advantage = batch[term.advantage] if term.advantage is not None else torch.zeros_like(level.valid)
+    return level, advantage, term.aggregate(level.valid, batch)
+
+
+@torch.no_grad()
+def _statistics(
+    term: Term, level: LogRatio, advantage: Tensor, weights: Tensor, evaluation: Outputs, batch: Data
+) -> dict[str, Tensor]:
+    if term.stats is None:
+        return {}
+    extra = term.stats(level, advantage, evaluation, batch)
+    return {k: _weighted_sum(weights, v).detach() for k, v in extra.items()}
 
 
 def _weighted_sum(weights: Tensor, element: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.data import Data, columns_read
-from ccrl.estimators.terms import Term, surrogate
+from ccrl.estimators.terms import Term, statistics, surrogate
 from ccrl.estimators.updates import Stats, Updater
 
 __all__ = ["SurrogateModule", "Surrogates", "accumulate", "can_compile", "linear_decay", "surrogate_loss"]
@@ -115,9 +115,13 @@ class Surrogates:
 
     @torch.no_grad()
     def measure(self, terms: tuple[Term, ...], batch: Data) -> Stats:
-        """The terms' values and statistics at the current parameters, nothing updated; exact over micro-batches."""
+        """The terms' ``stats`` at the current parameters, nothing updated; exact over micro-batches."""
+        terms = tuple(t for t in terms if t.stats is not None)
+        if not terms:
+            return {}
+        want = frozenset().union(*(t.want for t in terms))
         with frozen_buffers(self.module):
-            rows = [surrogate_loss(self.module, terms, piece)[1] for piece in batch.microbatches(batch.microbatch)]
+            rows = [statistics(terms, self.module.forward(b, want), b) for b in batch.microbatches(batch.microbatch)]
         return {k: torch.stack([r[k] for r in rows]).sum() for k in rows[0]}
 
 

@@ -36,13 +36,22 @@ def test_one_inner_step_is_a_policy_gradient_step(env: str) -> None:
     twin = copy.deepcopy(agent.policy)
     optimiser = torch.optim.Adam(twin.actor.parameters(), lr=1e-2, eps=1e-5)
     params = twin.params(data["obs"].flatten(0, 1))
+    old = {k: v.detach().clone() for k, v in params.items()}
     log_prob = twin.distribution.log_prob(params, data["action"].flatten(0, 1))
     (-(data["advantage"].flatten() * log_prob).mean()).backward()
     norm = torch.nn.utils.clip_grad_norm_(twin.actor.parameters(), 0.5)
     optimiser.step()
     stats, _ = run_phases(agent.estimator, {"on": data}, agent.ctx)
     torch.testing.assert_close(stats["policy_grad_norm"], norm)
-    assert float(stats["kl"]) == pytest.approx(0.0, abs=1e-7)
+    with torch.no_grad():
+        moved = twin.params(data["obs"].flatten(0, 1))
+        kl = twin.distribution.kl(moved, old).mean()
+        rho = (twin.distribution.log_prob(moved, data["action"].flatten(0, 1)) - log_prob).exp()
+    # of the policy after its step: before it they are 0
+    assert float(kl) > 1e-5
+    assert float(stats["kl"]) == pytest.approx(float(kl), rel=1e-3)
+    assert float(stats["approx_kl"]) == pytest.approx(float((rho - 1.0 - rho.log()).mean()), rel=1e-3)
+    assert float(stats["clip_fraction"]) == pytest.approx(float(((rho - 1.0).abs() > 0.2).float().mean()))
     for name, value in agent.policy.actor.named_parameters():
         torch.testing.assert_close(value, twin.actor.get_parameter(name), rtol=1e-5, atol=1e-6, msg=name)
 

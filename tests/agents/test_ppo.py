@@ -60,10 +60,22 @@ def test_one_update_equals_sb3s(env: str, max_grad_norm: float, clip_range: floa
     theirs.train()
     logged: dict[str, Any] = theirs.logger.name_to_value
 
+    (phase,) = ours.estimator.phases()
+    before = phase.updater.measure(phase.terms, data.whole(phase.batching))
+    assert 0.02 < before["clip_fraction"] < 0.98
     stats, _ = run_phases(ours.estimator, {"on": data}, ours.ctx)
-    assert 0.02 < stats["clip_fraction"] < 0.98
     for key in ("policy_gradient_loss", "value_loss", "entropy_loss", "approx_kl", "clip_fraction", "loss"):
-        np.testing.assert_allclose(float(stats[key]), logged[f"train/{key}"], rtol=1e-5, atol=1e-5, err_msg=key)
+        # SB3 logs both before the step, we after it
+        found = before[key] if key in before else stats[key]
+        np.testing.assert_allclose(float(found), logged[f"train/{key}"], rtol=1e-5, atol=1e-5, err_msg=key)
+    with torch.no_grad():
+        actions = data["action"].flatten(0, 1)
+        _, log_prob, _ = theirs.policy.evaluate_actions(data["obs"].flatten(0, 1), actions)
+        rho = (log_prob - data["log_prob"].flatten()).exp()
+        after = {"approx_kl": rho - 1.0 - rho.log(), "clip_fraction": ((rho - 1.0).abs() > clip_range).float()}
+    for key, value in after.items():
+        assert abs(float(value.mean()) - float(before[key])) > 1e-4
+        np.testing.assert_allclose(float(stats[key]), float(value.mean()), rtol=1e-4, atol=1e-6, err_msg=key)
     for name, value in ours.policy.named_parameters():
         torch.testing.assert_close(value.detach(), named[_theirs(name)].detach(), rtol=1e-5, atol=1e-5, msg=name)
     # the first step of Adam hardly sees the size of a gradient, its moments do: 0.1 times the clipped one

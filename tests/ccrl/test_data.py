@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ccrl.data import Batching, Data, Successors, Unit, columns_read
+from ccrl.data import Batching, Data, Unit, columns_read
+from ccrl.successors import Successors
 
 T, N = 5, 3
 
@@ -133,6 +134,31 @@ def test_ragged_groups_fit_whichever_comes_first(seed: int) -> None:
     assert sorted(kept.tolist()) == list(range(6))
 
 
+@pytest.mark.parametrize(
+    ("size", "widths"), [(None, [7]), (1, [2, 4, 1]), (3, [2, 4, 1]), (5, [2, 5]), (6, [6, 1]), (9, [7])]
+)
+def test_microbatches_of_a_group_batch_are_cut_between_groups(size: int | None, widths: list[int]) -> None:
+    """Groups of 2, 4 and 1 columns: as many whole ones as fit, one where it is wider; counts are the batch's."""
+    data = Data(
+        {"id": torch.arange(7)[None], "valid": torch.ones(1, 7), "group": torch.tensor([5, 8, 8, 5, 9, 8, 8])},
+        sequence=frozenset({"group"}),
+    )
+    (batch,) = data.epoch(Batching("group", "full", microbatch=size), None)
+    pieces = batch.microbatches(batch.microbatch)
+    assert [piece.shape[1] for piece in pieces] == widths
+    assert [int(i) for piece in pieces for i in piece["id"][0]] == [0, 3, 1, 2, 5, 6, 4]
+    assert {(float(p["n_valid"]), float(p["n_sequences"]), float(p["n_groups"])) for p in pieces} == {(7.0, 7.0, 3.0)}
+    for label in range(3):
+        assert sum(label in p["group"].tolist() for p in pieces) == 1, "no group is in two pieces"
+
+
+def test_microbatches_of_scattered_groups_are_refused() -> None:
+    columns = {"valid": torch.ones(1, 4), "group": torch.tensor([0, 1, 0, 1])}
+    (batch,) = Data(columns, sequence=frozenset({"group"})).epoch(Batching("group", "full"), None)
+    with pytest.raises(ValueError, match="side by side"):
+        batch.take(torch.tensor([0, 2, 1, 3])).microbatches(2)
+
+
 def test_group_batches_need_the_column() -> None:
     with pytest.raises(ValueError, match="group"):
         Data({"valid": torch.ones(1, 2)}).epoch(Batching("group", 1), None)
@@ -231,3 +257,21 @@ def test_columns_read_names_what_a_function_needs() -> None:
 def test_batching_rejects(bad: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="Batching"):
         Batching(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (Batching("transition", 2), None),
+        (Batching("sequence", "full"), None),
+        (Batching("sequence", 3), 3),
+        (Batching("sequence", 3, microbatch=2), 2),
+        (Batching("group", 1), 3),  # 6 columns in 2 groups: 3 a group
+        (Batching("group", 2), 6),
+    ],
+)
+def test_the_whole_as_one_batch_needs_no_more_memory_than_training(spec: Batching, expected: int | None) -> None:
+    columns = {"valid": torch.ones(2, 6), "group": torch.tensor([0, 0, 1, 1, 0, 1])}
+    batch = Data(columns, sequence=frozenset({"group"})).whole(spec)
+    assert float(batch["n_valid"]) == 12.0
+    assert batch.microbatch == expected

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
-from ccrl.estimators.terms import Term, surrogate
+from ccrl.estimators.terms import LogRatio, Outputs, Term, surrogate
 from ccrl.policies import MLPPolicy
 from ccrl.updaters import FlatUpdater, ModuleUpdater, can_compile
 
@@ -245,6 +245,32 @@ def test_microbatches_add_up_exactly(kind: str, microbatch: int | None) -> None:
     assert float(estimate.stats["pg"]) == pytest.approx(0.193119, abs=1e-6)
     expected = [[0, -0.111111, -0.100537], [0.111111, 0.165758, 0], [0.111111, 0.135711, 0], [-0.074480, 0, 0]]
     torch.testing.assert_close(estimate.mean.view(3, 4).T, torch.tensor(expected, dtype=F64), rtol=0, atol=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("microbatch", [None, 1, 2, 3])
+def test_microbatches_never_split_what_a_loss_compares(kind: str, microbatch: int | None) -> None:
+    """Pairs (x0, x2) and (x1, x3), loss the mean over pairs of the squared difference, each member half of it. With
+    x = (1, 4, 3, -1) the gradient of member i is (x_i - x_j): (1 - 3, 4 + 1, 3 - 1, -1 - 4) = (-2, 5, 2, -5), of norm
+    sqrt(58) = 7.6158. Pieces of one column would have no pairs and no gradient."""
+
+    def differences(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+        x, group = evaluation["log_prob"], batch["group"]
+        same = (group.unsqueeze(1) == group).to(x.dtype)
+        return 0.5 * (same * (x[0].unsqueeze(1) - x[0]).square()).sum(1).unsqueeze(0)
+
+    def over_groups(valid: Tensor, batch: Data) -> Tensor:
+        return valid / batch["n_groups"]
+
+    module = Tokens(torch.tensor([[1.0, 4.0, 3.0, -1.0]], dtype=F64))
+    columns = {"valid": torch.ones(1, 4, dtype=F64), "column": torch.arange(4), "group": torch.tensor([0, 1, 0, 1])}
+    data = Data(columns, sequence=frozenset({"column", "group"}))
+    (batch,) = data.epoch(Batching("group", "full", microbatch=microbatch), None)
+    term = Term("pairs", differences, over_groups, advantage=None)
+    stats = updater(kind, module).step((term,), batch)
+    assert float(stats["grad_norm"]) == pytest.approx(58**0.5, rel=1e-12)
+    assert float(stats["pairs"]) == pytest.approx((4 + 25) / 2, rel=1e-12)
+    assert module.widths == {None: [4], 1: [2, 2], 2: [2, 2], 3: [2, 2]}[microbatch]
 
 
 # -- guards and ownership ---------------------------------------------------------------------------------------------
