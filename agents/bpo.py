@@ -16,19 +16,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_positive, cut
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, cut
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.stages import standardise
 from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.policies import MLPPolicy
+from ccrl.settings import Above, Activation, Count, Finite, Nonnegative, Positive
 from ccrl.updaters import FlatUpdater
 
 __all__ = ["BPO", "BPOConfig"]
@@ -38,59 +39,50 @@ __all__ = ["BPO", "BPOConfig"]
 class BPOConfig(ActorCriticConfig):
     """The released code's variant for MuJoCo (github.com/bounded-ratio-rl/bounded_ratio_rl, Stable-Baselines3 half)."""
 
-    num_envs: int = 4
-    """Parallel environments."""
-    n_steps: int = 512
-    """Steps per environment and iteration."""
-    hidden: tuple[int, ...] = (256, 256)
-    """Hidden layers of the actor and of the critic."""
-    activation: str = "relu"
-    """tanh, relu, elu or silu."""
-    median_hidden: tuple[int, ...] = (256, 256)
-    """Hidden layers of the median head, on the critic's last latent."""
-    learning_rate: float = 1e-4
-    """Adam's step size."""
+    num_envs: Count = 4
+    """The number of parallel environments."""
+    n_steps: Count = 512
+    """Every iteration takes this many steps in each environment."""
+    hidden: tuple[Count, ...] = (256, 256)
+    """These are the widths of the hidden layers of the actor and of the critic."""
+    activation: Activation = "relu"
+    """This function follows every hidden layer."""
+    median_hidden: tuple[Count, ...] = (256, 256)
+    """These are the widths of the hidden layers of the median head, which sits on the critic's last latent."""
+    learning_rate: Positive = 1e-4
+    """This is Adam's step size."""
     anneal_lr: bool = False
-    """Learning rate falls linearly to 0."""
-    batch_size: int = 256
-    """Minibatch, in steps."""
-    n_epochs: int = 10
-    """Passes over each rollout."""
-    eps_low: float = 0.25
-    """Lower ratio bound is 1 - eps_low."""
-    eps_high: float = 0.25
-    """Upper ratio bound is 1 + eps_high."""
+    """The learning rate falls linearly to 0 over training."""
+    batch_size: Count = 256
+    """A minibatch has this many environment steps."""
+    n_epochs: Count = 10
+    """The update passes this many times over each rollout."""
+    eps_low: Annotated[float, Above(0, 1)] = 0.25
+    """The ratio is bounded below by 1 - eps_low."""
+    eps_high: Positive = 0.25
+    """The ratio is bounded above by 1 + eps_high."""
     anneal_eps: bool = False
     """Both bounds shrink linearly to 0 over training."""
-    temperature: float = 1e-3
-    """lambda of the ratio target, in units of return."""
+    temperature: Positive = 1e-3
+    """lambda: the ratio target has this temperature, in units of return."""
     use_median: bool = True
-    """Threshold = the median head; else the value head (the paper's ablation)."""
-    median_temperature: float | None = None
-    """Temperature of the median's loss; None: 1, as released. Equal to `temperature` is the consistent choice."""
-    advantage: str = "online"
-    """Weights: online (R minus the critic being trained) or stored (standardised GAE, the rsl_rl option)."""
+    """The threshold is the median head; without it, the value head (the paper's ablation)."""
+    median_temperature: Positive | None = None
+    """The median's loss has this temperature; None is 1, as released. Equal to `temperature` is the consistent
+    choice."""
+    advantage: Literal["online", "stored"] = "online"
+    """Weights are the return minus the critic being trained (online), or the standardised GAE (stored, as in
+    rsl_rl)."""
     recompute_returns: bool = False
-    """Values and returns anew before every epoch but the first (rsl_rl)."""
-    ent_coef: float = 0.0
-    """Entropy bonus."""
-    vf_coef: float = 0.5
-    """Weight of the value loss."""
-    u_coef: float = 0.5
-    """Weight of the median loss."""
-    max_grad_norm: float = 1.0
-    """Global gradient norm."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0.0 < self.eps_low <= 1.0 or self.eps_high <= 0.0:
-            raise ValueError(f"expected 0 < eps_low <= 1 and eps_high > 0, got {self.eps_low}, {self.eps_high}")
-        check_positive(self, "temperature", "median_temperature", "learning_rate", "batch_size", "n_epochs",
-                       "max_grad_norm")  # fmt: skip
-        if any(size < 1 for size in self.median_hidden):
-            raise ValueError(f"median_hidden: expected layers of >= 1 unit, got {self.median_hidden}")
-        if self.advantage not in ("online", "stored"):
-            raise ValueError(f"advantage: expected online or stored, got {self.advantage!r}")
+    """Values and returns are computed anew before every epoch but the first (rsl_rl)."""
+    ent_coef: Finite = 0.0
+    """The entropy of the policy is added to the objective with this weight."""
+    vf_coef: Nonnegative = 0.5
+    """The value loss is added with this weight."""
+    u_coef: Nonnegative = 0.5
+    """The median loss is added with this weight."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled down to this global norm."""
 
 
 class BPOEstimator(OnPolicyEstimator):

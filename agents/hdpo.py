@@ -38,6 +38,7 @@ from ccrl.inventory.functional_env import FunctionalEnv, Network, Split, State, 
 from ccrl.inventory.newsvendor import NewsvendorPolicy, demand_windows, fit_forecaster
 from ccrl.inventory.pathwise import Unrolled, average_cost, cost_term, scenario_data
 from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
+from ccrl.settings import Count, Positive, Settings
 from ccrl.updaters import ModuleUpdater, Stats, can_compile, linear_decay
 
 __all__ = ["HDPO", "HDPOConfig"]
@@ -49,50 +50,55 @@ COMPILED = {
 }
 
 
+PolicyName = Literal[
+    "vanilla", "data_driven", "gnn", "symmetry_aware", "base_stock", "capped_base_stock", "echelon_stock",
+    "just_in_time", "quantile_nv", "transformed_nv", "fixed_quantile", "returns_nv",
+]  # fmt: skip
+"""The keys of ``_POLICIES``."""
+
+
 @dataclass(frozen=True)
-class HDPOConfig:
+class HDPOConfig(Settings):
     """Defaults: the vanilla network, 8,192 traces in batches of 512."""
 
-    policy: str = "vanilla"
-    """vanilla, gnn, symmetry_aware, data_driven; base_stock, capped_base_stock, echelon_stock; quantile_nv,
-    transformed_nv, fixed_quantile, returns_nv (sends stock back: inadmissible); just_in_time (sees the future)."""
-    n_train: int = 8192
-    """Training scenarios (of recorded demand: the first series)."""
-    n_dev: int = 2048
-    """Development scenarios, others than those (of recorded demand: the same series, later weeks)."""
-    batch_size: int = 512
-    """Scenarios per update."""
-    microbatch: int | None = None
-    """Scenarios per backward pass, where a batch does not fit in memory; the gradients add up exactly."""
-    learning_rate: float | None = None
-    """Adam's step size; None: the published one of this policy and network."""
+    policy: PolicyName = "vanilla"
+    """The policy is a network (vanilla, gnn, symmetry_aware, data_driven), a base-stock rule (base_stock,
+    capped_base_stock, echelon_stock), a newsvendor on a forecast (quantile_nv, transformed_nv, fixed_quantile;
+    returns_nv sends stock back and is inadmissible), or just_in_time, which sees the future."""
+    n_train: Count = 8192
+    """There are this many training scenarios (of recorded demand: the first series)."""
+    n_dev: Count = 2048
+    """There are this many development scenarios, others than those (of recorded demand: the same series, later
+    weeks)."""
+    batch_size: Count = 512
+    """An update differentiates through this many scenarios."""
+    microbatch: Count | None = None
+    """A backward pass takes this many scenarios, where a batch does not fit in memory; the gradients add up
+    exactly."""
+    learning_rate: Positive | None = None
+    """This is Adam's step size; None takes the published one of this policy and network."""
     anneal_lr: bool = False
     """The step size falls linearly to 0 over the epochs of ``learn``'s total."""
-    max_grad_norm: float | None = None
-    """Global gradient norm; None: 1 for the GNN (its first orders cost thousands), no clipping otherwise."""
-    hidden: tuple[int, ...] | None = None
-    """Hidden layers of vanilla and data_driven; None: the published ones."""
-    rounds: int | None = None
-    """Rounds of message passing of the GNN; None: one more than there are extra echelons."""
-    dev_every: int = 10
-    """Epochs between scores on the development scenarios."""
-    patience: int = 500
-    """Epochs without a better score after which training ends."""
+    max_grad_norm: Positive | None = None
+    """Gradients are scaled down to this global norm; None is 1 for the GNN (its first orders cost thousands) and no
+    clipping otherwise."""
+    hidden: tuple[Count, ...] | None = None
+    """vanilla and data_driven: these are the widths of the hidden layers; None takes the published ones."""
+    rounds: Count | None = None
+    """gnn: there are this many rounds of message passing; None takes one more than there are extra echelons."""
+    dev_every: Count = 10
+    """Every this many epochs the development scenarios are scored."""
+    patience: Count = 500
+    """Training ends after this many epochs without a better score."""
     whole_units: bool = False
-    """Round orders to integers in scores and evaluations (Poisson demand); never in training."""
-    forecaster_steps: int = 2000
-    """Steps on the pinball loss before training (quantile policies)."""
+    """Orders are rounded to integers in scores and evaluations (Poisson demand), never in training."""
+    forecaster_steps: Count = 2000
+    """Quantile policies take this many steps on the pinball loss before training."""
     compile: Literal["off", "period", "horizon"] = "off"
-    """Compile one period (half a minute), or the whole horizon (minutes); off: eager."""
+    """One period is compiled (half a minute), or the whole horizon (minutes), or nothing (off)."""
 
     def __post_init__(self) -> None:
-        if self.policy not in _POLICIES:
-            raise ValueError(f"policy: expected one of {sorted(_POLICIES)}, got {self.policy!r}")
-        for name in ("n_train", "n_dev", "batch_size", "dev_every", "patience", "forecaster_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        if self.compile not in ("off", *COMPILED):
-            raise ValueError(f"compile: expected off, period or horizon, got {self.compile!r}")
+        super().__post_init__()
         for name in ("hidden", "rounds"):
             takers = [policy for policy, (_, _, settings) in _POLICIES.items() if name in settings]
             if getattr(self, name) is not None and self.policy not in takers:
@@ -104,7 +110,7 @@ class HDPOConfig:
             raise ValueError("microbatch: expected None with compile (one shape, one graph); leave one of them out")
 
 
-_POLICIES: dict[str, tuple[Callable[..., OrderPolicy], float | None, tuple[str, ...]]] = {
+_POLICIES: dict[PolicyName, tuple[Callable[..., OrderPolicy], float | None, tuple[str, ...]]] = {
     "vanilla": (VanillaPolicy, None, ("hidden",)),
     "data_driven": (DataDrivenPolicy, 3e-3, ("hidden",)),
     "gnn": (GNNPolicy, 1e-3, ("rounds",)),

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_positive, cut
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, cut
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.stages import Standardise
 from ccrl.estimators.terms import Term
 from ccrl.policies import MLPPolicy
+from ccrl.settings import Count, Positive
 from ccrl.updaters import FlatUpdater
 
 __all__ = ["MDPO", "MDPOConfig", "step_size"]
@@ -36,28 +37,23 @@ class MDPOConfig(ActorCriticConfig):
     """The paper's on-policy runs, in its "loaded" setting, at 16 x 128 = 2,048 steps per iteration (docs/mdpo.md)."""
 
     normalise_obs: bool = True
-    """Running observation statistics (part of the paper's "loaded" setting, as the next one)."""
+    """Observations are normalised by running statistics (part of the paper's "loaded" setting, as the next one)."""
     normalise_reward: bool = True
-    """Scaled rewards: without them value clipping at 0.2 lets the critic move by 0.2 an iteration."""
-    inner_steps: int = 10
-    """m: full-batch gradient steps per iteration."""
-    learning_rate: float = 3e-4
-    """Adam's step size of the policy and of the critic."""
+    """Rewards are scaled: without it, value clipping at 0.2 lets the critic move by 0.2 an iteration."""
+    inner_steps: Count = 10
+    """m: every iteration takes this many full-batch gradient steps."""
+    learning_rate: Positive = 3e-4
+    """This is Adam's step size for the policy and for the critic."""
     anneal_lr: bool = False
-    """Learning rate falls linearly to 0 (the released code keeps it constant)."""
-    max_grad_norm: float = 0.5
-    """Global gradient norm of the policy and of the critic."""
-    critic_epochs: int = 5
-    """Passes of the critic over each rollout."""
-    critic_batch_size: int = 128
-    """The critic's minibatch, in steps."""
-    clip_range_vf: float | None = 0.2
-    """Value clipping (None: off)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "inner_steps", "learning_rate", "max_grad_norm", "critic_epochs", "critic_batch_size",
-                       "clip_range_vf")  # fmt: skip
+    """The learning rate falls linearly to 0 (the released code keeps it constant)."""
+    max_grad_norm: Positive = 0.5
+    """Gradients of the policy and of the critic are scaled down to this global norm."""
+    critic_epochs: Count = 5
+    """The critic passes this many times over each rollout."""
+    critic_batch_size: Count = 128
+    """A minibatch of the critic has this many environment steps."""
+    clip_range_vf: Positive | None = 0.2
+    """New values are clipped to the old ones plus or minus this number; None does not clip them."""
 
 
 def step_size(k: Tensor, K: Tensor) -> Tensor:

@@ -20,19 +20,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import OnPolicyConfig, check_eager, check_positive, check_unused
+from agents.on_policy import OnPolicyConfig, check_eager, check_unused
 from ccrl.batched_env import Tree
 from ccrl.buffer import space_like
 from ccrl.data import Data
 from ccrl.estimators.base import Context
 from ccrl.estimators.trajectory import LinearBaseline, TrajectoryEstimator
 from ccrl.policies import MLPPolicy
+from ccrl.settings import Above, Count, Natural, Positive
 from ccrl.updaters import FlatUpdater, GradientEstimate
 
 __all__ = ["NPGIGT", "MomentumDirection", "NPGIGTConfig", "TheoryConstants", "TrajectoryConfig", "theory_constants"]
@@ -46,34 +47,28 @@ class TrajectoryConfig(OnPolicyConfig):
     """Whole episodes, no critic, no optimiser: the step size is the method. Settings of critics, of Adam and of
     normalisers (which would change the policy between two points) are refused."""
 
-    num_envs: int = 10
-    """Fresh episodes per rollout, one environment each."""
-    n_steps: int = 200
-    """Horizon H: the longest episode, in steps."""
-    min_steps: int = 0
-    """Further rollouts at the same point until an estimate has this many environment steps (0: one rollout)."""
-    hidden: tuple[int, ...] = (32, 32)
-    """Hidden layers of the policy. Second derivatives matter: tanh, elu or silu, not relu."""
-    learning_rate: float = 0.1
-    """gamma_0: the first step; of normalised methods the length of the first move."""
-    momentum: float = 1.0
-    """eta_0: factor of the momentum weights (the first one is 1)."""
+    num_envs: Count = 10
+    """Every rollout plays this many fresh episodes, one environment each."""
+    n_steps: Count = 200
+    """Horizon H: the longest episode has this many steps."""
+    min_steps: Natural = 0
+    """Further rollouts are played at the same point until an estimate has this many environment steps (0: one
+    rollout)."""
+    hidden: tuple[Count, ...] = (32, 32)
+    """These are the widths of the policy's hidden layers. Second derivatives matter: tanh, elu or silu, not relu."""
+    learning_rate: Positive = 0.1
+    """gamma_0: this is the first step; of normalised methods the length of the first move."""
+    momentum: Annotated[float, Above(0, 1)] = 1.0
+    """eta_0: the momentum weights are multiplied by this factor (the first one is 1)."""
     discount_from_start: bool = True
-    """Weight step t with gamma^t (the paper's estimator; released code does not)."""
+    """Step t is weighted with gamma^t (the paper's estimator; released code does not)."""
     baseline: Literal["none", "linear"] = "none"
-    """none, or linear: fitted to the previous iteration's returns."""
+    """The baseline is none, or linear in the observation and fitted to the previous iteration's returns."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_unused(self, "this agent has no use for it", *UNUSED)
         check_eager(self)
-        check_positive(self, "learning_rate")
-        if not 0.0 < self.momentum <= 1.0:
-            raise ValueError(f"momentum: expected a number in (0, 1], got {self.momentum}")
-        if self.min_steps < 0:
-            raise ValueError(f"min_steps: expected >= 0, got {self.min_steps}")
-        if self.baseline not in ("none", "linear"):
-            raise ValueError(f"baseline: expected none or linear, got {self.baseline!r}")
         if self.activation == "relu":
             raise ValueError("activation: expected a smooth one (tanh, elu, silu), got 'relu'")
 
@@ -91,14 +86,12 @@ class NPGIGTConfig(TrajectoryConfig):
     """One of the update rules that need a single rollout per iteration."""
 
     variant: Literal["npg_igt", "nmpg", "normalised", "pg"] = "npg_igt"
-    """npg_igt, nmpg (no transport), normalised (no momentum either) or pg (plain gradient)."""
+    """The update rule is npg_igt, nmpg (no transport), normalised (no momentum either) or pg (the plain gradient)."""
     lookahead_eta: Literal["current", "previous"] = "current"
-    """npg_igt: the weight in the look-ahead, current (eta_t, the paper) or previous (eta_{t-1}, released code)."""
+    """npg_igt: the look-ahead has the weight eta_t (current, the paper) or eta_{t-1} (previous, released code)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choose("variant", self.variant, NPGIGTEstimator.rules)
-        _choose("lookahead_eta", self.lookahead_eta, ("current", "previous"))
         if self.variant != "npg_igt":
             check_unused(self, f"variant={self.variant} looks ahead at nothing", "lookahead_eta")
         if NPGIGTEstimator.rules[self.variant].eta is None:
@@ -277,8 +270,3 @@ def theory_constants(*, M_g: float, M_h: float, r_max: float, gamma: float, H: i
         M_g=M_g,
         truncation=gamma**H,
     )
-
-
-def _choose(name: str, value: str, allowed: Any) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {sorted(allowed)}, got {value!r}")

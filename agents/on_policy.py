@@ -15,11 +15,12 @@ from ccrl.data import Batching, Data
 from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.stages import Gae, RewardNorm, Values
 from ccrl.policies import MLPPolicy
+from ccrl.settings import Activation, Compile, Count, Finite, Positive, Settings, TimeLimit, Unit
 from ccrl.updaters import FlatUpdater, linear_decay
 
 __all__ = [
-    "VALUE", "ActorCriticConfig", "OnPolicyConfig", "OnPolicyEstimator", "check_eager", "check_layers",
-    "check_positive", "check_unused", "cut",
+    "VALUE", "ActorCriticConfig", "OnPolicyConfig", "OnPolicyEstimator", "check_eager", "check_unused",
+    "cut",
 ]  # fmt: skip
 
 VALUE = frozenset({"value"})
@@ -27,78 +28,65 @@ VALUE = frozenset({"value"})
 
 
 @dataclass(frozen=True)
-class OnPolicyConfig:
+class OnPolicyConfig(Settings):
     """What every on-policy agent has."""
 
-    num_envs: int = 16
-    """Parallel environments."""
-    n_steps: int = 128
-    """Steps per environment and iteration; the rollout holds num_envs * n_steps."""
-    gamma: float = 0.99
-    """Discount."""
-    gae_lambda: float = 0.95
-    """GAE's lambda."""
-    time_limit: str = "bootstrap"
-    """A time limit has a value after it (bootstrap) or ends the task (terminal: older code, biased)."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Hidden layers of the actor and of the critic (which share nothing)."""
-    activation: str = "tanh"
-    """tanh, relu, elu or silu."""
-    log_std_init: float = 0.0
-    """Initial log standard deviation of Gaussian policies."""
+    num_envs: Count = 16
+    """The number of parallel environments."""
+    n_steps: Count = 128
+    """Every iteration takes this many steps in each environment; the rollout holds num_envs * n_steps."""
+    gamma: Unit = 0.99
+    """Rewards are discounted by this factor per step."""
+    gae_lambda: Unit = 0.95
+    """Lambda of generalised advantage estimation: 0 trusts the critic, 1 the returns."""
+    time_limit: TimeLimit = "bootstrap"
+    """At a time limit the critic's value goes on (bootstrap), or the task ends (terminal: older code, biased)."""
+    hidden: tuple[Count, ...] = (64, 64)
+    """These are the widths of the hidden layers of the actor, and of the critic unless it has its own; they share
+    nothing."""
+    activation: Activation = "tanh"
+    """This function follows every hidden layer."""
+    log_std_init: Finite = 0.0
+    """Gaussian policies start with this log standard deviation."""
     orthogonal: bool = True
-    """Orthogonal initialisation (hidden sqrt 2, policy output 0.01, value output 1)."""
+    """Weights start orthogonal, with gain sqrt 2 in hidden layers, 0.01 at the policy's output and 1 at the
+    value's."""
     squash: bool = False
-    """Gaussian actions through tanh onto the bounds; else clipped for the environment only."""
+    """Gaussian actions go through tanh onto the bounds; otherwise they are clipped, for the environment only."""
     state_dependent_std: bool = False
-    """Gaussian policies compute their deviations from the observation; else deviations are parameters of their own."""
+    """Gaussian policies compute their deviations from the observation; otherwise they are parameters of their own."""
     actor_obs: tuple[str, ...] | None = None
-    """Keys of a Dict observation that the actor sees (unset: all, but not a privileged group called critic)."""
+    """The actor sees these keys of a Dict observation; unset, it sees all but a privileged group called critic."""
     normalise_obs: bool = False
-    """Running observation statistics, part of the policy, moved once per iteration."""
+    """Observations are normalised by running statistics, which belong to the policy and move once per iteration."""
     normalise_reward: bool = False
-    """Rewards divided by the running deviation of the discounted return (training only; logs stay raw)."""
-    clip_norm: float = 10.0
-    """Normalised observations and rewards are clipped to +- this."""
-    adam_eps: float = 1e-5
-    """Adam's epsilon."""
-    compile: str = "auto"
-    """Fuse updates into compiled graphs: auto (from 1,000 gradient steps, where a C++ compiler is), on, off."""
-
-    def __post_init__(self) -> None:
-        for name in ("num_envs", "n_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        check_positive(self, "clip_norm", "adam_eps")
-        check_layers(self, "hidden")
-        for name in ("gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {getattr(self, name)}")
-        for name, allowed in (("compile", ("auto", "on", "off")), ("time_limit", ("bootstrap", "terminal"))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
+    """Rewards are divided by the running deviation of the discounted return, in training only: logs stay raw."""
+    clip_norm: Positive = 10.0
+    """Normalised observations and rewards are clipped to plus or minus this number."""
+    adam_eps: Positive = 1e-5
+    """Adam adds this epsilon to the root of its second moment."""
+    compile: Compile = "auto"
+    """Updates are fused into compiled graphs: always (on), never (off), or from 1,000 gradient steps on where there
+    is a C++ compiler (auto)."""
 
 
 @dataclass(frozen=True)
 class ActorCriticConfig(OnPolicyConfig):
     """What agents with a critic have (PPO, MDPO, BPO)."""
 
-    critic_hidden: tuple[int, ...] | None = None
-    """Hidden layers of the critic (unset: those of the actor)."""
+    critic_hidden: tuple[Count, ...] | None = None
+    """These are the widths of the critic's hidden layers; unset, they are the actor's."""
     critic_obs: tuple[str, ...] | None = None
-    """Keys of a Dict observation that the critic sees (unset: all, but critic in place of a group called policy)."""
+    """The critic sees these keys of a Dict observation; unset, it sees all, but critic in place of a group called
+    policy."""
     recurrent: Literal["none", "gru", "lstm"] = "none"
-    """A recurrent layer in front of the actor's and of the critic's hidden layers: none, gru or lstm. Minibatches are
-    then whole columns of n_steps, as many as batch_size steps need, and updates run uncompiled."""
-    recurrent_size: int = 64
-    """Units of the recurrent layer."""
+    """A recurrent layer (gru, lstm) stands in front of the actor's and of the critic's hidden layers, or none.
+    Minibatches are then whole columns of n_steps, as many as batch_size steps need, and updates run uncompiled."""
+    recurrent_size: Count = 64
+    """The recurrent layer has this many units."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_layers(self, "critic_hidden")
-        check_positive(self, "recurrent_size")
-        if self.recurrent not in ("none", "gru", "lstm"):
-            raise ValueError(f"recurrent: expected none, gru or lstm, got {self.recurrent!r}")
         if self.recurrent == "none":
             check_unused(self, "there is no recurrent layer", "recurrent_size")
         elif self.compile == "on":
@@ -107,26 +95,11 @@ class ActorCriticConfig(OnPolicyConfig):
             )
 
 
-def check_layers(config: Any, *names: str) -> None:
-    """``ValueError`` unless these settings are hidden layers of at least one unit, or None."""
-    for name in names:
-        if any(size < 1 for size in getattr(config, name) or ()):
-            raise ValueError(f"{name}: expected layers of >= 1 unit, got {getattr(config, name)}")
-
-
 def cut(policy: Any, n_steps: int, size: int | Literal["full"], epochs: int) -> Batching:
     """Minibatches of ``size`` steps; of a policy with a memory whole columns, as many as ``size`` steps need."""
     if policy.unit != "sequence":
         return Batching(size=size, epochs=epochs)
     return Batching("sequence", size if size == "full" else -(-size // n_steps), epochs)
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """``ValueError`` unless these settings are above 0 (counts, of type int, so at least 1) or None."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected {'>= 1' if type(value) is int else '> 0'}, got {value}")
 
 
 def check_unused(config: Any, why: str, *names: str) -> None:

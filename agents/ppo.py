@@ -12,18 +12,19 @@ Defaults are SB3's; ``docs/ppo.md`` lists each detail and who does it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_positive, cut
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, cut
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.stages import Standardise, standardise
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
 from ccrl.policies import MLPPolicy
+from ccrl.settings import Count, Finite, Nonnegative, Positive
 from ccrl.updaters import FlatUpdater, Updater
 
 __all__ = ["PPO", "PPOConfig"]
@@ -33,39 +34,32 @@ __all__ = ["PPO", "PPOConfig"]
 class PPOConfig(ActorCriticConfig):
     """SB3's defaults at 16 x 128 steps."""
 
-    learning_rate: float = 3e-4
-    """Adam's step size."""
+    learning_rate: Positive = 3e-4
+    """This is Adam's step size."""
     anneal_lr: bool = False
-    """Learning rate falls linearly to 0 over training."""
-    batch_size: int = 64
-    """Minibatch, in steps."""
-    n_epochs: int = 10
-    """Passes over each rollout."""
-    clip_range: float = 0.2
-    """Half width of the ratio's clip."""
-    clip_range_vf: float | None = None
-    """Value clipping (None: off)."""
-    normalise_advantage: str = "minibatch"
-    """minibatch (SB3, CleanRL), batch (rsl_rl) or none."""
-    ent_coef: float = 0.0
-    """Entropy bonus."""
-    vf_coef: float = 0.5
-    """Weight of the value loss."""
-    max_grad_norm: float = 0.5
-    """Global gradient norm."""
-    target_kl: float | None = None
-    """End the update once approx_kl exceeds 1.5 times this (one host sync per minibatch)."""
+    """The learning rate falls linearly to 0 over training."""
+    batch_size: Count = 64
+    """A minibatch has this many environment steps."""
+    n_epochs: Count = 10
+    """The update passes this many times over each rollout."""
+    clip_range: Positive = 0.2
+    """The probability ratio is clipped to 1 plus or minus this number."""
+    clip_range_vf: Positive | None = None
+    """New values are clipped to the old ones plus or minus this number; None does not clip them."""
+    normalise_advantage: Literal["minibatch", "batch", "none"] = "minibatch"
+    """Advantages are standardised within each minibatch (SB3, CleanRL), once over the batch (rsl_rl), or not at
+    all."""
+    ent_coef: Finite = 0.0
+    """The entropy of the policy is added to the objective with this weight."""
+    vf_coef: Nonnegative = 0.5
+    """The value loss is added with this weight."""
+    max_grad_norm: Positive = 0.5
+    """Gradients are scaled down to this global norm."""
+    target_kl: Positive | None = None
+    """The update ends once approx_kl exceeds 1.5 times this number (one host sync per minibatch); None never ends
+    it."""
     recompute_advantages: bool = False
-    """Values and advantages anew before every epoch but the first (Andrychowicz et al. 2021)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "learning_rate", "batch_size", "n_epochs", "clip_range", "clip_range_vf", "max_grad_norm",
-                       "target_kl")  # fmt: skip
-        if self.normalise_advantage not in ("minibatch", "batch", "none"):
-            raise ValueError(
-                f"normalise_advantage: expected minibatch, batch or none, got {self.normalise_advantage!r}"
-            )
+    """Values and advantages are computed anew before every epoch but the first (Andrychowicz et al. 2021)."""
 
 
 class PPOEstimator(OnPolicyEstimator):

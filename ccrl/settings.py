@@ -30,8 +30,8 @@ import tyro
 import yaml
 
 __all__ = [
-    "Above", "ConfigError", "Count", "Finite", "Natural", "Nonnegative", "Positive", "Range", "Settings", "Unit",
-    "checked", "convert",
+    "Above", "Activation", "Compile", "ConfigError", "Count", "Finite", "Natural", "Nonnegative", "Positive", "Range",
+    "Settings", "TimeLimit", "Unit", "checked", "convert",
 ]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -96,6 +96,9 @@ Nonnegative = Annotated[float, Range(0)]
 Finite = Annotated[float, Range()]
 Unit = Annotated[float, Range(0, 1)]
 """From 0 to 1, both included."""
+Activation = Literal["tanh", "relu", "elu", "silu"]
+Compile = Literal["auto", "on", "off"]
+TimeLimit = Literal["bootstrap", "terminal"]
 
 
 class Settings:
@@ -125,7 +128,8 @@ def checked(function: F) -> F:
 
     @functools.cache
     def hints() -> dict[str, Any]:
-        found = {name: _evaluated(hint, function.__globals__) for name, hint in own.items()}
+        names = dict(function.__globals__)
+        found = {name: eval(hint, names) if isinstance(hint, str) else hint for name, hint in own.items()}
         return {name: hint for name, hint in found.items() if _is_plain(hint)}
 
     @functools.wraps(function)
@@ -144,24 +148,20 @@ def checked(function: F) -> F:
 
 @functools.cache
 def hints_of(cls: type[Any]) -> dict[str, Any]:
-    """The annotations of a class and its bases as objects, ``Annotated`` kept. One whose names are not in the class's
-    module (a class that a function makes) is ``Any``."""
+    """The annotations of a class and its bases as objects, ``Annotated`` kept. In a class that a function makes, or
+    whose module is gone, one whose names cannot be found is ``Any``; elsewhere that is a ``NameError``."""
     found: dict[str, Any] = {}
     for base in reversed(cls.__mro__):
         module = sys.modules.get(base.__module__)
         names = {} if module is None else vars(module)
         for name, hint in inspect.get_annotations(base).items():
-            found[name] = _evaluated(hint, names)
+            try:
+                found[name] = eval(hint, dict(names)) if isinstance(hint, str) else hint
+            except NameError:
+                if module is not None and "<locals>" not in base.__qualname__:
+                    raise
+                found[name] = Any
     return found
-
-
-def _evaluated(hint: Any, names: Mapping[str, Any]) -> Any:
-    if not isinstance(hint, str):
-        return hint
-    try:
-        return eval(hint, dict(names))
-    except NameError:
-        return Any
 
 
 def _is_plain(hint: Any) -> bool:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from agents.bac.chain import chain_rows
 from agents.base import Agent
 from agents.bpg import EpisodicConfig
-from agents.on_policy import check_positive, check_unused
+from agents.on_policy import check_unused
 from ccrl.batched_env import Tree
 from ccrl.collect import Request
 from ccrl.data import Data
@@ -38,6 +38,7 @@ from ccrl.gp.posterior import Covariance, Posterior
 from ccrl.gp.solve import LowRank, pivoted_cholesky
 from ccrl.packages import require
 from ccrl.policies import GibbsPolicy, MLPPolicy, RBFGrid
+from ccrl.settings import Count, Nonnegative, Positive
 from ccrl.updaters import FlatUpdater, GradientEstimate
 
 __all__ = ["BAC", "BACConfig", "BACEstimator"]
@@ -56,40 +57,39 @@ GRID_WIDTH = 1.3
 class BACConfig(EpisodicConfig):
     """The mountain-car experiment: 5 episodes of at most 200 steps per update."""
 
-    num_envs: int = 5
-    """M: fresh episodes per update, one environment each."""
-    learning_rate: float = 0.025
-    """beta: size of the steps."""
+    num_envs: Count = 5
+    """M: every update plays this many fresh episodes, one environment each."""
+    learning_rate: Positive = 0.025
+    """beta: steps are this long times the gradient."""
     policy: Literal["mlp", "grid"] = "mlp"
-    """mlp (hidden layers as given; none: linear) or grid: softmax, linear in Gaussian bumps on a grid over the bounded
-    state."""
-    grid: int = 4
-    """grid: bumps per state dimension."""
-    noise: float = 9.0
-    """sigma^2: noise variance of a reward's model."""
+    """The policy is a perceptron with the hidden layers given (mlp; none: linear), or a softmax that is linear in
+    Gaussian bumps on a grid over the bounded state (grid)."""
+    grid: Count = 4
+    """policy=grid: there are this many bumps per dimension of the state."""
+    noise: Positive = 9.0
+    """sigma^2: the model of a reward has this noise variance."""
     solver: Literal["auto", "exact", "cg", "sparse"] = "auto"
-    """exact (Cholesky), cg (conjugate gradients) or sparse (recursion on a dictionary); auto: exact up to 4,000 points,
-    else cg."""
-    nu: float = 0.1
-    """sparse: threshold of the dictionary, in the unit of the kernel. Above the Fisher kernel's size (n / N with
-    fisher=sum) it keeps states and forgets what actions mean."""
-    state_scale: float = 1.0
-    """c_x: amplitude of the state kernel."""
-    fisher_scale: float = 1.0
-    """c_F: amplitude of the Fisher kernel."""
-    lengthscale: float = 1.0
-    """Of the Gaussian state kernel, on states scaled to [0, 1] where their bounds are finite."""
+    """The solve is exact (Cholesky), iterative (cg: conjugate gradients), or a recursion on a dictionary (sparse);
+    auto is exact up to 4,000 points and cg above."""
+    nu: Positive = 0.1
+    """solver=sparse: a point enters the dictionary above this threshold, in the unit of the kernel. Above the Fisher
+    kernel's size (n / N with fisher=sum) it keeps states and forgets what actions mean."""
+    state_scale: Positive = 1.0
+    """c_x: the state kernel has this amplitude."""
+    fisher_scale: Positive = 1.0
+    """c_F: the Fisher kernel has this amplitude."""
+    lengthscale: Positive = 1.0
+    """The Gaussian state kernel has this length scale, on states scaled to [0, 1] where their bounds are finite."""
     fisher: Literal["sum", "mean"] = "sum"
-    """Fisher matrix of the batch's scores: sum (the authors' code; a Fisher kernel of about n / N) or mean."""
-    damping: float = 1e-6
-    """Added to its diagonal."""
+    """The Fisher matrix of the batch's scores is their sum (the authors' code; a Fisher kernel of about n / N) or
+    their mean."""
+    damping: Nonnegative = 1e-6
+    """This is added to the diagonal of the Fisher matrix."""
     discounted: bool = False
-    """Weight the scores of step t with gamma^t in the Fisher matrix (the derivation; code counts visits)."""
+    """The scores of step t are weighted with gamma^t in the Fisher matrix (the derivation; code counts visits)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.policy not in ("mlp", "grid"):
-            raise ValueError(f"policy: expected mlp or grid, got {self.policy!r}")
         if self.policy == "grid":
             check_unused(self, "the grid scales the bounded state itself", "normalise_obs")
             why = "policy=grid is linear in its bumps, over discrete actions, and starts at 0"
@@ -98,13 +98,6 @@ class BACConfig(EpisodicConfig):
             check_unused(self, "policy=mlp has no grid", "grid")
         if self.solver != "sparse":
             check_unused(self, f"solver={self.solver} keeps every point, sparse has a dictionary", "nu")
-        if self.fisher not in ("sum", "mean"):
-            raise ValueError(f"fisher: expected sum or mean, got {self.fisher!r}")
-        check_positive(self, "noise", "state_scale", "fisher_scale", "lengthscale", "grid", "nu")
-        if not self.damping >= 0.0:
-            raise ValueError(f"damping: expected >= 0, got {self.damping}")
-        if self.solver not in ("auto", "exact", "cg", "sparse"):
-            raise ValueError(f"solver: expected auto, exact, cg or sparse, got {self.solver!r}")
 
 
 class StateScale(nn.Module):

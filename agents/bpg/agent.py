@@ -27,7 +27,7 @@ from torch import Tensor
 
 from agents.base import Agent
 from agents.bpg.quadrature import model1, model2
-from agents.on_policy import OnPolicyConfig, check_eager, check_positive, check_unused
+from agents.on_policy import OnPolicyConfig, check_eager, check_unused
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context, Estimator
@@ -35,6 +35,7 @@ from ccrl.estimators.directions import Ascent
 from ccrl.estimators.stages import EpisodeReturn
 from ccrl.gp.fisher import BatchFisher, Fisher, RunningFisher
 from ccrl.packages import require
+from ccrl.settings import Count, Nonnegative, Positive, Unit
 from ccrl.updaters import FlatUpdater, GradientEstimate
 
 __all__ = ["BPG", "BPGConfig", "BPGEstimator", "EpisodicConfig", "make_fisher"]
@@ -50,18 +51,18 @@ class EpisodicConfig(OnPolicyConfig):
     and are refused; nothing is compiled.
     """
 
-    num_envs: int = 10
-    """M: fresh episodes per update, one environment each."""
-    n_steps: int = 200
-    """The longest episode, in steps; what goes on after it is not seen."""
-    hidden: tuple[int, ...] = ()
-    """Hidden layers of the policy (none: linear). Fisher matrices are n x n: keep it small."""
-    learning_rate: float = 0.02
-    """beta: size of the steps, which no optimiser rescales."""
-    lr_decay: float | None = None
-    """c: step j is beta c / (c + j); None: constant."""
+    num_envs: Count = 10
+    """M: every update plays this many fresh episodes, one environment each."""
+    n_steps: Count = 200
+    """The longest episode has this many steps; what goes on after it is not seen."""
+    hidden: tuple[Count, ...] = ()
+    """These are the widths of the policy's hidden layers (none: linear). Fisher matrices are n x n: keep it small."""
+    learning_rate: Positive = 0.02
+    """beta: steps are this long times the gradient, which no optimiser rescales."""
+    lr_decay: Positive | None = None
+    """c: step j is beta c / (c + j); None keeps it constant."""
     natural: bool = False
-    """Multiply the gradient with the inverse Fisher matrix."""
+    """The gradient is multiplied with the inverse Fisher matrix."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,7 +72,6 @@ class EpisodicConfig(OnPolicyConfig):
             check_unused(self, "it clips normalised observations, normalise_obs is off", "clip_norm")
         if not self.hidden:
             check_unused(self, "there are no hidden layers", "activation")
-        check_positive(self, "learning_rate", "lr_decay")
 
 
 @dataclass(frozen=True)
@@ -79,33 +79,28 @@ class BPGConfig(EpisodicConfig):
     """Model 2 on returns less their mean, with a Fisher matrix that remembers past iterations."""
 
     model: Literal[1, 2] = 2
-    """1: a process on R u; 2: on R."""
+    """Model 1 is a process on R u, model 2 on R."""
     fisher: Literal["running", "mean", "sum"] = "running"
-    """Fisher matrix of path scores: running (over all iterations), mean or sum (of this batch alone)."""
-    fisher_rate: float = 0.02
-    """running: least weight of a new path; 0 forgets nothing, also not the scores of old policies."""
-    damping: float = 1e-6
-    """mean, sum: added to the diagonal; running: least share of the identity it started from."""
-    noise: float = 10.0
-    """sigma^2: noise variance of a return, in the unit of the amplitude."""
-    amplitude: float = 1.0
-    """Prior variance that multiplies the kernel. The mean depends on noise / amplitude alone."""
-    constant: float = 0.0
-    """Prior variance of the mean return (kernel + constant): model 2 lacks it in its plain form."""
+    """The Fisher matrix of path scores runs over all iterations (running), or is the mean or the sum of this batch
+    alone."""
+    fisher_rate: Unit = 0.02
+    """fisher=running: a new path has at least this weight; 0 forgets nothing, also not the scores of old policies."""
+    damping: Nonnegative = 1e-6
+    """fisher=mean or sum: this is added to the diagonal; running: the identity it started from keeps at least this
+    share."""
+    noise: Positive = 10.0
+    """sigma^2: a return has this noise variance, in the unit of the amplitude."""
+    amplitude: Positive = 1.0
+    """The kernel is multiplied by this prior variance. The mean depends on noise / amplitude alone."""
+    constant: Nonnegative = 0.0
+    """The mean return has this prior variance (kernel + constant): model 2 lacks it in its plain form."""
     baseline: bool = True
-    """Subtract the batch's mean return, so that equal returns are no gradient."""
-    sparsity: float | None = None
-    """Threshold of the approximate linear dependence test; None: every path is kept."""
+    """The batch's mean return is subtracted, so that equal returns are no gradient."""
+    sparsity: Positive | None = None
+    """A path enters above this threshold of the approximate linear dependence test; None keeps every path."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.model not in MODELS:
-            raise ValueError(f"model: expected 1 or 2, got {self.model}")
-        if self.fisher not in ("running", "mean", "sum"):
-            raise ValueError(f"fisher: expected running, mean or sum, got {self.fisher!r}")
-        check_positive(self, "noise", "amplitude", "sparsity")
-        if not self.constant >= 0.0:
-            raise ValueError(f"constant: expected >= 0, got {self.constant}")
         if self.fisher != "running":
             check_unused(self, f"fisher={self.fisher} remembers no past path", "fisher_rate")
         check_unused(self, "returns of whole paths bootstrap nothing", "time_limit")

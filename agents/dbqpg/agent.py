@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from agents.base import Agent
 from agents.dbqpg.quadrature import GradientSystem, StateGram
 from agents.dbqpg.uncertainty import shrink, stretch
-from agents.on_policy import OnPolicyConfig, check_eager, check_positive, check_unused
+from agents.on_policy import OnPolicyConfig, check_eager, check_unused
 from ccrl.batched_env import Tree
 from ccrl.collect import Request
 from ccrl.data import Data, tree_map
@@ -46,6 +46,7 @@ from ccrl.gp.posterior import Covariance
 from ccrl.gp.solve import MAX_TOLERANCE
 from ccrl.packages import require
 from ccrl.policies import MLPPolicy
+from ccrl.settings import Above, Count, Nonnegative, Positive, Range, Unit
 from ccrl.updaters import FlatUpdater, GradientEstimate, Stats
 
 __all__ = ["DBQPG", "DBQPGConfig", "DBQPGEstimator"]
@@ -55,73 +56,59 @@ __all__ = ["DBQPG", "DBQPGConfig", "DBQPGEstimator"]
 class DBQPGConfig(OnPolicyConfig):
     """The released code's settings at a fifth of its batch."""
 
-    num_envs: int = 6
-    """Parallel environments."""
-    n_steps: int = 500
-    """Steps per environment and iteration (the paper: 15,000 in all)."""
-    gamma: float = 0.995
-    """Discount."""
-    gae_lambda: float = 0.97
-    """GAE's lambda."""
+    num_envs: Count = 6
+    """The number of parallel environments."""
+    n_steps: Count = 500
+    """Every iteration takes this many steps in each environment (the paper: 15,000 in all)."""
+    gamma: Unit = 0.995
+    """Rewards are discounted by this factor per step."""
+    gae_lambda: Unit = 0.97
+    """Lambda of generalised advantage estimation: 0 trusts the critic, 1 the returns."""
     normalise_obs: bool = True
-    """Running observation statistics."""
-    clip_norm: float = 5.0
-    """Normalised observations are clipped to +- this."""
+    """Observations are normalised by running statistics."""
+    clip_norm: Positive = 5.0
+    """Normalised observations are clipped to plus or minus this number."""
     update: Literal["vanilla", "natural", "trpo"] = "trpo"
-    """vanilla (Adam), natural or trpo."""
+    """The step follows the gradient by Adam (vanilla), the natural gradient, or a trust region (trpo)."""
     uncertainty: bool = False
-    """UAPG: shape the step by the covariance of the gradient."""
+    """UAPG: the covariance of the gradient shapes the step."""
     targets: Literal["gae", "returns"] = "gae"
-    """gae (standardised) or returns (standardised, bootstrapped where the rollout cuts an episode)."""
-    learning_rate: float = 2.1e-3
-    """Step size of natural and vanilla (Adam; the paper's on Swimmer: 7e-4); TRPO has none."""
-    state_scale: float = 1.0
-    """c1: amplitude of the state kernel."""
-    fisher_scale: float = 5e-5
-    """c2: amplitude of the Fisher kernel. Times N it weighs against the noise."""
-    rank: int = 30
-    """Rank of the Fisher kernel, and of UAPG's decompositions."""
-    stretch_limit: float = 3.0
-    """eps: most that UAPG lengthens a direction."""
+    """Targets are standardised GAE (gae) or standardised returns, bootstrapped where the rollout cuts an episode
+    (returns)."""
+    learning_rate: Positive = 2.1e-3
+    """natural and vanilla: this is the step size (of vanilla Adam's; the paper's on Swimmer: 7e-4). TRPO has none."""
+    state_scale: Nonnegative = 1.0
+    """c1: the state kernel has this amplitude."""
+    fisher_scale: Positive = 5e-5
+    """c2: the Fisher kernel has this amplitude. Times N it weighs against the noise."""
+    rank: Count = 30
+    """The Fisher kernel, and UAPG's decompositions, have this rank."""
+    stretch_limit: Annotated[float, Range(1)] = 3.0
+    """eps: UAPG lengthens a direction at most by this factor."""
     solver: Literal["auto", "exact", "cg", "low_rank"] = "auto"
-    """exact, cg, low_rank; auto: low_rank where its error is below 1e-4, else exact up to 4,000, else cg."""
-    cg_tolerance: float = 1e-6
-    """cg: relative residual, at most 1e-4."""
-    kernel_hidden: tuple[int, ...] = (64, 48)
-    """Layers of the deep kernel; the value head shares them."""
-    kernel_features: int = 10
-    """Features of the additive state kernel."""
-    kernel_lr: float = 1e-4
-    """Adam's step size of kernel and value head: one step per iteration."""
-    likelihood_points: int = 1000
-    """Transitions in the marginal likelihood, drawn anew at every iteration."""
-    min_noise: float = 1e-4
-    """Lower bound of the learnt noise variance."""
-    max_kl: float = 0.01
-    """trpo: trust region."""
-    damping: float = 0.1
-    """natural, trpo: added to the Fisher matrix."""
-    cg_iterations: int = 50
-    """natural, trpo: conjugate-gradient iterations of the step."""
+    """The solve is exact, iterative (cg) or of low rank; auto is low_rank where its error is below 1e-4, else exact
+    up to 4,000 points, else cg."""
+    cg_tolerance: Annotated[float, Above(0, MAX_TOLERANCE)] = 1e-6
+    """cg: the relative residual may be this large."""
+    kernel_hidden: tuple[Count, ...] = (64, 48)
+    """These are the widths of the deep kernel's layers, which the value head shares."""
+    kernel_features: Count = 10
+    """The additive state kernel has this many features."""
+    kernel_lr: Positive = 1e-4
+    """This is Adam's step size for kernel and value head, which take one step per iteration."""
+    likelihood_points: Count = 1000
+    """The marginal likelihood has this many transitions, drawn anew at every iteration."""
+    min_noise: Positive = 1e-4
+    """The learnt noise variance does not fall below this number."""
+    max_kl: Positive = 0.01
+    """update=trpo: the policy moves at most this far, in KL."""
+    damping: Nonnegative = 0.1
+    """update=natural or trpo: this is added to the diagonal of the Fisher matrix."""
+    cg_iterations: Count = 50
+    """update=natural or trpo: the step takes this many conjugate-gradient iterations."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, allowed in (
-            ("update", ("vanilla", "natural", "trpo")),
-            ("targets", ("gae", "returns")),
-            ("solver", ("auto", "exact", "cg", "low_rank")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {allowed}, got {getattr(self, name)!r}")
-        check_positive(
-            self, "learning_rate", "fisher_scale", "rank", "kernel_lr", "likelihood_points", "min_noise", "max_kl",
-            "cg_iterations", "kernel_features",
-        )  # fmt: skip
-        if not 0.0 < self.cg_tolerance <= MAX_TOLERANCE:
-            raise ValueError(f"cg_tolerance: expected in (0, {MAX_TOLERANCE}], got {self.cg_tolerance}")
-        for name, lowest in (("state_scale", 0.0), ("stretch_limit", 1.0), ("damping", 0.0)):
-            if not getattr(self, name) >= lowest:
-                raise ValueError(f"{name}: expected >= {lowest:g}, got {getattr(self, name)}")
         check_unused(self, "targets are standardised", "normalise_reward")
         check_eager(self)
         if self.update != "vanilla":
