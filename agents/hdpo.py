@@ -24,10 +24,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from gymnasium import spaces
 from torch import Tensor
 
 from agents.base import Agent
+from ccrl.adapters.spaces import numpy_act
 from ccrl.batched_env import BatchedEnv, Tree
 from ccrl.data import Batching, Data
 from ccrl.estimators.base import Context, Estimator, Phase, run_phases
@@ -212,8 +215,9 @@ class HDPO(Agent):
     def build(self) -> None:
         c: HDPOConfig = self.config
         make, _, settings = _POLICIES[c.policy]
-        like = self.simulator.observe(self.simulator.initial({k: self.data[k][:1] for k in self.data.sequence}))
-        self.policy = make(self.simulator.network, like, **{k: getattr(c, k) for k in settings}).to(self.device)
+        self.policy = make(self.simulator.network, self._observed(), **{k: getattr(c, k) for k in settings}).to(
+            self.device
+        )
         self.unrolled = Unrolled(self.simulator, self.policy, compile_period=c.compile == "period" and can_compile()[0])
         self.updaters = {}
         if any(p.requires_grad for p in self.policy.parameters()):
@@ -357,18 +361,34 @@ class HDPO(Agent):
         orders: Tensor = self.ctx.bank.policy("best")(obs)
         return orders
 
-    def cost(self, split: Split = "test", count: int = 2000, seed: int = 65) -> tuple[float, float]:
+    def predict(
+        self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
+    ) -> Any:
+        """Quantities ``[E]`` or ``[B, E]`` of the best policy in NumPy, and ``state``. ``observation`` is what
+        ``FunctionalEnv.observe`` tells, of one scenario or of ``B``."""
+        space = spaces.Dict({k: spaces.Box(-np.inf, np.inf, tuple(x.shape[1:])) for k, x in self._observed().items()})
+        return numpy_act(self.act, space, observation, self.device), state
+
+    def _observed(self) -> State:
+        return self.simulator.observe(self.simulator.initial({k: self.data[k][:1] for k in self.data.sequence}))
+
+    def cost(self, split: Split = "test", count: int | None = None, seed: int = 65) -> tuple[float, float]:
         """Cost per period and store of the best policy after the warm-up: mean and standard error over ``count`` new
-        scenarios. ``seed`` does not depend on the agent's: all agents are tested on the same demand."""
+        scenarios (``None``: 2,000, or every recorded series in the weeks of the split). ``seed`` does not depend on the
+        agent's: all agents are tested on the same demand."""
+        count = (self.simulator.available or 2000) if count is None else count
         costs = self._average(self.ctx.bank.policy("best"), split, self.scenarios(split, count, 10**6 + seed))
         return costs.mean().item(), (costs.std() / count**0.5).item() if count > 1 else float("nan")
 
     def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> EvalResult:
-        """Returns of ``episodes`` new scenarios (recorded demand: of the first series, in their training weeks) over
-        the training horizon: minus the cost per store, what the batched environment pays, warm-up included. The policy
-        is deterministic; ``env`` is not needed."""
-        found, periods = self.scenarios("train", episodes, 10**6 + seed), self.simulator.periods
-        unrolled = Unrolled(self.simulator, self.ctx.bank.policy("best"))
+        """Returns of ``episodes`` new scenarios over the training horizon: minus the cost per store, warm-up included,
+        what the batched environment pays. Of recorded demand instead the first series (all, if there are fewer) in the
+        weeks of the split ``"test"``, which training never saw. ``env`` is not needed."""
+        available = self.simulator.available
+        split: Split = "train" if available is None else "test"
+        episodes, simulator = min(episodes, available or episodes), self.simulator.split(split)
+        found, periods = self.scenarios(split, episodes, 10**6 + seed), simulator.periods
+        unrolled = Unrolled(simulator, self.ctx.bank.policy("best"))
         costs = average_cost(unrolled, found, whole_units=self.config.whole_units, ignore=0)
         return EvalResult((-costs * periods).cpu().numpy(), torch.full((episodes,), periods).numpy())
 

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +177,7 @@ def build(agent_name: str, config: Any, resume: Path | None = None) -> Callable[
     torch.set_num_threads(config.torch_threads)
     cls, step = agents.get_agent(agent_name), None
     if resume is None:
+        config = replace(config, env_kwargs=absolute_files(config.env_kwargs))
         agent = cls(config.env, config.agent, seed=config.seed, device=config.device, env_kwargs=config.env_kwargs)
     else:
         run = RunFolder.open(resume)
@@ -202,6 +203,12 @@ def build(agent_name: str, config: Any, resume: Path | None = None) -> Callable[
 def train(agent_name: str, config: Any, resume: Path | None = None) -> RunFolder:
     """Build and train."""
     return build(agent_name, config, resume)()
+
+
+def absolute_files(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of an environment with the files among them (recorded demand, prompts) by their whole path: a run is
+    resumed and evaluated from other folders too."""
+    return {k: str(Path(v).resolve()) if isinstance(v, str) and Path(v).is_file() else v for k, v in options.items()}
 
 
 def _restore(cls: type[Any], run: RunFolder, config: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import datetime
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,11 +124,19 @@ def load_series(path: str | Path) -> Recorded:
       per observation. Weeks are whole numbers or days (``2013-01-01``); rows that are missing count as zero demand.
       Series and stores are numbered in the order in which they appear.
 
+    Series without dates are taken to begin on 2013-01-01, with a warning: policies see the days from Christmas.
+
     Raises:
+        FileNotFoundError: no such file.
         ValueError: another ending, missing columns or arrays, demand that is no number or negative, weeks that are
             neither numbers nor days seven days apart, an observation given twice.
     """
     path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"series: no file {str(path)!r}"
+            + ("" if path.is_absolute() else f" in {Path.cwd()}; a relative path counts from the working folder")
+        )
     if path.suffix == ".npz":
         with np.load(path) as arrays:
             if "demand" not in arrays:
@@ -135,6 +144,8 @@ def load_series(path: str | Path) -> Recorded:
                     f"{path.name}: expected an array 'demand' [series, weeks(, stores)], got {arrays.files}"
                 )
             demand = torch.from_numpy(np.asarray(arrays["demand"], dtype=np.float32))
+            if "first_day" not in arrays:
+                _without_dates(path.name, "an array 'first_day' (\"2023-01-02\")")
             first = str(arrays["first_day"]) if "first_day" in arrays else "2013-01-01"
         demand = demand[..., None] if demand.dim() == 2 else demand
         return Recorded(demand, path.name, datetime.date.fromisoformat(first))
@@ -159,6 +170,7 @@ def _from_table(table: list[tuple[str, str, str, str]], name: str) -> Recorded:
         raise ValueError(f"{name}: expected a number as demand, got {table[line][3]!r} in row {line + 1}")
     texts = sorted({row[2] or "" for row in table})
     if all(text.isdigit() for text in texts):
+        _without_dates(name, "days as weeks (2023-01-02)")
         origin = min(int(text) for text in texts)
         week_of = {text: int(text) - origin for text in texts}
     else:
@@ -178,6 +190,14 @@ def _from_table(table: list[tuple[str, str, str, str]], name: str) -> Recorded:
     demand = np.zeros((len(series), max(week_of.values()) + 1, len(stores)), dtype=np.float32)
     demand[tuple(index.T)] = numbers
     return Recorded(torch.from_numpy(demand), name, first)
+
+
+def _without_dates(name: str, fix: str) -> None:
+    warnings.warn(
+        f"{name}: the series have no dates: week 0 is taken to begin on 2013-01-01, which policies that read the "
+        f"calendar (days from Christmas) see; give {fix}",
+        stacklevel=4,
+    )
 
 
 def _number(text: str | None) -> float | None:

@@ -47,7 +47,8 @@ class BaseStock(NamedTuple):
 
 
 class Serial(NamedTuple):
-    """The optimal cost of a serial system and its echelon base-stock levels, from the store upwards."""
+    """The optimal cost of a serial system and its echelon base-stock levels per node: the most upstream stage first, as
+    in the network and in ``EchelonStockPolicy.levels``."""
 
     cost: float
     levels: tuple[float, ...]
@@ -310,7 +311,7 @@ def serial_optimum(task: Task, *, step: float = 0.02) -> Serial:
         optimum = float(value[lowest])
         value = torch.cat((value[:lowest], value[lowest].expand(len(y) - lowest)))
     counted = average * sum(h * lead for h, lead in zip(holding[1:-1], leads[1:], strict=True))
-    return Serial(optimum - counted, tuple(levels))
+    return Serial(optimum - counted, tuple(reversed(levels)))
 
 
 def transshipment_bound(task: Task) -> float:

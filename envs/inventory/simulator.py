@@ -72,6 +72,11 @@ class InventoryEnv:
             del self.static["lead_time"]
         self._tables: dict[tuple[torch.device, torch.dtype], State] = {}
 
+    @property
+    def available(self) -> int | None:
+        """How many scenarios there are, those of recorded series; ``None`` where they are drawn."""
+        return len(self.task.demand.series) if isinstance(self.task.demand, Recorded) else None
+
     def split(self, name: Split) -> InventoryEnv:
         """The same task with the weeks and the horizon of another split; ``periods`` and ``ignore`` given at
         construction stay.

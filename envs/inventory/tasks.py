@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +52,10 @@ class Task:
     random_stock: bool = False
     """Stores start with U[0, 1] times mean demand in each of their slots; else everything starts empty."""
     horizons: dict[str, tuple[int, int, int]] | None = None
-    """Per split: first week, periods, warm-up periods. ``None``: 0-50 (30), 0-100 (60), 0-5000 (3000)."""
+    """Per split ``"train"``, ``"dev"``, ``"test"``: first week, periods, warm-up periods (of these), as in ``{"train":
+    (0, 95, 16), "dev": (88, 37, 16), "test": (118, 37, 16)}``. Of recorded demand the ``history`` weeks from the first
+    one on are only seen, and the periods come after them. ``None``: these for recorded demand, else 0-50 (30), 0-100
+    (60), 0-5000 (3000)."""
     underage_by_series: tuple[float, ...] = ()
     """One store, recorded demand: per series instead of ``underage``."""
     lead_time_by_series: tuple[int, ...] = ()
@@ -68,11 +73,17 @@ class Task:
         if not all(0.0 <= cost < math.inf for cost in costs):
             raise ValueError(f"{self.name}: costs must be finite and not negative; got holding {self.holding}, "
                              f"underage {self.underage}, edge cost {self.edge_cost}")  # fmt: skip
+        if not isinstance(self.split_horizons, dict) or {*self.split_horizons} != {"train", "dev", "test"}:
+            raise ValueError(
+                f"{self.name}: horizons: expected {{'train': (first week, periods, warm-up), 'dev': ..., 'test': "
+                f"...}}, got {self.horizons!r}"
+            )
         for split, window in self.split_horizons.items():
-            if len(window) != 3 or window[0] < 0 or not 0 <= window[2] < window[1]:
+            whole = isinstance(window, (tuple, list)) and all(type(number) is int for number in window)
+            if not whole or len(window) != 3 or window[0] < 0 or not 0 <= window[2] < window[1]:
                 raise ValueError(
-                    f"{self.name}: horizons: expected first week, periods and a shorter warm-up of {split!r}, none "
-                    f"negative, got {tuple(window)}"
+                    f"{self.name}: horizons: expected first week, periods and a shorter warm-up of {split!r}, whole "
+                    f"numbers, none negative, got {window!r}"
                 )
         if isinstance(self.demand, Recorded):
             weeks = self.demand.series.shape[1]
@@ -80,6 +91,7 @@ class Task:
             if weeks < needed:
                 raise ValueError(
                     f"{self.name}: the splits need {needed} weeks, the series have {weeks}; give shorter horizons"
+                    f"{_shorter(weeks, self.demand.history)}"
                 )
         by_series = {len(self.underage_by_series), len(self.lead_time_by_series)} - {0}
         if by_series and (
@@ -171,21 +183,38 @@ def one_store_real_data(
     series: Recorded | str | Path | None = None,
     count: int = 1024,
     horizons: dict[str, tuple[int, int, int]] | None = None,
+    prices: float | Sequence[float] | None = None,
+    lead_times: int | Sequence[int] | None = None,
 ) -> Task:
-    """One store per recorded series; price and lead time (4 to 6 weeks) differ by series; lost sales, profit.
+    """One store per recorded series; price and lead time differ by series; lost sales, profit, holding cost 1.
 
     Args:
         series: of one store, from :func:`~envs.inventory.demand.load_series` or the path of a file for it; ``None``
             makes ``count`` synthetic ones.
         horizons: see :class:`Task`.
+        prices: one, or one per series; ``None`` draws them between 6.3 and 11.7 as published, and says so where the
+            series are your own.
+        lead_times: in weeks, one or one per series; ``None`` draws them from 4 to 6 in the same way.
+
+    Raises:
+        ValueError: another number of prices or lead times than one or that of the series.
     """
     demand = _series(series, count, 1)
-    size = len(demand.series)
-    prices = _uniform("underage", 6.3, 11.7, size)
-    leads = tuple(np.random.RandomState(SEEDS["lead time"]).randint(4, 7, size).tolist())
+    size, name = len(demand.series), f"one_store_real_data [{demand.source}]"
+    if series is not None:
+        _announce(name, "give them as options", {"prices": prices, "lead_times": lead_times})
+    if prices is None:
+        prices = _uniform("underage", 6.3, 11.7, size)
+    if lead_times is None:
+        lead_times = np.random.RandomState(SEEDS["lead time"]).randint(4, 7, size).tolist()
+        slots = 6
+    else:
+        lead_times = _by_series("lead_times", lead_times, size)
+        slots = max(lead_times)
+    prices = _by_series("prices", prices, size)
     return Task(
-        f"one_store_real_data [{demand.source}]", _store(6), demand, (1.0,), (float(np.mean(prices)),), lost=True,
-        profit=True, horizons=horizons, underage_by_series=prices, lead_time_by_series=leads,
+        name, _store(slots), demand, (1.0,), (float(np.mean(prices)),), lost=True, profit=True, horizons=horizons,
+        underage_by_series=prices, lead_time_by_series=tuple(lead_times),
     )  # fmt: skip
 
 
@@ -194,7 +223,9 @@ def many_warehouses_real_data(
     count: int = 288,
     horizons: dict[str, tuple[int, int, int]] | None = None,
 ) -> Task:
-    """Three warehouses and 21 stores with recorded demand of a product per scenario; lost sales, profit.
+    """Three warehouses and 21 stores with recorded demand of a product per scenario; lost sales, profit. The network,
+    its lead times, costs and prices are the published ones, whatever the series are; where those are your own, it says
+    so.
 
     Args:
         series: of 21 stores, from :func:`~envs.inventory.demand.load_series` or the path of a file for it; ``None``
@@ -202,6 +233,9 @@ def many_warehouses_real_data(
         horizons: see :class:`Task`.
     """
     demand = _series(series, count, 21)
+    if series is not None:
+        made_up = {"network, lead times, costs and prices": None}
+        _announce(f"many_warehouses_real_data [{demand.source}]", "build a Task for others", made_up)
     leads = (
         (6, 6, 6, 0, 6, 5, 5, 5, 5, 5, 5, 5, 5, 5, 0, 6, 6, 6, 6, 5, 5),
         (1, 1, 1, 1, 1, 0, 2, 2, 1, 2, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 2),
@@ -238,6 +272,40 @@ def make_task(name: str, **options: Any) -> Task:
     if not options.keys() <= known.keys():
         raise TypeError(f"{name}: expected options among {', '.join(known) or 'none'}, got {', '.join(options)}")
     return TASKS[name](**options)
+
+
+def _announce(name: str, fix: str, given: dict[str, Any]) -> None:
+    """A number that nobody gave would look like a fact about the user's own sales."""
+    made_up = [what for what, value in given.items() if value is None]
+    if made_up:
+        warnings.warn(
+            f"{name}: {' and '.join(made_up)} are not given and those of a published benchmark, nothing that is known "
+            f"of these series; {fix}",
+            stacklevel=4,
+        )
+
+
+def _by_series(name: str, value: Any, size: int) -> tuple[Any, ...]:
+    values = tuple(value) if isinstance(value, Sequence | np.ndarray) else (value,) * size
+    if len(values) != size or isinstance(value, str):
+        raise ValueError(f"{name}: expected one, or one for each of the {size} series, got {value!r}")
+    whole = name == "lead_times"
+    kind = Integral if whole else Real
+    if not all(isinstance(each, kind) and 0 < each < math.inf and not isinstance(each, bool) for each in values):
+        raise ValueError(f"{name}: expected {'weeks, at least 1' if whole else 'positive numbers'}, got {value!r}")
+    return values
+
+
+def _shorter(weeks: int, history: int) -> str:
+    """Horizons that these weeks allow, as an example: the last fifths for development and test."""
+    fifth = weeks // 5
+    first = weeks - 2 * fifth - history
+    if fifth < 2 or first < 1:
+        return f"; they begin with {history} weeks of history"
+    periods = weeks - 2 * fifth - history
+    windows = {"train": (0, periods), "dev": (first, fifth), "test": (first + fifth, fifth)}
+    example = {split: (start, length, min(16, length // 2)) for split, (start, length) in windows.items()}
+    return f", for example horizons={example}: first week, periods, warm-up"
 
 
 def _series(series: Recorded | str | Path | None, count: int, stores: int) -> Recorded:

@@ -37,6 +37,40 @@ def cost_of(unrolled: Unrolled, scenarios: State) -> Tensor:
     return unrolled(scenario_data(unrolled.env, scenarios), frozenset({"cost"}))["cost"]
 
 
+# -- recorded demand, and NumPy ----------------------------------------------------------------------------------------
+
+
+def test_recorded_demand_is_evaluated_on_weeks_that_training_never_saw() -> None:
+    agent = HDPO(
+        simulator("one_store_real_data", count=5),
+        HDPOConfig(policy="data_driven", **SMALL | {"n_train": 5, "n_dev": 5}),
+    )
+    result = agent.evaluate(None, episodes=9, seed=0)
+    assert len(result.returns) == 5  # all series that there are
+    assert set(result.lengths) == {37}  # periods of the split "test"
+    mean, error = agent.cost("test")
+    env = agent.simulator.split("test")
+    found = average_cost(Unrolled(env, agent.ctx.bank.policy("best")), env.sample(5, torch.Generator()))
+    assert mean == pytest.approx(float(found.mean()))
+    assert error == pytest.approx(float(found.std()) / 5**0.5)
+    assert agent.cost("test", count=2)[0] == pytest.approx(float(found[:2].mean()))
+
+
+@pytest.mark.parametrize(("task", "policy"), [("one_store_lost", "vanilla"), ("serial_system", "gnn")])
+def test_predict_takes_what_observe_tells_in_numpy(task: str, policy: str) -> None:
+    agent = HDPO(simulator(task), HDPOConfig(policy=policy, **SMALL))
+    _, obs = observed(agent.simulator, 3, torch.float32)
+    batch = {k: v.numpy() for k, v in obs.items()}
+    orders, state = agent.predict(batch)
+    assert state is None
+    assert orders.shape == (3, len(agent.simulator.network.edges))
+    assert orders == pytest.approx(agent.act(obs).numpy())
+    one, _ = agent.predict({k: v[1] for k, v in batch.items()})
+    assert one == pytest.approx(orders[1], rel=1e-5)
+    with pytest.raises(ValueError, match="expected a dict with the keys"):
+        agent.predict({"inventory": batch["inventory"]})
+
+
 # -- gradients ---------------------------------------------------------------------------------------------------------
 
 

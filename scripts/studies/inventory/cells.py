@@ -142,8 +142,9 @@ def control_policy(env: InventoryEnv) -> tuple[Callable[[State], Tensor], float]
 
 def _echelon_stock(env: InventoryEnv, levels: Tensor, seen: State) -> Tensor:
     stock = seen["inventory"]
-    wanted = (levels - stock.sum(2).flip(1).cumsum(1)).clamp_min(0.0)  # from the store upwards
-    return env.feasible(seen, torch.cat((wanted[:, :-1].flip(1), wanted[:, -1:]), 1))
+    position = stock.sum(2).flip(1).cumsum(1).flip(1)  # of each stage and everything downstream
+    wanted = (levels - position).clamp_min(0.0)
+    return env.feasible(seen, torch.cat((wanted[:, 1:], wanted[:, :1]), 1))  # the edge from outside comes last
 
 
 def _pooled_levels(task: Task) -> tuple[Tensor, Tensor, float]:

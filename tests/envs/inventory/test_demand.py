@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import datetime
+import re
 
 import numpy as np
 import pytest
@@ -204,3 +206,68 @@ def test_bad_series(tmp_path):
             make_task("one_store_real_data", count=2, horizons=short | {"dev": wrong})
     with pytest.raises(ValueError, match="expected demand of 21 stores"):
         make_task("many_warehouses_real_data", series=synthetic_series(2))
+    for wrong in (
+        {"train": (0, 10, 2)},
+        [1, 2],
+        short | {"dev": 3},
+        short | {"dev": ("0", 10, 2)},
+        short | {"dev": (0, 1e1, 2)},
+    ):
+        with pytest.raises(ValueError, match=r"one_store_real_data .*horizons: expected"):
+            make_task("one_store_real_data", count=2, horizons=wrong)
+
+
+def test_short_series_are_told_horizons_that_fit(recwarn):
+    """156 weeks: three years, and less than the published splits need."""
+    with pytest.raises(ValueError, match=r"need 171 weeks, the series have 156; .*horizons=\{'train'") as caught:
+        make_task("one_store_real_data", series=synthetic_series(2, weeks=156))
+    example = ast.literal_eval(re.search(r"\{.*\}", str(caught.value))[0])
+    task = make_task("one_store_real_data", series=synthetic_series(2, weeks=156), horizons=example)
+    last = [start + task.demand.history + periods for start, periods, _ in example.values()]
+    assert last == [94, 125, 156]  # weeks up to which each split goes: none is seen twice
+    assert InventoryEnv(task, "test").periods == 31
+    with pytest.raises(ValueError, match="they begin with 16 weeks of history"):
+        make_task("one_store_real_data", series=synthetic_series(2, weeks=20))
+
+
+def test_prices_and_lead_times_that_nobody_gave_are_announced(recwarn):
+    series = synthetic_series(3)
+    make_task("one_store_real_data", count=3)
+    make_task("one_store_real_data", series=series, prices=5.0, lead_times=[1, 2, 9])
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="prices and lead_times are not given and those of a published benchmark"):
+        make_task("one_store_real_data", series=series)
+    with pytest.warns(UserWarning, match="prices are not given"):
+        make_task("one_store_real_data", series=series, lead_times=2)
+    with pytest.warns(UserWarning, match="network, lead times, costs and prices are not given.*build a Task"):
+        make_task("many_warehouses_real_data", series=synthetic_series(2, 21))
+
+
+def test_prices_and_lead_times_of_ones_own():
+    series = synthetic_series(3)
+    task = make_task("one_store_real_data", series=series, prices=[1.0, 2.5, 4.0], lead_times=[1, 2, 9])
+    scenarios = InventoryEnv(task).sample(3, torch.Generator())
+    assert scenarios["underage"].tolist() == [[1.0], [2.5], [4.0]]
+    assert scenarios["lead_time"].tolist() == [[1.0], [2.0], [9.0]]
+    assert task.network.slots == 9
+    task = make_task("one_store_real_data", series=series, prices=5, lead_times=2)
+    assert (task.underage_by_series, task.lead_time_by_series, task.network.slots) == ((5, 5, 5), (2, 2, 2), 2)
+    for wrong, message in (
+        ({"prices": [1.0, 2.0]}, "prices: expected one, or one for each of the 3 series"),
+        ({"prices": 0.0}, "prices: expected positive numbers"),
+        ({"prices": float("nan")}, "prices: expected positive numbers"),
+        ({"lead_times": 1.5}, "lead_times: expected weeks, at least 1"),
+        ({"lead_times": "4"}, "lead_times: expected one, or one for each"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_task("one_store_real_data", series=series, **{"prices": 1.0, "lead_times": 1} | wrong)
+
+
+def test_series_without_dates_and_files_that_are_not_there(tmp_path, monkeypatch):
+    file = tmp_path / "sales.csv"
+    file.write_text("series,week,demand\nm,1,2\n")
+    with pytest.warns(UserWarning, match=r"sales.csv: the series have no dates: week 0 .* 2013-01-01"):
+        load_series(file)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no file 'other.csv' in .*; a relative path counts from the working"):
+        load_series("other.csv")

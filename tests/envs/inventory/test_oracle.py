@@ -12,8 +12,9 @@ import math
 import pytest
 import torch
 
+from ccrl.inventory.base_stock import EchelonStockPolicy
 from ccrl.inventory.pathwise import Unrolled, average_cost
-from envs.inventory import InventoryEnv, make_task
+from envs.inventory import InventoryEnv, make_task, simulate
 from envs.inventory.oracle import (
     backlog_optimum,
     best_base_stock,
@@ -147,17 +148,17 @@ def test_backlog_against_simulation():
 def test_serial(lead_time, underage, cost, levels):
     found = serial_optimum(make_task("serial_system", lead_time=lead_time, underage=float(underage)))
     assert abs(found.cost - cost) < 6e-5
-    assert max(abs(a - b) for a, b in zip(found.levels, levels, strict=True)) < 0.021  # the grid
+    upwards = levels[::-1]  # the table counts from the store, levels are in the order of the nodes
+    assert max(abs(a - b) for a, b in zip(found.levels, upwards, strict=True)) < 0.021  # the grid
 
 
 def echelon_stock(levels):
-    """Order up to the echelon level, from what the next stage has; ``levels`` from the store upwards."""
+    """Order up to the echelon level, from what the next stage has; ``levels`` in the order of the nodes."""
 
     def policy(seen):
-        position = seen["inventory"].sum(2)
-        upwards = position.flip(1).cumsum(1)  # echelon positions, from the store
-        wanted = (torch.tensor(levels) - upwards).clamp_min(0.0)
-        return torch.cat((wanted[:, :3].flip(1), wanted[:, 3:]), 1)  # edges 0>1, 1>2, 2>3, supplier>0
+        position = seen["inventory"].sum(2).flip(1).cumsum(1).flip(1)  # of each stage and everything downstream
+        wanted = (torch.tensor(levels) - position).clamp_min(0.0)
+        return torch.cat((wanted[:, 1:], wanted[:, :1]), 1)  # edges 0>1, 1>2, 2>3, supplier>0
 
     return policy
 
@@ -171,8 +172,22 @@ def test_serial_against_simulation(lead_time, underage):
     cost = simulated_cost(env, echelon_stock(optimum.levels), scenarios)
     assert abs(cost / optimum.cost - 1) < 0.01
     for stage in range(4):
-        moved = [level + 2.5 * (i >= stage) for i, level in enumerate(optimum.levels)]
+        moved = [level + 2.5 * (i <= stage) for i, level in enumerate(optimum.levels)]
         assert simulated_cost(env, echelon_stock(moved), scenarios) > cost
+
+
+def test_levels_of_the_oracle_are_those_of_the_policy():
+    """One order of the stages: the optimal levels in the policy are the optimal policy."""
+    task = make_task("serial_system")
+    env, optimum = InventoryEnv(task, periods=60), serial_optimum(task)
+    scenarios = env.sample(3, torch.Generator().manual_seed(0))
+    policy = EchelonStockPolicy(env.network, env.observe(env.initial(scenarios)))
+    with torch.no_grad():
+        increments = torch.tensor(optimum.levels).diff(append=torch.zeros(1)).neg().double()
+        policy.u.copy_(increments.expm1().log() - 10.0)  # S_k = sum over j >= k of softplus(u_j + 10)
+    assert torch.allclose(policy.levels, torch.tensor(optimum.levels), atol=1e-3)
+    ours, theirs = (simulate(env, each, scenarios).action for each in (policy, echelon_stock(optimum.levels)))
+    assert torch.allclose(ours, theirs, atol=5e-3)
 
 
 def test_serial_of_one_stage_is_the_newsvendor():
