@@ -201,8 +201,7 @@ class HDPO(Agent):
         self.env_id, self.env = env if isinstance(env, str) else None, None
         simulator = resolve_functional_env(env, **(self.env_kwargs if isinstance(env, str) else {}))
         self.simulator, self.device = simulator.split("train"), torch.device(device)
-        train = self.scenarios("train", config.n_train, 2 * seed)
-        self.data = scenario_data(self.simulator, train)
+        self.data = scenario_data(self.simulator, self.scenarios("train", config.n_train, 2 * seed))
         self.dev = self.scenarios("dev", config.n_dev, 2 * seed + 1)
         self.collector = None
         self._begin()
@@ -215,9 +214,8 @@ class HDPO(Agent):
     def build(self) -> None:
         c: HDPOConfig = self.config
         make, _, settings = _POLICIES[c.policy]
-        self.policy = make(self.simulator.network, self._observed(), **{k: getattr(c, k) for k in settings}).to(
-            self.device
-        )
+        own = {k: getattr(c, k) for k in settings}
+        self.policy = make(self.simulator.network, self._observed(), **own).to(self.device)
         self.unrolled = Unrolled(self.simulator, self.policy, compile_period=c.compile == "period" and can_compile()[0])
         self.updaters = {}
         if any(p.requires_grad for p in self.policy.parameters()):
@@ -364,8 +362,7 @@ class HDPO(Agent):
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False
     ) -> Any:
-        """Quantities ``[E]`` or ``[B, E]`` of the best policy in NumPy, and ``state``. ``observation`` is what
-        ``FunctionalEnv.observe`` tells, of one scenario or of ``B``."""
+        """Quantities ``[E]`` or ``[B, E]`` in NumPy of what ``FunctionalEnv.observe`` tells, and ``state``."""
         space = spaces.Dict({k: spaces.Box(-np.inf, np.inf, tuple(x.shape[1:])) for k, x in self._observed().items()})
         return numpy_act(self.act, space, observation, self.device), state
 
@@ -385,7 +382,7 @@ class HDPO(Agent):
         what the batched environment pays. Of recorded demand instead the first series (all, if there are fewer) in the
         weeks of the split ``"test"``, which training never saw. ``env`` is not needed."""
         available = self.simulator.available
-        split: Split = "train" if available is None else "test"
+        split: Split = "test" if available else "train"
         episodes, simulator = min(episodes, available or episodes), self.simulator.split(split)
         found, periods = self.scenarios(split, episodes, 10**6 + seed), simulator.periods
         unrolled = Unrolled(simulator, self.ctx.bank.policy("best"))
