@@ -71,13 +71,11 @@ class HDPOConfig(Settings):
     n_train: Count = 8192
     """There are this many training scenarios (of recorded demand: the first series)."""
     n_dev: Count = 2048
-    """There are this many development scenarios, others than those (of recorded demand: the same series, later
-    weeks)."""
+    """There are this many development scenarios, others than those (of recorded demand: the same series, later on)."""
     batch_size: Count = 512
     """An update differentiates through this many scenarios."""
     microbatch: Count | None = None
-    """A backward pass takes this many scenarios, where a batch does not fit in memory; the gradients add up
-    exactly."""
+    """A backward pass takes this many scenarios, to save memory; the gradients add up exactly."""
     learning_rate: Positive | None = None
     """This is Adam's step size; None takes the published one of this policy and network."""
     anneal_lr: bool = False
@@ -208,8 +206,7 @@ class HDPO(Agent):
         self.ctx.bank.refresh("best")
         self.best_cost, self.best_iteration, self._dev_cost, self._steps = float("inf"), 0, float("inf"), 0
         self.episodes = deque(maxlen=1)
-        """Mean return of the last epoch's scenarios (minus cost per store, as the batched environment pays) and the
-        horizon."""
+        """Mean return of the last epoch's scenarios (minus cost per store) and the horizon."""
 
     def build(self) -> None:
         c: HDPOConfig = self.config
@@ -371,16 +368,14 @@ class HDPO(Agent):
 
     def cost(self, split: Split = "test", count: int | None = None, seed: int = 65) -> tuple[float, float]:
         """Cost per period and store of the best policy after the warm-up: mean and standard error over ``count`` new
-        scenarios (``None``: 2,000, or every recorded series in the weeks of the split). ``seed`` does not depend on the
-        agent's: all agents are tested on the same demand."""
+        scenarios (``None``: 2,000, or every recorded series), which ``seed`` decides alone: the same for all agents."""
         count = (self.simulator.available or 2000) if count is None else count
         costs = self._average(self.ctx.bank.policy("best"), split, self.scenarios(split, count, 10**6 + seed))
         return costs.mean().item(), (costs.std() / count**0.5).item() if count > 1 else float("nan")
 
     def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> EvalResult:
-        """Returns of ``episodes`` new scenarios over the training horizon: minus the cost per store, warm-up included,
-        what the batched environment pays. Of recorded demand instead the first series (all, if there are fewer) in the
-        weeks of the split ``"test"``, which training never saw. ``env`` is not needed."""
+        """Returns (minus the cost per store, warm-up included) of ``episodes`` new scenarios over the training horizon;
+        of the first recorded series in the weeks of the split ``"test"``, never trained on. ``env`` is not needed."""
         available = self.simulator.available
         split: Split = "test" if available else "train"
         episodes, simulator = min(episodes, available or episodes), self.simulator.split(split)
