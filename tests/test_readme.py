@@ -28,9 +28,18 @@ def test_the_named_files_exist():
 
 def test_the_method_of_your_own_runs(tmp_path):
     page = (ROOT / "docs" / "llm" / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL))
     (tmp_path / "page.py").write_text(code.replace("10 * agent", "2 * agent"))
-    assert runpy.run_path(str(tmp_path / "page.py"))["agent"].iteration == 2
+    found = runpy.run_path(str(tmp_path / "page.py"))
+    assert found["agent"].iteration == 2
+
+    class Judged(found["Mine"]):
+        Recipe = found["JudgedRecipe"]
+
+    config = found["MyConfig"](model="tiny", model_layers=1, model_width=16, model_heads=2, n_prompts=2, group_size=4)
+    agent = Judged("arithmetic", config, seed=0)
+    agent.learn(agent.samples_per_iteration)
+    assert "judge.model" in dict(agent.estimator.named_modules())
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL), ids=["use", "agent"])

@@ -153,7 +153,7 @@ class LLM(Agent):
         parts = Parts(
             self.policy, self.updaters["policy"], Request(counts=counts), self.collector.steps,
             components=self.task.components,
-            reference=(lambda ctx: WithoutAdapters(self.policy)) if c.lora_rank else None,
+            reference=(lambda ctx: WithoutAdapters(self.policy)) if self.reference_is_base else None,
         )  # fmt: skip
         self.estimator = self.Recipe(c, parts)
 
@@ -183,11 +183,17 @@ class LLM(Agent):
         if not self.warm:
             if self.config.warm_start_steps:
                 self.warm_start(self.config.warm_start_steps)
-            if self.estimator.wants_reference and not self.config.lora_rank:
+            if self.estimator.wants_reference and not self.reference_is_base:
                 self.ctx.bank.refresh("ref")
             self.warm = True
         super().learn(total_timesteps, callback, progress_bar)
         return self
+
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the model under the adapters is the reference. After a supervised phase, which trains the adapters,
+        it no longer is: a copy is then kept."""
+        return self.config.lora_rank > 0 and not self.config.warm_start_steps
 
     @property
     def warm_started(self) -> bool:

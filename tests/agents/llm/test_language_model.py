@@ -136,6 +136,17 @@ def test_warm_start(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(warmed) == 1
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_reference_is_the_model_after_the_warm_start(rank: int) -> None:
+    """With adapters as without: the first policy is the reference, whatever the supervised phase trained."""
+    if rank:
+        pytest.importorskip("peft")
+    tiny = {"model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2, "lora_rank": rank}
+    agent = made(make_task("arithmetic"), **tiny, kl_coef=0.1, warm_start_steps=5, warm_start_lr=0.05)
+    agent.learn(agent.samples_per_iteration)
+    assert float(agent.scalars["train/kl"]) == pytest.approx(0.0, abs=1e-7)
+
+
 def test_warm_start_raises_the_probability_of_demonstrations() -> None:
     agent = made(warm_start_lr=0.1)
     first, last = agent.warm_start(1), agent.warm_start(30)
