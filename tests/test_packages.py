@@ -125,3 +125,29 @@ def test_require_passes_on_what_an_installed_module_lacks(monkeypatch, tmp_path)
     with pytest.raises(ModuleNotFoundError, match="no_such_dependency") as caught:
         require("half_installed", "isaac")
     assert "extra" not in str(caught.value)
+
+
+def test_all_but_mujocos_own_tasks_import_without_mujoco():
+    """So that an installation without it is of use: language models, classic control, inventory, data sets."""
+    script = """
+import importlib, pathlib, sys
+sys.modules["mujoco"] = None  # what is None cannot be imported
+names = sorted(
+    ".".join(path.with_suffix("").parts).removesuffix(".__init__")
+    for package in ("ccrl", "envs", "agents") for path in pathlib.Path(package).rglob("*.py")
+)
+failed = []
+for name in names:
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and error.name.split(".")[0] == "mujoco":
+            failed.append(name)
+import envs
+assert envs.make("CartPole-v1", 2, seed=0).num_envs == 2
+print(*failed)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()
+    assert not [name for name in done.stdout.split() if not name.startswith("envs.mujoco")]

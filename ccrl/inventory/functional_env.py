@@ -132,10 +132,13 @@ class FunctionalEnv(Protocol):
     """``T``: periods of one rollout."""
     ignore: int
     """Warm-up: reported costs are those of the periods ``t >= ignore``, per period and store."""
-    available: int | None
-    """How many scenarios are recorded (:meth:`sample` gives the first ones); ``None``: any number can be drawn."""
     static: dict[str, Tensor]
     """Constants that are the same in all scenarios, ``[1, ...]``, under their names in :meth:`observe`."""
+
+    @property
+    def available(self) -> int | None:
+        """How many scenarios are recorded (:meth:`sample` gives the first ones); ``None``: any number can be drawn."""
+        ...
 
     def split(self, name: Split) -> FunctionalEnv:
         """The same task with the horizon, warm-up and (for recorded demand) the weeks of this split."""

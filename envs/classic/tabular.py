@@ -106,7 +106,8 @@ class TabularMDP(Exact, ClassicEnv):
         reward = self._alive(torch.einsum("sa,sa->s", policy, self.reward_table))
         step = self.gamma * self._alive(torch.einsum("sa,sat->st", policy, self.transition_table).T).T
         if self.horizon is None:
-            return torch.linalg.solve(torch.eye(len(reward), dtype=torch.float64) - step, reward)
+            solved: Tensor = torch.linalg.solve(torch.eye(len(reward), dtype=torch.float64) - step, reward)
+            return solved
         value = torch.zeros_like(reward)
         for _ in range(self.horizon):
             value = reward + step @ value

@@ -69,7 +69,7 @@ class Normal:
         own = torch.randn(count, periods, len(self.mean), generator=generator) * (1.0 - self.correlation) ** 0.5
         if self.correlation:
             own = own + torch.randn(count, periods, 1, generator=generator) * self.correlation**0.5
-        demand = torch.tensor(self.mean) + torch.tensor(self.std) * own
+        demand: Tensor = torch.tensor(self.mean) + torch.tensor(self.std) * own
         return demand.clamp_min(0.0) if self.clip else demand
 
 

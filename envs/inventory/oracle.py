@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,9 @@ __all__ = [
     "transshipment_bound",
 ]
 
-_NORMAL = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
+_NORMAL: Any = torch.distributions.Normal(
+    torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+)
 
 
 class BaseStock(NamedTuple):
@@ -233,7 +235,7 @@ def _expected(values: Tensor, demand: _Grid) -> Tensor:
     right = values[-1] + (values[-1] - values[-2]) * torch.arange(1, after + 1)
     line = torch.cat((left, values, right))
     size = len(line) + len(demand.mass)
-    product = torch.fft.irfft(torch.fft.rfft(line, size) * torch.fft.rfft(demand.mass, size), size)
+    product: Tensor = torch.fft.irfft(torch.fft.rfft(line, size) * torch.fft.rfft(demand.mass, size), size)
     start = before - demand.first
     return product[start : start + len(values)]
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
@@ -110,7 +111,7 @@ def _summarise(env: InventoryEnv, trace: Trace) -> _Summary:
         left[:, :, source] -= action[:, :, edge]
     stock = left.clamp_min(0.0)
     cost = stock * env.static["holding"]
-    met = np.minimum(on_hand[:, :, first:].clamp_min(0.0), demand)
+    met = torch.minimum(on_hand[:, :, first:].clamp_min(0.0), demand)
     # Underage that differs by scenario is only in the total cost, so a single store is charged the total.
     if net.nodes == 1:
         cost = trace.cost.double()[after][:, :, None]

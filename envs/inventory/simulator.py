@@ -62,7 +62,7 @@ class InventoryEnv:
         self.recorded = isinstance(task.demand, Recorded)
         edge_cost = task.edge_cost or (0.0,) * len(task.network.edges)
         constants = {"holding": task.holding, "underage": task.underage, "edge_cost": edge_cost}
-        if not self.recorded:
+        if not isinstance(task.demand, Recorded):
             constants |= {"mean": task.demand.mean, "std": task.demand.std}
         self.static: State = {name: torch.tensor([value], dtype=torch.float64) for name, value in constants.items()}
         self.static["lead_time"] = torch.tensor([task.network.lead_times], dtype=torch.float64)
@@ -164,7 +164,7 @@ class InventoryEnv:
         task, first, inner = self.task, self.network.first_store, self.network.internal
         stock = state["inventory"]
         table = self._on(stock)
-        holding, underage = table["holding"], state.get("underage", table.get("underage"))
+        holding, underage = table["holding"], state["underage"] if "underage" in state else table["underage"]
         on_hand = stock[:, first:, 0]
         post = on_hand - noise
         left = post.clamp_min(0.0)

@@ -203,18 +203,16 @@ def one_store_real_data(
     size, name = len(demand.series), f"one_store_real_data [{demand.source}]"
     if series is not None:
         _announce(name, "give them as options", {"prices": prices, "lead_times": lead_times})
-    if prices is None:
-        prices = _uniform("underage", 6.3, 11.7, size)
-    if lead_times is None:
-        lead_times = np.random.RandomState(SEEDS["lead time"]).randint(4, 7, size).tolist()
-        slots = 6
-    else:
-        lead_times = _by_series("lead_times", lead_times, size)
-        slots = max(lead_times)
-    prices = _by_series("prices", prices, size)
+    drawn = _uniform("underage", 6.3, 11.7, size)
+    price = drawn if prices is None else _by_series("prices", prices, size)
+    leads = tuple(np.random.RandomState(SEEDS["lead time"]).randint(4, 7, size).tolist())
+    slots = 6
+    if lead_times is not None:
+        leads = _by_series("lead_times", lead_times, size)
+        slots = max(leads)
     return Task(
-        name, _store(slots), demand, (1.0,), (float(np.mean(prices)),), lost=True, profit=True, horizons=horizons,
-        underage_by_series=prices, lead_time_by_series=tuple(lead_times),
+        name, _store(slots), demand, (1.0,), (float(np.mean(price)),), lost=True, profit=True, horizons=horizons,
+        underage_by_series=price, lead_time_by_series=leads,
     )  # fmt: skip
 
 
@@ -290,7 +288,7 @@ def _by_series(name: str, value: Any, size: int) -> tuple[Any, ...]:
     if len(values) != size or isinstance(value, str):
         raise ValueError(f"{name}: expected one, or one for each of the {size} series, got {value!r}")
     whole = name == "lead_times"
-    kind = Integral if whole else Real
+    kind: Any = Integral if whole else Real
     if not all(isinstance(each, kind) and 0 < each < math.inf and not isinstance(each, bool) for each in values):
         raise ValueError(f"{name}: expected {'weeks, at least 1' if whole else 'positive numbers'}, got {value!r}")
     return values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import fields
-from typing import Any
+from typing import Any, cast
 
 from envs.mujoco.env import MujocoEnv
 from envs.mujoco.render import RenderOptions
@@ -43,7 +43,7 @@ def make_mujoco(id: str, num_envs: int, **options: Any) -> MujocoEnv:
     if id not in TASKS:
         raise ValueError(f"id: expected one of {', '.join(TASKS)}, received {id!r}")
     known = {
-        "task": [f.name for f in fields(TASKS[id])],
+        "task": [f.name for f in fields(cast(Any, TASKS[id]))],
         "env": [n for n, p in inspect.signature(MujocoEnv).parameters.items() if p.kind is p.KEYWORD_ONLY],
         "render": [f.name for f in fields(RenderOptions)],
     }

@@ -67,9 +67,9 @@ class BatchEngine:
         ids = None if rows is None else rows.numpy()
         self._batch.step(ids, nstep)
         if self._cfrc_ext is not None:
-            self._compute_cfrc_ext(rows)
+            self._compute_cfrc_ext(self._cfrc_ext, rows)
 
-    def _compute_cfrc_ext(self, rows: Tensor | None) -> None:
+    def _compute_cfrc_ext(self, into: Tensor, rows: Tensor | None) -> None:
         # After the step and not through a force sensor: with RK4 the sensor's value is of another integrator stage.
         loaded = self._ncon > 0
         if self.model.neq or self.model.nflex or self._xfrc_applied.any():
@@ -77,9 +77,9 @@ class BatchEngine:
         # What no contact, constraint or applied force acts on has zero external force, and most of the cost is the
         # copy of the simulator's memory.
         loaded = loaded.nonzero().squeeze(1) if rows is None else rows[loaded[rows]]
-        self._cfrc_ext.zero_() if rows is None else self._cfrc_ext.index_fill_(0, rows, 0.0)
+        into.zero_() if rows is None else into.index_fill_(0, rows, 0.0)
         get_data, model, scratch = self._batch.get_data, self.model, self._scratch
-        out, cfrc_ext = self._cfrc_ext.numpy(), scratch.cfrc_ext
+        out, cfrc_ext = into.numpy(), scratch.cfrc_ext
         # Serial: two Python threads took as long as one.
         for i in loaded.tolist():
             get_data(i, scratch)

@@ -13,7 +13,7 @@ from ccrl.batched_env import AutoresetMode, StepResult, as_autoreset_mode
 from envs.mujoco.engine import BatchEngine, available_cores
 from envs.mujoco.model import load_model
 from envs.mujoco.render import Renderer, RenderOptions
-from envs.mujoco.task import MujocoTask
+from envs.mujoco.task import MujocoTask, State
 
 __all__ = ["MujocoEnv"]
 
@@ -263,7 +263,12 @@ class MujocoEnv:
 
     def _remember(self) -> None:
         if self._before is not None:
-            self._before.copy_(self.task.remember(self.engine.state))
+            self._before.copy_(self._remembered(self.engine.state))
+
+    def _remembered(self, state: State) -> Tensor:
+        found = self.task.remember(state)
+        assert found is not None  # as at construction
+        return found
 
     def _begin(self, rows: Tensor) -> None:
         self._begin_at(rows, *self.task.reset(len(rows), self._generator))
@@ -272,7 +277,7 @@ class MujocoEnv:
         self.engine.reset(rows, qpos, qvel)
         state = self.engine.state.rows(rows)
         if self._before is not None:
-            self._before[rows] = self.task.remember(state)
+            self._before[rows] = self._remembered(state)
         self._obs.index_copy_(0, rows, self.task.observe(state).to(self._obs.dtype))
         self._elapsed.index_fill_(0, rows, 0)
         self._count_down()

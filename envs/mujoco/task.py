@@ -62,7 +62,7 @@ class _Rows(State):
     def __getattr__(self, name: str) -> Tensor:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = getattr(self.__dict__["_state"], name).index_select(0, self.__dict__["_rows"])
+        value: Tensor = getattr(self.__dict__["_state"], name).index_select(0, self.__dict__["_rows"])
         self.__dict__[name] = value
         return value
 

@@ -71,6 +71,7 @@ class Guessing(GeneratedTask):
                 f"got {several or pieces}; train it with a model without a tokenizer"
             )
         found = super().reencoded(vocab)
+        assert isinstance(found, Guessing)  # a copy of this one
         found.turn = pieces[";"][0]
         return found
 

@@ -61,7 +61,7 @@ class Ant(MujocoTask):
     def reward(self, state: State) -> Tensor:
         velocity = (state.xpos[:, self.body, 0] - state.before) / self.dt
         healthy = ~state.terminated if self.terminate_when_unhealthy else self.healthy(state)
-        reward = self.forward_reward_weight * velocity + self.healthy_reward * healthy
+        reward: Tensor = self.forward_reward_weight * velocity + self.healthy_reward * healthy
         reward -= self.ctrl_cost_weight * state.ctrl.square().sum(1)
         if self.contact_forces:
             forces = state.cfrc_ext.flatten(1).clamp(*self.contact_force_range)

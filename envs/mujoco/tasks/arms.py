@@ -18,7 +18,7 @@ __all__ = ["Pusher", "Reacher"]
 class Arm(MujocoTask):
     """Named bodies, and joints of the last degrees of freedom that belong to goal and object and start at rest."""
 
-    fields: ClassVar = ("xpos",)
+    fields = ("xpos",)
     bodies: ClassVar[tuple[str, ...]]
 
     def setup(self, model: mujoco.MjModel, tensor: Callable[[Any], Tensor]) -> None:
@@ -52,7 +52,7 @@ class Reacher(Arm):
 
     def reward(self, state: State) -> Tensor:
         fingertip, target = self.positions(state)
-        distance = torch.linalg.vector_norm(fingertip - target, dim=1)
+        distance: Tensor = torch.linalg.vector_norm(fingertip - target, dim=1)
         return -self.reward_dist_weight * distance - self.reward_control_weight * state.ctrl.square().sum(1)
 
     def reset(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -86,8 +86,8 @@ class Pusher(Arm):
 
     def reward(self, state: State) -> Tensor:
         tip, item, goal = self.positions(state)
-        near = torch.linalg.vector_norm(item - tip, dim=1)
-        far = torch.linalg.vector_norm(item - goal, dim=1)
+        near: Tensor = torch.linalg.vector_norm(item - tip, dim=1)
+        far: Tensor = torch.linalg.vector_norm(item - goal, dim=1)
         control = state.ctrl.square().sum(1)
         return -(self.reward_dist_weight * far + self.reward_control_weight * control + self.reward_near_weight * near)
 

@@ -83,7 +83,7 @@ class Humanoid(HumanoidBody):
     def reward(self, state: State) -> Tensor:
         velocity = (self.remember(state) - state.before) / self.dt
         healthy = ~state.terminated if self.terminate_when_unhealthy else self.healthy(state)
-        reward = self.forward_reward_weight * velocity + self.healthy_reward * healthy
+        reward: Tensor = self.forward_reward_weight * velocity + self.healthy_reward * healthy
         reward -= self.ctrl_cost_weight * state.ctrl.square().sum(1)
         return reward - self.contact_cost(state, self.contact_cost_weight, self.contact_cost_range)
 
@@ -120,6 +120,6 @@ class HumanoidStandup(HumanoidBody):
         self.timestep = model.opt.timestep
 
     def reward(self, state: State) -> Tensor:
-        height = self.uph_cost_weight * state.qpos[:, 2] / self.timestep
+        height: Tensor = self.uph_cost_weight * state.qpos[:, 2] / self.timestep
         control = self.ctrl_cost_weight * state.ctrl.square().sum(1)
         return height - control - self.contact_cost(state, self.impact_cost_weight, self.impact_cost_range) + 1

@@ -45,7 +45,7 @@ class InvertedDoublePendulum(MujocoTask):
     healthy_reward: float = 10.0
     reset_noise_scale: float = 0.1
 
-    fields: ClassVar = ("site_xpos", "qfrc_constraint")
+    fields = ("site_xpos", "qfrc_constraint")
     camera: ClassVar = {"distance": 4.1225, "lookat": (0.0, 0.0, 0.1225)}
 
     def observe(self, state: State) -> Tensor:
