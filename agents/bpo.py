@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, cut
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_standardised, cut
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
@@ -83,6 +83,11 @@ class BPOConfig(ActorCriticConfig):
     """The median loss is added with this weight."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled down to this global norm."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.advantage == "stored":
+            check_standardised(self, "advantage='stored'")
 
 
 class BPOEstimator(OnPolicyEstimator):

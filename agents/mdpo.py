@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, cut
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_standardised, cut
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
@@ -54,6 +54,10 @@ class MDPOConfig(ActorCriticConfig):
     """A minibatch of the critic has this many environment steps."""
     clip_range_vf: Positive | None = 0.2
     """New values are clipped to the old ones plus or minus this number; None does not clip them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_standardised(self, "MDPO")
 
 
 def step_size(k: Tensor, K: Tensor) -> Tensor:

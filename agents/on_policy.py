@@ -19,8 +19,8 @@ from ccrl.settings import Activation, Compile, Count, Finite, Positive, Settings
 from ccrl.updaters import FlatUpdater, linear_decay
 
 __all__ = [
-    "VALUE", "ActorCriticConfig", "OnPolicyConfig", "OnPolicyEstimator", "check_eager", "check_unused",
-    "cut",
+    "VALUE", "ActorCriticConfig", "OnPolicyConfig", "OnPolicyEstimator", "check_eager",
+    "check_standardised", "check_unused", "cut",
 ]  # fmt: skip
 
 VALUE = frozenset({"value"})
@@ -100,6 +100,29 @@ def cut(policy: Any, n_steps: int, size: int | Literal["full"], epochs: int) -> 
     if policy.unit != "sequence":
         return Batching(size=size, epochs=epochs)
     return Batching("sequence", size if size == "full" else -(-size // n_steps), epochs)
+
+
+def check_standardised(config: Any, why: str, size: int | None = None) -> None:
+    """``ValueError`` if advantages are standardised over one row: it becomes 0 and the actor learns nothing of it.
+
+    :param why: the setting that standardises, for the message.
+    :param size: of minibatches that are standardised one by one, in steps; None: the whole rollout is.
+    """
+    total = config.num_envs * config.n_steps
+    size = total if size is None else size
+    if config.recurrent != "none":  # whole columns
+        size = -(-size // config.n_steps) * config.n_steps
+    last = total % size or min(size, total)
+    if last > 1:
+        return
+    if size == 1 or total == 1:
+        got = f"minibatches of {size}" if total > 1 else "a rollout of 1"
+    else:
+        got = f"a last minibatch of 1 ({config.num_envs} * {config.n_steps} = {total} steps in minibatches of {size})"
+    raise ValueError(
+        f"{why}: expected at least 2 steps to standardise advantages over (one becomes 0 and moves no actor), got "
+        f"{got}; change num_envs, n_steps or batch_size"
+    )
 
 
 def check_unused(config: Any, why: str, *names: str) -> None:

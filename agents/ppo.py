@@ -17,7 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, cut
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_standardised, cut
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
@@ -60,6 +60,12 @@ class PPOConfig(ActorCriticConfig):
     it."""
     recompute_advantages: bool = False
     """Values and advantages are computed anew before every epoch but the first (Andrychowicz et al. 2021)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalise_advantage != "none":
+            size = self.batch_size if self.normalise_advantage == "minibatch" else None
+            check_standardised(self, f"normalise_advantage={self.normalise_advantage!r}", size)
 
 
 class PPOEstimator(OnPolicyEstimator):

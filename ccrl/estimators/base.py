@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ccrl.bank import Bank
 from ccrl.collect import Request
 from ccrl.data import Batching, Data, Field
+from ccrl.estimators.losses import check_trainable
 from ccrl.estimators.scores import Scores
 from ccrl.estimators.terms import Term
 from ccrl.estimators.updates import GradientEstimate, Stats, Updater
@@ -42,6 +43,9 @@ class Phase:
     """Called with the statistics of every minibatch; True ends the phase (early stop on the KL). Costs a host sync."""
     skip: Callable[[Data], bool] | None = None
     """Called once with the prepared data; True leaves the phase out (a zero gradient still moves Adam's momentum)."""
+
+    def __post_init__(self) -> None:
+        check_trainable(self.terms)
 
 
 @dataclass

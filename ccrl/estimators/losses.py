@@ -5,19 +5,20 @@ Every factory takes 0-d tensors for numbers that a schedule moves; plain floats 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ccrl.data import Data
-from ccrl.estimators.terms import LogRatio, Loss, Number, Outputs
+from ccrl.estimators import ratios
+from ccrl.estimators.terms import LogRatio, Loss, Number, Outputs, Term
 from ccrl.policies.distributions import Distribution
 
 __all__ = [
-    "bounded_ratio", "bounded_target", "cispo", "clip", "closed_form_kl", "k1", "k2", "k3", "median_loss",
-    "modulated_ratio", "neg_entropy", "neg_log_prob", "ratio_stats", "value_loss", "weighted_ratio",
+    "bounded_ratio", "bounded_target", "check_trainable", "cispo", "clip", "closed_form_kl", "k1", "k2", "k3",
+    "median_loss", "modulated_ratio", "neg_entropy", "neg_log_prob", "ratio_stats", "value_loss", "weighted_ratio",
 ]  # fmt: skip
 
 
@@ -103,7 +104,11 @@ def closed_form_kl(distribution: Distribution) -> Loss:
 
 
 def k1(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-    """Sampled ``KL(pi_old || pi_theta)``, unbiased, may be negative: ``-log rho``."""
+    """Sampled ``KL(pi_old || pi_theta)``, unbiased, may be negative: ``-log rho``.
+
+    With ``ratios.reference`` a statistic only: the gradient of ``log pi - log ref`` on the policy's own samples is the
+    score, 0 in expectation, whatever the reference (``check_trainable`` refuses it).
+    """
     return -level.log_ratio
 
 
@@ -120,6 +125,18 @@ def k3(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> 
 def neg_entropy(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``-H(pi)``: with a positive coefficient an entropy bonus."""
     return -evaluation["entropy"]
+
+
+def check_trainable(terms: Sequence[Term]) -> None:
+    """``ValueError`` for a penalty that would do nothing: k1 of the KL to the reference, as a loss."""
+    for term in terms:
+        off = isinstance(term.coef, float | int) and term.coef == 0
+        if term.loss is k1 and term.ratio is ratios.reference and not off:
+            raise ValueError(
+                f"term {term.name!r}: expected a penalty with an expected gradient, got k1 of the KL to the reference, "
+                "whose gradient is the score: 0 in expectation. Use losses.k3, subtract k1 from the reward, or set "
+                "coef=0.0 for the statistic alone"
+            )
 
 
 # -- critics --------------------------------------------------------------------------------------------------------

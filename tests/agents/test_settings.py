@@ -146,3 +146,40 @@ def test_scaled_rewards_reach_the_returns(cls: type[Any]) -> None:
     assert agent.estimator.reward_norm.gamma == 0.0
     off = prepare_rollout(make(cls, clock(), gamma=0.0, **raw_options(cls)))
     assert off["return"].allclose(torch.tensor(2.0), atol=1e-5)
+
+
+ONE_ROW = [
+    # one step, alone or in each minibatch
+    (PPO, {"num_envs": 1, "n_steps": 1}, "normalise_advantage='minibatch': .* got a rollout of 1"),
+    (PPO, {"num_envs": 2, "n_steps": 16, "batch_size": 1}, "got minibatches of 1"),
+    # 33 = 2 * 16 + 1: the last minibatch of every epoch
+    (PPO, {"num_envs": 3, "n_steps": 11, "batch_size": 16}, r"a last minibatch of 1 \(3 \* 11 = 33 steps .* of 16\)"),
+    (PPO, {"num_envs": 1, "n_steps": 1, "normalise_advantage": "batch"}, "normalise_advantage='batch'"),
+    (PPO, {"num_envs": 3, "n_steps": 1, "batch_size": 2, "recurrent": "gru"}, "a last minibatch of 1"),
+    (MDPO, {"num_envs": 1, "n_steps": 1}, "MDPO: expected at least 2 steps"),
+    (BPO, {"num_envs": 1, "n_steps": 1, "advantage": "stored"}, "advantage='stored': expected at least 2 steps"),
+]
+
+
+@pytest.mark.parametrize(("cls", "options", "message"), ONE_ROW)
+def test_one_row_has_no_standardised_advantage(cls: type[Any], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        cls.Config(**options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (PPO, {"num_envs": 3, "n_steps": 11, "batch_size": 31}),  # 33 = 31 + 2
+        (PPO, {"num_envs": 3, "n_steps": 11, "batch_size": 64}),
+        (PPO, {"num_envs": 2, "n_steps": 16, "batch_size": 1, "normalise_advantage": "batch"}),
+        (PPO, {"num_envs": 1, "n_steps": 1, "normalise_advantage": "none"}),
+        (PPO, {"num_envs": 3, "n_steps": 11, "batch_size": 16, "recurrent": "gru"}),  # 2 columns, then 1: 11 steps
+        (BPO, {"num_envs": 1, "n_steps": 1}),
+    ],
+)
+def test_sizes_that_learn_are_accepted(cls: type[Any], options: dict[str, Any]) -> None:
+    agent = make(cls, **options)
+    before = torch.cat([p.detach().flatten().clone() for p in agent.policy.actor.parameters()])
+    agent.learn(agent.samples_per_iteration)
+    assert not torch.equal(torch.cat([p.detach().flatten() for p in agent.policy.actor.parameters()]), before)

@@ -7,13 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
+from ccrl.estimators.base import Phase
 from ccrl.estimators.stages import EpisodeReturn, GroupBaseline, RewardNorm, Standardise
-from ccrl.estimators.terms import Term, no_ratio, surrogate
+from ccrl.estimators.terms import Ratio, Term, no_ratio, surrogate
 from ccrl.policies import CATEGORICAL, GAUSSIAN
+from ccrl.updaters import FlatUpdater
 
 F64 = torch.float64
 
@@ -206,6 +208,19 @@ def test_the_reference_level_is_the_reference_over_the_policy() -> None:
     level = ratios.reference({"log_prob": tensor(-0.5).unsqueeze(0)}, data)
     assert float(losses.k1(level, level.valid, {}, data)) == 0.5
     assert float(losses.k3(level, level.valid, {}, data)) == pytest.approx(0.1065307)  # e^-.5 - .5
+
+
+def test_k1_of_the_kl_to_the_reference_is_refused_as_a_loss() -> None:
+    """Its gradient is the score. As a statistic, and as the forward KL to the old policy, it is what it says."""
+    updater = FlatUpdater(nn.Linear(1, 1), lr=0.1)
+
+    def phase(ratio: Ratio, coef: float) -> Phase:
+        return Phase("policy", (Term("kl", losses.k1, aggregates.mean, ratio, coef=coef),), Batching(), updater)
+
+    with pytest.raises(ValueError, match=r"term 'kl': .*got k1.*0 in expectation.*losses\.k3.*coef=0\.0"):
+        phase(ratios.reference, 0.1)
+    assert phase(ratios.reference, 0.0).terms[0].coef == 0.0
+    assert phase(ratios.token, 0.1).terms[0].coef == 0.1
 
 
 def test_sequence_ratios_of_ragged_columns() -> None:
