@@ -30,7 +30,7 @@ Run = Callable[[Sequence[Data]], object]
 def unequal(
     got: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
-    floor: Mapping[str, Tensor],
+    floor: Mapping[str, Tensor | float],
     perturbed: Callable[[], Mapping[str, Tensor]],
 ) -> list[str]:
     """Names whose tensors differ by more than ``TOLERANCE`` of their norm plus ``floor``.
@@ -114,8 +114,8 @@ def _differing(updater: FlatUpdater, terms: tuple[Term, ...], batches: Sequence[
     expected_gradient, expected_change, expected_finite = trial(eager)
     whole = torch.linalg.vector_norm(torch.stack([g.norm() for g in expected_gradient.values()]))
     smallest = dict.fromkeys(updater.names, eps * whole + eps**1.5)
-    rounding = {k: 4.0 * eps * v.norm() for k, v in updater.views(updater.flat).items()}
-    rounding |= {k: torch.tensor(eps) for k, _ in buffers()}
+    rounding: dict[str, Tensor | float] = {k: 4.0 * eps * v.norm() for k, v in updater.views(updater.flat).items()}
+    rounding |= dict.fromkeys((k for k, _ in buffers()), eps)
     wrong = {
         *unequal(gradient, expected_gradient, smallest, lambda: trial(eager, eps)[0]),
         *unequal(change, expected_change, rounding, lambda: trial(eager, eps)[1]),

@@ -23,7 +23,8 @@ def linear_decay(updaters: Iterable[Updater], lr: float, progress: Tensor | floa
     :param progress: done share of training in [0, 1]; a 0-d tensor is not read on the host.
     """
     for updater in updaters:
-        updater.lr.copy_(lr * (1.0 - torch.as_tensor(progress, dtype=updater.lr.dtype)).clamp_min(0.0))
+        done = torch.as_tensor(progress, dtype=updater.lr.dtype, device=updater.lr.device)
+        updater.lr.copy_(lr * (1.0 - done).clamp_min(0.0))
 
 
 def can_compile() -> tuple[bool, str]:

@@ -102,7 +102,7 @@ def test_the_first_compiled_batch_is_checked() -> None:
 def test_the_check_tells_rounding_from_faults() -> None:
     """Allowed: 1e-4 of the norm, or 16 times what moves with the parameters' own rounding."""
     one = {"p": torch.tensor([1.0, 1.0])}
-    none = {"p": torch.tensor(0.0)}
+    none = {"p": 0.0}
     assert unequal({"p": torch.tensor([1.0, 1.00005])}, one, none, lambda: one) == []
     assert unequal({"p": torch.tensor([1.0, 1.001])}, one, none, lambda: one) == ["p"]
     assert unequal({"p": torch.tensor([1.0, 1.001])}, one, none, lambda: {"p": torch.tensor([1.0, 1.0001])}) == []
