@@ -122,9 +122,9 @@ class Agent:
 
     def make_policy(self, heads: dict[str, Sequence[int]]) -> MLPPolicy:
         """The policy that the config describes."""
-        spaces = self.env.single_observation_space, self.env.single_action_space
-        policy: MLPPolicy = build_actor_critic(self.config, *spaces, heads).to(self.device)
-        return policy
+        env = self.env
+        policy = build_actor_critic(self.config, env.single_observation_space, env.single_action_space, heads)
+        return policy.to(self.device)  # type: ignore[no-any-return]
 
     def _fresh_envs(self, n: int) -> BatchedEnv:
         if self.episodic and n == self.env.num_envs:
@@ -253,10 +253,9 @@ class Agent:
     def _choose_compile(self, total_timesteps: int) -> None:
         if self.direction is not None:
             return  # only surrogates are compiled
-        if not getattr(self.policy, "compiles", True):
-            return
         steps = self.gradient_steps() * (total_timesteps // self.samples_per_iteration)
         wanted = self.config.compile == "on" or (self.config.compile == "auto" and steps >= COMPILE_FROM)
+        wanted = wanted and getattr(self.policy, "compiles", True)
         possible, why = can_compile()
         if wanted:
             print(f"[ccrl] {why}", flush=True)
@@ -311,16 +310,14 @@ class Agent:
     # -- acting -------------------------------------------------------------------------------------------------------
 
     def act(self, obs: Tree, deterministic: bool = False) -> Tensor:
-        """Actions for the environment ``[N, ...]`` from observations ``[N, ...]`` on the agent's device.
-
-        :raises ValueError: for a policy with a memory, which would begin an episode at every call.
-        """
+        """Actions for the environment ``[N, ...]`` from observations ``[N, ...]`` on the agent's device; ``ValueError``
+        for a policy with a memory, which would begin an episode at every call."""
         if has_memory(self.policy):
             raise ValueError("act: this policy has a memory; use acting(), which keeps it, or predict with its state")
         return Acting(self.policy, self.device)(obs, deterministic)
 
     def acting(self) -> Callable[[Tree, bool], Tensor]:
-        """``act`` for whole episodes; of a policy with a memory an ``Acting`` that keeps it, apart from training's."""
+        """``act`` for whole episodes: with a policy that has a memory an ``Acting`` of its own, which keeps it."""
         return Acting(self.policy, self.device) if has_memory(self.policy) else self.act
 
     def predict(

@@ -89,9 +89,9 @@ class RecurrentPolicy(MLPPolicy):
         if len(places):
             # the final observation continues its episode: from the state after the step that ended it
             before = states[:-1].flatten(0, 1).index_select(0, places)
-            rows = self.features(after.rows, "critic").index_select(0, slot[places])
-            values = self._head(self.critic.memory.step(rows, before)[0], head)
-            final = torch.zeros_like(values).index_copy(0, slot[places], values)
+            rows, chosen = self.features(after.rows, "critic"), slot[places]
+            values = self._head(self.critic.memory.step(rows.index_select(0, chosen), before)[0], head)
+            final = values.new_zeros(rows.shape[0]).index_copy(0, chosen, values)
         return value[:-1], after.patch(value[1:], value[:-1], final)
 
     def _head(self, latent: Tensor, head: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""For tests: a scripted environment, and the contracts that environments and agents keep.
+"""For tests: a scripted environment, tiny tasks, and the contracts that environments and agents keep.
 
 A new environment is tested by a subclass::
 
@@ -13,5 +13,9 @@ from ccrl.testing.agent_contract import AgentContract, SpacesEnv, prepare_rollou
 from ccrl.testing.clock import ClockEnv, Episode
 from ccrl.testing.contract import EnvContract
 from ccrl.testing.env_checks import sample_actions
+from ccrl.testing.tasks import FactorTask, PixelTask, RecallTask
 
-__all__ = ["AgentContract", "ClockEnv", "EnvContract", "Episode", "SpacesEnv", "prepare_rollout", "sample_actions"]
+__all__ = [
+    "AgentContract", "ClockEnv", "EnvContract", "Episode", "FactorTask", "PixelTask", "RecallTask", "SpacesEnv",
+    "prepare_rollout", "sample_actions",
+]  # fmt: skip
