@@ -241,7 +241,12 @@ class TokenCollector:
         return Completions(buffer, prompts, question, valid, valid.clone(), demonstration=True)
 
     def test_prompts(self, n: int, seed: int, split: Split = "test") -> Prompts:
-        """Questions that training does not move: decided by ``seed`` alone."""
+        """Questions that training does not move: decided by ``seed`` alone.
+
+        :raises ValueError: for fewer than one.
+        """
+        if n < 1:
+            raise ValueError(f"questions: expected at least one, got {n}")
         return self.task.prompts(n, torch.Generator().manual_seed(seed), split).to(self.device)
 
     # -- state --------------------------------------------------------------------------------------------------------

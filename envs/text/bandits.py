@@ -20,8 +20,8 @@ from envs.text.generated import at_least
 __all__ = ["Arms", "DeadPrompts", "EasyHard", "ModSum", "SequenceMatch", "SumRule", "SymbolVocabulary", "TokenBandit"]
 
 
-LARGEST_TABLE = 2**28
-"""Logits ``[questions, fixed_length, symbols]``: 1 GiB in float32."""
+LARGEST_TABLE = 2**24
+"""Logits ``[questions, fixed_length, symbols]``: 64 MiB in float32, and as much again for each of Adam's moments."""
 
 
 class SymbolVocabulary:

@@ -191,6 +191,9 @@ def _read(option: str, path: str | Path, needs_answer: bool) -> list[tuple[str, 
     """Where each record stands (``file:line``), and the record."""
     if not isinstance(path, str | Path):
         raise TypeError(f"{option}: expected the path of a JSONL file, got {path!r}")
+    if not Path(path).is_file():
+        kind = "a folder" if Path(path).is_dir() else "no file"
+        raise FileNotFoundError(f"{option}: expected the path of a JSONL file, got {str(path)!r}, which is {kind}")
     records = []
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         where = f"{path}:{number}"

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import signal
 import struct
@@ -35,11 +34,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from envs.text.generated import at_least
+
 __all__ = ["MISSING", "Sandbox"]
 
 RUNNER = Path(__file__).with_name("sandbox_runner.py")
 START_SECONDS = 60.0
 """What a busy machine may take to start the interpreter, beside the time of the programs."""
+LONGEST_SECONDS = 86_400
 MISSING: Any = type("Missing", (), {"__repr__": lambda self: "MISSING"})()
 """Stands for the output of a program that gave none: it raised, was stopped or did not come that far."""
 
@@ -61,14 +63,14 @@ class Sandbox:
     def __init__(
         self, cpu_seconds: float = 0.5, wall_seconds: float = 5.0, memory: int = 2**28, output: int = 2**16
     ) -> None:
-        for name, value, least in (
-            ("cpu_seconds", cpu_seconds, 0.01),
-            ("wall_seconds", wall_seconds, cpu_seconds),
-            ("memory", memory, 2**26),
-            ("output", output, 1),
-        ):
-            if not least <= value < math.inf:
-                raise ValueError(f"{name}: expected a finite number >= {least}, got {value}")
+        for name, seconds in (("cpu_seconds", cpu_seconds), ("wall_seconds", wall_seconds)):
+            number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+            if not number or not 0.01 <= seconds <= LONGEST_SECONDS:
+                raise ValueError(f"{name}: expected a number from 0.01 to {LONGEST_SECONDS}, got {seconds!r}")
+        if wall_seconds < cpu_seconds:
+            raise ValueError(f"wall_seconds: expected at least cpu_seconds = {cpu_seconds}, got {wall_seconds}")
+        at_least("memory", memory, 2**26, 2**40)
+        at_least("output", output, 1, 2**30)
         self.limits = {"cpu_seconds": cpu_seconds, "wall_seconds": wall_seconds, "memory": memory, "output": output}
         try:
             fine, refused = self.run([("x + 1", [1]), ("__import__('os').getppid()", [1])])

@@ -231,3 +231,23 @@ def test_large_vocabularies_are_projected_in_pieces(transformers: Any) -> None:
     assert list(chunk.values()) == [0, CHUNK]
     one = CausalLMPolicy(tiny_model(CHUNK_FROM, layers=1, width=4, heads=1), logits_chunk_size=0)
     assert one.logits_chunk_size == 0
+
+
+def test_the_default_pieces_change_no_result(transformers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values and gradients in float64, with a vocabulary that counts as large."""
+    monkeypatch.setattr("ccrl.llm.policy.CHUNK_FROM", 18)
+    monkeypatch.setattr("ccrl.llm.policy.CHUNK", 7)
+    task, found = make_task("arithmetic"), []
+    for chunk in (0, None):
+        torch.manual_seed(0)
+        policy: Any = build_policy(config(logits_chunk_size=chunk), task)
+        assert policy.logits_chunk_size == (7 if chunk is None else 0)
+        data = TokenCollector(task, seed=0).sample(
+            policy, task.prompts(4, Generator().manual_seed(0)), torch.arange(4).repeat_interleave(3)
+        )
+        policy.double()
+        out = policy(data, frozenset({"log_prob", "entropy"}))
+        (out["log_prob"] * data["valid"] + out["entropy"].square()).sum().backward()
+        found.append([out["log_prob"], out["entropy"], *(p.grad for p in policy.parameters())])
+    for whole, pieces in zip(*found, strict=True):
+        torch.testing.assert_close(pieces, whole, rtol=1e-6, atol=1e-12)

@@ -123,7 +123,7 @@ def test_no_symbol_ends_a_completion() -> None:
         ("arms", {"rewards": (1.0,)}, "expected two or more finite numbers"),
         ("modsum", {"fixed_length": 2**63}, "fixed_length: expected a whole number <= 61"),
         ("modsum", {"questions": 2**63}, "questions: expected a whole number <= 2147483647"),
-        ("modsum", {"questions": 2**31 - 1}, "expected a table of at most 268435456 logits"),
+        ("modsum", {"questions": 2**31 - 1}, "expected a table of at most 16777216 logits"),
         ("modsum", {"symbols": 2.0}, "symbols: expected a whole number"),
         ("sum_rule", {"seed": 2**63}, "seed: expected a whole number <= 9223372036854775807"),
         ("dead_prompts", {"dead": "half"}, "dead: expected a share from 0 to 1, got 'half'"),

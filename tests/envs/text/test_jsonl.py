@@ -208,6 +208,8 @@ def test_files_that_are_no_text(write: Write, tmp_path: Path) -> None:
     ("options", "error", "message"),
     [
         ({"path": None}, TypeError, "path: expected the path of a JSONL file, got None"),
+        ({"path": "nowhere"}, FileNotFoundError, "path: expected the path of a JSONL file, got 'nowhere', which is no"),
+        ({"test_path": "."}, FileNotFoundError, "test_path: expected the path of a JSONL file, .* which is a folder"),
         ({"test_path": 3}, TypeError, "test_path: expected the path of a JSONL file, got 3"),
         ({"components": ("a", "a")}, ValueError, "none of them twice"),
         ({"components": (1,)}, ValueError, "expected a list of at least one name"),

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +235,23 @@ def test_a_machine_without_the_filter_is_refused(monkeypatch: pytest.MonkeyPatch
     broken.write_text("raise OSError('no prctl')")
     with pytest.raises(RuntimeError, match="OSError: no prctl"):
         Sandbox()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cpu_seconds": "1"}, "cpu_seconds: expected a number from 0.01 to 86400, got '1'"),
+        ({"cpu_seconds": float("nan")}, "cpu_seconds: expected a number from 0.01"),
+        ({"wall_seconds": 2**63}, "wall_seconds: expected a number from 0.01 to 86400"),
+        ({"cpu_seconds": 9.0}, "wall_seconds: expected at least cpu_seconds = 9.0, got 5.0"),
+        ({"memory": 1e9}, "memory: expected a whole number"),
+        ({"memory": 2**63}, "memory: expected a whole number <= 1099511627776"),
+        ({"output": 0}, "output: expected a whole number >= 1"),
+    ],
+)
+def test_limits_out_of_range(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Sandbox(**options)
 
 
 def test_equal_programs_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
