@@ -10,6 +10,7 @@ from agents.llm import METHODS
 from ccrl import registry
 
 if TYPE_CHECKING:
+    from agents.a2c import A2C
     from agents.bac import BAC
     from agents.bpg import BPG
     from agents.bpo import BPO
@@ -22,10 +23,12 @@ if TYPE_CHECKING:
     from agents.ppo import PPO
 
 __all__ = [
-    "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO", "Grouped", "get_agent",
+    "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO", "Grouped",
+    "get_agent",
 ]  # fmt: skip
 
 AGENTS = {
+    "a2c": ("agents.a2c", "A2C"),
     "bac": ("agents.bac", "BAC"),
     "bpg": ("agents.bpg", "BPG"),
     "bpo": ("agents.bpo", "BPO"),

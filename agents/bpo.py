@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_standardised, cut
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, Updaters, check_standardised, cut
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.stages import standardise
 from ccrl.estimators.terms import LogRatio, Outputs, Term
+from ccrl.learn import Learner
 from ccrl.policies import MLPPolicy
 from ccrl.settings import Above, Activation, Count, Finite, Nonnegative, Positive
 from ccrl.updaters import FlatUpdater
@@ -96,8 +97,8 @@ class BPOEstimator(OnPolicyEstimator):
     eps_low: Tensor
     eps_high: Tensor
 
-    def __init__(self, config: BPOConfig, policy: MLPPolicy, updaters: dict[str, FlatUpdater]) -> None:
-        super().__init__(config, policy, updaters)
+    def __init__(self, config: BPOConfig, policy: MLPPolicy, updaters: Updaters) -> None:
+        super().__init__(config, policy)
         c = config
         device = next(policy.parameters()).device
         self.register_buffer("eps_low", torch.tensor(c.eps_low, device=device))
@@ -120,7 +121,7 @@ class BPOEstimator(OnPolicyEstimator):
             kappa = c.eps_low / (c.eps_low + c.eps_high)
             median = losses.median_loss(kappa=kappa, temperature=c.median_temperature or 1.0)
             terms.append(Term("median_loss", median, want=frozenset({"median"}), coef=c.u_coef, **plain))
-        before = self.advantages if c.recompute_returns else None
+        before = (lambda data, ctx: self.advantages(data)) if c.recompute_returns else None
         batching = cut(policy, c.n_steps, c.batch_size, c.n_epochs)
         self._phases = (Phase("policy", tuple(terms), batching, updaters["policy"], before),)
 
@@ -130,8 +131,6 @@ class BPOEstimator(OnPolicyEstimator):
         )
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
-        if self.config.anneal_lr:
-            self.anneal(ctx)
         if self.config.anneal_eps:
             # not quite to 0: bounds of zero width are a target of 1 for every ratio
             left = (1.0 - ctx.progress).clamp_min(1e-3)
@@ -169,15 +168,16 @@ class BPO(Agent):
     paper = "Ao et al. 2026, arXiv 2604.18578"
     Config = BPOConfig
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         c: BPOConfig = self.config
         heads: dict[str, Sequence[int]] = {"value": ()}
         if c.use_median:
             heads["median"] = c.median_hidden
-        self.policy = self.make_policy(heads)
-        updater = FlatUpdater(self.policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
-        self.updaters = {"policy": updater}
-        self.estimator = BPOEstimator(c, self.policy, self.updaters)
+        policy = self.make_policy(heads)
+        updaters: Updaters = {
+            "policy": FlatUpdater(policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
+        }
+        return self.rollouts(policy, BPOEstimator(c, policy, updaters), updaters)
 
     @classmethod
     def slots(cls) -> dict[str, str]:

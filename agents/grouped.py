@@ -20,6 +20,7 @@ from ccrl.batched_env import BatchedEnv, resolve_env
 from ccrl.collect import Request
 from ccrl.estimators.recipe import Parts, Recipe, RecipeConfig
 from ccrl.experiment.config import Options
+from ccrl.learn import Learner
 from ccrl.updaters import FlatUpdater
 
 __all__ = ["Grouped", "GroupedConfig"]
@@ -109,32 +110,29 @@ class Grouped(Agent):
     Config = GroupedConfig
     episodic = True
 
-    def __init__(self, env: str | BatchedEnv, config: Any = None, **options: Any) -> None:
-        config = self.Config() if config is None else config
-        if isinstance(env, str) and isinstance(config, GroupedConfig):
-            kwargs, device = options.pop("env_kwargs", None) or {}, options.get("device", "cpu")
-            made = [resolve_env(env, config.n_groups, device=device, **kwargs) for _ in range(config.group_size)]
-            super().__init__(StackedEnv(made), config, **options)
-            self.env_id, self.env_kwargs = env, dict(kwargs)
-        else:
-            super().__init__(env, config, **options)
-        if self.estimator.wants_reference:
-            self.ctx.bank.refresh("ref")
+    def connect(self, env: str | BatchedEnv) -> None:
+        if isinstance(env, str):
+            c = self.config
+            made = [resolve_env(env, c.n_groups, device=self.device, **self.env_kwargs) for _ in range(c.group_size)]
+            env = StackedEnv(made)
+        super().connect(env)
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         c = self.config
-        self.policy = self.make_policy({})
-        self.updaters = {
-            "policy": FlatUpdater(self.policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
-        }
+        policy = self.make_policy({})
+        updater = FlatUpdater(policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
         request = Request(episodes=c.num_envs, horizon=c.n_steps, groups=c.n_groups)
         recipe, config = c.recipe()
-        parts = Parts(self.policy, self.updaters["policy"], request, c.n_steps)
+        parts = Parts(policy, updater, request, c.n_steps)
         try:
-            self.estimator = recipe(config, parts)
+            estimator = recipe(config, parts)
         except ValueError as error:
             raise ValueError(f"method: {c.method!r} does not fit control tasks: {error}; choose another method, or a "
                              "text task (train.py llm)") from error  # fmt: skip
+        learner = self.rollouts(policy, estimator, {"policy": updater})
+        if estimator.wants_reference:
+            learner.ctx.bank.refresh("ref")
+        return learner
 
     @classmethod
     def slots(cls) -> dict[str, str]:

@@ -18,8 +18,7 @@ over scenarios, periods and stores. The clock counts scenario periods.
 from __future__ import annotations
 
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -32,17 +31,18 @@ from torch import Tensor
 from agents.base import Agent
 from ccrl.adapters.spaces import numpy_act
 from ccrl.batched_env import BatchedEnv, Tree
+from ccrl.collect import EpisodeStats, Request
 from ccrl.data import Batching, Data
-from ccrl.estimators.base import Context, Estimator, Phase, run_phases
-from ccrl.experiment.callbacks import Callback, FunctionCallback, as_callback
+from ccrl.estimators.base import Context, Estimator, Phase
 from ccrl.experiment.evaluation import EvalResult
 from ccrl.inventory.base_stock import BaseStockPolicy, CappedBaseStockPolicy, EchelonStockPolicy, JustInTimePolicy
 from ccrl.inventory.functional_env import FunctionalEnv, Network, Split, State, resolve_functional_env
 from ccrl.inventory.newsvendor import NewsvendorPolicy, demand_windows, fit_forecaster
 from ccrl.inventory.pathwise import Unrolled, average_cost, cost_term, scenario_data
 from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
+from ccrl.learn import Learner, RolloutLearner
 from ccrl.settings import Count, Positive, Settings
-from ccrl.updaters import ModuleUpdater, Stats, can_compile, linear_decay
+from ccrl.updaters import ModuleUpdater, Stats, Updater, can_compile
 
 __all__ = ["HDPO", "HDPOConfig"]
 
@@ -145,7 +145,7 @@ class PathwiseEstimator(Estimator):
 
     fitted: Tensor
 
-    def __init__(self, config: HDPOConfig, unrolled: Unrolled, updater: ModuleUpdater | None) -> None:
+    def __init__(self, config: HDPOConfig, unrolled: Unrolled, updater: Updater | None) -> None:
         super().__init__()
         policy = unrolled.policy
         self._forecast = None  # a function: holding the policy would save it twice
@@ -155,6 +155,9 @@ class PathwiseEstimator(Estimator):
         batching = Batching("sequence", config.batch_size, microbatch=config.microbatch)
         terms = (cost_term(unrolled.env.network.stores),)
         self._phases = () if updater is None else (Phase("policy", terms, batching, updater),)
+
+    def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
+        return [] if have else [Request(steps=1)]
 
     def phases(self) -> tuple[Phase, ...]:
         return self._phases
@@ -173,6 +176,85 @@ def _fit(env: FunctionalEnv, policy: NewsvendorPolicy, steps: int, data: Data, g
     return fit_forecaster(policy.forecaster, windows, steps, generator)
 
 
+class Scenarios:
+    """A fixed set of scenarios as a source of rollouts: every iteration trains on all of them."""
+
+    def __init__(self, data: Data, periods: int) -> None:
+        self.data, self.periods, self.clock = data, periods, 0
+        self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
+        self.log: dict[str, Any] = {}
+        self.env_seconds = 0.0
+
+    def collect(self, request: Request, policy: Any) -> Data:
+        """All scenarios; the clock counts their periods."""
+        self.clock += self.data.shape[1] * self.periods
+        return self.data
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scenarios are drawn again from the seed."""
+        return {"clock": self.clock}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.clock = state["clock"]
+
+
+@dataclass
+class Best:
+    """The lowest development cost so far, where it was found, and the newest one."""
+
+    cost: float = float("inf")
+    iteration: int = 0
+    newest: float = float("inf")
+
+    def state_dict(self) -> dict[str, Any]:
+        return vars(self).copy()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+class HDPOLearner(RolloutLearner):
+    """One iteration is one epoch over the scenarios; then, when it is due, the score on the development scenarios."""
+
+    def __init__(
+        self, agent: HDPO, source: Scenarios, unrolled: Unrolled, estimator: Estimator, updaters: dict[str, Updater]
+    ) -> None:
+        c = agent.config
+        super().__init__(
+            source, unrolled.policy, estimator, updaters, samples=c.n_train * source.periods, columns=c.n_train,
+            clock_unit="scenario periods", anneal=c.anneal_lr, seed=agent.seed, device=agent.device,
+            remember=1,
+        )  # fmt: skip
+        self._agent, self.unrolled, self.best = agent, unrolled, Best()
+        self.state.register("best", self.best)
+        self.ctx.bank.refresh("best")
+
+    def outputs(self) -> frozenset[str]:
+        return self.unrolled.outputs()
+
+    def _iterate(self) -> tuple[dict[str, Data], Stats, dict[str, float]]:
+        data, stats, seconds = super()._iterate()
+        if "cost" in stats:  # minus cost per store, as the batched environment pays, and the horizon
+            periods = self.source.periods
+            self.episodes.extend(
+                -stats["cost"].reshape(1).double() * periods, torch.full((1,), periods, device=self.device)
+            )
+        return data, stats, seconds
+
+    def _log(self, data: Mapping[str, Any], stats: Stats, seconds: dict[str, float]) -> None:
+        start = time.perf_counter()
+        if self.iteration % self._agent.config.dev_every == 0 or self.iteration == 1 or not self.updaters:
+            self._score()
+        super()._log(data, stats, seconds | {"dev": time.perf_counter() - start})
+        self.scalars |= {"dev/cost": self.best.newest, "dev/best_cost": self.best.cost}
+
+    def _score(self) -> None:
+        self.best.newest = self._agent.average(self.policy, "dev", self._agent.dev).mean().item()
+        if self.best.newest < self.best.cost:
+            self.best.cost, self.best.iteration = self.best.newest, self.iteration
+            self.ctx.bank.refresh("best")
+
+
 class HDPO(Agent):
     """Hindsight Differentiable Policy Optimization.
 
@@ -183,46 +265,31 @@ class HDPO(Agent):
     paper = "Alvo, Russo, Kanoria, Lee 2023, arXiv 2306.11246"
     Config = HDPOConfig
 
-    def __init__(
-        self,
-        env: str | FunctionalEnv,
-        config: HDPOConfig | None = None,
-        *,
-        seed: int = 0,
-        device: torch.device | str = "cpu",
-        env_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        config = HDPOConfig() if config is None else config
-        if not isinstance(config, HDPOConfig):
-            raise TypeError(f"config: expected HDPOConfig, got {type(config).__name__}")
-        self.config, self.seed, self.env_kwargs = config, seed, dict(env_kwargs or {})
-        self.env_id, self.env = env if isinstance(env, str) else None, None
+    def connect(self, env: str | FunctionalEnv) -> None:
+        c = self.config
         simulator = resolve_functional_env(env, **(self.env_kwargs if isinstance(env, str) else {}))
-        self.simulator, self.device = simulator.split("train"), torch.device(device)
-        self.data = scenario_data(self.simulator, self.scenarios("train", config.n_train, 2 * seed))
-        self.dev = self.scenarios("dev", config.n_dev, 2 * seed + 1)
-        self.collector = None
-        self._begin()
-        self.ctx.bank.refresh("best")
-        self.best_cost, self.best_iteration, self._dev_cost, self._steps = float("inf"), 0, float("inf"), 0
-        self.episodes = deque(maxlen=1)
-        """Mean return of the last epoch's scenarios (minus cost per store) and the horizon."""
+        self.simulator = simulator.split("train")
+        self.data = scenario_data(self.simulator, self.scenarios("train", c.n_train, 2 * self.seed))
+        self.dev = self.scenarios("dev", c.n_dev, 2 * self.seed + 1)
+        self.collector = Scenarios(self.data, self.simulator.periods)
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         c: HDPOConfig = self.config
         make, _, settings = _POLICIES[c.policy]
-        own = {k: getattr(c, k) for k in settings}
-        self.policy = make(self.simulator.network, self._observed(), **own).to(self.device)
-        self.unrolled = Unrolled(self.simulator, self.policy, compile_period=c.compile == "period" and can_compile()[0])
-        self.updaters = {}
-        if any(p.requires_grad for p in self.policy.parameters()):
-            lr = self.step_size
+        policy = make(self.simulator.network, self._observed(), **{k: getattr(c, k) for k in settings}).to(self.device)
+        possible, why = can_compile()
+        if c.compile != "off":
+            print(f"[ccrl] {COMPILED[c.compile] if possible else why}", flush=True)
+        unrolled = Unrolled(self.simulator, policy, compile_period=c.compile == "period" and possible)
+        updaters: dict[str, Updater] = {}
+        if any(p.requires_grad for p in policy.parameters()):
             clip = 1.0 if c.max_grad_norm is None and c.policy == "gnn" else c.max_grad_norm
-            self.updaters["policy"] = ModuleUpdater(
-                self.unrolled, lambda params: torch.optim.Adam(params, lr=lr), max_grad_norm=clip,
-                compile=c.compile == "horizon" and can_compile()[0],
+            updaters["policy"] = ModuleUpdater(
+                unrolled, lambda params: torch.optim.Adam(params, lr=self.step_size), max_grad_norm=clip,
+                compile=c.compile == "horizon" and possible,
             )  # fmt: skip
-        self.estimator = PathwiseEstimator(c, self.unrolled, self.updaters.get("policy")).to(self.device)
+        estimator = PathwiseEstimator(c, unrolled, updaters.get("policy"))
+        return HDPOLearner(self, self.collector, unrolled, estimator, updaters)
 
     @property
     def step_size(self) -> float:
@@ -250,98 +317,37 @@ class HDPO(Agent):
         generator = torch.Generator().manual_seed(seed)
         return self.simulator.split(split).sample(count, generator, device=self.device)
 
-    def outputs(self) -> frozenset[str]:
-        return self.unrolled.outputs()
-
-    # -- learning -----------------------------------------------------------------------------------------------------
-
     @property
-    def num_timesteps(self) -> int:
-        """The agent's clock: scenario periods simulated under gradients so far."""
-        return self._steps
-
-    @property
-    def samples_per_iteration(self) -> int:
-        """Scenario periods per epoch, which is one iteration."""
-        return self.config.n_train * self.simulator.periods
-
-    @property
-    def converged(self) -> bool:
+    def finished(self) -> bool:
         """Whether ``patience`` epochs passed without a better score, or there is nothing to train."""
-        waited = self.iteration - self.best_iteration
-        return self.iteration > 0 and (not self.updaters or waited >= self.config.patience)
+        best, iteration = self.learner.best, self.iteration
+        return iteration > 0 and (not self.updaters or iteration - best.iteration >= self.config.patience)
 
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: Callback | Callable[[Agent], bool | None] | Sequence[Callback] | None = None,
-        progress_bar: bool = False,
-    ) -> HDPO:
-        """Train until the clock shows ``total_timesteps`` scenario periods, or no better policy is found."""
-        if self.converged:
-            print(f"[ccrl] hdpo: nothing better since epoch {self.best_iteration}; training is over", flush=True)
-            return self
-        stop = FunctionCallback(lambda agent: not agent.converged)
-        super().learn(total_timesteps, [*as_callback(callback), stop], progress_bar)
-        return self
+    def before_learning(self) -> None:
+        if self.finished:
+            print(
+                f"[ccrl] hdpo: nothing better since epoch {self.learner.best.iteration}; training is over", flush=True
+            )
 
-    def _choose_compile(self, total_timesteps: int) -> None:
-        if self.config.compile != "off":
-            possible, why = can_compile()
-            print(f"[ccrl] {COMPILED[self.config.compile] if possible else why}", flush=True)
-
-    def _iterate(self) -> None:
-        self.healthy = False
-        start = time.perf_counter()
-        have = {"on": self.data}
-        if self.config.anneal_lr:
-            linear_decay(self.updaters.values(), self.step_size, self.ctx.progress)
-        stats = self.estimator.fit(have, self.ctx)
-        update, steps = run_phases(self.estimator, have, self.ctx)
-        stats |= update
-        self._check_finite()
-        middle = time.perf_counter()
-        self.ctx.k += 1
-        self.iteration += 1
-        self.n_updates += steps
-        self._steps += self.samples_per_iteration
-        if self.iteration % self.config.dev_every == 0 or self.iteration == 1 or not self.updaters:
-            self._score()
-        self._log(stats, start, middle)
-        self.healthy = True
-
-    def _score(self) -> None:
-        cost = self._average(self.policy, "dev", self.dev).mean().item()
-        self._dev_cost = cost
-        if cost < self.best_cost:
-            self.best_cost, self.best_iteration = cost, self.iteration
-            self.ctx.bank.refresh("best")
-
-    def _average(self, policy: torch.nn.Module, split: Split, scenarios: State) -> Tensor:
+    def average(self, policy: torch.nn.Module, split: Split, scenarios: State) -> Tensor:
+        """Cost per period and store of each scenario ``[B]``, after the warm-up."""
         unrolled = Unrolled(self.simulator.split(split), policy)
         return average_cost(unrolled, scenarios, whole_units=self.config.whole_units)
 
-    def _log(self, stats: dict[str, Tensor], start: float, middle: float) -> None:
-        since, first = self._started
-        now = time.perf_counter()
-        if "cost" in stats:
-            self.episodes.append((-float(stats["cost"]) * self.simulator.periods, self.simulator.periods))
-        mean = self.ep_rew_mean
-        self.scalars = {} if mean is None else {"rollout/ep_rew_mean": mean}
-        self.scalars |= {
-            "dev/cost": self._dev_cost,
-            "dev/best_cost": self.best_cost,
-            "time/fps": (self.num_timesteps - first) / max(now - since, 1e-9),
-            "time/iterations": self.iteration,
-            "time/time_elapsed": now - since,
-            "time/total_timesteps": self.num_timesteps,
-            "time/update": (middle - start) / (now - start),
-            "time/dev": (now - middle) / (now - start),
-            **{f"train/{k}": v for k, v in stats.items()},
-            "train/n_updates": self.n_updates,
-        }
-        if self.updaters:
-            self.scalars["train/learning_rate"] = self.updaters["policy"].lr.clone()
+    @property
+    def unrolled(self) -> Unrolled:
+        """The simulator under the policy that is trained."""
+        return self.learner.unrolled
+
+    @property
+    def best_cost(self) -> float:
+        """The best development cost so far."""
+        return self.learner.best.cost
+
+    @property
+    def best_iteration(self) -> int:
+        """Where it was found."""
+        return self.learner.best.iteration
 
     # -- acting -------------------------------------------------------------------------------------------------------
 
@@ -370,7 +376,7 @@ class HDPO(Agent):
         """Cost per period and store of the best policy after the warm-up: mean and standard error over ``count`` new
         scenarios (``None``: 2,000, or every recorded series), which ``seed`` decides alone: the same for all agents."""
         count = (self.simulator.available or 2000) if count is None else count
-        costs = self._average(self.ctx.bank.policy("best"), split, self.scenarios(split, count, 10**6 + seed))
+        costs = self.average(self.ctx.bank.policy("best"), split, self.scenarios(split, count, 10**6 + seed))
         return costs.mean().item(), (costs.std() / count**0.5).item() if count > 1 else float("nan")
 
     def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> EvalResult:
@@ -383,18 +389,3 @@ class HDPO(Agent):
         unrolled = Unrolled(simulator, self.ctx.bank.policy("best"))
         costs = average_cost(unrolled, found, whole_units=self.config.whole_units, ignore=0)
         return EvalResult((-costs * periods).cpu().numpy(), torch.full((episodes,), periods).numpy())
-
-    # -- state --------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that training reads; the scenarios are drawn again from the seed."""
-        return super().state_dict() | {
-            "steps": self._steps,
-            "best": [self.best_cost, self.best_iteration, self._dev_cost],
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict`` in place."""
-        super().load_state_dict(state)
-        self._steps = state["steps"]
-        self.best_cost, self.best_iteration, self._dev_cost = state["best"]

@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_standardised, cut
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, Updaters, check_standardised, cut
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.stages import Standardise
 from ccrl.estimators.terms import Term
+from ccrl.learn import Learner
 from ccrl.policies import MLPPolicy
 from ccrl.settings import Count, Positive
 from ccrl.updaters import FlatUpdater
@@ -60,9 +61,10 @@ class MDPOConfig(ActorCriticConfig):
         check_standardised(self, "MDPO")
 
 
-def step_size(k: Tensor, K: Tensor) -> Tensor:
-    """``t_k = 1 - (k - 1) / K``: 1 + 1/K at the first iteration (k = 0), 2 / K at the last, never 0."""
-    return 1.0 - (k - 1.0) / K
+def step_size(progress: Tensor, share: Tensor) -> Tensor:
+    """``t_k = max(1 - p + s, 2 s)`` with p the progress and s the share of one iteration: with ``p = k / K`` and
+    ``s = 1 / K`` it is ``1 - (k - 1) / K``: 1 + 1/K at the first iteration (k = 0), 2 / K at the last, never less."""
+    return torch.maximum(1.0 - (progress - share), 2.0 * share)
 
 
 class MDPOEstimator(OnPolicyEstimator):
@@ -70,8 +72,8 @@ class MDPOEstimator(OnPolicyEstimator):
 
     inv_t: Tensor
 
-    def __init__(self, config: MDPOConfig, policy: MLPPolicy, updaters: dict[str, FlatUpdater]) -> None:
-        super().__init__(config, policy, updaters)
+    def __init__(self, config: MDPOConfig, policy: MLPPolicy, updaters: Updaters) -> None:
+        super().__init__(config, policy)
         c = config
         self.register_buffer("inv_t", torch.ones((), device=next(policy.parameters()).device))
         kl = losses.closed_form_kl(policy.distribution)
@@ -95,10 +97,7 @@ class MDPOEstimator(OnPolicyEstimator):
         )
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
-        # a run that goes on past its planned K keeps the last step size: t_k would become 0, then negative
-        self.inv_t.copy_(1.0 / step_size(torch.minimum(ctx.k, ctx.K - 1.0), ctx.K))
-        if self.config.anneal_lr:
-            self.anneal(ctx)
+        self.inv_t.copy_(1.0 / step_size(ctx.progress, ctx.share))
         return super().prepare(have, ctx)
 
     def advantages(self, data: Data) -> Data:
@@ -108,7 +107,7 @@ class MDPOEstimator(OnPolicyEstimator):
         return self._phases
 
 
-def _flat_advantages(data: Data) -> bool:
+def _flat_advantages(data: Data, ctx: Context) -> bool:
     """No spread in the advantages: no policy step (Adam's momentum would move the policy on a zero gradient)."""
     return not bool((data["advantage"] != 0).any())
 
@@ -120,16 +119,16 @@ class MDPO(Agent):
     paper = "Tomar et al. 2020, arXiv 2005.09814"
     Config = MDPOConfig
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         c: MDPOConfig = self.config
-        self.policy = self.make_policy({"value": ()})
-        self.updaters = {
+        policy = self.make_policy({"value": ()})
+        updaters: Updaters = {
             name: FlatUpdater(
-                self.policy, prefixes=[prefix], lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps
+                policy, prefixes=[prefix], lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps
             )
             for name, prefix in (("policy", "actor."), ("critic", "critic."))
         }
-        self.estimator = MDPOEstimator(c, self.policy, self.updaters)
+        return self.rollouts(policy, MDPOEstimator(c, policy, updaters), updaters)
 
     @classmethod
     def slots(cls) -> dict[str, str]:

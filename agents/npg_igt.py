@@ -32,6 +32,7 @@ from ccrl.buffer import space_like
 from ccrl.data import Data
 from ccrl.estimators.base import Context
 from ccrl.estimators.trajectory import LinearBaseline, TrajectoryEstimator
+from ccrl.learn import Learner
 from ccrl.policies import MLPPolicy
 from ccrl.settings import Above, Count, Natural, Positive
 from ccrl.updaters import FlatUpdater, GradientEstimate
@@ -185,14 +186,13 @@ class TrajectoryAgent(Agent):
     episodic = True
     Direction: ClassVar[type[MomentumDirection]]
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         c = self.config
-        self.policy = self.make_policy({})
-        updater = FlatUpdater(self.policy, lr=c.learning_rate)
-        self.updaters = {"policy": updater}
-        baseline = linear_baseline(self.policy, self.env.single_observation_space) if c.baseline == "linear" else None
-        rule = self.Direction(c, updater.flat, updater.lr, baseline)
-        self.estimator, self.direction = rule, rule
+        policy = self.make_policy({})
+        updater = FlatUpdater(policy, lr=c.learning_rate)
+        baseline = linear_baseline(policy, self.env.single_observation_space) if c.baseline == "linear" else None
+        direction = self.Direction(c, updater.flat, updater.lr, baseline)
+        return self.rollouts(policy, direction, {"policy": updater}, direction)
 
 
 class NPGIGT(TrajectoryAgent):

@@ -15,13 +15,16 @@ from ccrl.data import Batching, Data
 from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.stages import Gae, RewardNorm, Values
 from ccrl.policies import MLPPolicy
-from ccrl.settings import Activation, Compile, Count, Finite, Positive, Settings, TimeLimit, Unit
-from ccrl.updaters import FlatUpdater, linear_decay
+from ccrl.settings import Activation, Compile, Count, Finite, Natural, Positive, Settings, TimeLimit, Unit
+from ccrl.updaters import Updater
 
 __all__ = [
-    "VALUE", "ActorCriticConfig", "OnPolicyConfig", "OnPolicyEstimator", "check_eager",
+    "VALUE", "ActorCriticConfig", "OnPolicyConfig", "OnPolicyEstimator", "Updaters", "check_eager",
     "check_standardised", "check_unused", "cut",
 ]  # fmt: skip
+
+Updaters = dict[str, Updater]
+"""By name; the first one's step size is the agent's."""
 
 VALUE = frozenset({"value"})
 """What a value loss wants of the policy."""
@@ -65,6 +68,8 @@ class OnPolicyConfig(Settings):
     """Normalised observations and rewards are clipped to plus or minus this number."""
     adam_eps: Positive = 1e-5
     """Adam adds this epsilon to the root of its second moment."""
+    collection_lag: Natural = 0
+    """Rollouts are of the policy of this many iterations ago, for studies of staleness."""
     compile: Compile = "auto"
     """Updates are fused into compiled graphs: always (on), never (off), or from 1,000 gradient steps on where there
     is a C++ compiler (auto)."""
@@ -145,9 +150,9 @@ def check_eager(config: Any) -> None:
 class OnPolicyEstimator(Estimator):
     """What PPO, MDPO and BPO share: one rollout, reward scaling, values, GAE, a learning-rate schedule."""
 
-    def __init__(self, config: Any, policy: MLPPolicy, updaters: dict[str, FlatUpdater]) -> None:
+    def __init__(self, config: Any, policy: MLPPolicy) -> None:
         super().__init__()
-        self.config, self._updaters = config, updaters
+        self.config = config
         # bound methods: holding the module itself would save it twice
         self._values: Callable[[Data], Data] = Values(policy.values)
         if policy.unit == "sequence":
@@ -173,10 +178,6 @@ class OnPolicyEstimator(Estimator):
     def advantages(self, data: Data) -> Data:
         """Values, GAE, returns."""
         return self._gae(self._values(data))
-
-    def anneal(self, ctx: Context) -> None:
-        """Linear learning-rate decay."""
-        linear_decay(self._updaters.values(), self.config.learning_rate, ctx.progress)
 
 
 def _sequence_values(state_values: Callable[[Data], tuple[Tensor, Tensor]], data: Data) -> Data:

@@ -17,12 +17,13 @@ from typing import Any, Literal
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, check_standardised, cut
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, Updaters, check_standardised, cut
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
-from ccrl.estimators.base import Context, Phase
+from ccrl.estimators.base import Phase
 from ccrl.estimators.stages import Standardise, standardise
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
+from ccrl.learn import Learner
 from ccrl.policies import MLPPolicy
 from ccrl.settings import Count, Finite, Nonnegative, Positive
 from ccrl.updaters import FlatUpdater, Updater
@@ -71,8 +72,8 @@ class PPOConfig(ActorCriticConfig):
 class PPOEstimator(OnPolicyEstimator):
     """Clipped surrogate, value and entropy terms in one phase."""
 
-    def __init__(self, config: PPOConfig, policy: MLPPolicy, updaters: dict[str, FlatUpdater]) -> None:
-        super().__init__(config, policy, updaters)
+    def __init__(self, config: PPOConfig, policy: MLPPolicy, updaters: Updaters) -> None:
+        super().__init__(config, policy)
         c = config
         loss = losses.clip(c.clip_range, c.clip_range)
         if c.normalise_advantage == "minibatch":
@@ -90,11 +91,6 @@ class PPOEstimator(OnPolicyEstimator):
         batching = cut(policy, c.n_steps, c.batch_size, c.n_epochs)
         self._phases = (_phase(c, batching, terms, updaters["policy"], self.advantages),)
 
-    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
-        if self.config.anneal_lr:
-            self.anneal(ctx)
-        return super().prepare(have, ctx)
-
     def advantages(self, data: Data) -> Data:
         data = super().advantages(data)
         return Standardise()(data) if self.config.normalise_advantage == "batch" else data
@@ -105,8 +101,8 @@ class PPOEstimator(OnPolicyEstimator):
 
 def _phase(c: PPOConfig, batching: Batching, terms: tuple[Term, ...], updater: Updater, recompute: Any) -> Phase:
     limit = None if c.target_kl is None else 1.5 * c.target_kl
-    stop = None if limit is None else (lambda stats: bool(stats["approx_kl"] > limit))
-    before = recompute if c.recompute_advantages else None
+    stop = None if limit is None else (lambda stats, ctx: bool(stats["approx_kl"] > limit))
+    before = (lambda data, ctx: recompute(data)) if c.recompute_advantages else None
     return Phase("policy", terms, batching, updater, before, stop)
 
 
@@ -126,12 +122,13 @@ class PPO(Agent):
     paper = "Schulman et al. 2017, arXiv 1707.06347"
     Config = PPOConfig
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         c: PPOConfig = self.config
-        self.policy = self.make_policy({"value": ()})
-        updater = FlatUpdater(self.policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
-        self.updaters = {"policy": updater}
-        self.estimator = PPOEstimator(c, self.policy, self.updaters)
+        policy = self.make_policy({"value": ()})
+        updaters: Updaters = {
+            "policy": FlatUpdater(policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
+        }
+        return self.rollouts(policy, PPOEstimator(c, policy, updaters), updaters)
 
     @classmethod
     def slots(cls) -> dict[str, str]:

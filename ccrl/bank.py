@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,8 +43,17 @@ class Bank:
         return [n for n in self._versions if not n.startswith("_")]
 
     @torch.no_grad()
-    def refresh(self, version: str, source: str = "live", mix: float | Tensor = 1.0) -> None:
-        """``version <- (1 - mix) version + mix source`` in place; created on first use. Buffers are copied."""
+    def refresh(
+        self,
+        version: str,
+        source: str = "live",
+        mix: float | Tensor = 1.0,
+        prefixes: Sequence[str] | None = None,
+    ) -> None:
+        """``version <- (1 - mix) version + mix source`` in place; created on first use. Buffers are copied.
+
+        :param prefixes: move only the parameters and buffers whose names start with one of them; None: all.
+        """
         if version == "live":
             raise ValueError("bank: 'live' is the module being trained; refresh a frozen version")
         module = self.policy(source)
@@ -56,13 +65,18 @@ class Bank:
             self._versions[version] = frozen.eval()
             return
         target = self._versions[version]
-        for p, q in zip(target.parameters(), module.parameters()):
-            if isinstance(mix, Tensor) or mix < 1.0:
-                p.lerp_(q, mix.to(p) if isinstance(mix, Tensor) else mix)
-            else:
-                p.copy_(q)
-        for old, new in zip(target.buffers(), module.buffers()):
-            old.copy_(new)
+        old, new = (_chosen(m.named_parameters(), prefixes) for m in (target, module))
+        if not old:
+            pass  # a rule without parameters; foreach refuses empty lists
+        elif isinstance(mix, Tensor):
+            for x, y in zip(old, new):
+                x.lerp_(y, mix.to(x))
+        elif mix < 1.0:
+            torch._foreach_lerp_(old, new, mix)
+        else:
+            torch._foreach_copy_(old, new)
+        for buffer, source_buffer in zip(*(_chosen(m.named_buffers(), prefixes) for m in (target, module))):
+            buffer.copy_(source_buffer)
 
     def state_dict(self) -> dict[str, Any]:
         return {name: self._versions[name].state_dict() for name in self.names()}
@@ -71,6 +85,10 @@ class Bank:
         for name, values in state.items():
             self.refresh(name)
             self._versions[name].load_state_dict(values)
+
+
+def _chosen(named: Iterable[tuple[str, Tensor]], prefixes: Sequence[str] | None) -> list[Tensor]:
+    return [x for name, x in named if prefixes is None or name.startswith(tuple(prefixes))]
 
 
 @torch.no_grad()

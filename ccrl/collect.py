@@ -111,6 +111,11 @@ class Collector:
         self._fresh: Stream | None = None
         self._random_actor: RandomActor | None = None
 
+    @property
+    def clock(self) -> int:
+        """Valid environment steps so far, of streams and of fresh episodes."""
+        return self.total_steps + self.fresh_steps
+
     # -- requests -----------------------------------------------------------------------------------------------------
 
     def collect(self, request: Request, policy: Actor) -> Data:
@@ -297,6 +302,7 @@ class Collector:
             if stream.state is not None:
                 state |= {"policy_state": stream.state.clone(), "first": stream.first.clone()}
             state |= {"env": self.env.state_dict(), "obs": tree_map(torch.clone, stream.obs)}  # type: ignore[attr-defined]
+            state["backend"] = type(self.env).__name__
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -306,6 +312,8 @@ class Collector:
         self.total_steps, self.fresh_steps = state["total_steps"], state.get("fresh_steps", 0)
         stream = self._stream
         note = self.resume_note
+        if note is None and state.get("backend", type(self.env).__name__) != type(self.env).__name__:
+            note = f"the saved state is of a {state['backend']}, the environment is a {type(self.env).__name__}"
         if note is not None:
             self._tell(note)
         if "env" not in state or note is not None:

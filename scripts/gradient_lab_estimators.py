@@ -244,7 +244,7 @@ def _momentum(config: Any, estimator: Any, name: str, setting: Any, episodes: in
     collector = Collector(env, seed=setting.seed + 5, make_env=lambda n: env)
     k = torch.zeros((), dtype=torch.float64)
     own = setting.ctx
-    ctx = Context(k=k, K=own.K, generator=own.generator, bank=own.bank, scores=own.scores)
+    ctx = Context(own.generator, own.bank, own.scores, k=k)
 
     def estimate(data: Data) -> GradientEstimate:
         k.zero_()

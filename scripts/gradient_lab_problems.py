@@ -144,10 +144,7 @@ class Setting:
         env = self.make(warmup)
         self.policy: Any = p.policy(env)
         self.theta = torch.cat([x.detach().double().reshape(-1) for x in self.policy.parameters()])
-        self.ctx = Context(
-            k=torch.zeros((), dtype=torch.float64), K=torch.ones((), dtype=torch.float64),
-            generator=torch.Generator().manual_seed(seed + 1), bank=Bank(self.policy), scores=self.scores,
-        )  # fmt: skip
+        self.ctx = Context(torch.Generator().manual_seed(seed + 1), Bank(self.policy), self.scores)
         data = next(self.rollouts(warmup, seed + 2, env))
         self.critic = self._fit(data)
         self.truth_error: Tensor | None = None

@@ -153,7 +153,7 @@ class Training:
         callbacks += [CheckpointCallback(run.checkpoints, config.checkpoint_every, config.keep_checkpoints), stop]
         try:
             with timed(run, agent, evaluation):
-                agent.learn(config.total_timesteps, callbacks, progress_bar=config.progress)
+                agent.learn(callback=callbacks, progress_bar=config.progress, until=config.total_timesteps)
                 if stop.received and agent.num_timesteps < config.total_timesteps:
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
@@ -162,9 +162,9 @@ class Training:
             sys.exit(f"[ccrl] stopped at {agent.num_timesteps:,} of {config.total_timesteps:,} steps; {how}")
         finally:
             logger.close()
-            for env in (agent.env, self.eval_env):
-                if env is not None:
-                    env.close()
+            agent.close()
+            if self.eval_env is not None:
+                self.eval_env.close()
         mean, count = agent.ep_rew_mean, len(agent.episodes)
         score = "no episode ended" if mean is None else f"mean return of the last {count} episodes {mean:.1f}"
         print(f"[ccrl] {agent.num_timesteps:,} steps, {score}; run folder: {run.path}", flush=True)
@@ -216,7 +216,7 @@ def _restore(cls: type[Any], run: RunFolder, config: Any) -> Any:
     path = checkpoint.latest(run.checkpoints)
     if path is None:
         raise FileNotFoundError(f"{run.path}: expected a checkpoint to resume from, found none; start a new run")
-    agent = cls.load(path, device=config.device)
+    agent = cls.load(path, device=config.device, restore_rng=True)
     mine = _facts(config.env, config.seed, config.env_kwargs, config.agent)
     saved = _facts(agent.env_id, agent.seed, agent.env_kwargs, agent.config)
     if different := sorted(k for k in mine.keys() | saved.keys() if mine.get(k) != saved.get(k)):

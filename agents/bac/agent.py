@@ -36,6 +36,7 @@ from ccrl.gp.fisher import BatchFisher, Fisher
 from ccrl.gp.gptd import Chain, QPosterior, gptd, recursive_gptd
 from ccrl.gp.posterior import Covariance, Posterior
 from ccrl.gp.solve import LowRank, pivoted_cholesky
+from ccrl.learn import Learner
 from ccrl.packages import require
 from ccrl.policies import GibbsPolicy, MLPPolicy, RBFGrid
 from ccrl.settings import Count, Nonnegative, Positive
@@ -202,15 +203,14 @@ class BAC(Agent):
     Config = BACConfig
     episodic = True
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         require("gpytorch", "gp")
         c: BACConfig = self.config
         space = self.env.single_observation_space
         policy: Any = self.make_grid_policy() if c.policy == "grid" else self.make_policy({})
-        self.policy = policy
-        self.updaters = {"policy": FlatUpdater(self.policy, lr=c.learning_rate)}
-        self.estimator = BACEstimator(c, self.policy, StateScale(space, self.policy))
-        self.direction = Ascent(self.updaters["policy"].lr, c.lr_decay)
+        updater = FlatUpdater(policy, lr=c.learning_rate)
+        estimator = BACEstimator(c, policy, StateScale(space, policy))
+        return self.rollouts(policy, estimator, {"policy": updater}, Ascent(updater.lr, c.lr_decay))
 
     def make_grid_policy(self) -> GibbsPolicy:
         """The softmax policy on the grid that the config describes.

@@ -34,6 +34,7 @@ from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.directions import Ascent
 from ccrl.estimators.stages import EpisodeReturn
 from ccrl.gp.fisher import BatchFisher, Fisher, RunningFisher
+from ccrl.learn import Learner
 from ccrl.packages import require
 from ccrl.settings import Count, Nonnegative, Positive, Unit
 from ccrl.updaters import FlatUpdater, GradientEstimate
@@ -150,13 +151,13 @@ class BPG(Agent):
     Config = BPGConfig
     episodic = True
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         require("gpytorch", "gp")  # here, not at the first gradient
         c: BPGConfig = self.config
-        self.policy = self.make_policy({})
-        self.updaters = {"policy": FlatUpdater(self.policy, lr=c.learning_rate)}
-        self.estimator = BPGEstimator(c, make_fisher(c, self.updaters["policy"].flat.shape[0]))
-        self.direction = Ascent(self.updaters["policy"].lr, c.lr_decay)
+        policy = self.make_policy({})
+        updater = FlatUpdater(policy, lr=c.learning_rate)
+        estimator = BPGEstimator(c, make_fisher(c, updater.flat.shape[0]))
+        return self.rollouts(policy, estimator, {"policy": updater}, Ascent(updater.lr, c.lr_decay))
 
     @classmethod
     def slots(cls) -> dict[str, str]:

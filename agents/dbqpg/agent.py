@@ -44,6 +44,7 @@ from ccrl.estimators.stages import Gae, Standardise, Values
 from ccrl.gp.lowrank import Eigen, Product, randomised_eigh, randomised_right_svd
 from ccrl.gp.posterior import Covariance
 from ccrl.gp.solve import MAX_TOLERANCE
+from ccrl.learn import Learner
 from ccrl.packages import require
 from ccrl.policies import MLPPolicy
 from ccrl.settings import Above, Count, Nonnegative, Positive, Range, Unit
@@ -301,14 +302,13 @@ class DBQPG(Agent):
     paper = "Akella et al. 2021, arXiv 2006.15637"
     Config = DBQPGConfig
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         require("gpytorch", "gp")  # here, not at the first gradient
         c: DBQPGConfig = self.config
-        self.policy = self.make_policy({})
-        updater = FlatUpdater(self.policy, lr=c.learning_rate, eps=c.adam_eps)
-        self.updaters = {"policy": updater}
-        self.estimator = DBQPGEstimator(c, self.policy, updater.flat)
-        self.direction = DBQPGDirection(c, self.estimator, updater)
+        policy = self.make_policy({})
+        updater = FlatUpdater(policy, lr=c.learning_rate, eps=c.adam_eps)
+        estimator = DBQPGEstimator(c, policy, updater.flat)
+        return self.rollouts(policy, estimator, {"policy": updater}, DBQPGDirection(c, estimator, updater))
 
     @classmethod
     def slots(cls) -> dict[str, str]:

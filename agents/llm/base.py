@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,18 +12,18 @@ from torch import Tensor, nn
 from agents.base import Agent
 from ccrl.batched_env import BatchedEnv, Tree
 from ccrl.collect import Request
-from ccrl.data import Batching, Data, Field
+from ccrl.data import Batching, Field
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.recipe import Parts, Recipe, RecipeConfig
 from ccrl.estimators.terms import Term
-from ccrl.experiment.callbacks import Callback
 from ccrl.experiment.evaluation import EvalResult
+from ccrl.learn import Learner, RolloutLearner
 from ccrl.llm.models import WithoutAdapters, build_policy, fit_task
 from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.task import Prompts, TextTask, pad_left, resolve_task
 from ccrl.llm.vocabulary import encode_prompt
-from ccrl.updaters import ModuleUpdater, linear_decay
+from ccrl.updaters import ModuleUpdater, Stats, linear_decay
 
 __all__ = ["LLM", "LLMConfig"]
 
@@ -107,6 +107,48 @@ OPTIMISERS: dict[str, Callable[[list[nn.Parameter], LLMConfig], torch.optim.Opti
 }
 
 
+class LLMLearner(RolloutLearner):
+    """Rollouts of completions; shapes change with every rollout, so updates are ordinary autograd."""
+
+    def __init__(self, agent: LLM, policy: nn.Module, estimator: Recipe, updater: ModuleUpdater) -> None:
+        c = agent.config
+        samples = c.n_prompts * c.group_size
+        super().__init__(
+            agent.collector, policy, estimator, {"policy": updater}, samples=samples, columns=samples,
+            clock_unit=estimator.clock_unit, anneal=c.anneal_lr, seed=agent.seed, device=agent.device,
+        )  # fmt: skip
+        self._components, self._n_prompts = agent.task.components, c.n_prompts
+        self.warm = torch.zeros((), dtype=torch.bool, device=self.device)
+        """Whether the supervised phase (if any) is over."""
+        self.state.register("warm", self.warm)
+
+    @property
+    def clock(self) -> int:
+        # demonstrations are no samples of the policy: where there is nothing else, iterations count them
+        return self.iteration * self._samples if self.clock_unit == "demonstrations" else super().clock
+
+    def points(self) -> dict[str, Tensor]:
+        # before plan is asked, so that a budget sees the prompts
+        self.ctx.prompts = self.source.draw(self._n_prompts)  # type: ignore[attr-defined]
+        return {}
+
+    def _log(self, data: Mapping[str, Any], stats: Stats, seconds: dict[str, float]) -> None:
+        super()._log(data, stats, seconds)
+        updater = self.updaters["policy"]
+        if updater.skip_norm is not None or updater.skipped:  # of all updates so far those whose gradient was too large
+            self.scalars["train/skipped_updates"] = updater.skipped
+        if self.clock_unit == "demonstrations":
+            self.scalars = {name: x for name, x in self.scalars.items() if not name.startswith("rollout/")}
+            return
+        on = data.get("sampled", data["on"])
+        self.scalars |= {
+            "rollout/success": (on["reward_components"][:, 0] >= 1.0).float().mean(),
+            "rollout/capped": on["capped"].float().mean(),
+            "time/tokens": self.source.tokens,
+            **{f"rollout/{name}": on["reward_components"][:, i].mean() for i, name in enumerate(self._components)},
+        }
+
+
 class LLM(Agent):
     """Trains a language model on a task with the recipe that a subclass names.
 
@@ -118,22 +160,10 @@ class LLM(Agent):
     text: ClassVar[bool] = True
     """Trained on text tasks: there is no environment to build or to step."""
 
-    def __init__(
-        self, env: str | TextTask, config: Any = None, *, seed: int = 0, device: torch.device | str = "cpu",
-        env_kwargs: dict[str, Any] | None = None,
-    ) -> None:  # fmt: skip
-        config = self.Config() if config is None else config
-        if not isinstance(config, self.Config):
-            raise TypeError(f"config: expected {self.Config.__name__}, got {type(config).__name__}")
-        self.config, self.seed, self.env_kwargs = config, seed, dict(env_kwargs or {})
-        self.env_id, self.env = env if isinstance(env, str) else None, None
+    def connect(self, env: str | TextTask) -> None:
         named = resolve_task(env, **(self.env_kwargs if isinstance(env, str) else {}))
-        self.task = fit_task(named, config.model)
-        self.device = torch.device(device)
-        self.collector = self._collector(seed, self.Recipe.fields)
-        self.warm = False
-        """Whether the supervised phase (if any) is over."""
-        self._begin()
+        self.task = fit_task(named, self.config.model)
+        self.collector = self._collector(self.seed, self.Recipe.fields)
 
     def _collector(self, seed: int, fields: tuple[Any, ...] = ()) -> Any:
         c = self.config
@@ -141,21 +171,18 @@ class LLM(Agent):
                               pad_to_multiple_of=c.pad_to_multiple_of,
                               max_new_tokens=c.max_new_tokens or None)  # fmt: skip
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         c = self.config
-        self.policy = self.make_model().to(self.device)
-        self.updaters = {
-            "policy": ModuleUpdater(
-                self.policy, lambda params: OPTIMISERS[c.optimiser](params, c), max_grad_norm=c.max_grad_norm or None
-            )
-        }
+        policy = self.make_model().to(self.device)
+        updater = ModuleUpdater(
+            policy, lambda params: OPTIMISERS[c.optimiser](params, c), max_grad_norm=c.max_grad_norm or None
+        )
         counts = torch.full((c.n_prompts,), c.group_size, dtype=torch.int64, device=self.device)
         parts = Parts(
-            self.policy, self.updaters["policy"], Request(counts=counts), self.collector.steps,
-            components=self.task.components,
-            reference=(lambda ctx: WithoutAdapters(self.policy)) if self.reference_is_base else None,
+            policy, updater, Request(counts=counts), self.collector.steps, components=self.task.components,
+            reference=(lambda ctx: WithoutAdapters(policy)) if self.reference_is_base else None,
         )  # fmt: skip
-        self.estimator = self.Recipe(c, parts)
+        return LLMLearner(self, policy, self.Recipe(c, parts), updater)
 
     def make_model(self) -> nn.Module:
         """The token policy; override it to train one of your own."""
@@ -168,26 +195,16 @@ class LLM(Agent):
 
     # -- learning -----------------------------------------------------------------------------------------------------
 
-    @property
-    def samples_per_iteration(self) -> int:
-        """Completions per iteration."""
-        return int(self.config.n_prompts * self.config.group_size)
-
-    def learn(
-        self,
-        total_timesteps: int,
-        callback: Callback | Callable[[Any], bool | None] | Sequence[Callback] | None = None,
-        progress_bar: bool = False,
-    ) -> LLM:
-        """Train until the clock shows ``total_timesteps`` completions, after the supervised phase if there is one."""
-        if not self.warm:
-            if self.config.warm_start_steps:
-                self.warm_start(self.config.warm_start_steps)
-            if self.estimator.wants_reference and not self.reference_is_base:
-                self.ctx.bank.refresh("ref")
-            self.warm = True
-        super().learn(total_timesteps, callback, progress_bar)
-        return self
+    def before_learning(self) -> None:
+        """The supervised phase, once, and the reference: the policy that it leaves."""
+        warm = self.learner.warm
+        if bool(warm):
+            return
+        if self.config.warm_start_steps:
+            self.warm_start(self.config.warm_start_steps)
+        if self.estimator.wants_reference and not self.reference_is_base:
+            self.ctx.bank.refresh("ref")
+        warm.fill_(True)
 
     @property
     def reference_is_base(self) -> bool:
@@ -198,7 +215,7 @@ class LLM(Agent):
     @property
     def warm_started(self) -> bool:
         """Whether a supervised phase is all that it has behind it."""
-        return self.warm and self.config.warm_start_steps > 0 and self.iteration == 0
+        return bool(self.learner.warm) and self.config.warm_start_steps > 0 and self.iteration == 0
 
     def warm_start(self, steps: int) -> float:
         """Maximum likelihood on demonstrations, which are drawn from a stream of their own; returns the last loss."""
@@ -216,29 +233,6 @@ class LLM(Agent):
             batch = collector.collect(request, self.policy).epoch(Batching("sequence", "full"), None)[0]
             loss = updater.step(terms, batch)["sft_loss"]
         return float(loss)
-
-    def _points(self) -> dict[str, Tensor]:
-        # before plan is asked, so that a budget sees the prompts
-        self.ctx.prompts = self.collector.draw(self.config.n_prompts)
-        return {}
-
-    def _choose_compile(self, total_timesteps: int) -> None:
-        """Shapes change with every rollout: updates are ordinary autograd."""
-
-    def _iterate(self) -> None:
-        if self.config.anneal_lr:
-            linear_decay(self.updaters.values(), self.config.learning_rate, self.ctx.progress)
-        super()._iterate()
-
-    def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
-        super()._record(data, stats, marks)
-        on = data.get("sampled", data["on"])
-        self.scalars |= {
-            "rollout/success": (on["reward_components"][:, 0] >= 1.0).float().mean(),
-            "rollout/capped": on["capped"].float().mean(),
-            "time/tokens": self.collector.tokens,
-            **{f"rollout/{name}": on["reward_components"][:, i].mean() for i, name in enumerate(self.task.components)},
-        }
 
     # -- acting -------------------------------------------------------------------------------------------------------
 
@@ -284,13 +278,3 @@ class LLM(Agent):
         question = torch.arange(len(prompts), device=self.device)
         data = collector.sample(self.policy, prompts, question, deterministic=deterministic)
         return EvalResult(data["episode_reward"].double().cpu().numpy(), data["length"].cpu().numpy())
-
-    # -- state --------------------------------------------------------------------------------------------------------
-
-    def state_dict(self) -> dict[str, Any]:
-        return super().state_dict() | {"warm": self.warm}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore ``state_dict`` in place."""
-        super().load_state_dict(state)
-        self.warm = state["warm"]

@@ -136,7 +136,7 @@ class DAPORecipe(Recipe):
                 joined = joined.take(columns)
         return super().prepare({"sampled": have["on"], "on": joined}, ctx)
 
-    def _idle(self, data: Data) -> bool:
+    def _idle(self, data: Data, ctx: Context) -> bool:
         # without an informative group the length penalty would be all there is to learn from
         return not bool((informative(data) if self.config.max_tries > 1 else data["advantage"]).any())
 

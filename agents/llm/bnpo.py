@@ -24,7 +24,7 @@ from torch import Tensor
 from agents.llm.base import LLM, LLMConfig
 from ccrl.data import Data
 from ccrl.estimators import losses
-from ccrl.estimators.base import Stage
+from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups, components, per_step
 from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.terms import Loss
@@ -128,7 +128,7 @@ class BNPORecipe(Recipe):
     def loss(self) -> Loss:
         return losses.clip(self.config.clip_low, self.config.clip_high, self.config.dual_clip)
 
-    def after_update(self, data: dict[str, Data], stats: Stats) -> None:
+    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         """Log the normaliser: both 1 means that this rollout was plain REINFORCE with a baseline."""
         alpha, beta = data["on"]["normaliser"][0].unbind(-1)
         names = self.parts.components if len(alpha) > 1 else ("reward",)

@@ -1,4 +1,4 @@
-"""D3S: Dynamic Dual-LogRatio Down-Sampling (Wang et al. 2025, "Learning More with Less", arXiv 2509.22115).
+"""D3S: Dynamic Dual-Level Down-Sampling (Wang et al. 2025, "Learning More with Less", arXiv 2509.22115).
 
     A_i      = (R_i - mean_g) / (std_g + eps), over all rollouts of the prompt, never normalised again
     S_query  = argmax Var(A_S), |S| = N_s        of every prompt's rollouts
@@ -206,7 +206,7 @@ class D3SRecipe(Recipe):
         left = _replaced(left.derive(response=valid), {"valid": tokens})
         return have | {"sampled": data, "on": self.start(left, ctx)}
 
-    def after_update(self, data: dict[str, Data], stats: Stats) -> None:
+    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         """What was kept, and of how many prompts: the selection across prompts prefers lone successes and failures."""
         sampled, left = data["sampled"], data["on"]
         prompts = Groups(left["group"]).count
@@ -220,16 +220,16 @@ class D3SRecipe(Recipe):
             "useful_kept": (after != 0).float().mean(),
             "advantage_variance_sampled": before.var(correction=0),
             "advantage_variance_kept": after.var(correction=0),
-            "skipped": torch.tensor(float(_nothing_to_learn(left))),
+            "skipped": torch.tensor(float(_nothing_to_learn(left, ctx))),
         }
 
 
-def _nothing_to_learn(data: Data) -> bool:
+def _nothing_to_learn(data: Data, ctx: Context) -> bool:
     return not bool(data["advantage"].any())
 
 
 class D3S(LLM):
-    """Dynamic Dual-LogRatio Down-Sampling (Wang et al. 2025): the rollouts of most varied advantages, the tokens of
+    """Dynamic Dual-Level Down-Sampling (Wang et al. 2025): the rollouts of most varied advantages, the tokens of
     largest advantage times entropy, more of both as training goes on."""
 
     name = "d3s"

@@ -24,7 +24,7 @@ from torch import Tensor
 from agents.llm.base import LLM, LLMConfig
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
-from ccrl.estimators.base import Stage
+from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.terms import Loss, Term
 from ccrl.updaters import Stats
@@ -118,7 +118,7 @@ class DCPORecipe(Recipe):
         )  # fmt: skip
         return (*super().terms(), entropy)
 
-    def after_update(self, data: dict[str, Data], stats: Stats) -> None:
+    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         self.entropy.copy_(stats["sampled_entropy"])
 
 

@@ -38,6 +38,7 @@ from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.stages import GroupBaseline
 from ccrl.estimators.terms import Aggregate, LogRatio, Loss, Outputs, Term
+from ccrl.learn import Learner
 from ccrl.updaters import Stats
 
 __all__ = ["HPT", "HPTConfig", "HPTRecipe", "Mix", "self_rewarded", "sequence_entropy", "uncertainty_weighted"]
@@ -241,7 +242,7 @@ class HPTRecipe(Recipe):
             ))  # fmt: skip
         return (*found, *self.penalties())
 
-    def after_update(self, data: dict[str, Data], stats: Stats) -> None:
+    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         """``sft_share``: share of the questions that were imitated."""
         questions = torch.unique(data["sampled"]["group"]).numel()
         stats["sft_share"] = (data["on"]["sft_weight"] > 0).sum() / questions
@@ -255,21 +256,17 @@ class HPT(LLM):
     Config = HPTConfig
     Recipe = HPTRecipe
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         """As every language model; the optimiser skips gradients that are too large.
 
         :raises ValueError: if the config imitates and the task has no demonstrations.
         """
-        super().build()
+        learner = super().build()
         if self.config.imitates and self.task.prompts(1, Generator().manual_seed(self.seed)).demonstration is None:
             raise ValueError(f"task {self.task.name!r} has no demonstrations; choose another task, or gate=-1 with "
                              "mixture='switch'")  # fmt: skip
-        self.updaters["policy"].skip_norm = self.config.skip_grad_norm or None
-
-    def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
-        """Of all updates so far (``train/n_updates``) those whose gradient was too large."""
-        super()._record(data, stats, marks)
-        self.scalars["train/skipped_updates"] = self.updaters["policy"].skipped
+        learner.updaters["policy"].skip_norm = self.config.skip_grad_norm or None  # type: ignore[attr-defined]
+        return learner
 
     @classmethod
     def slots(cls) -> dict[str, str]:

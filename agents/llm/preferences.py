@@ -111,7 +111,7 @@ class PreferenceRecipe(Recipe):
         return (term, *self.penalties())
 
 
-def _no_pair(data: Data) -> bool:
+def _no_pair(data: Data, ctx: Context) -> bool:
     return not bool(data["preferred"].any())
 
 
@@ -222,6 +222,7 @@ class SFTRecipe(Recipe):
     """Maximum likelihood."""
 
     ratio = staticmethod(ratios.plain)
+    clock_unit = "demonstrations"
 
     def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
         return [] if have else [replace(self.parts.request, demonstrations=True)]
@@ -246,12 +247,3 @@ class SFT(LLM):
     @classmethod
     def slots(cls) -> dict[str, str]:
         return {"data": "demonstrations", "ratio": "none", "loss": "-log pi", "aggregate": "token mean"}
-
-    @property
-    def num_timesteps(self) -> int:
-        """Demonstrations so far."""
-        return self.iteration * self.samples_per_iteration
-
-    def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
-        super()._record(data, stats, marks)
-        self.scalars = {name: x for name, x in self.scalars.items() if not name.startswith("rollout/")}

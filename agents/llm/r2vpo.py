@@ -149,11 +149,11 @@ class R2VPORecipe(Recipe):
             "on": concatenate([fresh, *self.ring.rollouts]) if self.ring.rollouts else fresh,
         }
 
-    def after_minibatch(self, stats: Stats) -> None:
+    def after_minibatch(self, stats: Stats, ctx: Context) -> None:
         if self.config.dual_every == "minibatch":
             self._move(stats["ratio_variance"])
 
-    def after_update(self, data: dict[str, Data], stats: Stats) -> None:
+    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         on, read = data["on"], self.read[self.phases()[0].terms]
         if self.config.dual_every == "rollout":
             columns = self.config.microbatch or None
@@ -185,6 +185,3 @@ class R2VPO(LLM):
             "plan": "fresh and old rollouts", "advantage": "group z-score", "ratio": "token",
             "loss": "-r A + lambda (r - 1)^2", "dual": "ratio variance", "aggregate": "token mean",
         }  # fmt: skip
-
-    def _record(self, data: dict[str, Data], stats: dict[str, Tensor], marks: list[float]) -> None:
-        super()._record(data | {"on": data["fresh"]}, stats, marks)

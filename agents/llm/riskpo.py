@@ -238,7 +238,7 @@ class RiskPORecipe(Recipe):
         )  # fmt: skip
         return (term, *self.penalties())
 
-    def after_update(self, data: dict[str, Data], stats: Stats) -> None:
+    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         """The trackers move after they were used: to the first rollout's quantiles, then step by step."""
         scores = bundle_rewards(data["on"])
         moved = track(self.quantiles, self.levels, scores, self.config.quantile_lr)

@@ -9,7 +9,7 @@ device, written in place (a compiled loss reads the same tensor at every update)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
@@ -37,12 +37,14 @@ class Phase:
     terms: tuple[Term, ...]
     batching: Batching
     updater: Updater
-    before_epoch: Callable[[Data], Data] | None = None
+    before_epoch: Callable[[Data, Context], Data] | None = None
     """Called before every epoch but the first (recompute values and advantages)."""
-    stop: Callable[[Stats], bool] | None = None
+    stop: Callable[[Stats, Context], bool] | None = None
     """Called with the statistics of every minibatch; True ends the phase (early stop on the KL). Costs a host sync."""
-    skip: Callable[[Data], bool] | None = None
+    skip: Callable[[Data, Context], bool] | None = None
     """Called once with the prepared data; True leaves the phase out (a zero gradient still moves Adam's momentum)."""
+    every: int = 1
+    """Off policy: gradient steps between two runs of the phase (TD3's actor: 2, CrossQ's: 3)."""
 
     def __post_init__(self) -> None:
         check_trainable(self.terms)
@@ -50,23 +52,40 @@ class Phase:
 
 @dataclass
 class Context:
-    """What an estimator may read besides the data. ``k, K`` are 0-d float64 tensors, checkpointed by the agent."""
+    """What an estimator and its hooks may read besides the data. Counters are 0-d float64 tensors on the agent's
+    device, written in place once per iteration: a compiled loss reads the same tensor at every update."""
 
-    k: Tensor
-    """Iterations done."""
-    K: Tensor
-    """Iterations planned."""
     generator: torch.Generator
     bank: Bank
     scores: Callable[[Tensor, Data, Literal["step", "trajectory"]], Scores]
     """``scores(theta, data, level)``: per-sample scores of the live policy at a flat vector."""
+    k: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    """Iterations done, for papers that count iterations."""
+    clock: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    """The learner's clock after the last iteration, in its unit."""
+    start: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    """The clock at which this training began."""
+    end: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+    """The clock at which it ends."""
+    samples: Tensor = field(default_factory=lambda: torch.ones((), dtype=torch.float64))
+    """What an iteration adds to the clock (at most, where episodes end earlier)."""
     prompts: Any = None
-    """Language models: the prompts drawn for this iteration (``ccrl.llm.task.Prompts``), before ``plan`` is asked."""
+    """Language models: the prompts drawn for this iteration, before ``plan``."""
+
+    @property
+    def policy(self) -> nn.Module:
+        """The policy that is trained."""
+        return self.bank.live
 
     @property
     def progress(self) -> Tensor:
-        """``k / K`` in [0, 1]."""
-        return self.k / self.K
+        """``(clock - start) / (end - start)``: 0 in the first iteration; what every schedule reads."""
+        return (self.clock - self.start) / (self.end - self.start)
+
+    @property
+    def share(self) -> Tensor:
+        """``samples / (end - start)``: how much of the training one iteration is."""
+        return self.samples / (self.end - self.start)
 
 
 class Direction(Protocol):
@@ -117,10 +136,10 @@ class Estimator(nn.Module):
         """An ASCENT direction of the return at ``theta`` (flat ``[n]``), for directions and the gradient lab."""
         raise NotImplementedError(f"{type(self).__name__} is a surrogate: it has phases, no gradient of its own")
 
-    def after_minibatch(self, stats: Stats) -> None:
+    def after_minibatch(self, stats: Stats, ctx: Context) -> None:
         """Duals and moments that move with every minibatch: write buffers in place."""
 
-    def after_update(self, data: dict[str, Data], stats: Stats) -> None:
+    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         """Once per iteration: quantiles, histories, schedules, normalisers."""
 
     @property
@@ -155,7 +174,7 @@ def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context) -> tup
     steps = 0
     phases = estimator.phases()
     for phase in phases:
-        if phase.skip is not None and phase.skip(data["on"]):
+        if phase.skip is not None and phase.skip(data["on"], ctx):
             continue
         rows = _run_phase(estimator, phase, data, ctx)
         total = sum(n for _, n in rows)
@@ -175,16 +194,16 @@ def _run_phase(estimator: Estimator, phase: Phase, data: dict[str, Data], ctx: C
     rows: list[tuple[Stats, int]] = []
     for epoch in range(phase.batching.epochs):
         if epoch and phase.before_epoch is not None:
-            data["on"] = phase.before_epoch(data["on"])
+            data["on"] = phase.before_epoch(data["on"], ctx)
         batches = _epoch(estimator, phase, data["on"], ctx.generator)
         if not estimator.per_minibatch and phase.stop is None:
             rows.append((phase.updater.run(phase.terms, batches), len(batches)))
             continue
         for batch in batches:
             row = phase.updater.step(phase.terms, batch)
-            estimator.after_minibatch(row)
+            estimator.after_minibatch(row, ctx)
             rows.append((row, 1))
-            if phase.stop is not None and phase.stop(row):
+            if phase.stop is not None and phase.stop(row, ctx):
                 return rows
     return rows
 

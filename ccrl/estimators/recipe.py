@@ -104,6 +104,8 @@ class Recipe(Estimator):
     unit: ClassVar[Unit] = "sequence"
     """What a minibatch may not split: ``group`` where a loss compares inside groups."""
     ratio: Ratio = staticmethod(ratios.token)
+    clock_unit: ClassVar[str] = "completions"
+    """What the agent's clock counts: completions, or demonstrations where nothing is sampled."""
 
     def __init__(self, config: Any, parts: Parts) -> None:
         super().__init__()

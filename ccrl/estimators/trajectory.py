@@ -105,7 +105,7 @@ class TrajectoryEstimator(Estimator):
         mean = ctx.scores(theta, data, "step").vjp(data["psi"] / data.shape[1])
         return GradientEstimate(mean, {"gradient_norm": mean.norm()})
 
-    def after_update(self, data: dict[str, Data], stats: dict[str, Tensor]) -> None:
+    def after_update(self, data: dict[str, Data], stats: dict[str, Tensor], ctx: Context) -> None:
         if self.baseline is not None:
             self.baseline.fit(data["on"], data["on"]["reward_to_go"])
 

@@ -7,7 +7,7 @@ itself. Whether a recipe can live with that is found out when it is built, by tw
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -109,6 +109,8 @@ class HostedRecipe:
     """Data columns that the terms read."""
     computed: frozenset[str] = frozenset()
     """Of the host's ``computed`` columns those that a stage reads."""
+    ctx: Context = field(init=False)
+    """Of the last ``prepare``."""
 
     @property
     def want(self) -> frozenset[str]:
@@ -121,7 +123,7 @@ class HostedRecipe:
 
         :raises ValueError: if the recipe leaves out or repeats completions, or wants another rollout.
         """
-        context = _context(k, K, self.generator)
+        self.ctx = context = _context(k, K, self.generator)
         more = self.estimator.plan({}, {"on": data}, context)
         if more:
             what = "demonstrations" if more[0].demonstrations else "more completions"
@@ -199,7 +201,7 @@ def _assemble(recipe: Callable[[Any, Any], Estimator], config: Any, host: Host, 
 
 def _context(k: float, K: float, generator: torch.Generator) -> Context:
     done, planned = (torch.tensor(x, dtype=torch.float64) for x in (k, max(K, 1.0)))
-    return Context(done, planned, generator, _Absent("bank"), _Absent("scores"))  # type: ignore[arg-type]
+    return Context(generator, _Absent("bank"), _Absent("scores"), k=done, clock=done, end=planned)  # type: ignore[arg-type]
 
 
 def _try(trial: HostedRecipe, host: Host) -> None:
@@ -231,8 +233,8 @@ def _iteration(trial: HostedRecipe, data: Data) -> frozenset[str]:
 
     columns = frozenset(columns_read(loss, batch))
     with torch.no_grad():
-        trial.estimator.after_minibatch(stats)
-        trial.estimator.after_update(have, stats)
+        trial.estimator.after_minibatch(stats, trial.ctx)
+        trial.estimator.after_update(have, stats, trial.ctx)
     return columns
 
 

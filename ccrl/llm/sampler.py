@@ -91,6 +91,11 @@ class TokenCollector:
         """Of a task with a list of questions: those that this epoch has yet to ask, in their order."""
         self._buffers: dict[tuple[str, int], RolloutBuffer] = {}
 
+    @property
+    def clock(self) -> int:
+        """Completions sampled so far (demonstrations do not count)."""
+        return self.total_steps
+
     # -- the four verbs -----------------------------------------------------------------------------------------------
 
     def draw(self, n: int) -> Prompts:

@@ -200,7 +200,7 @@ class RecipeTrainer(_Trainer):  # type: ignore[misc]
             self._window[name] = self._window.get(name, 0.0) + value
         if (self._step + 1) % self.args.gradient_accumulation_steps:
             return
-        self.hosted.estimator.after_minibatch(self._window)
+        self.hosted.estimator.after_minibatch(self._window, self.hosted.ctx)
         for name, value in self._window.items():
             self._metrics["train"][f"recipe/{name}"].append(value.item())
             self._sums[name] = self._sums.get(name, 0.0) + value
@@ -213,7 +213,7 @@ class RecipeTrainer(_Trainer):  # type: ignore[misc]
         stats = {name: value / self._windows for name, value in self._sums.items()}
         known = set(stats)
         with torch.no_grad():
-            self.hosted.estimator.after_update(self._have, stats)
+            self.hosted.estimator.after_update(self._have, stats, self.hosted.ctx)
         for name in stats.keys() - known:
             self._metrics["train"][f"recipe/{name}"].append(float(stats[name]))
         self._have, self._sums, self._windows = None, {}, 0

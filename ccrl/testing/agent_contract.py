@@ -99,16 +99,20 @@ class AgentContract:
         agent = self.make_agent()
         assert agent.num_timesteps == 0
         size = agent.samples_per_iteration
-        assert agent.learn(size + 1) is agent, "learn() must return the agent"
+        assert agent.learn(until=size + 1) is agent, "learn() must return the agent"
         assert agent.num_timesteps == 2 * size, "whole iterations, as many as the total needs"
-        agent.learn(3 * size)
-        assert agent.num_timesteps == 3 * size, "the total is absolute: learn() again goes on from the clock"
+        agent.learn(until=3 * size)
+        assert agent.num_timesteps == 3 * size, "until is absolute: learn() again goes on from the clock"
         assert agent.iteration == 3
+        agent.learn(until=3 * size)
+        assert agent.iteration == 3, "the clock is there: nothing to do"
+        agent.learn(size)
+        assert agent.num_timesteps == 4 * size, "so many more steps, as SB3's learn()"
 
     def test_dummy_rows_are_not_counted(self) -> None:
         env = self.make_clock(autoreset_mode=AutoresetMode.NEXT_STEP)
         agent = self.make_agent(env)
-        agent.learn(1)
+        agent.learn(until=1)
         rows = agent.config.n_steps
         assert agent.num_timesteps == 2 * rows - sum(rows // (length + 1) for length in (3, 5))
 
@@ -116,7 +120,7 @@ class AgentContract:
         for env in (None, self.make_clock()):
             agent = self.make_agent(env)
             before = _parameters(agent)
-            agent.learn(2 * agent.samples_per_iteration)
+            agent.learn(until=2 * agent.samples_per_iteration)
             after = _parameters(agent)
             assert not torch.equal(before, after)
             assert bool(after.isfinite().all())
@@ -126,7 +130,7 @@ class AgentContract:
     def test_training_return_is_that_of_the_script(self) -> None:
         agent = self.make_agent(self.make_clock())
         assert agent.ep_rew_mean is None
-        agent.learn(agent.samples_per_iteration)
+        agent.learn(until=agent.samples_per_iteration)
         rows = agent.config.n_steps
         short, long = rows // 3, rows // 5
         assert abs(agent.ep_rew_mean - (3 * short + 5 * long) / (short + long)) < 1e-9
@@ -135,7 +139,7 @@ class AgentContract:
         def train(seed: int) -> Tensor:
             torch.manual_seed(seed + 99)  # the global stream must not matter
             agent = self.make_agent(seed=seed)
-            agent.learn(2 * agent.samples_per_iteration)
+            agent.learn(until=2 * agent.samples_per_iteration)
             return _parameters(agent)
 
         first = train(0)
@@ -163,7 +167,7 @@ class AgentContract:
 
     def test_predict_takes_discrete_observations(self) -> None:
         agent = self.make_agent(SpacesEnv(spaces.Discrete(4), self._action_space()))
-        agent.learn(agent.samples_per_iteration)
+        agent.learn(until=agent.samples_per_iteration)
         _check_predict(agent, np.int64(3), np.array([0, 1, 3]), agent.env.single_action_space)
 
     def test_predict_repeats_only_when_deterministic(self) -> None:
@@ -197,7 +201,7 @@ class AgentContract:
 
     def test_a_loaded_agent_acts_alike(self, tmp_path: Path) -> None:
         agent = self.make_agent()
-        agent.learn(2 * agent.samples_per_iteration)
+        agent.learn(until=2 * agent.samples_per_iteration)
         agent.save(tmp_path / "a.pt")
         loaded = type(agent).load(tmp_path / "a.pt")
         obs = _observations(agent, 64)
@@ -209,10 +213,10 @@ class AgentContract:
     def test_a_loaded_agent_goes_on_as_the_saved_one(self, tmp_path: Path) -> None:
         agent = self.make_agent()
         total = 4 * agent.samples_per_iteration
-        agent.learn(total, lambda a: a.save(tmp_path / "a.pt") if a.iteration == 2 else None)
+        agent.learn(until=total, callback=lambda a: a.save(tmp_path / "a.pt") if a.iteration == 2 else None)
         loaded = type(agent).load(tmp_path / "a.pt")
         assert loaded.iteration == 2
-        loaded.learn(total)
+        loaded.learn(until=total)
         assert torch.equal(_parameters(loaded), _parameters(agent))
         assert loaded.num_timesteps == agent.num_timesteps
         assert loaded.ep_rew_mean == agent.ep_rew_mean
@@ -220,18 +224,21 @@ class AgentContract:
     def test_callback_state_waits_for_its_callback(self, tmp_path: Path) -> None:
         """Also through a load and a save without training in between."""
         agent, folder = self.make_agent(), tmp_path / "checkpoints"
-        agent.learn(2 * agent.samples_per_iteration, CheckpointCallback(folder, every=10 * agent.samples_per_iteration))
+        agent.learn(
+            until=2 * agent.samples_per_iteration,
+            callback=CheckpointCallback(folder, every=10 * agent.samples_per_iteration),
+        )
         agent.save(tmp_path / "a.pt")
         type(agent).load(tmp_path / "a.pt").save(tmp_path / "b.pt")
         callback = CheckpointCallback(folder, every=1)
         loaded = type(agent).load(tmp_path / "b.pt")
-        loaded.learn(3 * loaded.samples_per_iteration, callback)
+        loaded.learn(until=3 * loaded.samples_per_iteration, callback=callback)
         assert callback.next == 10 * agent.samples_per_iteration
 
     def test_saving_changes_nothing(self, tmp_path: Path) -> None:
         plain, saved = self.make_agent(), self.make_agent()
-        plain.learn(2 * plain.samples_per_iteration)
-        saved.learn(2 * plain.samples_per_iteration, lambda a: a.save(tmp_path / "a.pt"))
+        plain.learn(until=2 * plain.samples_per_iteration)
+        saved.learn(until=2 * plain.samples_per_iteration, callback=lambda a: a.save(tmp_path / "a.pt"))
         assert torch.equal(_parameters(plain), _parameters(saved))
 
     def test_another_agents_checkpoint_is_refused(self, tmp_path: Path) -> None:
@@ -244,7 +251,7 @@ class AgentContract:
 
     def test_an_environment_object_must_be_given_again(self, tmp_path: Path) -> None:
         agent = self.make_agent(self.make_clock())
-        agent.learn(agent.samples_per_iteration)
+        agent.learn(until=agent.samples_per_iteration)
         agent.save(tmp_path / "a.pt")
         assert "pass env=" in _error(ValueError, lambda: type(agent).load(tmp_path / "a.pt"))
         loaded = type(agent).load(tmp_path / "a.pt", env=self.make_clock())
@@ -287,7 +294,10 @@ class AgentContract:
             assert "got" in message
 
     def test_wrong_totals_are_refused(self) -> None:
-        assert "total_timesteps" in _error(ValueError, lambda: self.make_agent().learn(0))
+        for wrong in (0, -1, float("nan"), float("inf"), True, 1.5):
+            assert "total_timesteps" in _error(ValueError, lambda n=wrong: self.make_agent().learn(n))  # type: ignore[misc]
+            assert "until" in _error(ValueError, lambda n=wrong: self.make_agent().learn(until=n))  # type: ignore[misc]
+        assert "total_timesteps or until" in _error(ValueError, lambda: self.make_agent().learn())
 
     # -- callbacks ----------------------------------------------------------------------------------------------------
 
@@ -296,25 +306,25 @@ class AgentContract:
         size = agent.samples_per_iteration
         first, second = _Counter(stop_after=2), _Counter()
         second_key = type("_Second", (_Counter,), {})()
-        agent.learn(4 * size, [first, second, second_key])
+        agent.learn(until=4 * size, callback=[first, second, second_key])
         assert first.steps == second.steps == second_key.steps == [size, 2 * size]
         assert (first.started, first.ended, second.started, second.ended) == (1, 1, 1, 1)
         assert agent.num_timesteps == 2 * size
         calls: list[int] = []
-        agent.learn(4 * size, lambda a: calls.append(a.num_timesteps))
+        agent.learn(until=4 * size, callback=lambda a: calls.append(a.num_timesteps))
         assert calls == [3 * size, 4 * size]
 
     def test_stop_on_reward(self) -> None:
         agent = self.make_agent(self.make_clock())
-        agent.learn(4 * agent.samples_per_iteration, StopOnReward(1.0))  # every episode returns 3 or 5
+        agent.learn(until=4 * agent.samples_per_iteration, callback=StopOnReward(1.0))  # every episode returns 3 or 5
         assert agent.iteration == 1
-        agent.learn(4 * agent.samples_per_iteration, StopOnReward(100.0))
+        agent.learn(until=4 * agent.samples_per_iteration, callback=StopOnReward(100.0))
         assert agent.iteration == 4
 
     def test_evaluation_saves_the_best(self, tmp_path: Path) -> None:
         agent = self.make_agent(self.make_clock())
         callback = EvalCallback(self.make_clock(), tmp_path, every=agent.samples_per_iteration, episodes=2)
-        agent.learn(2 * agent.samples_per_iteration, callback)
+        agent.learn(until=2 * agent.samples_per_iteration, callback=callback)
         assert callback.best == 4.0, "one episode of 3 and one of 5 steps, reward 1"
         loaded = type(agent).load(tmp_path / "best.pt", env=self.make_clock())
         assert loaded.num_timesteps == agent.samples_per_iteration, "an equal score is not better"
@@ -322,8 +332,11 @@ class AgentContract:
 
     def test_evaluation_changes_nothing(self, tmp_path: Path) -> None:
         plain, watched = self.make_agent(self.make_clock()), self.make_agent(self.make_clock())
-        plain.learn(2 * plain.samples_per_iteration)
-        watched.learn(2 * plain.samples_per_iteration, EvalCallback(self.make_clock(), tmp_path, every=1, episodes=2))
+        plain.learn(until=2 * plain.samples_per_iteration)
+        watched.learn(
+            until=2 * plain.samples_per_iteration,
+            callback=EvalCallback(self.make_clock(), tmp_path, every=1, episodes=2),
+        )
         assert torch.equal(_parameters(plain), _parameters(watched))
 
     def _action_space(self) -> gymnasium.Space[Any]:

@@ -208,11 +208,11 @@ class RecipeContract:
         total = 100 * make().samples_per_iteration
         whole, half = make(), make()
         start = [p.detach().clone() for p in whole.policy.parameters()]
-        whole.learn(total, stop(4))
-        half.learn(total, stop(2))
+        whole.learn(until=total, callback=stop(4))
+        half.learn(until=total, callback=stop(2))
         half.save(path)
         loaded = self.agent.load(path)
-        loaded.learn(total, stop(4))
+        loaded.learn(until=total, callback=stop(4))
         assert loaded.iteration == whole.iteration == 4
         assert any(not torch.equal(a, b) for a, b in zip(start, whole.policy.parameters())), "nothing was learned"
         _equal(loaded.state_dict(), whole.state_dict())
@@ -278,7 +278,7 @@ def _batches(agent: Any, prepared: Data) -> list[tuple[Any, Data]]:
 
 def _gradient(phase: Any, batch: Data, terms: tuple[Term, ...] | None = None) -> Tensor:
     gradient: Tensor = phase.updater.gradient(phase.terms if terms is None else terms, batch).mean.clone()
-    skipped = phase.skip is not None and phase.skip(batch)
+    skipped = phase.skip is not None and phase.skip(batch, None)
     return torch.zeros_like(gradient) if skipped else gradient
 
 

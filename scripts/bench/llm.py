@@ -137,7 +137,7 @@ class Ours:
         self.agent.updaters["policy"].step(self.agent.estimator.phases()[0].terms, self._batch)
 
     def iterate(self) -> None:
-        self.agent.learn(self.agent.collector.total_steps + self.agent.samples_per_iteration)
+        self.agent.learn(self.agent.samples_per_iteration)
 
 
 class Theirs:

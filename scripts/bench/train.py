@@ -121,7 +121,7 @@ def _ours(config: Config, compiled: str, batch_size: int, n_epochs: int, num_env
         steps = iterations * agent.samples_per_iteration
         shares.clear()
         with contextlib.redirect_stdout(io.StringIO()):  # its line about the compiler belongs in no table
-            agent.learn(agent.num_timesteps + steps, note)
+            agent.learn(steps, note)
         return steps
 
     return Side(run, lambda: [statistics.mean(column) for column in zip(*shares)])

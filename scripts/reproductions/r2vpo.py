@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ccrl.bank import Bank
 from ccrl.collect import Request
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, ratios
+from ccrl.estimators.base import Context
 from ccrl.estimators.terms import LogRatio, Term
+from ccrl.learn import Learner
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.packages import check_siblings
 from ccrl.updaters import ModuleUpdater
@@ -58,8 +61,9 @@ def bandit(steps: int, learning_rate: float, **options: float | str) -> Solution
         "advantage": advantage, "prompt": torch.zeros(10, 1, dtype=torch.int64), "group": torch.zeros_like(arm),
     }  # fmt: skip
     batch = Data(columns, sequence=frozenset({"prompt", "group"})).epoch(Batching("sequence", "full"), None)[0]
+    ctx = Context(torch.Generator(), Bank(policy), lambda *_: None)  # type: ignore[arg-type,return-value]
     for _ in range(steps):
-        recipe.after_minibatch(updater.step(recipe.phases()[0].terms, batch))
+        recipe.after_minibatch(updater.step(recipe.phases()[0].terms, batch), ctx)
     new = policy.logits.detach().softmax(-1).flatten()
     gain = float((new - old) @ torch.tensor(ADVANTAGE, dtype=torch.float64))
     return Solution(new / old, float(recipe.dual), gain)
@@ -77,8 +81,8 @@ def _variances(method: type[LLM], seed: int, **options: object) -> tuple[list[fl
     found: list[float] = []
 
     class Measured(method.Recipe):  # type: ignore[name-defined, misc]
-        def after_update(self, data: dict[str, Data], stats: dict[str, Tensor]) -> None:
-            super().after_update(data, stats)
+        def after_update(self, data: dict[str, Data], stats: dict[str, Tensor], ctx: Context) -> None:
+            super().after_update(data, stats, ctx)
             found.append(_variance(self.parts.policy, data["on"]))
 
     measured = type(method.__name__, (method,), {"Recipe": Measured})
@@ -97,8 +101,8 @@ class Clipped(PPOEstimator):
         self.policy = (policy,)  # in a tuple: an nn.Module attribute would be saved a second time
         self.variances: list[float] = []
 
-    def after_update(self, data: dict[str, Data], stats: dict[str, Tensor]) -> None:
-        super().after_update(data, stats)
+    def after_update(self, data: dict[str, Data], stats: dict[str, Tensor], ctx: Context) -> None:
+        super().after_update(data, stats, ctx)
         self.variances.append(_variance(self.policy[0], data["on"]))
 
 
@@ -116,7 +120,7 @@ class Held(Clipped):
         variance = Term("ratio_variance", ratio_variance, aggregates.mean, ratios.token, advantage=None, coef=0.0)
         self._phases = (replace(phase, terms=(surrogate, *phase.terms[1:], variance)),)
 
-    def after_minibatch(self, stats: dict[str, Tensor]) -> None:
+    def after_minibatch(self, stats: dict[str, Tensor], ctx: Context) -> None:
         self.dual.copy_(dual_step(self.dual, stats["ratio_variance"], BUDGET, rate=2.0, largest=100.0))
 
 
@@ -124,9 +128,9 @@ def control(estimator: type[Clipped], epochs: int, seed: int, iterations: int = 
     """Mean ``V`` over the rollouts and the return at the end, of PPO on CartPole with ``estimator``."""
 
     class Agent(PPO):
-        def build(self) -> None:
-            super().build()
-            self.estimator = estimator(self.config, self.policy, self.updaters)
+        def build(self) -> Learner:
+            found = super().build()
+            return self.rollouts(found.policy, estimator(self.config, found.policy, found.updaters), found.updaters)
 
     config = PPOConfig(num_envs=8, batch_size=256, n_epochs=epochs, normalise_advantage="batch", compile="off")
     agent = Agent("CartPole-v1", config, seed=seed)

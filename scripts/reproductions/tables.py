@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.data import Data
+from ccrl.estimators.base import Context
 from ccrl.estimators.terms import Outputs
 from ccrl.llm.policy import OUTPUTS, token_outputs
 from ccrl.llm.task import Prompts
@@ -107,8 +108,8 @@ def train(
     norms: list[Tensor] = []
 
     class Watched(method.Recipe):  # type: ignore[name-defined, misc]
-        def after_minibatch(self, stats: dict[str, Tensor]) -> None:
-            super().after_minibatch(stats)
+        def after_minibatch(self, stats: dict[str, Tensor], ctx: Context) -> None:
+            super().after_minibatch(stats, ctx)
             norms.append(stats["grad_norm"])
 
     members = {"Recipe": Watched, "make_model": lambda self: table(self.task)}

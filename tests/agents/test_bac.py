@@ -213,14 +213,14 @@ def test_where_the_grid_policy_does_not_fit(env: str, message: str) -> None:
 def test_the_grid_policy_learns_from_its_own_rollouts() -> None:
     """The chain, the scores and the checkpoint of a policy that is no perceptron."""
     agent = BAC("ccrl/MountainCarTwoActions-v0", BACConfig(policy="grid", num_envs=2, n_steps=20), seed=1)
-    agent.learn(80)
+    agent.learn(until=80)
     assert agent.iteration == 2
     theta = agent.updaters["policy"].flat
     assert bool(theta.isfinite().all())
     assert float(theta.abs().max()) > 0
     other = BAC("ccrl/MountainCarTwoActions-v0", BACConfig(policy="grid", num_envs=2, n_steps=20), seed=2)
     other.load_state_dict(agent.state_dict())
-    assert torch.equal(other.learn(120).updaters["policy"].flat, agent.learn(120).updaters["policy"].flat)
+    assert torch.equal(other.learn(until=120).updaters["policy"].flat, agent.learn(until=120).updaters["policy"].flat)
 
 
 def test_states_are_scaled_by_their_bounds() -> None:
@@ -238,11 +238,11 @@ def test_states_are_scaled_by_their_bounds() -> None:
 
 def test_it_learns_the_cart_pole() -> None:
     agent = BAC("CartPole-v1", BACConfig(num_envs=5, noise=1.0, fisher="mean", learning_rate=2.0), seed=0)
-    agent.learn(500)
+    agent.learn(until=500)
     early = agent.ep_rew_mean
-    agent.learn(8000)
+    agent.learn(until=8000)
     agent.episodes.clear()
-    agent.learn(agent.num_timesteps + 1)
+    agent.learn(until=agent.num_timesteps + 1)
     assert agent.ep_rew_mean > 2.0 * early
 
 

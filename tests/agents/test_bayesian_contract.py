@@ -72,7 +72,7 @@ class TestUAPGTrust(TestDBQPG):
 def test_the_clock_counts_the_steps_of_episodes_only(agent: type, config: type) -> None:
     env = ClockEnv([[Episode(0, 3)], [Episode(1, 5, "truncate")]], groups=True)
     learner = agent(env, config(num_envs=2, n_steps=9))
-    learner.learn(9)
+    learner.learn(until=9)
     assert learner.num_timesteps == 2 * (3 + 5)
     assert learner.ep_rew_mean == 4.0
     assert learner.iteration == 2
@@ -90,10 +90,10 @@ def test_settings_without_a_meaning_are_refused(name: str, config: type) -> None
 def test_resume_is_exact(tmp_path) -> None:
     for cls, config in ((BPG, TestBPG.config), (BAC, TestBAC.config), (DBQPG, TestUAPGTrust.config)):
         straight = cls("Pendulum-v1", config, seed=3)
-        straight.learn(4 * straight.samples_per_iteration)
+        straight.learn(until=4 * straight.samples_per_iteration)
         first = cls("Pendulum-v1", config, seed=3)
-        first.learn(2 * first.samples_per_iteration)
+        first.learn(until=2 * first.samples_per_iteration)
         first.save(tmp_path / "a.pt")
         second = cls.load(tmp_path / "a.pt")
-        second.learn(4 * second.samples_per_iteration)
+        second.learn(until=4 * second.samples_per_iteration)
         assert torch.equal(straight.updaters["policy"].flat, second.updaters["policy"].flat), cls.name

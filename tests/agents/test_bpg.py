@@ -136,14 +136,14 @@ def test_angles_to_the_exact_gradient_on_the_regulator() -> None:
 def test_equal_returns_move_nothing() -> None:
     agent = BPG("CartPole-v1", BPGConfig(num_envs=3, n_steps=2))  # two steps are always survived
     before = agent.updaters["policy"].flat.clone()
-    agent.learn(6)
+    agent.learn(until=6)
     assert torch.allclose(agent.updaters["policy"].flat, before)
 
 
 def test_one_path_is_allowed_and_keeps_its_return() -> None:
     agent = BPG("CartPole-v1", BPGConfig(num_envs=1, n_steps=5))
     before = agent.updaters["policy"].flat.clone()
-    agent.learn(5)
+    agent.learn(until=5)
     assert not torch.equal(agent.updaters["policy"].flat, before)
     assert bool(agent.updaters["policy"].flat.isfinite().all())
 
@@ -151,7 +151,7 @@ def test_one_path_is_allowed_and_keeps_its_return() -> None:
 def test_the_running_fisher_matrix_survives_directions_without_scores() -> None:
     """Adding a number to both logits changes nothing: the matrix decays there, its inverse must not overflow."""
     agent = BPG("CartPole-v1", BPGConfig(num_envs=20, n_steps=5, fisher_rate=0.5, natural=True, learning_rate=1e-3))
-    agent.learn(100 * 60)  # 1,200 paths: 0.5^1200 underflows
+    agent.learn(until=100 * 60)  # 1,200 paths: 0.5^1200 underflows
     inverse = agent.estimator.fisher.inverse
     assert bool(inverse.isfinite().all())
     assert float(torch.linalg.eigvalsh(inverse).max()) < 1.1 / agent.config.damping
@@ -161,7 +161,7 @@ def test_the_running_fisher_matrix_survives_directions_without_scores() -> None:
 def test_it_learns_the_regulator() -> None:
     agent = lqr_agent(10, model=1, learning_rate=2e-3, noise=1.0)
     before = _regulator_cost(agent)
-    agent.learn(10 * 20 * 40)
+    agent.learn(until=10 * 20 * 40)
     assert _regulator_cost(agent) < 0.7 * before
 
 
@@ -202,7 +202,7 @@ class Hidden:
 
 def test_it_learns_from_observations_that_hide_the_state() -> None:
     agent = BPG(Hidden(20), BPGConfig(num_envs=20, n_steps=5, learning_rate=0.05), seed=0)
-    agent.learn(20 * 5 * 30)
+    agent.learn(until=20 * 5 * 30)
     assert agent.policy.actor.net[0].weight.item() > 0.3, "the action must follow the observed sign"
 
 
@@ -221,5 +221,5 @@ def test_wrong_settings(wrong: dict) -> None:
 
 def test_the_step_size_decays() -> None:
     agent = BPG("CartPole-v1", BPGConfig(num_envs=2, n_steps=3, learning_rate=0.1, lr_decay=2.0))
-    agent.learn(6 * 3)
+    agent.learn(until=6 * 3)
     assert float(agent.scalars["train/learning_rate"]) == pytest.approx(0.1 * 2.0 / (2.0 + 2.0))

@@ -127,7 +127,7 @@ def test_loss_by_hand(temperature: float, loss: float, gradient: tuple[float, ..
 def test_bounds_shrink_with_training() -> None:
     seen: list[tuple[float, float]] = []
     agent = make("CartPole-v1", anneal_eps=True, eps_low=0.2, eps_high=0.4, n_epochs=1)
-    agent.learn(4 * 48, lambda a: seen.append((float(a.estimator.eps_low), float(a.estimator.eps_high))))
+    agent.learn(until=4 * 48, callback=lambda a: seen.append((float(a.estimator.eps_low), float(a.estimator.eps_high))))
     assert seen == [pytest.approx((0.2 * f, 0.4 * f)) for f in (1.0, 0.75, 0.5, 0.25)]
     agent.ctx.k.fill_(4)
     prepare_rollout(agent)
@@ -202,7 +202,7 @@ def test_returns_are_recomputed_on_request() -> None:
             return original(terms, batches)
 
         agent.updaters["policy"].run = run  # type: ignore[method-assign]
-        agent.learn(1)
+        agent.learn(until=1)
         return (seen[0] - seen[1]).abs().max()
 
     assert float(spread(False)) == 0.0

@@ -38,7 +38,7 @@ def test_versions_survive_a_checkpoint(name: str, tmp_path: Any) -> None:
     cls = get_agent(name)
     agent = cls("CartPole-v1", cls.Config(num_envs=2, n_steps=8, hidden=(8,), compile="off"))
     agent.ctx.bank.refresh("ref")
-    agent.learn(2 * agent.samples_per_iteration)
+    agent.learn(until=2 * agent.samples_per_iteration)
     agent.save(tmp_path / "a.pt")
     loaded = cls.load(tmp_path / "a.pt")
     versions = [dict(a.ctx.bank.policy("ref").named_parameters()) for a in (agent, loaded)]

@@ -125,7 +125,7 @@ def test_uncertainty_changes_the_step(update: str) -> None:
         config = DBQPGConfig(**SMALL, update=update, uncertainty=uncertainty)
         agent = DBQPG("Pendulum-v1", config, seed=2)
         before = agent.updaters["policy"].flat.clone()
-        agent.learn(agent.samples_per_iteration)
+        agent.learn(until=agent.samples_per_iteration)
         flats.append(agent.updaters["policy"].flat - before)
     assert not torch.allclose(*flats)
     assert float(flats[0] @ flats[1]) > 0.0, "it shapes the step, it does not turn it around"
@@ -140,7 +140,7 @@ def test_the_natural_step_has_the_published_scale() -> None:
     w = agent.estimator.weight.reshape(-1) / agent.config.fisher_scale
     fisher = torch.stack([agent.estimator.scores.fvp(e) for e in torch.eye(len(theta), dtype=DOUBLE)], 1)
     expected = 0.5 * torch.linalg.solve(fisher + 0.3 * torch.eye(len(theta), dtype=DOUBLE), u @ w / 40)
-    moved = agent.direction.step(theta, lambda tag: estimate, {"on": data}, agent.ctx) - theta
+    moved = agent.learner.direction.step(theta, lambda tag: estimate, {"on": data}, agent.ctx) - theta
     assert torch.allclose(moved.double(), expected, rtol=1e-3, atol=1e-6)
 
 
@@ -154,7 +154,7 @@ def stepped(**options) -> tuple[DBQPG, GradientEstimate, Tensor]:
     theta = agent.updaters["policy"].flat
     before = theta.clone()
     estimate = agent.estimator.gradient(theta, data, agent.ctx)
-    after = agent.direction.step(theta, lambda tag: estimate, {"on": data}, agent.ctx)
+    after = agent.learner.direction.step(theta, lambda tag: estimate, {"on": data}, agent.ctx)
     return agent, estimate, (after - before).double()
 
 
@@ -207,7 +207,7 @@ def test_the_surrogate_by_hand() -> None:
     agent, data = prepared(**LINEAR)
     theta = agent.updaters["policy"].flat
     agent.estimator.gradient(theta, data, agent.ctx)
-    evaluate = agent.direction._surrogate(data, agent.ctx)
+    evaluate = agent.learner.direction._surrogate(data, agent.ctx)
     assert [float(x) for x in evaluate(theta)] == pytest.approx([0.0, 0.0], abs=1e-6)
     other = theta + 0.3 * torch.randn(5)
     found = evaluate(other)
@@ -224,13 +224,13 @@ def test_the_surrogate_by_hand() -> None:
     columns = {k: torch.cat([data[k], torch.full_like(data[k], 7)], 1) for k in data if k not in data.sequence}
     columns["valid"] = torch.cat([data["valid"], torch.zeros_like(data["valid"])], 1)
     agent.estimator.weight = torch.cat([agent.estimator.weight] * 2, 1)
-    padded = agent.direction._surrogate(Data(columns), agent.ctx)(other)
+    padded = agent.learner.direction._surrogate(Data(columns), agent.ctx)(other)
     assert [float(x) for x in padded] == pytest.approx([float(x) for x in found], rel=1e-4)
 
 
 def test_the_trust_region_is_kept() -> None:
     agent = DBQPG("Pendulum-v1", DBQPGConfig(**SMALL, update="trpo", max_kl=1e-3), seed=2)
-    agent.learn(agent.samples_per_iteration)
+    agent.learn(until=agent.samples_per_iteration)
     assert float(agent.scalars["train/line_search"]) > 0.0
     data = agent.collector._stream.buffers.popitem()[1]
     out = agent.policy.params(data.obs[:-1].reshape(-1, 3))
@@ -252,11 +252,11 @@ def test_dummy_rows_are_left_out() -> None:
 def test_it_learns_the_cart_pole() -> None:
     config = DBQPGConfig(num_envs=4, n_steps=100, hidden=(16,), update="trpo", max_kl=0.02, rank=20)
     agent = DBQPG("CartPole-v1", config, seed=0)
-    agent.learn(400)
+    agent.learn(until=400)
     early = agent.ep_rew_mean
-    agent.learn(400 * 10)
+    agent.learn(until=400 * 10)
     agent.episodes.clear()
-    agent.learn(400 * 12)
+    agent.learn(until=400 * 12)
     assert agent.ep_rew_mean > 2.0 * early
 
 

@@ -49,10 +49,10 @@ def on_the_host(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def learns_elsewhere(agent: Any, steps: int) -> None:
-    agent.learn(steps)  # tables that are made once may come from the host
+    agent.learn(until=steps)  # tables that are made once may come from the host
     before = agent.num_timesteps
     with elsewhere():
-        agent.learn(before + steps)
+        agent.learn(until=before + steps)
     assert agent.num_timesteps > before
 
 
@@ -72,6 +72,7 @@ def test_language_models(name: str) -> None:
     group = {} if name == "sft" else {"group_size": 4}
     agent = cls("arithmetic", cls.Config(n_prompts=4, **group))
     agent.collector.collect = on_the_host(agent.collector.collect)
+    agent.collector.draw = on_the_host(agent.collector.draw)
     learns_elsewhere(agent, 16)
 
 

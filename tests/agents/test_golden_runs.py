@@ -26,7 +26,7 @@ def _run(name: str) -> dict[str, Any]:
     agent_name, env = name.split(":")
     cls = get_agent(agent_name)
     agent = cls(env, cls.Config(num_envs=4, n_steps=32, hidden=(16,), compile="off"), seed=0)
-    agent.learn(3 * agent.samples_per_iteration)
+    agent.learn(until=3 * agent.samples_per_iteration)
     weights = {k: v.detach() for k, v in agent.policy.named_parameters() if v.dim() == 2}
     return {
         "sum": float(sum(w.double().sum() for w in weights.values())),

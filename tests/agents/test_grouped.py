@@ -39,12 +39,12 @@ def test_stacked_environments_are_their_parts() -> None:
 
 def test_signatures_resume_and_evaluation(tmp_path: Path) -> None:
     agent, whole = (Grouped("CartPole-v1", GroupedConfig(**SMALL, normalise_obs=True), seed=1) for _ in range(2))
-    agent.learn(40)
+    agent.learn(until=40)
     agent.save(tmp_path / "agent.pt")
     loaded = Grouped.load(tmp_path / "agent.pt")
-    loaded.learn(150)
-    whole.learn(40)
-    whole.learn(150)
+    loaded.learn(until=150)
+    whole.learn(until=40)
+    whole.learn(until=150)
     for mine, theirs in zip(loaded.policy.state_dict().values(), whole.policy.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs)
     action, state = loaded.predict(np.zeros(4, dtype=np.float32), deterministic=True)
@@ -79,7 +79,7 @@ def test_the_recipe_sees_returns_compared_inside_groups() -> None:
 def test_the_reference_is_the_policy_at_the_start(tmp_path: Path) -> None:
     agent = Grouped("CartPole-v1", GroupedConfig(**SMALL, kl_coef=0.1, n_epochs=3, learning_rate=1e-2), seed=0)
     start = [p.detach().clone() for p in agent.policy.parameters()]
-    agent.learn(100)
+    agent.learn(until=100)
     assert float(agent.scalars["train/kl"]) > 0.0
     agent.save(tmp_path / "agent.pt")
     for bank in (agent.ctx.bank, Grouped.load(tmp_path / "agent.pt").ctx.bank):
@@ -166,7 +166,7 @@ def test_every_other_method_takes_a_step(method: str) -> None:
     # not the cart-pole: in 12 steps few of its episodes differ in their return
     agent = Grouped("Pendulum-v1", GroupedConfig(**SMALL, method=method, settings=settings), seed=0)
     before = [p.detach().clone() for p in agent.policy.parameters()]
-    agent.learn(agent.samples_per_iteration)
+    agent.learn(until=agent.samples_per_iteration)
     after = [p.detach() for p in agent.policy.parameters()]
     assert all(bool(p.isfinite().all()) for p in after)
     assert any(not torch.equal(p, q) for p, q in zip(before, after, strict=True))
@@ -175,12 +175,12 @@ def test_every_other_method_takes_a_step(method: str) -> None:
 def test_dpo_learns_from_pairs_of_episodes() -> None:
     config = GroupedConfig(n_groups=4, group_size=8, n_epochs=4, n_steps=100, method="dpo", compile="off")
     agent = Grouped("CartPole-v1", config, seed=0)
-    agent.learn(12_000)
+    agent.learn(until=12_000)
     assert agent.ep_rew_mean > 40  # a random policy: about 20
 
 
 def test_grpo_learns_to_balance() -> None:
     config = GroupedConfig(n_groups=4, group_size=8, n_epochs=4, batch_size=8, n_steps=100, compile="off")
     agent = Grouped("CartPole-v1", config, seed=0)
-    agent.learn(20_000)
+    agent.learn(until=20_000)
     assert agent.ep_rew_mean > 60  # a random policy: about 20

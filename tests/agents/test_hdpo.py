@@ -204,9 +204,9 @@ def test_the_clock_counts_scenario_periods() -> None:
     agent = make()
     assert agent.samples_per_iteration == 12 * 50
     before = torch.random.get_rng_state()
-    assert agent.learn(601) is agent
+    assert agent.learn(until=601) is agent
     assert (agent.num_timesteps, agent.iteration, agent.n_updates) == (1200, 2, 6)
-    agent.learn(1800)
+    agent.learn(until=1800)
     assert agent.num_timesteps == 1800
     assert torch.equal(before, torch.random.get_rng_state())
 
@@ -216,7 +216,7 @@ def test_learning_finds_the_base_stock_level_of_a_backlogged_store() -> None:
     agent = HDPO(
         InventoryEnv(task), HDPOConfig(policy="base_stock", n_train=256, n_dev=256, batch_size=64, dev_every=1)
     )
-    agent.learn(12 * agent.samples_per_iteration)
+    agent.learn(until=12 * agent.samples_per_iteration)
     optimum = backlog_optimum(1, 4.0)
     assert float(agent.ctx.bank.policy("best").levels[0]) == pytest.approx(optimum.level, abs=0.15)
     mean, error = agent.cost("dev", 2000)
@@ -228,7 +228,7 @@ def test_a_network_learns_and_the_seed_decides_everything() -> None:
     one, two, other = (make(seed=s, **settings) for s in (0, 0, 1))
     start = one.cost("dev", 100)[0]
     for agent, epochs in ((one, 9), (two, 9), (other, 1)):
-        agent.learn(epochs * agent.samples_per_iteration)
+        agent.learn(until=epochs * agent.samples_per_iteration)
     assert one.cost("dev", 100)[0] < 0.6 * start
     assert all(torch.equal(a, b) for a, b in zip(parameters(one), parameters(two)))
     assert not torch.equal(parameters(one)[0], parameters(other)[0])
@@ -247,34 +247,35 @@ RESUMED = [
 def test_a_loaded_agent_goes_on_bit_for_bit(tmp_path: Path, policy: str, task: str) -> None:
     settings = {"forecaster_steps": 20, "n_train": 6, "n_dev": 2, "batch_size": 4, "dev_every": 4}
     whole, half = (make(policy, task, **settings) for _ in range(2))
-    whole.learn(4 * whole.samples_per_iteration)
-    half.learn(2 * half.samples_per_iteration)
+    whole.learn(until=4 * whole.samples_per_iteration)
+    half.learn(until=2 * half.samples_per_iteration)
     half.save(tmp_path / "half.pt")
     torch.manual_seed(99)
     loaded = HDPO.load(tmp_path / "half.pt", env=half.simulator)
     assert loaded.num_timesteps == half.num_timesteps
-    loaded.learn(4 * loaded.samples_per_iteration)
-    mine, theirs = loaded.state_dict(), whole.state_dict()
-    assert all(mine[k] == theirs[k] for k in ("iteration", "n_updates", "steps"))
+    loaded.learn(until=4 * loaded.samples_per_iteration)
+    mine, theirs = (agent.state_dict()["learner"] for agent in (loaded, whole))
+    assert (loaded.iteration, loaded.n_updates) == (whole.iteration, whole.n_updates)
+    assert mine["collector"] == theirs["collector"]
     assert mine["best"] == theirs["best"]
     assert mine["episodes"] == theirs["episodes"]
     for tree in ("policy", "estimator"):
         assert all(torch.equal(mine[tree][k], theirs[tree][k]) for k in theirs[tree])
     assert all(torch.equal(mine["bank"]["best"][k], v) for k, v in theirs["bank"]["best"].items())
-    moments = [s["updaters"]["policy"]["optimiser"]["state"] for s in (mine, theirs)]
+    moments = [s["updaters/policy"]["optimiser"]["state"] for s in (mine, theirs)]
     assert all(torch.equal(moments[0][i][k], moments[1][i][k]) for i in moments[1] for k in moments[1][i])
 
 
 def test_the_best_parameters_act_and_training_ends_without_progress(tmp_path: Path) -> None:
     agent = make(dev_every=1, patience=3, learning_rate=1e-2)
     seen: list[list[Tensor]] = [parameters(agent)]
-    agent.learn(4 * agent.samples_per_iteration, lambda a: seen.append(parameters(a)))
+    agent.learn(until=4 * agent.samples_per_iteration, callback=lambda a: seen.append(parameters(a)))
     best = [p.clone() for p in agent.ctx.bank.policy("best").parameters()]
     assert agent.best_iteration > 0
     assert all(torch.equal(a, b) for a, b in zip(best, seen[agent.best_iteration]))
     agent.policy.net[-1].bias.data.fill_(30.0)  # far too large orders: no later score is better
-    agent.learn(100 * agent.samples_per_iteration)
-    assert agent.converged
+    agent.learn(until=100 * agent.samples_per_iteration)
+    assert agent.finished
     assert agent.iteration == agent.best_iteration + 3
     kept = list(agent.ctx.bank.policy("best").parameters())
     assert all(torch.equal(a, b) for a, b in zip(best, kept))
@@ -283,12 +284,12 @@ def test_the_best_parameters_act_and_training_ends_without_progress(tmp_path: Pa
     assert not torch.equal(agent.act(obs), agent.policy(obs))
     agent.save(tmp_path / "end.pt")
     done = HDPO.load(tmp_path / "end.pt", env=agent.simulator)
-    assert done.learn(10**6).iteration == agent.iteration
+    assert done.learn(until=10**6).iteration == agent.iteration
 
 
 def test_what_has_nothing_to_train_is_only_scored() -> None:
     agent = make("just_in_time")
-    agent.learn(10**9)
+    agent.learn(until=10**9)
     assert (agent.iteration, agent.n_updates) == (1, 0)
     assert agent.scalars["dev/cost"] < 1.0
     assert agent.ep_rew_mean is None
@@ -306,7 +307,10 @@ def test_callbacks(tmp_path: Path) -> None:
     agent, seen = make(), list[dict[str, Any]]()
     look = FunctionCallback(lambda a: seen.append(dict(a.scalars)))
     evaluation = EvalCallback(None, tmp_path, every=agent.samples_per_iteration, episodes=3)  # type: ignore[arg-type]
-    agent.learn(3 * agent.samples_per_iteration, [look, evaluation, CheckpointCallback(tmp_path / "c", every=10**9)])
+    agent.learn(
+        until=3 * agent.samples_per_iteration,
+        callback=[look, evaluation, CheckpointCallback(tmp_path / "c", every=10**9)],
+    )
     assert len(seen) == 3
     assert seen[-1]["rollout/ep_rew_mean"] == pytest.approx(-50 * float(seen[-1]["train/cost"]))
     assert {"dev/cost", "dev/best_cost", "train/grad_norm", "train/learning_rate", "time/fps"} <= seen[-1].keys()
@@ -320,7 +324,7 @@ def test_a_bad_loss_stops_training_and_leaves_the_parameters() -> None:
     agent.data["demand"][3] = float("nan")
     before = parameters(agent)
     with pytest.raises(FloatingPointError, match="not finite"):
-        agent.learn(1)
+        agent.learn(until=1)
     assert not agent.healthy
     assert all(bool(p.isfinite().all()) for p in parameters(agent))
     assert len(before) == len(parameters(agent))
@@ -329,15 +333,15 @@ def test_a_bad_loss_stops_training_and_leaves_the_parameters() -> None:
 def test_compiling_says_what_it_costs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda fn, **options: fn)
     monkeypatch.setattr(agents.hdpo, "can_compile", lambda: (True, ""))
-    plain = make().learn(600)
+    plain = make().learn(until=600)
     for mode, text in (("period", "half a minute"), ("horizon", "minutes")):
         agent = make(compile=mode)
-        agent.learn(600)
+        agent.learn(until=600)
         assert text in capsys.readouterr().out
         for a, b in zip(parameters(plain), parameters(agent)):
             torch.testing.assert_close(a, b)
     monkeypatch.setattr(agents.hdpo, "can_compile", lambda: (False, "no C++ compiler"))
-    make(compile="horizon").learn(600)
+    make(compile="horizon").learn(until=600)
     assert "no C++ compiler" in capsys.readouterr().out
 
 
@@ -353,10 +357,10 @@ def test_published_rates() -> None:
 
 def test_the_step_size_falls_linearly_to_zero() -> None:
     agent, rates = make("base_stock", anneal_lr=True, learning_rate=0.4), list[float]()
-    agent.learn(4 * agent.samples_per_iteration, lambda a: rates.append(float(a.updaters["policy"].lr)))
+    agent.learn(until=4 * agent.samples_per_iteration, callback=lambda a: rates.append(float(a.updaters["policy"].lr)))
     assert rates == pytest.approx([0.4, 0.3, 0.2, 0.1])
     agent = make("base_stock", learning_rate=0.4)
-    agent.learn(2 * agent.samples_per_iteration)
+    agent.learn(until=2 * agent.samples_per_iteration)
     assert float(agent.updaters["policy"].lr) == 0.4
 
 

@@ -52,14 +52,14 @@ def test_the_forecaster_learns_once_for_the_steps_asked_for(monkeypatch: pytest.
         agents.hdpo, "fit_forecaster", lambda net, windows, count, generator: steps.append(count) or torch.zeros(())
     )
     agent = make("transformed_nv", "one_store_real_data", forecaster_steps=7, batch_size=12)
-    agent.learn(2 * agent.samples_per_iteration)
+    agent.learn(until=2 * agent.samples_per_iteration)
     assert steps == [7]
 
 
 @pytest.mark.parametrize("whole_units", [False, True])
 def test_scores_costs_and_returns_are_those_of_the_best_policy_in_the_units_asked_for(whole_units: bool) -> None:
     agent = make("base_stock", whole_units=whole_units, dev_every=1)
-    agent.learn(agent.samples_per_iteration)
+    agent.learn(until=agent.samples_per_iteration)
     score = agent.best_cost
     agent.policy.u.data.fill_(90.0)  # the last parameters are not the best ones
     best = agent.ctx.bank.policy("best")
@@ -83,18 +83,18 @@ def test_scores_costs_and_returns_are_those_of_the_best_policy_in_the_units_aske
 
 def test_an_equal_score_is_no_better_one() -> None:
     agent = make("base_stock", dev_every=1, patience=3, learning_rate=1e-30)
-    agent.learn(10**9)
+    agent.learn(until=10**9)
     assert (agent.best_iteration, agent.iteration) == (1, 4)
 
 
 def test_the_last_score_is_saved(tmp_path: Path) -> None:
     agent = make("base_stock", dev_every=3)
-    agent.learn(2 * agent.samples_per_iteration)
+    agent.learn(until=2 * agent.samples_per_iteration)
     agent.save(tmp_path / "a.pt")
     loaded = HDPO.load(tmp_path / "a.pt", env=agent.simulator)
     for each in (agent, loaded):
         each.learn(
-            3 * agent.samples_per_iteration, lambda a: False
+            until=3 * agent.samples_per_iteration, callback=lambda a: False
         )  # one epoch, which is not scored again before epoch 3
     assert loaded.scalars["dev/cost"] == agent.scalars["dev/cost"] != float("inf")
 

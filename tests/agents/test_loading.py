@@ -16,27 +16,27 @@ CONFIG = PPO.Config(num_envs=4, n_steps=32, batch_size=32, n_epochs=4, hidden=(8
 
 def test_a_checkpoint_loads_onto_an_environment_without_state(tmp_path):
     agent = PPO("CartPole-v1", CONFIG, seed=0)
-    agent.learn(256)
+    agent.learn(until=256)
     agent.save(tmp_path / "agent.pt")
     with pytest.warns(UserWarning, match="starts fresh episodes"):
         loaded = PPO.load(tmp_path / "agent.pt", env=envs.make("CartPole-v1", 4, backend="sync"))
     obs = np.linspace(-0.1, 0.1, 40, dtype=np.float32).reshape(10, 4)
     np.testing.assert_array_equal(*(a.predict(obs, deterministic=True)[0] for a in (agent, loaded)))
-    loaded.learn(384)  # and trains on: from fresh episodes, on the clock of the checkpoint
+    loaded.learn(until=384)  # and trains on: from fresh episodes, on the clock of the checkpoint
     assert loaded.num_timesteps == 384
     assert loaded.iteration == agent.iteration + 1
 
 
 def test_an_early_stop_counts_the_steps_it_took():
     agent = PPO("CartPole-v1", PPO.Config(**{**vars(CONFIG), "target_kl": 1e-9, "learning_rate": 1e-2}), seed=0)
-    agent.learn(128)
+    agent.learn(until=128)
     # the first minibatch is at the old parameters (KL 0), the second is not
     assert agent.n_updates == 2
-    assert agent.gradient_steps() == 16
+    assert agent.learner.gradient_steps() == 16
 
 
 def test_another_id_starts_fresh_episodes_and_keeps_none_of_the_old_state(tmp_path):
-    agent = PPO("HalfCheetah-v5", CONFIG, env_kwargs={"reset_noise_scale": 0.0}).learn(128)
+    agent = PPO("HalfCheetah-v5", CONFIG, env_kwargs={"reset_noise_scale": 0.0}).learn(until=128)
     agent.save(tmp_path / "agent.pt")
     # of equal spaces and of simulator states of one size
     loaded = PPO.load(tmp_path / "agent.pt", env="Walker2d-v5")
@@ -61,7 +61,7 @@ def test_devices_that_are_not_here_are_refused(tmp_path):
 
 
 def test_float64_observations_and_wrong_ones():
-    agent = PPO("Hopper-v5", CONFIG, env_kwargs={"dtype": torch.float64}).learn(128)
+    agent = PPO("Hopper-v5", CONFIG, env_kwargs={"dtype": torch.float64}).learn(until=128)
     obs = agent.env.reset(seed=0)
     assert obs.dtype == torch.float64
     assert agent.act(obs, deterministic=True).dtype == torch.float32
@@ -113,4 +113,4 @@ def test_states_that_a_discrete_space_does_not_have():
     agent = PPO(from_gymnasium(Lost, 4), CONFIG)
     message = r"obs: expected one of Discrete\(3\), got 3 from environment 0 \(observation 1 of the rollout\)"
     with pytest.raises(ValueError, match=message):
-        agent.learn(128)
+        agent.learn(until=128)

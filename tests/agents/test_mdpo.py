@@ -69,8 +69,8 @@ def test_the_penalty_has_no_gradient_at_the_old_policy_and_one_beside_it() -> No
 def test_more_inner_steps_move_further_and_stay_nearer_than_without_the_penalty() -> None:
     def distance(steps: int, k: int) -> float:
         agent = make(inner_steps=steps, learning_rate=1e-2)
-        agent.ctx.K.fill_(100_000)
-        agent.ctx.k.fill_(k)
+        agent.ctx.end.fill_(100_000)
+        agent.ctx.clock.fill_(k)
         data = prepare_rollout(agent)
         run_phases(agent.estimator, {"on": data}, agent.ctx)
         phase = agent.estimator.phases()[0]
@@ -87,20 +87,22 @@ def test_more_inner_steps_move_further_and_stay_nearer_than_without_the_penalty(
 def test_step_size_schedule() -> None:
     expected = {0: 1.002049, 1: 1.0, 244: 0.502049, 487: 0.004098}
     for k, value in expected.items():
-        got = step_size(torch.tensor(float(k), dtype=torch.float64), torch.tensor(488.0, dtype=torch.float64))
+        share = torch.tensor(1 / 488, dtype=torch.float64)  # K = 488 iterations
+        got = step_size(k * share, share)
         assert float(got) == pytest.approx(value, abs=5e-7)
 
 
 def test_the_agent_plans_488_iterations_and_penalises_by_one_over_t() -> None:
     agent = MDPO("CartPole-v1", MDPOConfig(inner_steps=1, critic_epochs=1, hidden=(4,), compile="off"))
-    agent.learn(1_000_000, lambda a: False)
-    assert float(agent.ctx.K) == 488.0
-    assert float(agent.estimator.inv_t) == pytest.approx(1 / 1.002049, rel=1e-6)
+    agent.learn(until=1_000_000, callback=lambda a: False)
+    # 1,000,000 / 2,048 is not whole: the share of an iteration is .002048, where a count of 488 would give .002049
+    assert float(agent.ctx.share) == pytest.approx(0.002048, rel=1e-12)
+    assert float(agent.estimator.inv_t) == pytest.approx(1 / 1.002048, rel=1e-6)
     data = prepare_rollout(agent)  # prepares with k = 1
     assert float(agent.estimator.inv_t) == 1.0
-    agent.ctx.k.fill_(487)
+    agent.ctx.clock.fill_(488 * 2048)  # the last iteration, which passes the end
     agent.estimator.prepare({"on": Data({k: data[k] for k in data.raw}, successors=data._successors)}, agent.ctx)
-    assert float(agent.estimator.inv_t) == pytest.approx(1 / 0.004098, rel=1e-3)
+    assert float(agent.estimator.inv_t) == pytest.approx(1 / (2 * 0.002048), rel=1e-6)
     term = agent.estimator.phases()[0].terms[1]
     assert term.coef is agent.estimator.inv_t
 
@@ -112,17 +114,19 @@ def test_the_step_size_is_restored(tmp_path: Path) -> None:
         return lambda a: seen[name].append(float(a.estimator.inv_t))
 
     agent = make("CartPole-v1")
-    agent.learn(6 * 40, lambda a: note("whole")(a) or (a.save(tmp_path / "a.pt") if a.iteration == 3 else None))
-    MDPO.load(tmp_path / "a.pt").learn(6 * 40, note("resumed"))
+    agent.learn(
+        until=6 * 40, callback=lambda a: note("whole")(a) or (a.save(tmp_path / "a.pt") if a.iteration == 3 else None)
+    )
+    MDPO.load(tmp_path / "a.pt").learn(until=6 * 40, callback=note("resumed"))
     assert seen["whole"] == pytest.approx([1 / (1 - (k - 1) / 6) for k in range(6)])
     assert seen["resumed"] == seen["whole"][3:]
 
 
 def test_going_on_past_the_plan_keeps_the_last_step_size() -> None:
     agent = make("CartPole-v1")
-    agent.ctx.K.fill_(4)
+    agent.ctx.end.fill_(4)
     for k in (3, 4, 9):
-        agent.ctx.k.fill_(k)
+        agent.ctx.clock.fill_(k)
         prepare_rollout(agent)
         assert float(agent.estimator.inv_t) == 2.0
 
@@ -135,13 +139,13 @@ def test_equal_advantages_leave_the_policy_alone() -> None:
     agent = MDPO(
         ClockEnv([[Episode(0, 5)]] * 16), MDPOConfig(hidden=(8,), gamma=0.0, normalise_reward=False, compile="off")
     )
-    agent.learn(1)
+    agent.learn(until=1)
     policy, critic = agent.updaters["policy"], agent.updaters["critic"]
     assert policy.exp_avg.abs().max() > 1e-4, "no momentum: the test would prove nothing"
     critic.flat.zero_()
     agent.env.reward = 0.3
     before = {k: getattr(policy, k).clone() for k in ("flat", "exp_avg", "exp_avg_sq", "t")}
-    agent.learn(agent.num_timesteps + 1)
+    agent.learn(until=agent.num_timesteps + 1)
     for name, value in before.items():
         assert torch.equal(getattr(policy, name), value), name
     assert critic.flat.abs().max() > 0.0, "the critic's phase must still run"
@@ -186,14 +190,14 @@ def test_actor_and_critic_share_nothing() -> None:
     names = {name: set(updater.names) for name, updater in agent.updaters.items()}
     assert not names["policy"] & names["critic"]
     assert names["policy"] | names["critic"] == {k for k, _ in agent.policy.named_parameters()}
-    agent.learn(1)
+    agent.learn(until=1)
     assert float(agent.updaters["policy"].t) == 10.0  # m full-batch steps
     assert float(agent.updaters["critic"].t) == 1.0  # one epoch of one minibatch
 
 
 def test_the_critic_has_batches_and_epochs_of_its_own() -> None:
     agent = make(clock(), inner_steps=4, critic_batch_size=16, critic_epochs=3)
-    agent.learn(1)
+    agent.learn(until=1)
     assert float(agent.updaters["policy"].t) == 4.0
     assert float(agent.updaters["critic"].t) == 9.0  # 40 steps: 3 minibatches, 3 times
 

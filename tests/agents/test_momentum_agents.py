@@ -53,7 +53,7 @@ def make(cls, config, variant, seed=0, env_kwargs=None, **options):
 
 def train(agent, iterations):
     until = agent.iteration + iterations
-    agent.learn(10**9, lambda a: a.iteration < until)
+    agent.learn(until=10**9, callback=lambda a: a.iteration < until)
     return agent.updaters["policy"].flat.clone()
 
 
@@ -116,7 +116,7 @@ def test_the_third_direction_of_harpg_by_hand(variant):
     agent = make(HARPG, HARPGConfig, variant)
     train(agent, 2)
     theta, prev, d = (x.clone() for x in (agent.updaters["policy"].flat, agent.estimator.prev, agent.estimator.d))
-    seen, points, step = {}, {}, agent.direction.step
+    seen, points, step = {}, {}, agent.learner.direction.step
     plan = agent.estimator.plan
     agent.estimator.plan = lambda at, have, ctx: (
         points.update({k: v.clone() for k, v in at.items()}) or plan(at, have, ctx)
@@ -126,7 +126,7 @@ def test_the_third_direction_of_harpg_by_hand(variant):
         seen.update(have, g=gradient("on").mean)
         return step(now, gradient, have, ctx)
 
-    agent.direction.step = watched
+    agent.learner.direction.step = watched
     after = train(agent, 1)
     g = seen["g"]
     if variant == "storm":
@@ -215,7 +215,7 @@ def test_the_line_point_lies_on_the_last_move():
     agent = make(HARPG, HARPGConfig, "nharpg")
     train(agent, 2)
     theta, prev = agent.updaters["policy"].flat.clone(), agent.estimator.prev.clone()
-    points = agent.direction.points(agent.updaters["policy"].flat, agent.ctx)
+    points = agent.learner.direction.points(agent.updaters["policy"].flat, agent.ctx)
     share = (points["line"] - prev) / (theta - prev)
     moved = (theta - prev).abs() > 1e-6
     assert 0 < share[moved][0] < 1
@@ -248,7 +248,7 @@ def test_linear_baseline_is_a_regression_on_the_iterations_before():
     close(psi, 0.9**t * (to_go[:, None] - baseline(data)).to(psi), 1e-5)
 
     agent = NPGIGT("CartPole-v1", NPGIGTConfig(num_envs=4, n_steps=30, baseline="linear"))
-    agent.learn(1)
+    agent.learn(until=1)
     coef = agent.estimator.baseline.coef
     assert coef.any()
     assert agent.estimator.state_dict()["baseline.coef"].equal(coef)

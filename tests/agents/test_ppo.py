@@ -91,7 +91,7 @@ def test_an_update_ends_at_the_target_kl() -> None:
             num_envs=2, n_steps=32, batch_size=16, n_epochs=5, learning_rate=1e-2, target_kl=target, compile="off"
         )
         agent = PPO("CartPole-v1", config)
-        agent.learn(1)
+        agent.learn(until=1)
         return int(agent.updaters["policy"].t)
 
     assert updates(None) == 20
@@ -103,7 +103,7 @@ def test_the_limit_is_one_and_a_half_times_the_target() -> None:
     agent = PPO("CartPole-v1", PPOConfig(num_envs=2, n_steps=8, target_kl=0.02, compile="off"))
     stop = agent.estimator.phases()[0].stop
     assert stop is not None
-    assert [stop({"approx_kl": torch.tensor(kl)}) for kl in (0.021, 0.0299, 0.0301)] == [False, False, True]
+    assert [stop({"approx_kl": torch.tensor(kl)}, agent.ctx) for kl in (0.021, 0.0299, 0.0301)] == [False, False, True]
 
 
 @pytest.mark.parametrize("mode", ["minibatch", "batch", "none"])
@@ -150,7 +150,7 @@ def test_learning_rate_falls_linearly() -> None:
     config = PPOConfig(num_envs=2, n_steps=8, n_epochs=1, learning_rate=1e-3, anneal_lr=True, compile="off")
     seen: list[float] = []
     agent = PPO("CartPole-v1", config)
-    agent.learn(4 * 16, lambda a: seen.append(float(a.scalars["train/learning_rate"])))
+    agent.learn(until=4 * 16, callback=lambda a: seen.append(float(a.scalars["train/learning_rate"])))
     assert seen == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
 
 
@@ -167,7 +167,7 @@ def test_recomputed_advantages_follow_the_critic() -> None:
             return original(terms, batches)
 
         agent.updaters["policy"].run = run  # type: ignore[method-assign]
-        agent.learn(1)
+        agent.learn(until=1)
         return seen
 
     fixed, moving = advantages(False), advantages(True)

@@ -106,11 +106,10 @@ def test_settings_reach_the_optimisers(cls: type[Any]) -> None:
 def test_every_learning_rate_falls_or_none(cls: type[Any], anneal: bool) -> None:
     agent = make(cls, "CartPole-v1", learning_rate=1e-3, anneal_lr=anneal)
     seen: list[list[float]] = []
-    agent.learn(4 * 16, lambda a: seen.append([float(u.lr) for u in a.updaters.values()]))
+    agent.learn(until=4 * 16, callback=lambda a: seen.append([float(u.lr) for u in a.updaters.values()]))
     expected = [1e-3, 7.5e-4, 5e-4, 2.5e-4] if anneal else [1e-3] * 4
     assert seen == [pytest.approx([rate] * len(agent.updaters)) for rate in expected]
-    agent.ctx.k.fill_(9)  # past the plan: no negative rate
-    prepare_rollout(agent)
+    agent.learner.iterate()  # past the plan: no negative rate
     assert all(float(u.lr) == (0.0 if anneal else 1e-3) for u in agent.updaters.values())
 
 

@@ -48,9 +48,9 @@ def test_a_list_may_hold_functions() -> None:
     assert isinstance(one, StopOnReward)
     assert isinstance(two, FunctionCallback)
     assert isinstance(as_callback((one, two))[0], StopOnReward)
-    agent().learn(32, [lambda a: seen.append(a.iteration)])
+    agent().learn(until=32, callback=[lambda a: seen.append(a.iteration)])
     assert seen == [1, 2]
-    assert agent().learn(160, lambda a: a.iteration < 3).iteration == 3, "False ends training"
+    assert agent().learn(until=160, callback=lambda a: a.iteration < 3).iteration == 3, "False ends training"
     for wrong in (3, [None]):
         with pytest.raises(TypeError, match="expected a Callback or a function of the agent"):
             as_callback(wrong)  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def test_a_callback_that_raises_leaves_the_state_before_it(tmp_path: Path) -> No
             raise ZeroDivisionError("mine")
 
     with pytest.raises(ZeroDivisionError, match="mine"):
-        agent().learn(160, [fail, CheckpointCallback(tmp_path, 1_000)])
+        agent().learn(until=160, callback=[fail, CheckpointCallback(tmp_path, 1_000)])
     assert PPO.load(latest(tmp_path)).num_timesteps == 32
 
 
@@ -198,11 +198,11 @@ def test_a_signal_ends_training_after_its_iteration(tmp_path: Path, number: int,
         return prepare(*arguments)
 
     trained.estimator.prepare = interrupted  # type: ignore[method-assign]
-    trained.learn(160, [CheckpointCallback(tmp_path, 1_000), stop])
+    trained.learn(until=160, callback=[CheckpointCallback(tmp_path, 1_000), stop])
     assert healthy == [False], "the signal came between iterations"
     assert stop.received == signal.Signals(number).name
     assert trained.num_timesteps == 32
-    assert load(latest(tmp_path))["state"]["iteration"] == 2
+    assert load(latest(tmp_path))["state"]["learner"]["counters"]["iteration"] == 2
     assert f"{stop.received}: ends after this iteration" in capfd.readouterr().err
     assert signal.getsignal(number) == before
 
@@ -216,13 +216,13 @@ def test_the_second_signal_acts_at_once(tmp_path: Path) -> None:
 
     trained.estimator.prepare = twice  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
-        trained.learn(160, [CheckpointCallback(tmp_path, 1_000), StopOnSignal()])
+        trained.learn(until=160, callback=[CheckpointCallback(tmp_path, 1_000), StopOnSignal()])
     assert latest(tmp_path) is None, "half an iteration was saved"
 
 
 def test_without_a_signal_the_handlers_are_put_back() -> None:
     before, during = signal.getsignal(signal.SIGTERM), list[Any]()
-    agent().learn(16, [lambda _: during.append(signal.getsignal(signal.SIGTERM)), StopOnSignal()])
+    agent().learn(until=16, callback=[lambda _: during.append(signal.getsignal(signal.SIGTERM)), StopOnSignal()])
     assert during != [before]
     assert signal.getsignal(signal.SIGTERM) == before
 
@@ -230,7 +230,7 @@ def test_without_a_signal_the_handlers_are_put_back() -> None:
 def test_an_ignored_signal_stays_ignored() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     trained = agent()
-    trained.learn(32, [lambda _: signal.raise_signal(signal.SIGINT), StopOnSignal()])
+    trained.learn(until=32, callback=[lambda _: signal.raise_signal(signal.SIGINT), StopOnSignal()])
     assert trained.num_timesteps == 32
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 

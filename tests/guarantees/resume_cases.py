@@ -76,7 +76,7 @@ def build(case: str) -> Any:
 
 def train(agent: Any, folder: Path, checkpoints: type[CheckpointCallback] = CheckpointCallback) -> Any:
     callbacks = [Draws(), checkpoints(folder, every=HALF * agent.samples_per_iteration)]
-    return agent.learn(WHOLE * agent.samples_per_iteration, callbacks)
+    return agent.learn(until=WHOLE * agent.samples_per_iteration, callback=callbacks)
 
 
 def differences(a: Any, b: Any, where: str = "state") -> list[str]:
@@ -115,7 +115,7 @@ def compare(folder: Path, cases: list[str]) -> None:
         saved = sorted((folder / str(i)).glob("step_*.pt"))
         random.seed(i + 50)
         torch.manual_seed(i + 50)
-        resumed = get_agent(case.split(":")[0]).load(saved[-1])
+        resumed = get_agent(case.split(":")[0]).load(saved[-1], restore_rng=True)
         for updater in resumed.updaters.values():
             updater.unroll = 2
         assert [len(saved), resumed.iteration, resumed.num_timesteps] == [1, HALF, HALF * resumed.samples_per_iteration]

@@ -70,7 +70,7 @@ def test_environment(
     space = spaces.Box(-1, 1, (1,)) if continuous else None
     agent = small(cls, Faulty(field, value, when, action_space=space))
     with pytest.raises(FloatingPointError) as caught:
-        agent.learn(10 * agent.samples_per_iteration, CheckpointCallback(tmp_path, every=1))
+        agent.learn(until=10 * agent.samples_per_iteration, callback=CheckpointCallback(tmp_path, every=1))
     good = checkpoint.checkpoint_path(tmp_path, 2 * 2 * STEPS)
     assert str(caught.value).startswith(message)
     assert str(caught.value).endswith(f"last good checkpoint: {good}")
@@ -78,7 +78,7 @@ def test_environment(
     loaded = cls.load(good, env=Faulty(action_space=space))
     assert bool(vector(agent).isfinite().all())
     assert torch.equal(vector(agent), vector(loaded)), "parameters or statistics moved with the bad data"
-    loaded.learn(3 * agent.samples_per_iteration)
+    loaded.learn(until=3 * agent.samples_per_iteration)
     assert bool(vector(loaded).isfinite().all())
 
 
@@ -91,7 +91,7 @@ def test_the_first_reset_counts_too() -> None:
 
     agent = small(PPO, Bad([[Episode(0, 3)]] * 2))
     with pytest.raises(FloatingPointError, match=r"obs is not finite: environment 0, at its first reset .* none was"):
-        agent.learn(1)
+        agent.learn(until=1)
 
 
 @pytest.mark.parametrize("cls", AGENTS)
@@ -113,11 +113,11 @@ def test_loss(cls: type[Any], value: float, tmp_path: Path) -> None:
             return super().on_iteration(agent)
 
     with pytest.raises(FloatingPointError) as caught:
-        agent.learn(10 * agent.samples_per_iteration, Spoil(tmp_path, every=1))
+        agent.learn(until=10 * agent.samples_per_iteration, callback=Spoil(tmp_path, every=1))
     good = checkpoint.checkpoint_path(tmp_path, 2 * 2 * STEPS)
     message = str(caught.value)
     assert message.startswith("the policy loss or its gradient is not finite")
-    assert f"iteration 2, {3 * 2 * STEPS} steps" in message
+    assert f"iteration 2, {3 * 2 * STEPS} environment steps" in message
     assert message.endswith(f"last good checkpoint: {good}")
     assert checkpoint.latest(tmp_path) == good, "the broken state was saved"
     loaded = cls.load(good, env=Faulty())
@@ -125,7 +125,7 @@ def test_loss(cls: type[Any], value: float, tmp_path: Path) -> None:
     for name, value in before.items():
         assert torch.equal(after[name], value), name
     assert bool(vector(agent).isfinite().all())
-    loaded.learn(3 * agent.samples_per_iteration)
+    loaded.learn(until=3 * agent.samples_per_iteration)
 
 
 def test_a_direction_that_is_not_finite_moves_nothing_and_is_reported() -> None:
@@ -136,12 +136,12 @@ def test_a_direction_that_is_not_finite_moves_nothing_and_is_reported() -> None:
             return torch.full_like(theta, torch.nan)
 
     agent = small(PPO, Faulty())
-    agent.direction = Wild()
+    agent.learner.direction = Wild()
     before = agent.updaters["policy"].flat.clone()
-    agent._directed_step({"on": before}, {})
+    agent.learner._update({"on": before}, {})
     assert torch.equal(agent.updaters["policy"].flat, before)
     with pytest.raises(FloatingPointError, match="the policy loss or its gradient is not finite"):
-        agent._check_finite()
+        agent.learner._check_finite({})
 
 
 class Foreign:

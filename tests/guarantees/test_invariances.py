@@ -95,7 +95,7 @@ def test_simulator_threads_do_not_matter() -> None:
     def train(threads: int) -> Any:
         config = PPO.Config(num_envs=6, n_steps=16, n_epochs=2, hidden=(16,), normalise_obs=True, compile="off")
         agent = PPO("HalfCheetah-v5", config, env_kwargs={"nthread": threads})
-        return agent.learn(3 * agent.samples_per_iteration).policy.state_dict()
+        return agent.learn(until=3 * agent.samples_per_iteration).policy.state_dict()
 
     one, two = train(1), train(2)
     for name, value in one.items():
@@ -119,7 +119,7 @@ def _first_ratio(agent: Any, data: Data) -> Tensor:
 def test_the_first_ratio_is_one(cls: type[Any], env: str) -> None:
     config = cls.Config(num_envs=4, n_steps=32, hidden=(32,), normalise_obs=True, compile="off")
     agent = cls(env, config)
-    agent.learn(3 * agent.samples_per_iteration)
+    agent.learn(until=3 * agent.samples_per_iteration)
     data = prepare_rollout(agent)
     ratio = _first_ratio(agent, data)
     assert ratio.numel() > 1
@@ -142,14 +142,14 @@ def test_the_normaliser_moves_once_and_after_the_update(cls: type[Any]) -> None:
         return original(terms, batches)
 
     agent.updaters["policy"].run = run
-    agent.learn(2 * agent.samples_per_iteration)
+    agent.learn(until=2 * agent.samples_per_iteration)
     assert sorted(set(counts)) == [0.0, 48.0]
     assert float(norm.count) == 96.0
 
 
 def test_dummy_rows_do_not_move_the_normaliser() -> None:
     agent = clock_agent(PPO, AutoresetMode.NEXT_STEP, normalise_obs=True)
-    agent.learn(1)
+    agent.learn(until=1)
     norm = agent.policy.norm["obs"]
     assert float(norm.count) == agent.num_timesteps == 48 < agent.samples_per_iteration
     seen = torch.tensor([*range(3), *range(40, 45), *range(10, 12), *range(20, 26)], dtype=torch.float64)

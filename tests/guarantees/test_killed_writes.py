@@ -24,7 +24,7 @@ import envs
 from agents.ppo import PPO, PPOConfig
 from ccrl.experiment.callbacks import CheckpointCallback
 config = PPOConfig(num_envs=2, n_steps=4, batch_size=8, n_epochs=1, hidden=(700, 700), compile="off")
-PPO("CartPole-v1", config).learn(10**9, CheckpointCallback(sys.argv[1], every=1, keep=2))
+PPO("CartPole-v1", config).learn(until=10**9, callback=CheckpointCallback(sys.argv[1], every=1, keep=2))
 """
 
 
@@ -48,5 +48,5 @@ def test_a_killed_write_leaves_a_loadable_checkpoint(tmp_path: Path) -> None:
     agent = PPO.load(newest)
     assert checkpoint.checkpoint_path(tmp_path, agent.num_timesteps) == newest
     steps = agent.num_timesteps
-    agent.learn(steps + 1)
+    agent.learn(until=steps + 1)
     assert agent.num_timesteps == steps + 8

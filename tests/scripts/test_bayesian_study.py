@@ -83,7 +83,7 @@ def test_monte_carlo_steps_along_scores_times_discounted_returns() -> None:
         return runs.MonteCarlo(runs.Car(3, 1.0), BACConfig(**SIZES, policy="grid", gamma=0.9), seed=2, baseline=False)
 
     first, second = agent(), agent()
-    first.learn(1)
+    first.learn(until=1)
     theta = second.updaters["policy"].flat
     (request,) = second.estimator.plan({"on": theta}, {}, second.ctx)
     data = second.collector.collect(request, second.policy)
@@ -113,7 +113,7 @@ def test_ppo_learns_from_the_steps_of_its_episodes_alone_and_with_the_same_polic
     assert bool((prepared["valid"] == 1).all())
     assert float(prepared["return"].max()) <= 0.0  # the critic is 0: returns of steps that cost 1
     before = agent.updaters["policy"].flat.clone()
-    agent.learn(agent.num_timesteps + 1)
+    agent.learn(until=agent.num_timesteps + 1)
     moved = (agent.updaters["policy"].flat - before).abs()
     assert bool((moved > 0).any())
     assert env.episodes == 40

@@ -18,7 +18,7 @@ SMALL = {"n_train": 8, "n_dev": 4, "batch_size": 4, "dev_every": 1}
 @pytest.mark.parametrize("policy", ["base_stock", "just_in_time"])
 def test_what_is_drawn_costs_what_the_agent_scores(policy: str) -> None:
     agent = HDPO("ccrl/InventoryOneStoreLost-v0", HDPOConfig(policy=policy, whole_units=True, **SMALL))
-    agent.learn(2 * agent.samples_per_iteration)
+    agent.learn(until=2 * agent.samples_per_iteration)
     env, scenarios = agent.simulator.split("dev"), agent.scenarios("dev", 5, 7)
     trace = inventory_network.play(agent, env, scenarios)
     assert torch.equal(trace.action, trace.action.round())
@@ -28,7 +28,7 @@ def test_what_is_drawn_costs_what_the_agent_scores(policy: str) -> None:
 
 def test_a_checkpoint_becomes_a_picture(tmp_path: Path) -> None:
     config = HDPOConfig(policy="echelon_stock", **SMALL)
-    agent = HDPO("ccrl/InventorySerial-v0", config, env_kwargs={"lead_time": 1}).learn(1)
+    agent = HDPO("ccrl/InventorySerial-v0", config, env_kwargs={"lead_time": 1}).learn(until=1)
     agent.save(tmp_path / "run/checkpoints/step_400.pt")
     files = inventory_network.main(NetworkConfig(tmp_path / "run", tmp_path / "plan", split="dev", count=2))
     assert [path.name for path in files] == ["plan.png", "plan.svg"]

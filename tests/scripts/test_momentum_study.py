@@ -18,10 +18,10 @@ def test_errors_are_those_of_the_direction_at_the_parameters_it_belongs_to(tmp_p
     expected: dict[str, list[float]] = {"error at 1": [], "gap": []}
     for seed in range(2):
         agent = study.tabular("normalised", seed, num_envs=1, learning_rate=0.5)
-        agent.learn(1)
+        agent.learn(until=1)
         truth = agent.env.exact_gradient(agent.policy, agent.updaters["policy"].flat.clone())
-        agent.learn(agent.num_timesteps + 1)
-        expected["error at 1"].append(float((agent.direction.d - truth).norm() / truth.norm()))
+        agent.learn(until=agent.num_timesteps + 1)
+        expected["error at 1"].append(float((agent.learner.direction.d - truth).norm() / truth.norm()))
         expected["gap"].append(float(agent.env.optimal_return() - agent.env.exact_return(agent.policy)))
     for name, values in expected.items():
         assert row[name] == pytest.approx(sum(values) / 2, rel=1e-6), name
@@ -42,7 +42,7 @@ def test_all_methods_get_equal_trajectories(tmp_path: Path) -> None:
     assert f"| nmpg | 1 | {rows[0]['gap']:.4g} | {rows[0]['gap sd']:.4g} |" in text
     for method in ("nmpg", "nharpg"):
         agent = study.tabular(method, 0, num_envs=5, learning_rate=1.0)
-        agent.learn(40 * agent.config.n_steps)
+        agent.learn(until=40 * agent.config.n_steps)
         # second rollouts count too; the last iteration may be one too many
         assert 40 * 15 <= agent.num_timesteps < (40 + 2 * 5) * 15
 

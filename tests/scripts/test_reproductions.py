@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -65,8 +67,8 @@ def test_in_ppo_the_dual_follows_every_minibatch() -> None:
     seen: list[tuple[float, float]] = []
 
     class Watched(reproduction.Held):
-        def after_minibatch(self, stats: dict[str, Tensor]) -> None:
-            super().after_minibatch(stats)
+        def after_minibatch(self, stats: dict[str, Tensor], ctx: Any) -> None:
+            super().after_minibatch(stats, ctx)
             seen.append((float(stats["ratio_variance"]), float(self.dual)))
 
     variance, _ = reproduction.control(Watched, epochs=3, seed=0, iterations=1)

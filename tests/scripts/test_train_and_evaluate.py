@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from agents import PPO
 from ccrl.experiment.config import ConfigError
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.run import RunFolder
+from ccrl.learn import Learner
 from ccrl.returns import gae
 from scripts import evaluate, train
 from scripts.bench import gae as bench_gae
@@ -39,7 +39,7 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults_and_a_run_goes_on(
 
     # as if it had been stopped half-way: the newest checkpoint and the steps after the older one are gone
     (run.checkpoints / "step_000000000128.pt").unlink()
-    parameters = torch.load(run.path / "checkpoints/step_000000000064.pt", weights_only=True)["state"]["updaters"]
+    parameters = torch.load(run.path / "checkpoints/step_000000000064.pt", weights_only=True)["state"]["learner"]
     again = train.main(["--resume", str(run.path)])
     assert again.path == run.path
     assert again.info["resumes"][0]["step"] == 64
@@ -47,8 +47,8 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults_and_a_run_goes_on(
     assert [int(row["step"]) for row in read_rows(run.path / "eval.csv")] == [64, 128]
     # an iteration and an evaluation at each
     assert [int(row["step"]) for row in read_rows(run.path / "progress.csv")] == [64, 64, 128, 128]
-    after = torch.load(run.path / "checkpoints/step_000000000128.pt", weights_only=True)["state"]["updaters"]
-    assert not torch.equal(parameters["policy"]["flat"], after["policy"]["flat"])
+    after = torch.load(run.path / "checkpoints/step_000000000128.pt", weights_only=True)["state"]["learner"]
+    assert not torch.equal(parameters["updaters/policy"]["flat"], after["updaters/policy"]["flat"])
 
     for checkpoint, step in (("latest", 128.0), (str(run.checkpoints / "step_000000000064.pt"), 64.0)):
         scalars = evaluate.main(evaluate.EvaluateConfig(run.path, checkpoint, episodes=3))
@@ -212,20 +212,20 @@ def test_speed_leaves_out_evaluations_and_what_was_before_a_resume(
 def test_a_signal_in_the_last_iteration_does_not_unfinish_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    iterate = PPO._iterate
-    monkeypatch.setattr(PPO, "_iterate", lambda agent: (iterate(agent), signal.raise_signal(signal.SIGTERM)))
+    iterate = Learner.iterate
+    monkeypatch.setattr(Learner, "iterate", lambda learner: (iterate(learner), signal.raise_signal(signal.SIGTERM)))
     assert tiny_run(tmp_path, "--total-timesteps", "64", "--eval-every", "0").info["finished"]["step"] == 64
 
 
 def test_a_signal_saves_the_iteration_and_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    iterate = PPO._iterate
+    iterate = Learner.iterate
 
-    def interrupted(agent: PPO) -> None:
-        if agent.iteration == 1:
+    def interrupted(learner: Learner) -> None:
+        if learner.iteration == 1:
             signal.raise_signal(signal.SIGTERM)
-        iterate(agent)
+        iterate(learner)
 
-    monkeypatch.setattr(PPO, "_iterate", interrupted)
+    monkeypatch.setattr(Learner, "iterate", interrupted)
     with pytest.raises(SystemExit, match=r"stopped at 128 of 640 steps; it goes on from step_0+128.pt with --resume"):
         tiny_run(tmp_path, "--total-timesteps", "640", "--eval-every", "0")
     monkeypatch.undo()

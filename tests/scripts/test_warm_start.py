@@ -56,8 +56,8 @@ def test_a_killed_run_does_not_warm_up_twice(dying: pytest.MonkeyPatch, tmp_path
     killed, whole = the_run(tmp_path / "killed"), the_run(tmp_path / "whole")
     assert states(killed).keys() == {"step_000000000000.pt"}
     warm = states(killed)["step_000000000000.pt"]
-    assert warm["warm"]
-    assert warm["iteration"] == 0
+    assert warm["learner"]["warm"]
+    assert warm["learner"]["counters"]["iteration"] == 0
 
     def again(self: Any, steps: int) -> float:
         raise AssertionError(f"{steps} supervised steps for a second time")
@@ -68,9 +68,11 @@ def test_a_killed_run_does_not_warm_up_twice(dying: pytest.MonkeyPatch, tmp_path
     assert both[0].keys() == both[1].keys() == {"step_000000000000.pt", "step_000000000016.pt"}
     for name in both[0]:
         for part in ("policy", "bank"):  # the reference is the policy after the supervised phase
-            torch.testing.assert_close(both[0][name][part], both[1][name][part], rtol=0.0, atol=0.0)
-    moved = both[0]["step_000000000016.pt"]["policy"]
-    assert any(not torch.equal(value, warm["policy"][name]) for name, value in moved.items())
+            torch.testing.assert_close(
+                both[0][name]["learner"][part], both[1][name]["learner"][part], rtol=0.0, atol=0.0
+            )
+    moved = both[0]["step_000000000016.pt"]["learner"]["policy"]
+    assert any(not torch.equal(value, warm["learner"]["policy"][name]) for name, value in moved.items())
 
 
 def test_without_a_supervised_phase_nothing_is_saved_before_the_first_iteration(
@@ -80,13 +82,13 @@ def test_without_a_supervised_phase_nothing_is_saved_before_the_first_iteration(
     for steps, expected in ((0, []), (1, ["step_000000000000.pt"])):
         agent = GRPO("arithmetic", GRPO.Config(**small, warm_start_steps=steps, warm_start_batch=4))
         with pytest.raises(Killed):
-            agent.learn(8, CheckpointCallback(tmp_path / str(steps), every=8))
+            agent.learn(until=8, callback=CheckpointCallback(tmp_path / str(steps), every=8))
         assert [path.name for path in (tmp_path / str(steps)).glob("*.pt")] == expected
 
 
 def test_later_calls_of_learn_save_when_they_are_due(tmp_path: Path) -> None:
     small = {"model_layers": 1, "model_width": 16, "model_heads": 2, "n_prompts": 2, "group_size": 4}
     agent = GRPO("arithmetic", GRPO.Config(**small, warm_start_steps=1, warm_start_batch=4))
-    agent.learn(8)
-    agent.learn(16, CheckpointCallback(tmp_path, every=100))
+    agent.learn(until=8)
+    agent.learn(until=16, callback=CheckpointCallback(tmp_path, every=100))
     assert [path.name for path in tmp_path.glob("*.pt")] == ["step_000000000016.pt"]

@@ -22,6 +22,7 @@ from ccrl.collect import Collector, Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context
 from ccrl.estimators.trajectory import LinearBaseline, TrajectoryEstimator
+from ccrl.learn import Learner
 from ccrl.updaters import FlatUpdater
 from envs.classic.mountain_car import MAX_SPEED, MountainCarTwoActions
 from scripts import gradient_lab_problems as lab
@@ -83,13 +84,14 @@ class MonteCarlo(BAC):
         self.baseline = baseline
         super().__init__(*args, **options)
 
-    def build(self) -> None:
-        super().build()
-        c, features = self.config, self.policy.features
-        self.estimator = TrajectoryEstimator(
+    def build(self) -> Learner:
+        learner = super().build()
+        c, features = self.config, learner.policy.features
+        estimator = TrajectoryEstimator(
             episodes=c.num_envs, horizon=c.n_steps, gamma=c.gamma, discount_from_start=False,
             baseline=LinearBaseline(features, features.width) if self.baseline else None,
         )  # fmt: skip
+        return self.rollouts(learner.policy, estimator, learner.updaters, learner.direction)  # type: ignore[attr-defined]
 
 
 class EpisodicPPO(PPO):
@@ -98,14 +100,13 @@ class EpisodicPPO(PPO):
 
     episodic = True
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         actor = lab.problem("mountain-car").policy(self.env)
         weight = torch.zeros(2 * actor.features.width + 1)
-        self.policy = lab.ActorCritic(actor, actor.features, weight, ("value",))
+        policy = lab.ActorCritic(actor, actor.features, weight, ("value",))
         c = self.config
-        updater = FlatUpdater(self.policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
-        self.updaters = {"policy": updater}
-        self.estimator = _EpisodicEstimator(c, self.policy, self.updaters)
+        updater = FlatUpdater(policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
+        return self.rollouts(policy, _EpisodicEstimator(c, policy, {"policy": updater}), {"policy": updater})
 
 
 class _EpisodicEstimator(PPOEstimator):
@@ -174,8 +175,10 @@ def _dbqpg(
     agent = agents.get_agent("dbqpg")(env, config, seed=seed)
     spent = dict.fromkeys(("kernel", "solve", "update", "all"), 0.0)
     for name, owner, attribute in (
-        ("kernel", agent.estimator, "fit"), ("solve", agent.estimator, "gradient"), ("update", agent.direction, "step"),
-    ):  # fmt: skip
+        ("kernel", agent.estimator, "fit"),
+        ("solve", agent.estimator, "gradient"),
+        ("update", agent.learner.direction, "step"),
+    ):
         setattr(owner, attribute, _timed(getattr(owner, attribute), spent, name))
     points: list[dict[str, Any]] = []
     clock = [time.process_time(), 0]

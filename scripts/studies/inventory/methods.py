@@ -24,7 +24,7 @@ check_siblings("agents", "envs")
 
 from agents.base import Agent
 from agents.hdpo import HDPO, HDPOConfig
-from agents.on_policy import OnPolicyConfig, OnPolicyEstimator
+from agents.on_policy import OnPolicyConfig, OnPolicyEstimator, Updaters
 from agents.ppo import PPO, PPOConfig
 from ccrl.batched_env import AutoresetMode
 from ccrl.data import Batching, Data
@@ -34,6 +34,7 @@ from ccrl.estimators.stages import Standardise
 from ccrl.estimators.terms import Term
 from ccrl.inventory.functional_env import Split, State
 from ccrl.inventory.pathwise import Unrolled, average_cost
+from ccrl.learn import Learner
 from ccrl.policies import MLPPolicy
 from ccrl.returns import discounted_sum
 from ccrl.updaters import FlatUpdater
@@ -59,8 +60,8 @@ class ReinforceConfig(OnPolicyConfig):
 class ReinforceEstimator(OnPolicyEstimator):
     """``-mean (G_t - mean over copies of G_t) log pi``, one step per rollout."""
 
-    def __init__(self, config: ReinforceConfig, policy: MLPPolicy, updaters: dict[str, FlatUpdater]) -> None:
-        super().__init__(config, policy, updaters)
+    def __init__(self, config: ReinforceConfig, policy: MLPPolicy, updaters: Updaters) -> None:
+        super().__init__(config, policy)
         term = Term("policy_gradient_loss", losses.weighted_ratio, aggregates.mean, ratios.plain)
         self._phases = (Phase("policy", (term,), Batching(size="full"), updaters["policy"]),)
 
@@ -80,11 +81,11 @@ class Reinforce(Agent):
     paper = "Williams 1992"
     Config = ReinforceConfig
 
-    def build(self) -> None:
+    def build(self) -> Learner:
         c: ReinforceConfig = self.config
-        self.policy = self.make_policy({})
-        self.updaters = {"policy": FlatUpdater(self.policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm)}
-        self.estimator = ReinforceEstimator(c, self.policy, self.updaters)
+        policy = self.make_policy({})
+        updaters: Updaters = {"policy": FlatUpdater(policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm)}
+        return self.rollouts(policy, ReinforceEstimator(c, policy, updaters), updaters)
 
     @classmethod
     def slots(cls) -> dict[str, str]:

@@ -97,7 +97,7 @@ def play_errors(cell: dict[str, Any]) -> Rows:
     at, errors = [int(t) for t in cell["at"].split()], dict[str, float]()
 
     def watch(agent: Any) -> bool:
-        t, rule = agent.iteration - 1, agent.direction
+        t, rule = agent.iteration - 1, agent.learner.direction
         if t in at:  # d_t belongs to theta_t, which by now is the previous one
             truth = agent.env.exact_gradient(agent.policy, rule.prev)
             errors[f"error at {t}"] = float((rule.d - truth).norm() / truth.norm())

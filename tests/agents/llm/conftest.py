@@ -46,11 +46,11 @@ def _resumes(cls: type[Any], task: str, config: Any, path: Path) -> None:
     """Two iterations, a checkpoint, two more: the same parameters as four without one."""
     whole, part = cls(task, config, seed=3), cls(task, config, seed=3)
     size = whole.samples_per_iteration
-    whole.learn(4 * size)
-    part.learn(2 * size)
+    whole.learn(until=4 * size)
+    part.learn(until=2 * size)
     part.save(path)
     part = cls.load(path)
-    part.learn(4 * size)
+    part.learn(until=4 * size)
     for name, value in whole.policy.state_dict().items():
         assert torch.equal(value, part.policy.state_dict()[name]), name
     for name, value in whole.estimator.state_dict().items():

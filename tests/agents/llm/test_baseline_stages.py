@@ -102,7 +102,7 @@ def test_without_dynamic_sampling_all_groups_stay() -> None:
     parts = Parts(nn.Identity(), None, Request(counts=torch.tensor([3, 2])), 4)  # type: ignore[arg-type]
     recipe = DAPO.Recipe(DAPOConfig(max_tries=1, overlong_share=0.0), parts)
     data = rollout([1, 0, 1, 1, 1], [0, 0, 0, 1, 1])
-    context = Context(torch.zeros(()), torch.ones(()), torch.Generator(), Bank(parts.policy), lambda *_: None)  # type: ignore[arg-type,return-value]
+    context = Context(torch.Generator(), Bank(parts.policy), lambda *_: None)  # type: ignore[arg-type,return-value]
     assert recipe.plan({}, {"on": data}, context) == []
     assert recipe.prepare({"on": data}, context)["on"]["group"].tolist() == [0, 0, 0, 1, 1]
     some = recipe.__class__(DAPOConfig(max_tries=2, overlong_share=0.0), parts)
@@ -120,7 +120,7 @@ def test_length_alone_is_nothing_to_learn_from(tries: int, updates: int) -> None
 
     config = DAPOConfig(model="tabular", n_prompts=2, group_size=4, max_tries=tries, overlong_share=1.0)
     agent = DAPO(Wrong(), config, seed=0)
-    agent.learn(1)
+    agent.learn(until=1)
     assert agent.n_updates == updates
 
 

@@ -374,7 +374,7 @@ def test_learns_a_bandit(agent: type[LLM]) -> None:
         config = replace(config, max_tries=2)
     learner = agent("sequence_match", config, seed=0, env_kwargs={"questions": 2, "fixed_length": 3, "symbols": 4})
     before = learner.pass_at([1], questions=2, samples=64)["episode_reward"]
-    learner.learn(60 * learner.samples_per_iteration)
+    learner.learn(until=60 * learner.samples_per_iteration)
     after = learner.pass_at([1], questions=2, samples=64)["episode_reward"]
     assert before < 0.45
     assert after > 0.8
@@ -382,7 +382,7 @@ def test_learns_a_bandit(agent: type[LLM]) -> None:
 
 def context(policy: nn.Module) -> Context:
     """What a recipe may read."""
-    return Context(torch.zeros(()), torch.ones(()), torch.Generator(), Bank(policy), lambda *_: None)  # type: ignore[arg-type,return-value]
+    return Context(torch.Generator(), Bank(policy), lambda *_: None)  # type: ignore[arg-type,return-value]
 
 
 def test_recipes_take_control_episodes() -> None:

@@ -330,7 +330,7 @@ SMALL: dict[str, Any] = {"model": "tabular", "n_prompts": 16, "optimiser": "sgd"
 def test_reaches_the_regularised_optimum(behaviours: tuple[str, ...]) -> None:
     config = CoPGConfig(**SMALL, learning_rate=0.5, behaviours=behaviours, n_epochs=4)
     agent = CoPG("arms", config, seed=0)
-    agent.learn(40 * agent.samples_per_iteration)
+    agent.learn(until=40 * agent.samples_per_iteration)
     optimum = (torch.tensor([1.0, 0.3, -0.5]) / 0.5).softmax(0)  # the reference is uniform
     torch.testing.assert_close(agent.policy.logits[0, 0].softmax(0), optimum, atol=0.01, rtol=0)
     assert float(agent.scalars["train/regularised_variance"]) < 1e-3

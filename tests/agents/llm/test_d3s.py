@@ -253,7 +253,7 @@ def test_dropped_rollouts_leave_the_batch(recipe: Any, rollout: Any) -> None:
     batch = left.epoch(Batching("sequence", "full"), None)[0]
     assert float(batch["n_valid"]) == 2.0
     assert float(batch["n_sequences"]) == 2.0
-    made.after_update(prepared, stats)
+    made.after_update(prepared, stats, None)
     assert {k: round(float(v), 4) for k, v in stats.items()} == {
         "rollout_share": 0.25, "token_share": 0.125, "prompt_share": 0.5, "largest_prompt_share": 1.0,
         "useful_sampled": 0.5, "useful_kept": 1.0, "advantage_variance_sampled": 0.375,
@@ -265,13 +265,13 @@ def test_equal_rewards_skip_the_update(recipe: Any, rollout: Any) -> None:
     data = rollout(OLD, MASK, episode_reward=double([1] * 4), entropy=double(ENTROPY))
     made = recipe(D3SRecipe, D3SConfig(group_size=4))
     prepared = made.prepare({"on": data}, at(0.0))
-    assert made.phases()[0].skip(prepared["on"])
+    assert made.phases()[0].skip(prepared["on"], None)
     stats: dict[str, Tensor] = {}
-    made.after_update(prepared, stats)
+    made.after_update(prepared, stats, None)
     assert float(stats["skipped"]) == 1.0
     agent = D3S("arms", D3SConfig(model="tabular", n_prompts=2), env_kwargs={"rewards": (0.5, 0.5)})
     before = agent.policy.logits.clone()
-    agent.learn(2 * agent.samples_per_iteration)
+    agent.learn(until=2 * agent.samples_per_iteration)
     assert torch.equal(agent.policy.logits, before)
     assert agent.n_updates == 0
 
@@ -299,7 +299,7 @@ def test_control_episodes_need_no_tokens(recipe: Any, rollout: Any) -> None:
     assert policy.columns == 2  # entropy of the survivors only
     config = GroupedConfig(method="d3s", n_groups=2, group_size=8, n_steps=20, settings={"tokens_final": 0.5})
     agent = Grouped("CartPole-v1", config)
-    agent.learn(agent.samples_per_iteration)
+    agent.learn(until=agent.samples_per_iteration)
     assert agent.n_updates == agent.iteration >= 1
 
 
@@ -327,7 +327,7 @@ def test_learns_on_fewer_tokens(base: str) -> None:
     agent = D3S("sequence_match", D3SConfig(**SMALL, base=base), seed=0, env_kwargs=task)
     before, shares = agent.pass_at([1], questions=4, samples=64)["episode_reward"], list[float]()
     agent.learn(
-        40 * agent.samples_per_iteration, callback=lambda a: shares.append(float(a.scalars["train/token_share"]))
+        until=40 * agent.samples_per_iteration, callback=lambda a: shares.append(float(a.scalars["train/token_share"]))
     )
     assert before < 0.35
     assert agent.pass_at([1], questions=4, samples=64)["episode_reward"] > 0.9
@@ -340,7 +340,7 @@ def test_keeps_up_with_grpo_on_fewer_tokens() -> None:
     scores = []
     for cls, config in ((D3S, D3SConfig), (GRPO, GRPOConfig)):
         agent = cls("sequence_match", config(**SMALL | {"group_size": 16}), seed=0, env_kwargs=task)
-        agent.learn(10 * agent.samples_per_iteration)
+        agent.learn(until=10 * agent.samples_per_iteration)
         scores.append(agent.pass_at([1], questions=4, samples=64)["episode_reward"])
     # an eighth to a quarter of the rollouts and a fifth of their tokens are enough to keep up
     assert scores[0] > scores[1] - 0.1
@@ -351,7 +351,7 @@ def test_resumes_exactly(tmp_path: Any) -> None:
 
     def trained(agent: D3S, iterations: int) -> D3S:
         # the total is the same: the schedules depend on it
-        agent.learn(8 * agent.samples_per_iteration, callback=lambda a: a.iteration < iterations)
+        agent.learn(until=8 * agent.samples_per_iteration, callback=lambda a: a.iteration < iterations)
         return agent
 
     whole = trained(D3S("modsum", config, seed=3), 4)

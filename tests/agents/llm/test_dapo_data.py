@@ -64,7 +64,7 @@ def test_dynamic_sampling(right: list[int], rollouts: int, groups: int) -> None:
 def test_without_informative_groups_nothing_moves() -> None:
     agent = DAPO(Scripted([0]), DAPOConfig(model="tabular", n_prompts=4, group_size=4), seed=0)
     before = agent.policy.logits.detach().clone()
-    agent.learn(1)
+    agent.learn(until=1)
     assert agent.num_timesteps == 4 * 16
     assert agent.n_updates == 0
     assert torch.equal(agent.policy.logits, before)

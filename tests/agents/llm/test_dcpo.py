@@ -215,7 +215,7 @@ def test_entropy_estimate(recipe: Any, rollout: Any) -> None:
     batch = data.epoch(Batching("sequence", "full"), None)[0]
     _, stats = surrogate(made.phases()[0].terms, {"log_prob": log_prob}, batch)
     assert float(stats["sampled_entropy"]) == pytest.approx(0.947537, abs=0.02)
-    made.after_update({}, stats)
+    made.after_update({}, stats, None)
     assert float(made.entropy) == pytest.approx(float(stats["sampled_entropy"]))
 
 
@@ -240,7 +240,7 @@ def test_it_learns_and_keeps_the_entropy_that_grpo_loses() -> None:
     for target in (0.0, 0.8):
         # a target of 0 is never reached from above: the cold side, which sharpens
         agent = DCPO("easy_hard", DCPOConfig(**SMALL, entropy_target=target), env_kwargs=TASK)
-        agent.learn(40 * agent.samples_per_iteration)
+        agent.learn(until=40 * agent.samples_per_iteration)
         found[target] = agent.pass_at([1], questions=4, samples=64)
     assert min(f["pass@1"] for f in found.values()) > 0.85
     assert found[0.8]["entropy"] > found[0.0]["entropy"] + 0.1
@@ -252,7 +252,7 @@ def test_exact_resume(resumes: Any, tmp_path: Path) -> None:
 
 def test_the_entropy_is_checkpointed(tmp_path: Path) -> None:
     agent = DCPO("easy_hard", DCPOConfig(**SMALL))
-    agent.learn(agent.samples_per_iteration)
+    agent.learn(until=agent.samples_per_iteration)
     assert float(agent.estimator.entropy) > 0.5
     agent.save(tmp_path / "a.pt")
     assert torch.equal(DCPO.load(tmp_path / "a.pt").estimator.entropy, agent.estimator.entropy)

@@ -233,7 +233,7 @@ def test_learns() -> None:
     agent = EMPG("modsum", EMPGConfig(**SMALL, step="token"), seed=0,
                  env_kwargs={"questions": 3, "fixed_length": 2, "symbols": 3})  # fmt: skip
     before = agent.pass_at([1], questions=3, samples=64)["pass@1"]
-    agent.learn(30 * agent.samples_per_iteration)
+    agent.learn(until=30 * agent.samples_per_iteration)
     assert before < 0.5
     assert agent.pass_at([1], questions=3, samples=64)["pass@1"] > 0.9
 
@@ -242,7 +242,7 @@ def test_turns_of_a_conversation() -> None:
     """The sampler's replies separate steps: a new model is asked to go on in some of 256 games."""
     config = EMPGConfig(model_layers=1, model_width=16, model_heads=1, n_prompts=4, group_size=4)
     agent = EMPG("guessing", config, seed=0)
-    agent.learn(agent.samples_per_iteration)
+    agent.learn(until=agent.samples_per_iteration)
     data = agent.collector.collect(Request(counts=torch.full((4,), 64)), agent.policy)
     steps = find_steps(data["valid"], None)
     replies = (data["present"] - data["valid"]).sum(0)

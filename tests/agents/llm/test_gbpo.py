@@ -190,7 +190,7 @@ SMALL = {"model": "tabular", "n_prompts": 8, "group_size": 8, "n_epochs": 4, "le
 def test_it_learns() -> None:
     agent = GBPO("easy_hard", GBPOConfig(**SMALL), env_kwargs={"questions": 4, "symbols": 5, "easy": 2})
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
-    agent.learn(40 * agent.samples_per_iteration)
+    agent.learn(until=40 * agent.samples_per_iteration)
     assert before < 0.5
     assert agent.pass_at([1], questions=4, samples=64)["pass@1"] > 0.85
 

@@ -249,9 +249,9 @@ def test_solves_what_exploration_does_not() -> None:
     found = {}
     for gate in (0.0, -1.0):
         agent = HPT("dead_prompts", HPTConfig(**SMALL, gate=gate), seed=1, env_kwargs=DEAD)
-        agent.learn(agent.samples_per_iteration)
+        agent.learn(until=agent.samples_per_iteration)
         first = float(agent.scalars["train/sft_share"])
-        agent.learn(60 * agent.samples_per_iteration)
+        agent.learn(until=60 * agent.samples_per_iteration)
         found[gate] = agent.pass_at([1], questions=8, samples=64)["pass@1"]
         assert float(agent.scalars["train/sft_share"]) < max(first, 1e-9)
         assert 0.0 <= float(agent.scalars["rollout/success"]) <= 1.0
@@ -261,14 +261,14 @@ def test_solves_what_exploration_does_not() -> None:
 
 def test_large_gradients_are_skipped_and_counted(tmp_path: Path) -> None:
     agent = HPT("dead_prompts", HPTConfig(**SMALL, skip_grad_norm=1e-6), seed=1, env_kwargs=DEAD)
-    agent.learn(2 * agent.samples_per_iteration)
+    agent.learn(until=2 * agent.samples_per_iteration)
     assert not agent.policy.logits.any()
     assert float(agent.scalars["train/grad_norm"]) > 1e-6
     assert agent.scalars["train/skipped_updates"] == agent.scalars["train/n_updates"] == 2
     agent.save(tmp_path / "agent.pt")
     loaded = HPT.load(tmp_path / "agent.pt")
     loaded.updaters["policy"].skip_norm = None
-    loaded.learn(3 * agent.samples_per_iteration)
+    loaded.learn(until=3 * agent.samples_per_iteration)
     assert loaded.policy.logits.any()
     assert loaded.scalars["train/skipped_updates"] == 2  # over the whole run, as n_updates
     assert loaded.scalars["train/n_updates"] == 3
@@ -280,7 +280,7 @@ def test_the_threshold_is_for_the_norm_before_it_is_scaled_down() -> None:
     for threshold in (1e-3, 1e3):
         config = HPTConfig(**SMALL | {"max_grad_norm": 1e-4}, skip_grad_norm=threshold)
         agent = HPT("dead_prompts", config, seed=1, env_kwargs=DEAD)
-        agent.learn(agent.samples_per_iteration)
+        agent.learn(until=agent.samples_per_iteration)
         assert 1e-3 < float(agent.scalars["train/grad_norm"]) < 1e3
         found[threshold] = agent.scalars["train/skipped_updates"]
     assert found == {1e-3: 1, 1e3: 0}
@@ -327,9 +327,9 @@ def test_imitation_of_texts_of_different_lengths() -> None:
     """Everything gated: the loss is the mean negative log-likelihood of the demonstrations' tokens."""
     config = HPTConfig(n_prompts=16, group_size=2, gate=1.0, entropy_coef=0.0, learning_rate=0.1, max_grad_norm=0.0)
     agent = OnBigrams("arithmetic", config, seed=0)
-    agent.learn(agent.samples_per_iteration)
+    agent.learn(until=agent.samples_per_iteration)
     assert float(agent.scalars["train/sft_loss"]) == pytest.approx(math.log(agent.task.vocab.size), rel=1e-5)
-    agent.learn(60 * agent.samples_per_iteration)
+    agent.learn(until=60 * agent.samples_per_iteration)
     prompts = agent.task.prompts(64, torch.Generator().manual_seed(5), "train")
     tokens, mask = prompts.demonstration, prompts.demonstration_valid
     assert tokens is not None
@@ -361,4 +361,4 @@ def test_bad_settings_are_refused() -> None:
 def test_tasks_without_demonstrations_are_refused() -> None:
     with pytest.raises(ValueError, match="no demonstrations"):
         HPT("modsum", HPTConfig(**SMALL))
-    HPT("modsum", HPTConfig(**SMALL, gate=-1.0)).learn(64)
+    HPT("modsum", HPTConfig(**SMALL, gate=-1.0)).learn(until=64)

@@ -49,7 +49,7 @@ def test_optimisers() -> None:
 def test_gradients_are_scaled_down_to_the_norm(largest: float, moved: bool) -> None:
     agent = made(optimiser="sgd", learning_rate=1.0, max_grad_norm=largest)
     before = agent.policy.logits.detach().clone()
-    agent.learn(1)
+    agent.learn(until=1)
     step = float((agent.policy.logits.detach() - before).norm())
     assert (step == pytest.approx(1e-3, rel=1e-4)) == moved
     assert step > 0.0
@@ -96,7 +96,7 @@ def test_the_step_size_falls_to_zero() -> None:
         rates.append(float(agent.updaters["policy"].lr))
         return True
 
-    agent.learn(4 * agent.samples_per_iteration, look)
+    agent.learn(until=4 * agent.samples_per_iteration, callback=look)
     assert sorted(set(rates), reverse=True) == pytest.approx([0.4, 0.3, 0.2, 0.1])
 
 
@@ -127,12 +127,12 @@ def test_warm_start(monkeypatch: pytest.MonkeyPatch) -> None:
 
     config = GRPO.Config(**SMALL, warm_start_steps=4, warm_start_lr=0.08, kl_coef=0.1, warm_start_batch=3)
     agent = Agent(RaggedTask(), config, seed=7)
-    agent.learn(agent.samples_per_iteration)
+    agent.learn(until=agent.samples_per_iteration)
     assert rates == pytest.approx([0.08, 0.06, 0.04, 0.02])
     assert seeds == [7, 2_000_010]
     assert torch.equal(agent.ctx.bank.policy("ref").logits, warmed[0])
     assert not torch.equal(agent.policy.logits, warmed[0])
-    agent.learn(2 * agent.samples_per_iteration)
+    agent.learn(until=2 * agent.samples_per_iteration)
     assert len(warmed) == 1
 
 
@@ -168,7 +168,7 @@ def answers(first: float) -> Tensor:
 
 def test_pass_at_k_counts_by_question() -> None:
     agent = made()
-    agent.policy = table(answers(BEST))
+    agent.learner.policy = table(answers(BEST))
     found = agent.pass_at([1, 16], questions=3, samples=16)
     assert found["pass@1"] == pytest.approx(1 / 3)
     assert found["pass@16"] == pytest.approx(1 / 3)
@@ -176,7 +176,7 @@ def test_pass_at_k_counts_by_question() -> None:
     uniform = torch.zeros(3, 8, 5)
     uniform[:, 0, 4] = -BEST
     uniform[:, 1:, 4] = BEST
-    agent.policy = table(uniform)
+    agent.learner.policy = table(uniform)
     assert agent.pass_at([1], questions=3)["entropy"] == pytest.approx(math.log(4.0) / 2, abs=1e-6)
 
 
@@ -192,7 +192,7 @@ def test_the_seed_decides_an_evaluation_and_training_does_not_notice() -> None:
 
 def test_evaluation_takes_the_most_probable_tokens() -> None:
     agent = made()
-    agent.policy = table(answers(0.1))
+    agent.learner.policy = table(answers(0.1))
     found = agent.evaluate(None, 30, seed=0)
     assert (found.returns[::3] >= 1.0).all()
     assert (found.returns[1::3] < 1.0).all()
@@ -203,10 +203,10 @@ def test_evaluation_takes_the_most_probable_tokens() -> None:
 
 def test_completions_of_prompts() -> None:
     agent = made()
-    agent.policy = table(answers(BEST))
+    agent.learner.policy = table(answers(BEST))
     assert agent.predict("0") == ("0", None)
     assert agent.predict(["1", "0"], state=1) == (["3", "0"], 1)
-    agent.policy = table(answers(0.0))
+    agent.learner.policy = table(answers(0.0))
     assert agent.complete(["0"] * 32, seed=3) == agent.complete(["0"] * 32, seed=3)
     assert len(set(agent.complete(["0"] * 32, seed=3))) > 1
     assert set(agent.complete(["0"] * 8, deterministic=True)) == {"0"}
@@ -225,7 +225,7 @@ def test_success_is_the_first_component() -> None:
             return found._replace(components=torch.stack([accuracy, -0.5 * accuracy], 1))
 
     agent = made(Costly(), group_size=16)
-    agent.learn(1)
+    agent.learn(until=1)
     scalars = {name: float(value) for name, value in agent.scalars.items()}
     assert 0.0 < scalars["rollout/success"] < 1.0
     assert scalars["rollout/success"] == pytest.approx(scalars["rollout/accuracy"])
@@ -238,7 +238,7 @@ def test_capped_completions_and_tokens() -> None:
     seen = list[Data]()
     collect = agent.collector.collect
     agent.collector.collect = lambda *args: seen.append(collect(*args)) or seen[-1]
-    agent.learn(1)
+    agent.learn(until=1)
     ended = (seen[0]["action"] == task.vocab.eos).any(0).float().mean()
     assert 0.0 < float(ended) < 1.0
     assert float(agent.scalars["rollout/capped"]) == pytest.approx(1.0 - float(ended))

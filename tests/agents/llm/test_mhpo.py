@@ -218,7 +218,7 @@ SMALL = {"model": "tabular", "n_prompts": 8, "group_size": 8, "n_epochs": 4, "le
 def test_learns_and_reports() -> None:
     agent = MHPO("easy_hard", MHPOConfig(**SMALL), seed=0, env_kwargs={"questions": 4, "symbols": 5, "easy": 2})
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
-    agent.learn(25 * agent.samples_per_iteration)
+    agent.learn(until=25 * agent.samples_per_iteration)
     assert before < 0.5
     assert agent.pass_at([1], questions=4, samples=64)["pass@1"] > 0.9
     assert 0.0 < float(agent.scalars["train/survival"]) < 1.0
@@ -230,7 +230,7 @@ def test_first_adam_step_is_that_of_grpo() -> None:
     options = SMALL | {"n_epochs": 1, "max_grad_norm": 0.0}
     ours, theirs = MHPO("modsum", MHPOConfig(**options)), GRPO("modsum", GRPOConfig(**options))
     for agent in (ours, theirs):
-        agent.learn(agent.samples_per_iteration)
+        agent.learn(until=agent.samples_per_iteration)
     full = theirs.policy.logits.abs() > 0.0999  # gradients at rounding level are left out: their steps are Adam's eps
     assert int(full.sum()) > 50
     torch.testing.assert_close(ours.policy.logits[full], theirs.policy.logits[full], atol=1e-4, rtol=0)

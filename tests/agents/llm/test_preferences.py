@@ -148,7 +148,7 @@ def test_pairs_with_demonstrations() -> None:
 
 def test_tasks_without_demonstrations_say_so() -> None:
     with pytest.raises(ValueError, match="has no demonstrations"):
-        SFT("modsum", SFT.Config(model="tabular", n_prompts=2)).learn(1)
+        SFT("modsum", SFT.Config(model="tabular", n_prompts=2)).learn(until=1)
 
 
 def test_without_pairs_nothing_moves() -> None:
@@ -159,7 +159,7 @@ def test_without_pairs_nothing_moves() -> None:
 
     agent = DPO(Dull(), DPO.Config(model="tabular", n_prompts=2, group_size=2), seed=0)
     before = agent.policy.logits.detach().clone()
-    agent.learn(1)
+    agent.learn(until=1)
     assert torch.equal(agent.policy.logits, before)
 
 
@@ -202,7 +202,7 @@ def test_learns_a_bandit(agent: type[LLM], settings: dict[str, Any]) -> None:
     config = agent.Config(**{"model": "tabular", "n_prompts": 8, "group_size": 4, "learning_rate": 0.1} | settings)
     learner = agent("sequence_match", config, seed=0, env_kwargs={"questions": 2, "fixed_length": 3, "symbols": 4})
     before = learner.pass_at([1], questions=2, samples=64)["episode_reward"]
-    learner.learn(40 * learner.samples_per_iteration)
+    learner.learn(until=40 * learner.samples_per_iteration)
     assert learner.iteration == 40
     assert before < 0.45
     assert learner.pass_at([1], questions=2, samples=64)["episode_reward"] > 0.7
@@ -210,7 +210,7 @@ def test_learns_a_bandit(agent: type[LLM], settings: dict[str, Any]) -> None:
 
 def test_sft_counts_demonstrations() -> None:
     learner = SFT("sequence_match", SFT.Config(model="tabular", n_prompts=6), seed=0)
-    learner.learn(18)
+    learner.learn(until=18)
     assert learner.num_timesteps == 18
     assert learner.iteration == 3
     assert not [name for name in learner.scalars if name.startswith("rollout/")]

@@ -127,7 +127,7 @@ def test_one_dual_step_per_rollout_or_per_minibatch() -> None:
     for every, rate in (("rollout", 2.0), ("minibatch", 0.5)):
         config = R2VPOConfig(**SMALL, dual_every=every, dual_rate=rate, batch_size=32, dual_init=1.0)
         agent = R2VPO("easy_hard", config, env_kwargs=TASK)
-        agent.learn(agent.samples_per_iteration)
+        agent.learn(until=agent.samples_per_iteration)
         s = {k: float(v) for k, v in agent.scalars.items() if k.startswith("train/")}
         # 8 gradient steps: their mean variance times 8 steps of the dual; or one step with the variance afterwards
         moved = (
@@ -152,7 +152,7 @@ def test_the_variance_is_a_mean_over_tokens(aggregate: str) -> None:
 
     step = agent.updaters["policy"].step
     agent.updaters["policy"].step = lambda *args: seen.append(variance()) or step(*args)
-    agent.learn(1)
+    agent.learn(until=1)
     assert (held[0]["valid"] == 0).any()
     assert float(agent.scalars["train/ratio_variance"]) == pytest.approx(sum(seen) / 2, rel=1e-4)
     assert float(agent.scalars["train/variance_after"]) == pytest.approx(variance(), rel=1e-4)
@@ -196,7 +196,7 @@ def test_old_rollouts_train_with_the_advantages_and_log_probabilities_they_came_
         Recipe = Spied
 
     agent = Agent("easy_hard", R2VPOConfig(**SMALL, replay=2), env_kwargs=TASK)
-    agent.learn(4 * agent.samples_per_iteration)
+    agent.learn(until=4 * agent.samples_per_iteration)
     assert [s["on"].shape[1] for s in seen] == [64, 128, 192, 192]
     fresh, last = [s["fresh"] for s in seen], seen[3]["on"]
     for i, old in enumerate((fresh[3], fresh[1], fresh[2])):  # the fresh one, then from the oldest on
@@ -215,7 +215,7 @@ def test_rollouts_of_different_lengths() -> None:
         model="tiny", model_layers=1, model_width=16, model_heads=2, n_prompts=2, group_size=2, replay=2
     )
     agent = R2VPO("sorting", config)
-    agent.learn(3 * agent.samples_per_iteration)
+    agent.learn(until=3 * agent.samples_per_iteration)
     assert len(agent.estimator.ring.rollouts) == 2
     assert math.isfinite(float(agent.scalars["train/dual"]))
 
@@ -237,7 +237,7 @@ def test_bad_config(options: dict[str, Any]) -> None:
 def test_it_learns(replay: int) -> None:
     agent = R2VPO("easy_hard", R2VPOConfig(**SMALL, replay=replay), env_kwargs=TASK)
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
-    agent.learn(30 * agent.samples_per_iteration)
+    agent.learn(until=30 * agent.samples_per_iteration)
     assert before < 0.5
     assert agent.pass_at([1], questions=4, samples=64)["pass@1"] > 0.7
 
@@ -252,11 +252,11 @@ def test_exact_resume_with_old_rollouts(tmp_path: Path, every: str) -> None:
     config = R2VPOConfig(**SMALL, replay=2, batch_size=40, dual_every=every)
     whole, part = (R2VPO("easy_hard", config, seed=3, env_kwargs=TASK) for _ in range(2))
     size = whole.samples_per_iteration
-    whole.learn(6 * size)
-    part.learn(3 * size)
+    whole.learn(until=6 * size)
+    part.learn(until=3 * size)
     part.save(tmp_path / "a.pt")
     part = R2VPO.load(tmp_path / "a.pt")
-    part.learn(6 * size)
+    part.learn(until=6 * size)
     expected, found = state(whole), state(part)
     assert expected.keys() == found.keys()
     assert len(part.estimator.ring.rollouts) == 2

@@ -221,9 +221,9 @@ def test_learns_and_reports(comparison: str) -> None:
     config = REALConfig(**SMALL, comparison=comparison)
     agent = REAL("easy_hard", config, seed=0, env_kwargs={"questions": 4, "symbols": 5, "easy": 2})
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
-    agent.learn(agent.samples_per_iteration)
+    agent.learn(until=agent.samples_per_iteration)
     assert 0.5 < float(agent.scalars["train/compared_prompts"]) <= 1.0
-    agent.learn(20 * agent.samples_per_iteration)
+    agent.learn(until=20 * agent.samples_per_iteration)
     assert before < 0.5
     assert agent.pass_at([1], questions=4, samples=64)["pass@1"] > 0.85
 

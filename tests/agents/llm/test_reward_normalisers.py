@@ -130,7 +130,7 @@ def test_learns(agent: type[LLM]) -> None:
     # graded rewards stay small under BNPO: its weights are no deviations, and it wants a larger step
     made = make(agent, learning_rate=30.0 if agent is BNPO else 6.0, group_size=8)
     before = made.pass_at([1], questions=4, samples=64)["episode_reward"]
-    made.learn(48 * 60)
+    made.learn(until=48 * 60)
     after = made.pass_at([1], questions=4, samples=64)["episode_reward"]
     assert before < 0.25
     assert after > 0.85
@@ -140,13 +140,13 @@ def test_learns(agent: type[LLM]) -> None:
 def test_resumes_exactly(agent: type[LLM], tmp_path: Path) -> None:
     options = {"optimiser": "adamw", "batch_size": 16, "n_epochs": 2, "anneal_lr": True, **SHAPED.get(agent.name, {})}
     whole = make(agent, **options)
-    whole.learn(48 * 4)
+    whole.learn(until=48 * 4)
     half = make(agent, **options)
-    half.learn(48 * 4, lambda a: a.iteration < 2)
+    half.learn(until=48 * 4, callback=lambda a: a.iteration < 2)
     half.save(tmp_path / "half.pt")
     resumed = agent.load(tmp_path / "half.pt")
     assert resumed.iteration == 2
-    resumed.learn(48 * 4)
+    resumed.learn(until=48 * 4)
     assert resumed.iteration == whole.iteration == 4
     assert torch.equal(resumed.policy.logits, whole.policy.logits)
     assert torch.equal(resumed.ctx.generator.get_state(), whole.ctx.generator.get_state())
@@ -154,7 +154,7 @@ def test_resumes_exactly(agent: type[LLM], tmp_path: Path) -> None:
 
 def test_the_normaliser_is_logged() -> None:
     made = make(BNPO)
-    made.learn(48)
+    made.learn(until=48)
     assert made.scalars["train/alpha_reward"] >= 1.0
     assert made.scalars["train/beta_reward"] >= 1.0
 

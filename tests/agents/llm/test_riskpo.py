@@ -192,14 +192,14 @@ def test_trackers_start_at_the_first_rollout_and_move_after_use(recipe: Any) -> 
     levels = double([0.2, 0.8])
     expected = torch.quantile(scores, levels)
     assert not bool(made.started)
-    made.after_update(prepared, {})
+    made.after_update(prepared, {}, None)
     torch.testing.assert_close(made.quantiles, expected)
     second = made.prepare({"on": questions(torch.ones(2, 4))}, context())
     assert second["on"]["sequence_advantage"].tolist() == [0.0] * 8  # above the tracked q_b: intended
     zeros = made.prepare({"on": questions(torch.zeros(2, 4))}, context())
     low, high = expected.tolist()
     assert zeros["on"]["sequence_advantage"].tolist() == pytest.approx([-1.5 * low + low - high] * 8)
-    made.after_update(zeros, {})
+    made.after_update(zeros, {}, None)
     torch.testing.assert_close(made.quantiles, expected + 0.1 * (levels - (expected > 0).double()))
 
 
@@ -296,7 +296,7 @@ def test_padding_and_microbatches_change_nothing(recipe: Any, value_and_gradient
 def test_control_episodes_need_no_tokens() -> None:
     config = GroupedConfig(method="riskpo", n_groups=5, group_size=4, n_steps=20)
     agent = Grouped("CartPole-v1", config)
-    agent.learn(agent.samples_per_iteration)
+    agent.learn(until=agent.samples_per_iteration)
     assert agent.n_updates == agent.iteration >= 1
     assert float(agent.estimator.quantiles[1]) > 5 * 5  # five returns of more than five steps
 
@@ -326,7 +326,7 @@ def test_learns_and_reports() -> None:
     task = {"questions": 5, "symbols": 4, "easy": 2}
     agent = RiskPO("easy_hard", RiskPOConfig(**SMALL), seed=0, env_kwargs=task)
     before = agent.pass_at([1], questions=5, samples=64)["pass@1"]
-    agent.learn(40 * agent.samples_per_iteration)
+    agent.learn(until=40 * agent.samples_per_iteration)
     assert agent.pass_at([1], questions=5, samples=64)["pass@1"] > before + 0.25
     assert 0.0 < float(agent.scalars["train/quantile_low"]) < float(agent.scalars["train/quantile_high"]) < 5.5
 

@@ -12,6 +12,7 @@ import torch
 
 from agents.llm.baselines import CISPO, GRPO, GSPO, SAPO, DrGRPO
 from agents.llm.bnpo import BNPO
+from ccrl.estimators.base import Context
 from ccrl.llm.trl import grpo_trainer
 
 GROUP = 4
@@ -173,7 +174,7 @@ def test_state_of_a_recipe_is_saved_and_restored(build: Build, tmp_path: Path) -
             super().__init__(config, parts)
             self.register_buffer("updates", torch.zeros(()))
 
-        def after_update(self, data: Any, stats: Any) -> None:
+        def after_update(self, data: Any, stats: Any, ctx: Context) -> None:
             self.updates += 1
 
     cls = grpo_trainer(Counting, GRPO.Config())

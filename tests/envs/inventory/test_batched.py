@@ -166,7 +166,7 @@ def test_agents_train_on_the_ids(name, task, options):
     cls = agents.get_agent(name)
     agent = cls(f"ccrl/{task}", cls.Config(n_steps=64, num_envs=4), env_kwargs=options)
     before = [p.detach().clone() for p in agent.policy.parameters()]
-    agent.learn(1)
+    agent.learn(until=1)
     after = list(agent.policy.parameters())
     assert all(p.isfinite().all() for p in after)
     assert not all(torch.equal(p, q) for p, q in zip(before, after))

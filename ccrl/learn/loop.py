@@ -1,0 +1,48 @@
+"""The loop around iterations: callbacks, the progress bar, errors that say where training was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ccrl.experiment.callbacks import Callback
+from ccrl.experiment.progress import ProgressBar
+
+__all__ = ["run"]
+
+
+def run(agent: Any, end: int, callbacks: Sequence[Callback], progress_bar: bool) -> None:
+    """Iterate until the agent's clock shows ``end``, a callback says stop, or the agent has finished.
+
+    Every hook of every callback is called, also after one that fails or wants to stop: a checkpoint must not be skipped
+    and a signal handler must not stay; the first failure is raised after the others had their turn.
+    """
+    learner, bar = agent.learner, ProgressBar(end, agent.num_timesteps, progress_bar)
+    try:
+        _all(callbacks, lambda c: c.on_training_start(agent))
+        while learner.clock < end and not agent.finished:
+            learner.iterate()
+            bar.update(learner.clock, agent.ep_rew_mean)
+            if False in _all(callbacks, lambda c: c.on_iteration(agent)):
+                break
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"{error}; iteration {learner.iteration}, {learner.clock} {learner.clock_unit}; last good checkpoint: "
+            f"{agent.last_checkpoint or 'none was written'}"
+        ) from error
+    finally:
+        bar.close()
+        _all(callbacks, lambda c: c.on_training_end(agent))
+
+
+def _all(callbacks: Sequence[Callback], hook: Callable[[Callback], bool | None]) -> list[bool | None]:
+    answers: list[bool | None] = []
+    failure: BaseException | None = None
+    for callback in callbacks:
+        try:
+            answers.append(hook(callback))
+        except BaseException as error:
+            failure = failure or error
+    if failure is not None:
+        raise failure
+    return answers
