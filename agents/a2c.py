@@ -12,38 +12,37 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from agents.base import Agent
-from agents.on_policy import VALUE, OnPolicyConfig, OnPolicyEstimator, Updaters, check_positive
+from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, Updaters
 from ccrl.data import Batching
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Phase
 from ccrl.estimators.terms import Term
 from ccrl.learn import Learner
 from ccrl.policies import MLPPolicy
+from ccrl.settings import Count, Positive, Unit
 from ccrl.updaters import FlatUpdater
 
 __all__ = ["A2C", "A2CConfig"]
 
 
 @dataclass(frozen=True)
-class A2CConfig(OnPolicyConfig):
+class A2CConfig(ActorCriticConfig):
     """Defaults: short rollouts of 8 environments."""
 
-    num_envs: int = 8
-    """Parallel environments."""
-    n_steps: int = 5
-    """Steps per environment and iteration."""
-    gae_lambda: float = 1.0
-    """GAE's lambda; 1 is the paper's n-step advantage."""
-    learning_rate: float = 7e-4
-    """Step size of Adam (the paper's RMSProp differs)."""
-    vf_coef: float = 0.5
-    """Weight of the value loss."""
-    max_grad_norm: float = 0.5
+    num_envs: Count = 8
+    """The number of parallel environments."""
+    n_steps: Count = 5
+    """Every iteration takes this many steps in each environment."""
+    gae_lambda: Unit = 1.0
+    """Lambda of generalised advantage estimation; 1 is the paper's n-step advantage."""
+    learning_rate: Positive = 7e-4
+    """This is Adam's step size (the paper's RMSProp differs)."""
+    anneal_lr: bool = False
+    """The learning rate falls linearly to 0."""
+    vf_coef: Positive = 0.5
+    """The value loss has this weight."""
+    max_grad_norm: Positive = 0.5
     """Gradients are scaled down to this norm."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "learning_rate", "vf_coef", "max_grad_norm")
 
 
 class A2CEstimator(OnPolicyEstimator):
