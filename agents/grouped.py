@@ -15,13 +15,13 @@ from typing import Any
 
 from agents.base import Agent
 from agents.llm import METHODS
-from ccrl.adapters.stacked import StackedEnv
 from ccrl.batched_env import BatchedEnv, resolve_env
 from ccrl.collect import Request
 from ccrl.estimators.recipe import Parts, Recipe, RecipeConfig
 from ccrl.experiment.config import Options
 from ccrl.learn import Learner
 from ccrl.updaters import FlatUpdater
+from ccrl.wrappers import StackedEnv
 
 __all__ = ["Grouped", "GroupedConfig"]
 

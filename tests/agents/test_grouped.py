@@ -13,9 +13,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 import envs  # noqa: F401  (registers ids)
 from agents.grouped import Grouped, GroupedConfig
 from agents.llm import METHODS
-from ccrl.adapters.stacked import StackedEnv
 from ccrl.batched_env import resolve_env
 from ccrl.collect import Collector, Request
+from ccrl.wrappers import StackedEnv
 
 SMALL = {"n_groups": 2, "group_size": 3, "n_steps": 12, "hidden": (8,), "compile": "off"}
 

@@ -11,9 +11,9 @@ import torch
 from gymnasium.vector import SyncVectorEnv
 
 from ccrl.adapters import GymnasiumEnv, SB3Env, SingleEnv, as_vec_env, as_vector_env
-from ccrl.adapters.stacked import StackedEnv
 from ccrl.batched_env import AutoresetMode
 from ccrl.testing import ClockEnv, Episode
+from ccrl.wrappers import StackedEnv
 from envs.classic import CartPole, Pendulum
 
 A, B = Episode(0.0, 3, "terminate"), Episode(10.0, 2, "truncate")

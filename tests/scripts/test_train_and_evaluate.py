@@ -30,6 +30,7 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults_and_a_run_goes_on(
     overlay.write_text("total_timesteps: 128\neval_every: 64\nagent: {n_epochs: 3, learning_rate: 1e-3}\n")
     argv = ["ppo", "--env", "CartPole-v1", "--config", str(overlay), "--run-root", str(tmp_path), *TINY]
     run = train.main([*argv, "--learning-rate", "2e-3", "--checkpoint-every", "64"])
+    assert run.info["resume_note"] is None  # a native environment: exact
     config = run.config()
     assert (config["total_timesteps"], config["agent"]["n_epochs"]) == (128, 3)
     assert (config["agent"]["learning_rate"], config["agent"]["clip_range"]) == (2e-3, 0.2)
@@ -259,3 +260,10 @@ def test_what_bench_gae_compares_is_the_same_sum(shape: tuple[int, int]) -> None
     run, theirs = bench_gae.sb3_loop(*rollout[:3], rollout[4])
     run()
     torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=1e-4, atol=1e-4)
+
+
+def test_the_run_folder_says_why_a_run_cannot_be_resumed_exactly(tmp_path: Path) -> None:
+    argv = ["ppo", "--env", "CartPole-v1", "--env-kwargs", '{"backend": "gymnasium"}', "--run-root", str(tmp_path)]
+    with pytest.warns(UserWarning, match="a resumed run starts fresh episodes"):
+        run = train.main([*argv, *TINY, "--total-timesteps", "64", "--eval-every", "0"])
+    assert "the state of CartPoleVectorEnv" in run.info["resume_note"]
