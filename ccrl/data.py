@@ -22,7 +22,7 @@ from ccrl.batched_env import Tree
 if TYPE_CHECKING:
     from ccrl.successors import Successors
 
-__all__ = ["Batching", "Data", "Field", "Unit", "columns_read", "tree_columns", "tree_leaves", "tree_map"]
+__all__ = ["Batching", "Data", "Field", "Unit", "columns_read", "masked", "tree_columns", "tree_leaves", "tree_map"]
 
 Unit = Literal["transition", "sequence", "group"]
 
@@ -68,6 +68,11 @@ def tree_leaves(tree: Tree, like: Tree | None = None) -> list[Tensor]:
     if isinstance(tree, dict):
         return [tree[k] for k in (tree if like is None else like)]
     return [tree]
+
+
+def masked(x: Tensor, valid: Tensor) -> Tensor:
+    """``x`` where valid, else 0: chosen, not multiplied, because what padding holds may be infinite or NaN."""
+    return torch.where(valid > 0, x, torch.zeros_like(x))
 
 
 class Data(Mapping[str, Tree]):

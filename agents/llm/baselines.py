@@ -26,7 +26,6 @@ from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Stage
-from ccrl.estimators.clipping import capped_weight, sigmoid_gate
 from ccrl.estimators.outcomes import OverlongPenalty, SequenceAdvantage, informative
 from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.rollouts import concatenate
@@ -242,7 +241,7 @@ class CISPORecipe(Recipe):
 
     def loss(self) -> Loss:
         c = self.config
-        return capped_weight(c.cap) if c.bound == "cap" else losses.cispo(c.clip_low, c.clip_high)
+        return losses.capped_weight(c.cap) if c.bound == "cap" else losses.cispo(c.clip_low, c.clip_high)
 
 
 class CISPO(LLM):
@@ -280,7 +279,7 @@ class SAPORecipe(Recipe):
     """A sigmoid gate in the place of the clip."""
 
     def loss(self) -> Loss:
-        return sigmoid_gate(self.config.tau_positive, self.config.tau_negative)
+        return losses.sigmoid_gate(self.config.tau_positive, self.config.tau_negative)
 
 
 class SAPO(LLM):

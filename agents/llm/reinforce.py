@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from agents.llm.base import LLM, LLMConfig
-from ccrl.data import Data
+from ccrl.data import Data, masked
 from ccrl.estimators import losses, ratios
 from ccrl.estimators.base import Stage
 from ccrl.estimators.outcomes import KLPenalty, SequenceAdvantage, SequenceWhiten, kl_tokens
@@ -171,7 +171,7 @@ class PPORecipe(RewardKLRecipe):
             total = to_go[0]
             centred = GroupBaseline(single="zero").advantages(total, data["group"])
             to_go = (to_go - total) + centred
-        return data.derive(advantage=torch.where(valid > 0, to_go, torch.zeros_like(to_go)))
+        return data.derive(advantage=masked(to_go, valid))
 
     def loss(self) -> Loss:
         c = self.config

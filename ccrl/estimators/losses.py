@@ -17,8 +17,9 @@ from ccrl.estimators.terms import LogRatio, Loss, Number, Outputs, Term
 from ccrl.policies.distributions import Distribution
 
 __all__ = [
-    "bounded_ratio", "bounded_target", "check_trainable", "cispo", "clip", "closed_form_kl", "k1", "k2", "k3",
-    "median_loss", "modulated_ratio", "neg_entropy", "neg_log_prob", "ratio_stats", "value_loss", "weighted_ratio",
+    "bounded_ratio", "bounded_target", "capped_weight", "check_trainable", "cispo", "clip", "closed_form_kl", "k1",
+    "k2", "k3", "k3_plus", "median_loss", "modulated_ratio", "neg_entropy", "neg_log_prob", "ratio_stats", "sigmoid_gate",
+    "value_loss", "weighted_ratio",
 ]  # fmt: skip
 
 
@@ -63,6 +64,29 @@ def cispo(low: Number, high: Number) -> Loss:
     def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
         weight = _clamp(level.ratio.detach(), 1.0 - low, 1.0 + high)
         return -weight * advantage * level.log_prob
+
+    return loss
+
+
+def capped_weight(bound: float) -> Loss:
+    """CISPO with one absolute bound: ``-sg(min(rho, bound)) A log pi`` (TRL; ``cispo`` is the band)."""
+
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+        return -level.ratio.detach().clamp(max=bound) * advantage * level.log_prob
+
+    return loss
+
+
+def sigmoid_gate(positive: float, negative: float) -> Loss:
+    """SAPO: ``-A (4 / tau) sigmoid(tau (rho - 1))``, temperature ``positive`` where ``A > 0``, else ``negative`` (Gao
+    et al. 2025). Its slope in ``rho`` is 1 at ``rho = 1`` and fades on both sides."""
+    if positive <= 0 or negative <= 0:
+        raise ValueError(f"sigmoid_gate: expected temperatures > 0, got {positive}, {negative}")
+
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+        rho = level.ratio
+        tau = torch.where(advantage > 0, positive, negative).to(rho.dtype)
+        return -advantage * (4.0 / tau) * torch.sigmoid(tau * (rho - 1.0))
 
     return loss
 
@@ -120,6 +144,12 @@ def k2(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> 
 def k3(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``rho - 1 - log rho``: unbiased for ``KL(pi_old || pi_theta)`` and non-negative."""
     return level.ratio - 1.0 - level.log_ratio
+
+
+def k3_plus(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+    """The value of ``k3`` with the gradient of ``k2``, which is that of KL(policy || reference) (verl)."""
+    value, slope = (k(level, advantage, evaluation, batch) for k in (k3, k2))
+    return slope + (value - slope).detach()
 
 
 def neg_entropy(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ccrl.data import Data
+from ccrl.data import Data, masked
 from ccrl.estimators.stages import GroupBaseline
 
 __all__ = ["KLPenalty", "OverlongPenalty", "SequenceAdvantage", "SequenceWhiten", "informative", "kl_tokens"]
@@ -15,8 +15,7 @@ __all__ = ["KLPenalty", "OverlongPenalty", "SequenceAdvantage", "SequenceWhiten"
 
 def kl_tokens(data: Data) -> Tensor:
     """``log_prob - ref_log_prob`` ``[T, N]`` of the sampled tokens, 0 where not valid: k1 of KL(behaviour || ref)."""
-    gap = data["log_prob"] - data["ref_log_prob"]
-    return torch.where(data["valid"] > 0, gap, torch.zeros_like(gap))
+    return masked(data["log_prob"] - data["ref_log_prob"], data["valid"])
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class SequenceAdvantage:
 
     def __call__(self, data: Data) -> Data:
         valid = data["valid"]
-        total = torch.where(valid > 0, data["advantage"], torch.zeros_like(valid)).sum(0)
+        total = masked(data["advantage"], valid).sum(0)
         return data.derive_sequence(sequence_advantage=total / valid.sum(0).clamp_min(1.0))
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ccrl.data import Data
+from ccrl.data import Data, masked
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Ratio
 
 __all__ = ["best_and_worst", "dpo", "ipo", "pair", "per_pair"]
@@ -27,7 +27,7 @@ def pair(mean: bool = False) -> Ratio:
         partners = (group.unsqueeze(0) == group.unsqueeze(1)).to(valid.dtype)
 
         def signed(log_prob: Tensor) -> Tensor:
-            total = torch.where(valid > 0, log_prob, torch.zeros_like(log_prob)).sum(0)
+            total = masked(log_prob, valid).sum(0)
             return ((sign * total / count) @ partners).unsqueeze(0)
 
         whole = (sign > 0) & ((sign < 0).to(valid.dtype) @ partners > 0)

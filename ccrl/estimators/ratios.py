@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from ccrl.data import Data
+from ccrl.data import Data, masked
 from ccrl.estimators.terms import LogRatio, Outputs
 
 __all__ = ["plain", "reference", "sequence", "sequence_product", "sequence_token", "token"]
@@ -55,7 +54,7 @@ def sequence_token(evaluation: Outputs, batch: Data) -> LogRatio:
 
 
 def _masked_sum(x: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid > 0, x, torch.zeros_like(x)).sum(0, keepdim=True)
+    return masked(x, valid).sum(0, keepdim=True)
 
 
 def _masked_mean(x: Tensor, valid: Tensor) -> Tensor:

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
 from ccrl.collect import Request
-from ccrl.data import Batching, Data, Unit
+from ccrl.data import Batching, Data, Unit, masked
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Estimator, Phase, Stage
 from ccrl.estimators.rollouts import evaluate_columns
@@ -190,7 +189,7 @@ class Recipe(Estimator):
             reference = ctx.bank.policy("ref") if self.parts.reference is None else self.parts.reference(ctx)
             columns = self.config.microbatch or None
             found = evaluate_columns(reference, data, frozenset({"log_prob"}), columns)["log_prob"]
-            data = data.derive(ref_log_prob=torch.where(data["valid"] > 0, found, torch.zeros_like(found)))
+            data = data.derive(ref_log_prob=masked(found, data["valid"]))
         return data
 
     def phases(self) -> tuple[Phase, ...]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ccrl.data import Data, columns_read, tree_map
+from ccrl.data import Data, columns_read, masked, tree_map
 from ccrl.estimators.updates import owned_parameters
 from ccrl.policies.distributions import Distribution
 
@@ -104,7 +104,7 @@ class Scores:
         share = torch.where(self._valid > 0, weight.to(self.theta.dtype), 0.0) / self.count.clamp_min(1)
 
         def phi(theta: Tensor, factor: Tensor | float) -> Tensor:
-            return (_masked(self._step_log_prob(theta, self._data), self._valid) * share * factor).sum()
+            return (masked(self._step_log_prob(theta, self._data), self._valid) * share * factor).sum()
 
         curvature = self._forward(lambda theta: torch.func.grad(phi)(theta, 1.0), v)
         along = self.jvp(v)  # [T, N] or [N]: both broadcast over the rows of their sample
@@ -119,7 +119,7 @@ class Scores:
         share = (self._valid > 0).to(self.theta.dtype) / (self._valid > 0).sum().clamp_min(1)
 
         def kl(theta: Tensor) -> Tensor:
-            return (_masked(distribution.kl(self._call(theta, self._data, "dist"), old), share) * share).sum()
+            return (masked(distribution.kl(self._call(theta, self._data, "dist"), old), share) * share).sum()
 
         return self._forward(torch.func.grad(kl), v)
 
@@ -132,7 +132,7 @@ class Scores:
 
         def one(theta: Tensor, sample: dict[str, Any]) -> Tensor:
             batch = Data(sample | whole, sequence=data.sequence, scalars=data.scalars)
-            return _masked(self._step_log_prob(theta, batch), batch["valid"]).sum()
+            return masked(self._step_log_prob(theta, batch), batch["valid"]).sum()
 
         rows: Tensor = torch.func.vmap(torch.func.grad(one), in_dims=(None, 0), chunk_size=chunk)(self.theta, samples)
         return rows.T
@@ -152,7 +152,7 @@ class Scores:
         return self._valid.shape if self.level == "step" else self._valid.shape[1:]
 
     def _of(self, theta: Tensor, batch: Data) -> Tensor:
-        log_prob = _masked(self._step_log_prob(theta, batch), batch["valid"])
+        log_prob = masked(self._step_log_prob(theta, batch), batch["valid"])
         return log_prob if self.level == "step" else log_prob.sum(0)
 
     def _step_log_prob(self, theta: Tensor, batch: Data) -> Tensor:
@@ -183,11 +183,6 @@ class Scores:
             raise ValueError(
                 f"Scores ({self.level}): expected {name} of shape {tuple(shape)}, got {tuple(value.shape)}"
             )
-
-
-def _masked(x: Tensor, valid: Tensor) -> Tensor:
-    """``where``, not a product: log-probabilities of garbage rows may be infinite."""
-    return torch.where(valid > 0, x, torch.zeros_like(x))
 
 
 def _clean(x: Tensor, valid: Tensor) -> Tensor:

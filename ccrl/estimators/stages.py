@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.batched_env import Tree
-from ccrl.data import Data
+from ccrl.data import Data, masked
 from ccrl.estimators.groups import Groups
 from ccrl.policies.normaliser import RunningNorm
 from ccrl.returns import discounted_sum, forward_scan, gae
@@ -51,7 +51,7 @@ class Gae:
         discount, valid = data.discount(self.gamma, self.time_limit), data["valid"]
         advantage = gae(data[self.reward], data["value"], data["next_value"], discount, data["carry"], self.lam)
         # dummy rows of NEXT_STEP autoreset hold garbage deltas; carry already keeps them out of their neighbours
-        advantage = torch.where(valid > 0, advantage, torch.zeros_like(advantage))
+        advantage = masked(advantage, valid)
         return data.derive(advantage=advantage, **{"return": advantage + data["value"]})
 
 
@@ -114,7 +114,7 @@ class EpisodeReturn:
     reward: str = "reward"
 
     def __call__(self, data: Data) -> Data:
-        reward = torch.where(data["valid"] > 0, data[self.reward], torch.zeros_like(data[self.reward]))
+        reward = masked(data[self.reward], data["valid"])
         return data.derive_sequence(episode_reward=discounted_sum(reward, self.gamma, data["carry"])[0])
 
 

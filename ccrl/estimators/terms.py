@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ccrl.data import Data
+from ccrl.data import Data, masked
 
 __all__ = ["Aggregate", "LogRatio", "Loss", "Number", "Outputs", "Ratio", "Term", "no_ratio", "statistics", "surrogate"]
 
@@ -37,7 +37,7 @@ class LogRatio(NamedTuple):
     @property
     def log_ratio(self) -> Tensor:
         """0 on invalid elements, so that ``exp`` of garbage there cannot overflow into the gradient."""
-        return torch.where(self.valid > 0, self.log_prob - self.log_ref, torch.zeros_like(self.log_prob))
+        return masked(self.log_prob - self.log_ref, self.valid)
 
     @property
     def ratio(self) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ccrl.batched_env import Tree
 from ccrl.collect import Request
-from ccrl.data import Data, tree_map
+from ccrl.data import Data, masked, tree_map
 from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.updates import GradientEstimate
@@ -93,7 +93,7 @@ class TrajectoryEstimator(Estimator):
 
     def weigh(self, data: Data) -> Data:
         """``psi`` and ``reward_to_go`` (discounted from its own step), ``[T, N]``."""
-        reward = torch.where(data["valid"] > 0, data["reward"], torch.zeros_like(data["reward"]))
+        reward = masked(data["reward"], data["valid"])
         to_go = discounted_sum(reward, self.gamma, data["carry"])
         psi = to_go if self.baseline is None else to_go - self.baseline.forward(data).to(to_go)
         if self.discount_from_start:

@@ -17,7 +17,6 @@ from ccrl.collect import Request
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context
-from ccrl.estimators.clipping import capped_weight, k3_plus
 from ccrl.estimators.outcomes import KLPenalty, OverlongPenalty
 from ccrl.estimators.recipe import Parts
 from ccrl.estimators.stages import Gae, GroupBaseline
@@ -287,7 +286,7 @@ def test_cispo_in_both_readings() -> None:
     ratio = (LOGP - OLD).exp()
     close(recipe_value(CISPO)[1], -ratio.clamp(0.8, 1.28) * SIGNS * MASK / 9.0)
     close(recipe_value(CISPO, bound="cap")[1], -ratio * SIGNS * MASK / 9.0)
-    low = term_value(capped_weight(1.1), aggregates.mean)[1]
+    low = term_value(losses.capped_weight(1.1), aggregates.mean)[1]
     close(low, -ratio.clamp(max=1.1) * SIGNS * MASK / 9.0)
 
 
@@ -331,7 +330,7 @@ def test_what_the_estimators_estimate() -> None:
         losses.k1: (0.062995, [0.0, 0.0, 0.0]),
         losses.k2: (0.061147, [0.161876, -0.111759, -0.050117]),
         losses.k3: (0.062995, [0.175528, -0.118060, -0.057468]),
-        k3_plus: (0.062995, [0.161876, -0.111759, -0.050117]),
+        losses.k3_plus: (0.062995, [0.161876, -0.111759, -0.050117]),
     }
     for k, (value, slope) in expected.items():
         mean = (weight * k(level, weight, {}, batch)[0]).sum()
