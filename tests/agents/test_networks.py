@@ -85,12 +85,12 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 ) -> None:
     whole = make(cls, env(), **settings)
     size = whole.samples_per_iteration
-    whole.learn(3 * size)
+    whole.learn(until=3 * size)
     half = make(cls, env(), **settings)
-    half.learn(3 * size, lambda agent: agent.iteration < 2)
+    half.learn(until=3 * size, callback=lambda agent: agent.iteration < 2)
     half.save(tmp_path / "half.pt")
     loaded = cls.load(tmp_path / "half.pt", env=env())
-    loaded.learn(3 * size)
+    loaded.learn(until=3 * size)
     assert loaded.num_timesteps == whole.num_timesteps
     for (name, a), b in zip(whole.policy.state_dict().items(), loaded.policy.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
