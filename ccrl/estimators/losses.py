@@ -18,8 +18,8 @@ from ccrl.policies.distributions import Distribution
 
 __all__ = [
     "bounded_ratio", "bounded_target", "capped_weight", "check_trainable", "cispo", "clip", "closed_form_kl", "k1",
-    "k2", "k3", "k3_plus", "median_loss", "modulated_ratio", "neg_entropy", "neg_log_prob", "ratio_stats", "sigmoid_gate",
-    "value_loss", "weighted_ratio",
+    "k2", "k3", "k3_plus", "median_loss", "modulated_ratio", "neg_entropy", "neg_log_prob", "ratio_stats",
+    "sigmoid_gate", "value_loss", "weighted_ratio",
 ]  # fmt: skip
 
 

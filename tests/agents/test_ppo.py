@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,10 +10,11 @@ import pytest
 import torch
 
 from agents import PPO
-from agents.ppo import PPOConfig
+from agents.ppo import PPOConfig, PPOEstimator
 from ccrl.data import Batching
 from ccrl.estimators.base import run_phases
 from ccrl.testing import ClockEnv, Episode, prepare_rollout
+from ccrl.updaters import ModuleUpdater
 
 LAYERS = {
     "actor.net.0": "mlp_extractor.policy_net.0", "actor.net.2": "mlp_extractor.policy_net.2",
@@ -175,3 +177,27 @@ def test_recomputed_advantages_follow_the_critic() -> None:
     assert torch.equal(fixed[0], moving[0])
     assert not torch.allclose(moving[0], moving[1], atol=1e-3)
     assert not torch.allclose(moving[1], moving[2], atol=1e-3)
+
+
+def test_any_updater_trains_it() -> None:
+    """Adam of torch on the module's own parameters: the same run up to rounding, and it resumes."""
+
+    class Plain(PPO):
+        name = "plain_ppo"
+
+        def build(self) -> Any:
+            c, policy = self.config, self.make_policy({"value": ()})
+            adam = partial(torch.optim.Adam, lr=c.learning_rate, eps=c.adam_eps)
+            updaters: dict[str, Any] = {"both": ModuleUpdater(policy, adam, max_grad_norm=c.max_grad_norm)}
+            return self.rollouts(policy, PPOEstimator(c, policy, {"policy": updaters["both"]}), updaters)
+
+    config = PPOConfig(num_envs=2, n_steps=16, hidden=(8,), batch_size=8, n_epochs=2, compile="off", anneal_lr=True)
+    ours, theirs = PPO("CartPole-v1", config, seed=3), Plain("CartPole-v1", config, seed=3)
+    ours.learn(96)
+    theirs.learn(96)
+    for name, value in ours.policy.named_parameters():
+        torch.testing.assert_close(theirs.policy.get_parameter(name), value, rtol=1e-4, atol=1e-6, msg=name)
+    again = Plain("CartPole-v1", config, seed=4)
+    again.load_state_dict(theirs.state_dict())
+    for a, b in zip(again.policy.parameters(), theirs.policy.parameters()):
+        assert torch.equal(a, b)
