@@ -50,6 +50,7 @@ NATIVE = (*CLASSIC, *MUJOCO)
 
 OWN = {
     "Bandit-v0": ("envs.classic", "Bandit"),
+    "HazardCorridor-v0": ("envs.maze", "HazardCorridor"),
     "InventoryManyWarehousesLost-v0": ("envs.inventory", "many_warehouses_lost_demand"),
     "InventoryManyWarehousesRecorded-v0": ("envs.inventory", "many_warehouses_real_data"),
     "InventoryOneStoreBacklogged-v0": ("envs.inventory", "one_store_backlogged"),
@@ -60,6 +61,9 @@ OWN = {
     "InventoryTransshipment-v0": ("envs.inventory", "transshipment_backlogged"),
     "LQR-v0": ("envs.classic", "LQR"),
     "MountainCarTwoActions-v0": ("envs.classic", "MountainCarTwoActions"),
+    "PointMazeLarge-v0": ("envs.maze", "large"),
+    "PointMazeMedium-v0": ("envs.maze", "medium"),
+    "PointMazeU-v0": ("envs.maze", "u_maze"),
     "RandomMDP-v0": ("envs.classic", "RandomMDP"),
     "RandomWalk-v0": ("envs.classic", "RandomWalk"),
     "ShipSteering-v0": ("envs.classic", "ShipSteering"),

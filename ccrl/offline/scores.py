@@ -1,0 +1,54 @@
+"""Normalised scores: 0 is the random policy, 100 the expert of the data set's authors."""
+
+from __future__ import annotations
+
+import re
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["D4RL_SCORES", "normalised_score", "reference_scores"]
+
+Number = TypeVar("Number", float, NDArray[np.float64])
+
+D4RL_SCORES: dict[str, tuple[float, float]] = {
+    "halfcheetah": (-280.178953, 12135.0),
+    "hopper": (-20.272305, 3234.3),
+    "walker2d": (1.629008, 4592.3),
+    "ant": (-325.6, 3879.7),
+    "maze2d-umaze": (23.85, 161.86),
+    "maze2d-medium": (13.13, 277.39),
+    "maze2d-large": (6.7, 273.99),
+    "maze2d-umaze-dense": (68.537689, 193.662856),
+    "maze2d-medium-dense": (44.264742, 297.455255),
+    "maze2d-large-dense": (30.569041, 303.485738),
+    "antmaze": (0.0, 1.0),
+}
+"""Task -> returns of the random policy and of the expert, on the environments of D4RL's time (MuJoCo 2, old Gym).
+Gymnasium's v5 environments pay otherwise: data of your own has reference scores of its own."""
+
+
+def reference_scores(name: str) -> tuple[float, float] | None:
+    """D4RL's pair for a task or a data set's name (``hopper-medium-v2``); None: not in the table."""
+    name = re.sub(r"-v\d+$", "", name.lower())
+    if re.fullmatch(r"maze2d-(umaze|medium|large)(-dense)?", name):
+        return D4RL_SCORES[name]
+    return D4RL_SCORES.get(name.partition("-")[0])
+
+
+def normalised_score(returns: Number, scores: tuple[float, float] | str) -> Number:
+    """``100 (R - random) / (expert - random)`` of undiscounted returns.
+
+    :param scores: the pair, or D4RL's name of the task.
+    :raises ValueError: a name that D4RL's table does not have, or an expert no better than random.
+    """
+    if isinstance(scores, str):
+        known = reference_scores(scores)
+        if known is None:
+            raise ValueError(f"normalised_score: expected one of {sorted(D4RL_SCORES)}, got {scores!r}; pass the pair")
+        scores = known
+    low, high = scores
+    if not high > low:
+        raise ValueError(f"normalised_score: expected the expert's return above the random one, got {low} and {high}")
+    return 100.0 * (returns - low) / (high - low)
