@@ -178,6 +178,8 @@ class Learner(ABC):
     def check(self) -> None:
         """Unknown outputs fail here, before the first rollout."""
         check_terms(self.phases(), self.outputs())
+        if self.compile == "on" and not self._whole():
+            raise ValueError("compile='on': a compiled update takes whole batches; use compile='auto' or no microbatch")
 
     def begin(self, start: int, end: int) -> None:
         """Set what schedules run over, and decide whether updates are compiled."""
@@ -223,10 +225,14 @@ class Learner(ABC):
         if not bool(torch.stack([f.reshape(()).to(self.device) for f in flags.values()]).all()):
             raise FloatingPointError(next(text for text, flag in flags.items() if not bool(flag)))
 
+    def _whole(self) -> bool:
+        """Whether no phase cuts its batches into micro-batches, which only eager updates add up."""
+        return all(phase.batching.microbatch is None for phase in self.phases())
+
     def _choose_compile(self, iterations: int) -> None:
         steps = self.gradient_steps() * iterations
         pays = self.compile == "on" or (self.compile == "auto" and steps >= COMPILE_FROM)
-        wanted = pays and getattr(self.policy, "compiles", True)
+        wanted = pays and getattr(self.policy, "compiles", True) and self._whole()
         targets = [u for u in self.updaters.values() if hasattr(u, "compile")]
         possible, why = can_compile()
         if wanted and targets:

@@ -145,6 +145,18 @@ def test_a_policy_of_ones_own_acts_and_is_asked_for_when_loading(tmp_path: Path)
     assert type(PPO.load(tmp_path / "a.pt", policy=Wide).policy) is Wide
 
 
+def test_micro_batches_are_updated_eagerly() -> None:
+    """A compiled update takes whole batches: a long run would raise at its first compiled one."""
+    from agents import Grouped
+
+    options: dict[str, Any] = {"n_groups": 2, "group_size": 2, "n_steps": 8, "hidden": (4,), "microbatch": 2}
+    agent = Grouped("CartPole-v1", Grouped.Config(**options))
+    agent.learn(10**7, callback=lambda a: False)
+    assert not agent.updaters["policy"].compile
+    with pytest.raises(ValueError, match="compile='on': a compiled update takes whole batches"):
+        Grouped("CartPole-v1", Grouped.Config(**options, compile="on"))
+
+
 def test_unknown_settings_name_near_ones() -> None:
     with pytest.raises(TypeError, match=r"ppo has no setting 'learning_rat'; did you mean \['learning_rate'"):
         PPO("CartPole-v1", learning_rat=1e-3)
