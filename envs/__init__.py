@@ -49,7 +49,12 @@ NATIVE = (*CLASSIC, *MUJOCO)
 """The ids with a batched implementation of our own, under Gymnasium's names."""
 
 OWN = {
+    "AntCoverage-v0": ("envs.coverage", "ant_coverage"),
     "Bandit-v0": ("envs.classic", "Bandit"),
+    "GridCoverage-v0": ("envs.coverage", "grid_coverage"),
+    "GridDesign-v0": ("envs.coverage", "grid_design"),
+    "GridFacility-v0": ("envs.coverage", "grid_facility"),
+    "GridItems-v0": ("envs.coverage", "grid_items"),
     "HazardCorridor-v0": ("envs.maze", "HazardCorridor"),
     "InventoryManyWarehousesLost-v0": ("envs.inventory", "many_warehouses_lost_demand"),
     "InventoryManyWarehousesRecorded-v0": ("envs.inventory", "many_warehouses_real_data"),
@@ -61,12 +66,14 @@ OWN = {
     "InventoryTransshipment-v0": ("envs.inventory", "transshipment_backlogged"),
     "LQR-v0": ("envs.classic", "LQR"),
     "MountainCarTwoActions-v0": ("envs.classic", "MountainCarTwoActions"),
+    "PointCoverage-v0": ("envs.coverage", "point_coverage"),
     "PointMazeLarge-v0": ("envs.maze", "large"),
     "PointMazeMedium-v0": ("envs.maze", "medium"),
     "PointMazeU-v0": ("envs.maze", "u_maze"),
     "RandomMDP-v0": ("envs.classic", "RandomMDP"),
     "RandomWalk-v0": ("envs.classic", "RandomWalk"),
     "ShipSteering-v0": ("envs.classic", "ShipSteering"),
+    "TwoRooms-v0": ("envs.coverage", "two_rooms"),
 }
 """Tasks that are only ours, ``ccrl/<id>``: the module and the class, called with ``(num_envs, device=, autoreset_mode=,
 **options)``."""
