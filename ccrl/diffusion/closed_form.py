@@ -1,0 +1,43 @@
+"""Scores and denoisers of Gaussian data, exact: what learned ones and samplers are tested against."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["dsm_optimum", "gaussian_denoiser", "gaussian_score", "mixture_score"]
+
+
+def gaussian_score(x: Tensor, mean: Tensor, covariance: Tensor, sigma: float | Tensor) -> Tensor:
+    """``-(C + sigma^2 I)^-1 (x - m)`` of ``N(m, C)`` blurred with noise of ``sigma``; ``x [B, D]``, ``C [D, D]``."""
+    blurred = covariance + torch.as_tensor(sigma).to(x) ** 2 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+    return -torch.linalg.solve(blurred, (x - mean).unsqueeze(-1)).squeeze(-1)
+
+
+def gaussian_denoiser(x: Tensor, mean: Tensor, covariance: Tensor, sigma: float | Tensor) -> Tensor:
+    """``E[clean | x]`` by Tweedie's formula, ``x + sigma^2 score``."""
+    return x + torch.as_tensor(sigma).to(x) ** 2 * gaussian_score(x, mean, covariance, sigma)
+
+
+def mixture_score(
+    x: Tensor, weights: Tensor, means: Tensor, variances: Tensor, sigma: float | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The blurred score of a mixture of isotropic Gaussians, ``[B, D]``, and the responsibilities ``[B, K]``.
+
+    :param weights: ``[K]``; :param means: ``[K, D]``; :param variances: ``[K]``.
+    """
+    blurred = variances + torch.as_tensor(sigma).to(x) ** 2
+    away = means - x.unsqueeze(-2)
+    log = weights.log() - 0.5 * away.square().sum(-1) / blurred - 0.5 * x.shape[-1] * (2.0 * math.pi * blurred).log()
+    share = log.softmax(-1)
+    return (share.unsqueeze(-1) * away / blurred.unsqueeze(-1)).sum(-2), share
+
+
+def dsm_optimum(eigenvalues: Sequence[float], levels: Sequence[float]) -> float:
+    """The least ``score_matching_loss`` of Gaussian data whose covariance has these eigenvalues, levels equally likely:
+    the mean over levels of ``D - sigma^2 tr (C + sigma^2 I)^-1``."""
+    losses = [len(eigenvalues) - sum(s * s / (c + s * s) for c in eigenvalues) for s in levels]
+    return sum(losses) / len(losses)
