@@ -22,6 +22,7 @@ from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env
 from ccrl.batched_env import AutoresetMode, BatchedEnv, as_autoreset_mode, check_device
 from ccrl.inventory.functional_env import FunctionalEnv
 from ccrl.llm.task import TextTask
+from ccrl.packages import require
 
 __all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_functional", "make_single_env", "make_vector_env"]
 
@@ -189,6 +190,7 @@ def _make_native(
     if id in MUJOCO:
         if str(device).partition(":")[0] != "cpu":
             raise ValueError(f"{id} simulates on the CPU, got device={str(device)!r}; leave device at 'cpu'")
+        require("mujoco", "mujoco")
         # Imported late: loading MuJoCo takes most of a second, which a cart-pole should not wait for.
         from envs.mujoco import make_mujoco
 
@@ -227,6 +229,7 @@ def _make_gymnasium(
     mode = autoreset_mode or AutoresetMode.SAME_STEP
     asynchronous = backend == "async"
     if id.startswith("HalfCheetah-"):
+        require("mujoco", "mujoco")
         from envs.mujoco.model import make_quietly
 
         make = functools.partial(make_quietly, id, options)

@@ -32,6 +32,8 @@ ON_DEMAND = {
     "agents.dbqpg.kernel": "holds such a kernel; imported when an agent with one is built",
 }
 """Modules that need an extra as a whole, each with the reason. Nothing may import them with a module."""
+ROOMS = {"envs/mujoco/": "mujoco"}
+"""Folders that need an extra as a whole, and its package. Nothing outside may import them with a module."""
 
 MAX_LINES = 400
 LONGER: dict[str, str] = {}
@@ -162,8 +164,14 @@ def test_only_core_dependencies_are_imported_with_a_module():
         if name(path).removesuffix(".py").replace("/", ".") in ON_DEMAND:
             continue
         known = core | TEST_TOOLS if name(path).startswith("ccrl/testing/") else core
+        inside = {room: package for room, package in ROOMS.items() if name(path).startswith(room)}
+        known = known | set(inside.values())
+        closed = tuple(room.rstrip("/").replace("/", ".") for room in ROOMS if room not in inside)
         for each in imports(path.read_text(encoding="utf-8")):
-            if each.at_import and (each.module.split(".")[0] not in known or each.module in ON_DEMAND):
+            foreign = each.module.split(".")[0] not in known or f"{each.module}.".startswith(
+                tuple(f"{r}." for r in closed)
+            )
+            if each.at_import and (foreign or each.module in ON_DEMAND):
                 wrong.append(f"{name(path)}:{each.line} imports {each.module}: import it in the function that uses it")
     assert not wrong, "\n".join(wrong)
 

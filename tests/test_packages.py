@@ -151,3 +151,11 @@ print(*failed)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split()
     assert not [name for name in done.stdout.split() if not name.startswith("envs.mujoco")]
+
+
+def test_a_mujoco_task_without_mujoco_names_the_extra(monkeypatch):
+    import envs
+
+    monkeypatch.setitem(sys.modules, "mujoco", None)
+    with pytest.raises(ImportError, match=r"'mujoco', which is not installed; .* -e \"\.\[mujoco\]\""):
+        envs.make("Hopper-v5", 2)

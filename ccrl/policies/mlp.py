@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import gymnasium as gym
 import numpy as np
@@ -197,6 +198,18 @@ class MLPPolicy(nn.Module):
     def _width(self, role: Role) -> int:
         encoded = self._encoded[role]
         return sum(encoded[k][1] if k in encoded else abs(self._sizes[k]) for k in self._groups[role])
+
+    def observed(self, role: Role) -> list[str]:
+        """The observation keys that a role reads, in order; ``obs`` where the space is no Dict."""
+        return list(self._groups[role])
+
+    def without_critic(self) -> Self:
+        """A copy that only acts, for deployment: it asks for the actor's observations alone."""
+        own = copy.deepcopy(self)
+        if own.heads:
+            del own.critic
+        own.heads = ()
+        return own
 
     @property
     def _dtype(self) -> torch.dtype:

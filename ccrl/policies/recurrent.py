@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import gymnasium as gym
 import torch
@@ -44,6 +44,11 @@ class RecurrentPolicy(MLPPolicy):
         self._recurrent = (recurrent, recurrent_size)
         super().__init__(observation_space, action_space, **settings)
         self._split = [self.actor.memory.state_size, *([self.critic.memory.state_size] if self.heads else [])]
+
+    def without_critic(self) -> Self:
+        own = super().without_critic()
+        own._split = own._split[:1]
+        return own
 
     def _make_memory(self, role: Role, orthogonal: bool) -> Memory:
         kind, size = self._recurrent

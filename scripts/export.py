@@ -1,0 +1,96 @@
+"""Export the policy of a run: one file that runs without this project, normaliser and action map inside.
+
+    python scripts/export.py runs/Hopper-v5__ppo__0__...                         # policy.onnx in the run folder
+    python scripts/export.py RUN --format torchscript --checkpoint best --out hopper.ts
+
+ONNX needs the extra ``export``. The file is compared with the policy before the command ends. docs/export.md says what
+is in it and how to run it.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import tyro
+
+from ccrl.packages import check_siblings
+
+check_siblings("agents", "envs")
+
+import agents
+import ccrl
+import envs  # noqa: F401  (registers the environments that runs name)
+from ccrl import registry
+from ccrl.experiment import checkpoint
+from ccrl.experiment.run import RunFolder
+from ccrl.policies.export import Deployed, Format, export, largest_difference
+
+__all__ = ["ExportConfig", "main"]
+
+TOLERANCE = 1e-5
+SUFFIX = {"onnx": ".onnx", "torchscript": ".ts"}
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to export and where to."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run folder is read from here."""
+    format: Format = "onnx"
+    """The file is ONNX, for onnxruntime and its relatives, or TorchScript, for libtorch."""
+    checkpoint: str = "latest"
+    """The policy is that of the newest checkpoint (latest), of the highest evaluation (best), or of a file."""
+    out: Path | None = None
+    """The file is written here; unset, it is policy.onnx or policy.ts in the run folder."""
+    trust: tuple[str, ...] = ()
+    """Names of the form module:name that the run folder may import: repeat those you know, no others."""
+
+
+def main(config: ExportConfig) -> Path:
+    """Export, compare, and print what was written.
+
+    :raises ValueError: a policy that has no exported form.
+    :raises RuntimeError: the file computes something else than the policy.
+    """
+    torch.set_num_threads(1)
+    run = RunFolder.open(config.run)
+    path = {"latest": checkpoint.latest(run.checkpoints), "best": run.path / "best.pt"}.get(
+        config.checkpoint, Path(config.checkpoint)
+    )
+    if path is None or not path.is_file():
+        raise FileNotFoundError(f"{run.path}: expected a checkpoint {config.checkpoint!r}, found none")
+    with registry.stored(str(run.path), config.trust):
+        cls = agents.get_agent(run.info["agent"])
+        if getattr(cls, "text", False):
+            raise ValueError(f"export: expected a policy that reads observations, got the language model of {run.path}")
+        agent = cls.load(path)
+    try:
+        deployed = Deployed(agent.policy, agent.env.single_observation_space)
+    finally:
+        agent.close()
+    out = config.out or run.path / f"policy{SUFFIX[config.format]}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"ccrl": ccrl.__version__, "agent": agent.name, "env": agent.env_id, "step": agent.num_timesteps}
+    export(deployed, out, config.format, facts)
+    gap = largest_difference(deployed, out, config.format)
+    if not gap <= TOLERANCE:
+        out.unlink()
+        raise RuntimeError(f"export: expected actions within {TOLERANCE:g} of the policy's, got {gap:g}; not written")
+    print(f"{out}: {', '.join(deployed.inputs)} -> {', '.join(deployed.outputs)}; within {gap:.1e} of the policy")
+    return out
+
+
+if __name__ == "__main__":
+    options = tyro.cli(ExportConfig, description=__doc__)
+    try:
+        main(options)
+    except (ValueError, ImportError, OSError, RuntimeError, checkpoint.CheckpointError) as failure:
+        sys.exit(f"error: {failure}")
