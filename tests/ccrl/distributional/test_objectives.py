@@ -119,8 +119,9 @@ def test_the_outer_search_prefers_the_largest_of_equals():
 
 WRONG = [
     lambda: CVaR(0.0), lambda: CVaR(1.5), lambda: CVaR(math.nan), lambda: MeanCVaR(-0.1, 0.5),
-    lambda: MeanCVaR(0.5, 2.0), lambda: OCE(below=0.5), lambda: OCE(above=2.0), lambda: Entropic(0.0), lambda: Homeostasis(()),
-    lambda: SoftConstraints((), 1.0), lambda: SoftConstraints((1.0,), -1.0), lambda: Expected().check_discount(1.5),
+    lambda: MeanCVaR(0.5, 2.0), lambda: OCE(below=0.5), lambda: OCE(above=2.0), lambda: Entropic(0.0),
+    lambda: Homeostasis(()), lambda: SoftConstraints((), 1.0), lambda: SoftConstraints((1.0,), -1.0),
+    lambda: Expected().check_discount(1.5),
 ]  # fmt: skip
 
 

@@ -1,0 +1,6 @@
+"""Tasks whose objective is one of the return's distribution, with optima that are exact or computed to high precision."""
+
+from envs.stock.execution import OrderExecution
+from envs.stock.finite import CostBudget, FiniteEnv, Homeostat, RiskGridworld, SABChain
+
+__all__ = ["CostBudget", "FiniteEnv", "Homeostat", "OrderExecution", "RiskGridworld", "SABChain"]
