@@ -24,15 +24,15 @@ class Execution(NamedTuple):
 
 
 class OrderExecution(TorchEnv):
-    """Sell one unit of an asset within ``horizon`` steps. The action in [0, 1] is the share of what is left that is sold
-    now, at a cost ``impact * sold^2``; what remains ``x`` is carried over the step and earns the price's move:
+    """Sell one unit of an asset within ``horizon`` steps. The action in [0, 1] is the share of what is left that is
+    sold now, at a cost ``impact * sold^2``; what remains ``x`` is carried over the step and earns the price's move:
 
         R_{t+1} = x_{t+1} Z_{t+1} - impact * sold_t^2
 
     ``Z`` is ``rise`` with probability ``1 - crash``, else ``-fall``. The last step sells the rest before the price
     moves. Written so, the sum of rewards is the proceeds against the first price (Almgren and Chriss 2000), and the
-    price itself is no part of the state. With a positive mean of ``Z`` waiting pays on average, and its crashes are what
-    the tail is made of. Observation ``[2]``: the share of time that is left, and ``x``.
+    price itself is no part of the state. With a positive mean of ``Z`` waiting pays on average, and its crashes are
+    what the tail is made of. Observation ``[2]``: the share of time that is left, and ``x``.
     """
 
     id = "ccrl/OrderExecution-v0"
@@ -73,9 +73,7 @@ class OrderExecution(TorchEnv):
         share = (1.0 - state[:, 0] / self.horizon).clamp_min(0.0)
         return torch.stack((share, state[:, 1]), 1)
 
-    def optimum(
-        self, objective: Objective | None = None, *, inventory: int = 41, stocks: int = 321
-    ) -> Execution:
+    def optimum(self, objective: Objective | None = None, *, inventory: int = 41, stocks: int = 321) -> Execution:
         """The optimum without a discount by a recursion on a grid of inventories and stocks, linear in between:
         ``V(T, c) = f(c)``, ``V(t, x, c) = max over what is sold of E V(t + 1, x', c + R)``.
 
@@ -90,9 +88,8 @@ class OrderExecution(TorchEnv):
         if inventory < 2 or stocks < 2:
             raise ValueError(f"optimum: expected grids of 2 or more, got {inventory} and {stocks}")
         x = torch.linspace(0.0, 1.0, inventory, dtype=torch.float64)
-        worst = -self.horizon * self.fall - self.impact
-        best = self.horizon * self.rise
-        c = torch.linspace(-2.0 * best, -worst, stocks, dtype=torch.float64)
+        # beyond the largest return, and two falls and one sale at once, f is linear of c + G but for rare histories
+        c = torch.linspace(-self.horizon * self.rise, 2.0 * self.fall + self.impact, stocks, dtype=torch.float64)
         f = objective.utility
         # the last step sells everything: V(T - 1, x, c) = f(c - impact x^2)
         value = f(c[None, :] - self.impact * x[:, None] ** 2)
@@ -109,8 +106,8 @@ class OrderExecution(TorchEnv):
         if not objective.searched:
             start = float(objective.start)  # type: ignore[arg-type]
             return Execution(start, float(_interpolate(value[-1:], c, torch.tensor([[start]], dtype=torch.float64))))
-        start, found = outer_search(objective, c, value[-1])
-        return Execution(float(start), float(found))
+        best, found = outer_search(objective, c, value[-1])
+        return Execution(float(best), float(found))
 
 
 def _interpolate(values: Tensor, grid: Tensor, at: Tensor) -> Tensor:

@@ -109,8 +109,8 @@ class SABChain(FiniteEnv):
 
 
 class RiskGridworld(FiniteEnv):
-    """A grid with a short way along a cliff and a long way around: -1 per step, ``loss`` more, with probability ``slip``,
-    where a step enters a cell beside the cliff, ``goal`` more where it reaches the goal, which ends the episode.
+    """A grid with a short way along a cliff and a long way around: -1 per step, ``loss`` more, with probability
+    ``slip``, where a step enters a cell beside the cliff, ``goal`` more where it reaches the goal, the end.
 
         . . .      start below left, goal below right;
         S # G      "#": the cells of the lowest row between them are beside the cliff
@@ -149,7 +149,7 @@ class RiskGridworld(FiniteEnv):
             if row == 0 and column == columns - 1:
                 return [(1.0, goal - 1.0, None)]
             after = row * columns + column
-            if row == 0 and 0 < column:
+            if row == 0 and column > 0:
                 return [(1.0 - slip, -1.0, after), (slip, -1.0 - loss, after)]
             return [(1.0, -1.0, after)]
 
@@ -174,18 +174,18 @@ class Homeostat(FiniteEnv):
 
 
 class CostBudget(FiniteEnv):
-    """Earn while costs stay within a budget: rewards are ``(earned, -cost)``. Action 0 rests (0, 0), 1 works (1, 0 or -1
-    with .5 each), 2 hurries (3, -1 or -2 with .5 each). The objective is the mean earned less twice the mean cost beyond
-    the budget of 3: ``x_0 + 2 min(x_1, 0)`` with ``c_0 = (0, 3)``. What is left of the budget decides the action."""
+    """Earn while costs stay within a budget: rewards are ``(earned, -cost)``. Action 0 rests (0, 0), 1 works (1, 0 or
+    -1 with .5 each), 2 hurries (3, 0 or -3 with .5 each). The objective is the mean earned less three times the mean
+    cost beyond the budget of 3: ``x_0 + 3 min(x_1, 0)`` with ``c_0 = (0, 3)``."""
 
     id = "ccrl/CostBudget-v0"
-    objective = SoftConstraints((-3.0,), trade_off=2.0)
+    objective = SoftConstraints((-3.0,), trade_off=3.0)
 
     @checked
     def __init__(self, num_envs: int = 1, *, horizon: Count = 4, **options: Any) -> None:
         table: list[list[Outcome]] = [
             [(1.0, (0.0, 0.0), 0)],
             [(0.5, (1.0, 0.0), 0), (0.5, (1.0, -1.0), 0)],
-            [(0.5, (3.0, -1.0), 0), (0.5, (3.0, -2.0), 0)],
+            [(0.5, (3.0, 0.0), 0), (0.5, (3.0, -3.0), 0)],
         ]
         super().__init__(num_envs, mdp=FiniteMDP.of([table]), horizon=horizon, **options)
