@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from agents.mdpo import MDPO
     from agents.npg_igt import NPGIGT
     from agents.ppo import PPO
+    from agents.subpo import SubPO
 
 __all__ = [
     "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO", "Grouped",
-    "get_agent",
+    "SubPO", "get_agent",
 ]  # fmt: skip
 
 AGENTS = {
@@ -39,6 +40,7 @@ AGENTS = {
     "mdpo": ("agents.mdpo", "MDPO"),
     "npg_igt": ("agents.npg_igt", "NPGIGT"),
     "ppo": ("agents.ppo", "PPO"),
+    "subpo": ("agents.subpo", "SubPO"),
 }
 """Command-line name -> module and class; those for language models are ``agents.llm.METHODS``."""
 

@@ -92,6 +92,16 @@ def test_equal_keys_have_equal_gains(name):
     assert torch.allclose(function.gain(a, every), function.gain(b, every), atol=1e-6)
 
 
+def test_names_of_cells_do_not_matter():
+    """Relabelled cells with their weights pay the same: the gradient cannot see the labels."""
+    prints = torch.tensor([[0, 1, 2], [1, 2, -1], [3, -1, -1], [0, 4, 5]])
+    weights, order = torch.tensor([1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), torch.tensor([3, 5, 0, 1, 4, 2])
+    renamed = torch.where(prints < 0, -1, order[prints])
+    moved = torch.empty_like(weights).index_copy(0, order, weights)
+    path = [0, 3, 1, 2]
+    assert gains(Coverage(prints, weights), path) == gains(Coverage(renamed, moved), path)
+
+
 class Squared:
     """``F(A) = |A|^2``: gains grow."""
 
