@@ -8,11 +8,12 @@ The return is ``F(tau)``, a set function of the visited states. The environment 
 ``b`` may depend on the whole prefix. ``credit`` has two others: ``greedy``, the gain of the step alone, and
 ``cumulative``, the weight ``F(tau_{0:i+1})`` of the released code, whose expectation is that of ``greedy`` at a much
 larger variance (docs/subpo.md). ``gae`` is the actor-critic form of the paper's continuous tasks, and with
-``surrogate=clip`` PPO's. F need not be submodular: gains of general rewards may grow or be negative; then no guarantee holds.
+``surrogate=clip`` PPO's. F need not be submodular: gains of general rewards may grow or be negative; then no
+guarantee holds.
 
 A Markovian policy (SubPO-M) sees the state and the time; a non-Markovian one (SubPO-NM) the history, by ``recurrent``
-or by an observation that holds it (``observation="history"`` of the grid tasks). ModPO, the baseline, is the same agent on
-the additive reward: ``env_kwargs={"paid": "modular"}``.
+or by an observation that holds it (``observation="history"`` of the grid tasks). ModPO, the baseline, is the same agent
+on the additive reward: ``env_kwargs={"paid": "modular"}``.
 
 Slots: prepare = credit, baseline; ratio = plain (token); loss = ratio * A (clip), entropy; aggregate = mean.
 """
