@@ -103,7 +103,6 @@ def test_flags_out_of_range_are_answered_with_their_name(flags: list[str], messa
     [
         (["--env", "CartPol-v1"], "did you mean CartPole-v1"),
         (["--env", "CartPole-v1", "--device", "gpu"], "device: expected one of PyTorch's"),
-        (["--env", "CartPole-v1", "--activation", "rulu"], "activation: expected one of"),
         (["--env", "Blackjack-v1"], "expected observations from a Box"),
     ],
 )
