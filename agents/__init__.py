@@ -15,17 +15,19 @@ if TYPE_CHECKING:
     from agents.bpg import BPG
     from agents.bpo import BPO
     from agents.dbqpg import DBQPG
+    from agents.dqn import DQN, QRDQN
     from agents.grouped import Grouped
     from agents.harpg import HARPG
     from agents.hdpo import HDPO
     from agents.mdpo import MDPO
     from agents.npg_igt import NPGIGT
     from agents.ppo import PPO
+    from agents.sac import SAC
     from agents.subpo import SubPO
 
 __all__ = [
-    "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO", "Grouped",
-    "SubPO", "get_agent",
+    "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO", "QRDQN",
+    "SAC", "Grouped", "SubPO", "get_agent",
 ]  # fmt: skip
 
 AGENTS = {
@@ -34,12 +36,15 @@ AGENTS = {
     "bpg": ("agents.bpg", "BPG"),
     "bpo": ("agents.bpo", "BPO"),
     "dbqpg": ("agents.dbqpg", "DBQPG"),
+    "dqn": ("agents.dqn", "DQN"),
     "grouped": ("agents.grouped", "Grouped"),
     "harpg": ("agents.harpg", "HARPG"),
     "hdpo": ("agents.hdpo", "HDPO"),
     "mdpo": ("agents.mdpo", "MDPO"),
     "npg_igt": ("agents.npg_igt", "NPGIGT"),
     "ppo": ("agents.ppo", "PPO"),
+    "qr_dqn": ("agents.dqn", "QRDQN"),
+    "sac": ("agents.sac", "SAC"),
     "subpo": ("agents.subpo", "SubPO"),
 }
 """Command-line name -> module and class; those for language models are ``agents.llm.METHODS``."""

@@ -123,10 +123,10 @@ class Agent:
 
     # -- what builds are made of ---------------------------------------------------------------------------------------
 
-    def make_policy(self, heads: dict[str, Sequence[int]]) -> Any:
-        """The policy that the config describes, or the caller's own."""
+    def make_policy(self, heads: dict[str, Sequence[int]], **options: Any) -> Any:
+        """The policy that the config describes, or the caller's own; ``options`` are ``build_actor_critic``'s."""
         spaces = self.env.single_observation_space, self.env.single_action_space
-        return build_actor_critic(self.config, *spaces, heads, policy=self.own_policy).to(self.device)
+        return build_actor_critic(self.config, *spaces, heads, policy=self.own_policy, **options).to(self.device)
 
     def rollouts(
         self,

@@ -137,6 +137,12 @@ class Data(Mapping[str, Tree]):
         data.raw = self.raw | columns.keys()
         return data
 
+    def with_scalars(self, **scalars: Tensor) -> Data:
+        """With more 0-d facts about the whole batch (a temperature, a statistic of an earlier phase)."""
+        data = self._with(self._columns | scalars)
+        data.scalars = self.scalars | scalars.keys()
+        return data
+
     def _with(self, columns: Mapping[str, Tree], successors: bool = True) -> Data:
         data = Data(
             columns,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ccrl.bank import Bank
 from ccrl.data import Batching, Data
 from ccrl.estimators.base import Context, Phase
+from ccrl.learn.graph import CycleGraphs
 from ccrl.updaters import Stats
 
 __all__ = ["Cycle", "Polyak", "Source", "run_cycles"]
@@ -44,29 +45,40 @@ class Polyak:
 class Cycle(nn.Module):
     """Base class; an agent overrides ``targets`` and ``phases``. What it learns or counts is a buffer, so it is saved.
 
-    ``averages`` are applied after the phases of every gradient step; their versions are made with the learner.
+    ``averages`` are applied after the phases of a gradient step; their versions are made with the learner.
     """
 
     averages: tuple[Polyak, ...] = ()
+    hands_on: tuple[str, ...] = ()
+    """Statistics of a phase that later phases of the same step read as 0-d columns (SAC's temperature: the mean
+    log-probability at the actor's sample)."""
+    one_graph = False
+    """Whether a whole step, targets and averages included, may be compiled as one graph: ``targets`` then draws
+    nothing (``noise`` does), and updaters are ``FlatUpdater``."""
     count: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self._count = 0
+        self._graphs: CycleGraphs | None = None
+
+    def noise(self, draw: Data, ctx: Context) -> Data:
+        """``draw`` with columns of random numbers: nothing is drawn inside a compiled graph."""
+        return draw
 
     def targets(self, draw: Data, ctx: Context) -> Data:
-        """The batch ``[1, B]`` with the columns that the losses read: targets, and every random number (nothing is
-        drawn inside a compiled graph). Runs without gradient."""
+        """The batch ``[1, B]`` with the columns that the losses read. Runs without gradient."""
         return draw
 
     def phases(self) -> tuple[Phase, ...]:
-        """Critic, actor, temperature: each with its own updater, ``Phase.every`` gradient steps apart. The same objects
-        at every call."""
+        """Critic, actor, temperature: each with its own updater, run at every ``Phase.every``-th gradient step. The
+        same objects at every call."""
         raise NotImplementedError
 
     def after_step(self, batch: Data, stats: Stats, ctx: Context) -> None:
-        """After every gradient step: priorities, per-row state, duals (in place)."""
+        """After every gradient step: priorities, per-row state, duals (in place). In one graph ``batch`` is without the
+        targets."""
 
     def after_iteration(self, ctx: Context) -> None:
         """After every iteration: exploration schedules."""
@@ -76,28 +88,63 @@ class Cycle(nn.Module):
         for average in self.averages:
             bank.refresh(average.version)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether steps run as one compiled graph."""
+        return self._graphs is not None
+
+    def compile_steps(self, compiled: bool) -> None:
+        """From now on run steps as one compiled graph, or eagerly."""
+        self._graphs = (self._graphs or CycleGraphs(self)) if compiled else None
+
+    def due(self) -> tuple[tuple[Phase, ...], tuple[Polyak, ...]]:
+        """Phases and averages of the next gradient step: those whose turn it is."""
+        step = self._count + 1
+        return (
+            tuple(p for p in self.phases() if step % p.every == 0),
+            tuple(a for a in self.averages if step % a.every == 0),
+        )
+
     def step(self, batch: Data, ctx: Context) -> tuple[Stats, int]:
         """One gradient step on ``batch``; the statistics and the number of optimiser steps taken."""
+        phases, averages = self.due()
+        with torch.no_grad():
+            batch = self.noise(batch, ctx)
+        if self._graphs is not None:
+            stats = self._graphs.step(phases, averages, batch, ctx)
+        else:
+            batch, stats = self.run(phases, averages, batch, ctx)
+        self._count += 1
+        self.count.add_(1)
+        with torch.no_grad():
+            self.after_step(batch, stats, ctx)
+        return stats, len(phases)
+
+    def run(
+        self, phases: tuple[Phase, ...], averages: tuple[Polyak, ...], batch: Data, ctx: Context
+    ) -> tuple[Data, Stats]:
+        """One eager step: targets, phases, averages."""
         with torch.no_grad():
             batch = self.targets(batch, ctx)
         stats: Stats = {}
-        phases, taken = self.phases(), 0
         for phase in phases:
-            if self._count % phase.every:
-                continue
             row = phase.updater.step(phase.terms, batch)
-            taken += 1
-            if len(phases) > 1:
-                row = {f"{phase.name}_{k}" if k in ("loss", "grad_norm") else k: v for k, v in row.items()}
-            stats |= row
-        self._count += 1
-        self.count.add_(1)
-        for average in self.averages:
-            if self._count % average.every == 0:
-                ctx.bank.refresh(average.version, mix=average.tau, prefixes=average.prefixes)
-        with torch.no_grad():
-            self.after_step(batch, stats, ctx)
-        return stats, taken
+            batch = self.handed_on(batch, row)
+            stats |= {self.name_of(phase, k): v for k, v in row.items()}
+        for average in averages:
+            ctx.bank.refresh(average.version, mix=average.tau, prefixes=average.prefixes)
+        return batch, stats
+
+    def handed_on(self, batch: Data, row: Stats) -> Data:
+        """``batch`` with what ``hands_on`` takes from a phase's statistics."""
+        found = {k: row[k] for k in self.hands_on if k in row}
+        return batch.with_scalars(**found) if found else batch
+
+    def name_of(self, phase: Phase, statistic: str) -> str:
+        """The name under which a phase's statistic is logged: with the phase's where others have the same."""
+        if statistic not in ("loss", "grad_norm") or len(self.phases()) == 1:
+            return statistic
+        return f"{phase.name}_{'total_loss' if statistic == 'loss' else statistic}"
 
     def _load_from_state_dict(self, *args: object, **options: object) -> None:
         super()._load_from_state_dict(*args, **options)  # type: ignore[arg-type, no-untyped-call]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from ccrl.data import Batching, Field
 from ccrl.estimators.base import Phase
 from ccrl.learn.base import Learner
 from ccrl.learn.cycle import Cycle, Source, run_cycles
+from ccrl.n_step import NStepReturns
 from ccrl.replay import ReplayBuffer
 from ccrl.updaters import Stats, Updater
 
@@ -33,6 +35,14 @@ class _CycleLearner(Learner):
     def phases(self) -> tuple[Phase, ...]:
         return self.cycle.phases()
 
+    def _steps_per_update(self) -> float:
+        return sum(1.0 / p.every for p in self.phases())
+
+    def _choose_compile(self, iterations: int) -> None:
+        super()._choose_compile(iterations)
+        if self.cycle.one_graph:
+            self.cycle.compile_steps(all(getattr(u, "compile", False) for u in self.updaters.values()))
+
     def _train(self, source: Source, steps: int) -> Stats:
         stats, taken = run_cycles(self.cycle, source, self.batch, steps, self.ctx)
         self.counters.n_updates += taken
@@ -42,6 +52,7 @@ class _CycleLearner(Learner):
 class ReplayLearner(_CycleLearner):
     """One iteration is ``rounds`` times: ``n_steps`` steps of every environment, ``updates`` gradient steps.
 
+    :param returns: sums rewards over several steps before rows enter the ring; None: one-step rows.
     :param learning_starts: environment steps before the first gradient step; actions are uniform until then.
     :param rounds: loops per iteration, so that logging and callbacks cost nothing per step.
     """
@@ -59,6 +70,7 @@ class ReplayLearner(_CycleLearner):
         updates: int = 1,
         learning_starts: int = 100,
         rounds: int = 50,
+        returns: NStepReturns | None = None,
         **options: Any,
     ) -> None:
         super().__init__(policy, cycle, updaters, Batching(size=batch_size), **options)
@@ -70,6 +82,9 @@ class ReplayLearner(_CycleLearner):
         self._explorer = Explorer(policy)
         self.state.register("collector", source)
         self.state.register("ring", ring)
+        self.returns = returns
+        if returns is not None:
+            self.state.register("returns", returns)
 
     @property
     def clock(self) -> int:
@@ -80,7 +95,7 @@ class ReplayLearner(_CycleLearner):
         return self.rounds * self.n_steps * self.source.env.num_envs
 
     def gradient_steps(self) -> int:
-        return self.rounds * self.updates * len(self.phases())
+        return math.ceil(self.rounds * self.updates * self._steps_per_update())
 
     def _iterate(self) -> tuple[dict[str, Any], Stats, dict[str, float]]:
         sums: Stats = {}
@@ -91,18 +106,20 @@ class ReplayLearner(_CycleLearner):
             start, self.source.env_seconds = time.perf_counter(), 0.0
             warm = self.clock < self.learning_starts
             data = self.source.collect(random if warm else live, self._explorer)
-            self.ring.add(data)
+            self.ring.add(data if self.returns is None else self.returns(data))
             self.episodes.extend(self.source.stats.returns, self.source.stats.lengths)
             if hasattr(self.policy, "update_normaliser"):
                 self.policy.update_normaliser(data["obs"], data["valid"])  # type: ignore[operator]
             middle = time.perf_counter()
-            if self.clock >= self.learning_starts:
+            # with n-step returns the ring is empty until the first row is whole
+            if self.clock >= self.learning_starts and (trained or len(self.ring)):
                 stats = self._train(self.ring, self.updates)
                 sums = {k: sums[k] + v if k in sums else v for k, v in stats.items()}
                 trained += 1
             spent["env"] += self.source.env_seconds
             spent["policy"] += middle - start - self.source.env_seconds
             spent["update"] += time.perf_counter() - middle
+        self.ctx.clock.fill_(self.clock)
         self.cycle.after_iteration(self.ctx)
         assert data is not None
         return {"on": data}, {k: v / max(trained, 1) for k, v in sums.items()}, spent
@@ -143,7 +160,7 @@ class DatasetLearner(_CycleLearner):
         return self.updates
 
     def gradient_steps(self) -> int:
-        return self.updates * len(self.phases())
+        return math.ceil(self.updates * self._steps_per_update())
 
     def _iterate(self) -> tuple[dict[str, Any], Stats, dict[str, float]]:
         start = time.perf_counter()

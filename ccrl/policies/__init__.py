@@ -1,6 +1,7 @@
 """Action distributions, encoders and policy networks."""
 
 from ccrl.policies.actions import ActionSpec, RandomActor
+from ccrl.policies.actor_q import ActorQ, DeterministicActorQ
 from ccrl.policies.build import build_actor_critic
 from ccrl.policies.distributions import CATEGORICAL, GAUSSIAN, SQUASHED, Distribution, FactoredCategorical
 from ccrl.policies.encoders import CNN, MLP
@@ -19,6 +20,8 @@ __all__ = [
     "MLP",
     "SQUASHED",
     "ActionSpec",
+    "ActorQ",
+    "DeterministicActorQ",
     "Distribution",
     "FactoredCategorical",
     "GibbsPolicy",

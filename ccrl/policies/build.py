@@ -39,6 +39,8 @@ def build_actor_critic(
     *,
     policy: PolicyLike | None = None,
     encoders: Mapping[str, Encoders] | None = None,
+    default: type[MLPPolicy] | None = None,
+    **settings: Any,
 ) -> Any:
     """The policy that a config describes, or the caller's own.
 
@@ -46,19 +48,23 @@ def build_actor_critic(
         ...); those it does not have keep their defaults.
     :param heads: value heads that the agent trains -> their extra hidden layers.
     :param policy: None: ``MLPPolicy`` or, with ``config.recurrent``, ``RecurrentPolicy``.
+    :param default: what the agent builds in their place (critics of actions, quantiles); a subclass gets ``settings``.
     :param encoders: observation key -> encoder (``ccrl.policies.encoders``).
     :raises TypeError: for a policy without the protocol's members, or encoders next to a policy that takes none.
     :raises ValueError: if the policy lacks a head, or spaces and settings do not fit together.
     """
     recurrent = getattr(config, "recurrent", "none")
-    cls: Any = policy if policy is not None else MLPPolicy if recurrent == "none" else RecurrentPolicy
-    ours = isinstance(cls, type) and issubclass(cls, MLPPolicy)
+    base = default or (MLPPolicy if recurrent == "none" else RecurrentPolicy)
+    cls: Any = base if policy is None else policy
+    ours = isinstance(cls, type) and issubclass(cls, default or MLPPolicy)
     if encoders and not ours:
         raise TypeError(f"encoders: expected the suite's policies, which take them, got policy={policy!r}; drop one")
     if recurrent != "none" and not (ours and issubclass(cls, RecurrentPolicy)):
         raise ValueError(f"recurrent={recurrent!r} is of the suite's own policies, got policy={policy!r}; drop one")
     if ours:
-        made = cls(observation_space, action_space, heads=heads, encoders=encoders, **_settings(config, cls))
+        made = cls(
+            observation_space, action_space, heads=heads, encoders=encoders, **_settings(config, cls), **settings
+        )
     else:
         made = cls if isinstance(cls, nn.Module) else cls(observation_space, action_space, heads=heads)
     check_policy(made, heads)

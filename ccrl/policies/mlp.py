@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import gymnasium as gym
@@ -91,6 +91,7 @@ class MLPPolicy(nn.Module):
     """Whether updates may be compiled."""
     low: Tensor
     high: Tensor
+    critic: _Critic
 
     def __init__(
         self,
@@ -138,20 +139,35 @@ class MLPPolicy(nn.Module):
         log_std = torch.full((self.n_out,), float(log_std_init)) if gaussian and not state_dependent_std else None
         memory = self._make_memory("actor", orthogonal)
         width = memory.width if memory is not None else self._width("actor")
-        outputs = 2 * self.n_out if state_dependent_std else self.n_out
-        self.actor = _Actor(mlp([width, *hidden, outputs], activation, gains(len(hidden), 0.01)), log_std)
+        self.actor = _Actor(mlp([width, *hidden, self._outputs], activation, gains(len(hidden), 0.01)), log_std)
         self._attach(self.actor, made["actor"], memory)
         self.heads = tuple(heads)
         if heads:
             memory = self._make_memory("critic", orthogonal)
             width = memory.width if memory is not None else self._width("critic")
-            trunk = mlp([width, *critic_hidden], activation, gains(len(critic_hidden) - 1, root2))
-            latent = critic_hidden[-1] if critic_hidden else width
-            self.critic = _Critic(
-                Perceptron(*trunk, *([ACTIVATIONS[activation]()] if critic_hidden else [])),
-                {k: mlp([latent, *sizes, 1], activation, gains(len(sizes), 1.0)) for k, sizes in heads.items()},
-            )
+            self.critic = self._make_critic(width, critic_hidden, activation, heads, gains)
             self._attach(self.critic, made["critic"], memory)
+
+    @property
+    def _outputs(self) -> int:
+        """Width of the actor's last layer."""
+        return 2 * self.n_out if self._log_std_init is not None else self.n_out
+
+    def _make_critic(
+        self,
+        width: int,
+        hidden: Sequence[int],
+        activation: str,
+        heads: Mapping[str, Sequence[int]],
+        gains: Callable[[int, float], list[float] | None],
+    ) -> Any:
+        """The critic on features of ``width``; ``gains(hidden layers, last gain)`` are those of its weights."""
+        trunk = mlp([width, *hidden], activation, gains(len(hidden) - 1, math.sqrt(2.0)))
+        latent = hidden[-1] if hidden else width
+        return _Critic(
+            Perceptron(*trunk, *([ACTIVATIONS[activation]()] if hidden else [])),
+            {k: mlp([latent, *sizes, 1], activation, gains(len(sizes), 1.0)) for k, sizes in heads.items()},
+        )
 
     # -- spaces -----------------------------------------------------------------------------------------------------
 
@@ -185,7 +201,7 @@ class MLPPolicy(nn.Module):
         return made
 
     @staticmethod
-    def _attach(module: _Actor | _Critic, encoders: dict[str, nn.Module], memory: Memory | None) -> None:
+    def _attach(module: Any, encoders: dict[str, nn.Module], memory: Memory | None) -> None:
         if encoders:
             module.encoders = nn.ModuleDict({module_name(k): m for k, m in encoders.items()})
         if memory is not None:

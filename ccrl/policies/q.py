@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.batched_env import Tree
-from ccrl.data import Data, Field, Unit, tree_map
+from ccrl.data import Data, Field, tree_map
 from ccrl.policies.actions import ActionSpec
 from ccrl.policies.distributions import CATEGORICAL
-from ccrl.policies.encoders import ACTIVATIONS, mlp
+from ccrl.policies.encoders import ACTIVATIONS
+from ccrl.policies.mlp import MLPPolicy
 
 __all__ = ["Ensemble", "QuantilePolicy", "TwinQ"]
 
@@ -42,11 +43,12 @@ class Ensemble(nn.Module):
             self.biases.append(_uniform((n, 1, fan_out), fan_in))
         self.last_weight, self.last_bias = _uniform((n, 1, sizes[-1]), sizes[-1]), _uniform((n, 1), sizes[-1])
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.expand(self.last_bias.shape[0], *x.shape)
+    def forward(self, x: Tensor, first: int | None = None) -> Tensor:
+        """:param first: only so many of them."""
+        x = x.expand(self.last_bias[:first].shape[0], *x.shape)
         for weight, bias in zip(self.weights, self.biases):
-            x = self.act(torch.baddbmm(bias, x, weight))
-        return (x * self.last_weight).sum(-1) + self.last_bias
+            x = self.act(torch.baddbmm(bias[:first], x, weight[:first]))
+        return (x * self.last_weight[:first]).sum(-1) + self.last_bias[:first]
 
 
 def _uniform(shape: tuple[int, ...], fan_in: int) -> nn.Parameter:
@@ -67,26 +69,20 @@ class TwinQ(nn.Module):
         super().__init__()
         self.net = Ensemble(n, features + actions, hidden, activation)
 
-    def forward(self, features: Tensor, action: Tensor) -> Tensor:
-        return self.net(torch.cat([features, action], -1))  # type: ignore[no-any-return]
+    def forward(self, features: Tensor, action: Tensor, first: int | None = None) -> Tensor:
+        return self.net(torch.cat([features, action], -1), first)  # type: ignore[no-any-return]
 
 
-class QuantilePolicy(nn.Module):
+class QuantilePolicy(MLPPolicy):
     """Epsilon-greedy on the mean of ``n_quantiles`` quantiles per action (Dabney et al. 2018, QR-DQN); one quantile is
-    DQN's value.
+    DQN's value. Observations, encoders and their normaliser are those of ``MLPPolicy``.
 
     ``evaluate`` computes ``quantiles`` ``[T', B, A, n_quantiles]``. Behaviour columns: none.
 
-    :param encoder: features of an observation, a module with ``.width``; None: the flat Box itself.
     :raises ValueError: for other actions than Discrete from 0.
     """
 
-    unit: Unit = "transition"
-    compiles = True
-    heads: tuple[str, ...] = ()
-    normalise_obs = False
-    distribution = CATEGORICAL
-    action_shape: tuple[int, ...] = ()
+    actor: Any
     epsilon: Tensor
 
     def __init__(
@@ -94,34 +90,33 @@ class QuantilePolicy(nn.Module):
         observation_space: gym.Space[Any],
         action_space: gym.Space[Any],
         *,
-        hidden: Sequence[int] = (64, 64),
-        activation: str = "relu",
         n_quantiles: int = 200,
-        encoder: nn.Module | None = None,
+        activation: str = "relu",
+        orthogonal: bool = False,
+        heads: Mapping[str, Sequence[int]] | None = None,
+        **settings: Any,
     ) -> None:
-        super().__init__()
         spec = ActionSpec.of(action_space)
         if spec.distribution is not CATEGORICAL or n_quantiles < 1:
             raise ValueError(f"expected Discrete actions and n_quantiles >= 1, got {action_space} and {n_quantiles}")
-        if encoder is None and not isinstance(observation_space, gym.spaces.Box):
-            raise ValueError(f"observation space: expected a Box, got {observation_space}; pass an encoder")
-        self.n_out, self.n_quantiles = spec.size, n_quantiles
-        self.encoder = nn.Flatten() if encoder is None else encoder
-        width = math.prod(observation_space.shape or ()) if encoder is None else int(encoder.width)  # type: ignore[arg-type]
-        self.net = mlp([width, *hidden, spec.size * n_quantiles], activation)
+        self.n_quantiles, self._n_actions = n_quantiles, spec.size
+        super().__init__(
+            observation_space, action_space, heads={}, activation=activation, orthogonal=orthogonal, **settings
+        )
         self.register_buffer("epsilon", torch.ones(()))
+
+    @property
+    def _outputs(self) -> int:
+        return self._n_actions * self.n_quantiles
 
     def quantiles(self, obs: Tree) -> Tensor:
         """``[B, A, n_quantiles]``."""
-        out: Tensor = self.net(self.encoder(obs).to(self.net[0].weight.dtype))
+        out: Tensor = self.actor.net(self.features(obs, "actor"))
         return out.reshape(-1, self.n_out, self.n_quantiles)
 
     def draw_noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """``[n, 2]``: whether to explore, and where to."""
         return torch.rand((n, 2), generator=generator, device=device)
-
-    def initial_state(self, n: int) -> None:
-        return None
 
     def act(
         self, obs: Tree, noise: Tensor | None, state: Tensor | None = None, first: Tensor | None = None
@@ -132,9 +127,6 @@ class QuantilePolicy(nn.Module):
         explore, place = noise.unbind(-1)
         uniform = (place * self.n_out).long().clamp_max(self.n_out - 1)
         return {"action": torch.where(explore < self.epsilon, uniform, best)}
-
-    def to_env(self, action: Tensor) -> Tensor:
-        return action
 
     def behaviour_fields(self) -> tuple[Field, ...]:
         return ()
@@ -148,6 +140,3 @@ class QuantilePolicy(nn.Module):
 
     def outputs(self) -> frozenset[str]:
         return frozenset({"quantiles"})
-
-    def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
-        return self.evaluate(batch, want)

@@ -8,10 +8,12 @@ import gymnasium
 import pytest
 
 import envs  # noqa: F401  (registers ids)
-from agents import BPO, MDPO, PPO
+from agents import BPO, MDPO, PPO, QRDQN, SAC
 from agents.bpo import BPOConfig
+from agents.dqn import QRDQNConfig
 from agents.mdpo import MDPOConfig
 from agents.ppo import PPOConfig
+from agents.sac import SACConfig
 from ccrl.testing import AgentContract
 
 SMALL = {"num_envs": 2, "n_steps": 15, "hidden": (8,), "compile": "off"}
@@ -51,6 +53,30 @@ class TestBPO(AgentContract):
 class TestBPOContinuous(TestBPO):
     env_id = "Pendulum-v1"
     single_env = partial(gymnasium.make, "Pendulum-v1")
+
+
+REPLAY = {
+    "num_envs": 2, "n_steps": 15, "rounds": 1, "learning_starts": 10, "updates": 2, "batch_size": 8,
+    "buffer_size": 100, "hidden": (8,), "compile": "off",
+}  # fmt: skip
+
+
+class TestSAC(AgentContract):
+    agent = SAC
+    config = SACConfig(normalise_obs=True, **REPLAY)
+    env_id = "Pendulum-v1"
+    single_env = partial(gymnasium.make, "Pendulum-v1")
+
+
+class TestSACOnThreeSteps(TestSAC):
+    config = SACConfig(n_step_returns=3, actor_every=2, alpha_learning_rate=None, **REPLAY)
+
+
+class TestQRDQN(AgentContract):
+    agent = QRDQN
+    config = QRDQNConfig(n_quantiles=4, double=True, target_every=3, **REPLAY)
+    env_id = "CartPole-v1"
+    single_env = partial(gymnasium.make, "CartPole-v1")
 
 
 def test_the_table_of_agents_is_complete() -> None:
