@@ -14,9 +14,7 @@ Slots: data = replay ring; target = max of the target network; loss = (quantile)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import Any, ClassVar
 
 from agents.off_policy import OffPolicyAgent, OffPolicyConfig, discount, mean_term, rows
 from ccrl.data import Batching, Data
@@ -88,8 +86,8 @@ class QuantileCycle(Cycle):
     def after_iteration(self, ctx: Context) -> None:
         c = self.config
         done = (ctx.progress / max(c.exploration_fraction, 1e-9)).clamp(0.0, 1.0)
-        epsilon = torch.lerp(*(torch.tensor(x).to(done) for x in (c.exploration_start, c.exploration_end)), done)
-        ctx.policy.epsilon.copy_(epsilon)
+        epsilon = c.exploration_start + (c.exploration_end - c.exploration_start) * done
+        ctx.policy.epsilon.copy_(epsilon)  # type: ignore[operator, union-attr]
 
 
 class DQN(OffPolicyAgent):
@@ -97,7 +95,7 @@ class DQN(OffPolicyAgent):
 
     name = "dqn"
     paper = "Mnih et al. 2015, doi 10.1038/nature14236"
-    Config: Any = DQNConfig
+    Config: ClassVar[type[Any]] = DQNConfig
 
     def build(self) -> Learner:
         c: DQNConfig = self.config

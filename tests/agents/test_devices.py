@@ -16,6 +16,7 @@ import torch
 import agents
 
 BATCHES = {"num_envs": 4, "n_steps": 16, "batch_size": 32, "n_epochs": 2}
+REPLAY = {"num_envs": 4, "rounds": 4, "learning_starts": 8, "buffer_size": 200, "batch_size": 8}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": BATCHES,
     "mdpo": {"num_envs": 4, "n_steps": 16},
@@ -24,9 +25,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "bac": {"num_envs": 2, "n_steps": 20},
     "bpg": {"num_envs": 4, "n_steps": 20},
     "dbqpg": {"num_envs": 4, "n_steps": 16},
+    "dqn": REPLAY,
+    "qr_dqn": REPLAY,
+    "sac": REPLAY,
     "grouped": {"n_groups": 2, "group_size": 4, "n_steps": 32},
 }
-ENVS = {"bpo": "Pendulum-v1", "hdpo": "ccrl/InventoryOneStoreLost-v0"}
+ENVS = {"bpo": "Pendulum-v1", "sac": "Pendulum-v1", "hdpo": "ccrl/InventoryOneStoreLost-v0"}
 
 
 @contextmanager
