@@ -4,9 +4,10 @@ it is asked for."""
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from agents.llm import METHODS
+from agents.llm import METHODS, get_method
 from ccrl import registry
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO", "QRDQN",
-    "SAC", "Grouped", "SubPO", "get_agent",
+    "SAC", "Grouped", "SubPO", "get_agent", "get_method",
 ]  # fmt: skip
 
 AGENTS = {
@@ -50,16 +51,31 @@ AGENTS = {
 """Command-line name -> module and class; those for language models are ``agents.llm.METHODS``."""
 
 
-def get_agent(name: str) -> Any:
-    """The agent class called ``name``: one of ours, of a plugin, or ``module:Class``.
+def get_agent(name: str, settings: Mapping[str, Any] | None = None) -> Any:
+    """The agent class called ``name``: of ours, of a plugin, or ``module:name`` in somebody else's package (an agent
+    class, or a ``Method`` for language models).
 
+    :param settings: settings of the agent, as far as they are known: what other settings there are may depend on them
+        (on grouped's ``method``).
     :raises ValueError: an unknown name, with near matches.
     """
-    return registry.agents.get(name)
+    found = get_method(name) if name in registry.methods else registry.agents.get(name)
+    if not isinstance(found, type):
+        from agents.llm.agent import LLM
+        from ccrl.estimators.recipe import Method
+
+        if not isinstance(found, Method):
+            raise ValueError(f"agent: expected an agent class or a Method at {name}, got {type(found).__name__}")
+        return LLM.of(found, name)
+    method = dict(settings or {}).get("method")
+    return found.of(method) if method is not None and hasattr(found, "of") else found
 
 
-for _name, (_module, _class) in (AGENTS | METHODS).items():
+for _name, (_module, _class) in AGENTS.items():
     registry.agents.register(_name, f"{_module}:{_class}")
+for _name, _where in METHODS.items():
+    registry.agents.register(_name, _where)
+    registry.methods.register(_name, _where)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,25 +1,32 @@
 """A language-model recipe on a control task: a start is a prompt, an episode a completion, a step a token.
 
 Every iteration plays ``group_size`` fresh episodes from each of ``n_groups`` starts with the current policy; the recipe
-of ``method`` (``agents.llm.METHODS``) does the rest, unchanged: it reads ``episode_reward`` (the episode's return),
-``group``,
-``log_prob`` and ``valid``. A reference (``kl_coef``, DPO, IPO) is the policy at the start. Methods that need tokens or
-demonstrations are refused: sft, dcpo, hpt (unless ``gate=-1``), dpo and ipo with ``pairs="demonstrations"``.
+of ``method`` (``agents.llm.METHODS``, or ``module:name`` of somebody else's) does the rest, unchanged: it reads
+``episode_reward`` (the episode's return), ``group``, ``log_prob`` and ``valid``. Its settings stand beside those of the
+rollout, the network and the optimiser here:
+
+    Grouped("CartPole-v1", method="sapo", tau_positive=2.0, n_groups=4, learning_rate=1e-3)
+
+A reference (``kl_coef``, DPO, IPO) is the policy at the start. Methods that need tokens or demonstrations are refused:
+sft, dcpo, hpt (unless ``gate=-1``), dpo and ipo with ``pairs="demonstrations"``.
 """
 
 from __future__ import annotations
 
-import importlib
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 from agents.base import Agent
-from agents.llm import METHODS
+from agents.llm import get_method
 from ccrl.batched_env import BatchedEnv, resolve_env
 from ccrl.collect import Request
-from ccrl.estimators.recipe import Parts, Recipe, RecipeConfig
-from ccrl.experiment.config import Options
+from ccrl.estimators.recipe import MethodConfig, Parts
+from ccrl.experiment import checkpoint
+from ccrl.experiment.flat import join, unpack
 from ccrl.learn import Learner
+from ccrl.settings import Activation, Compile, Count, Finite, Positive, Settings
 from ccrl.updaters import FlatUpdater
 from ccrl.wrappers import StackedEnv
 
@@ -27,88 +34,89 @@ __all__ = ["Grouped", "GroupedConfig"]
 
 
 @dataclass(frozen=True)
-class GroupedConfig(RecipeConfig):
-    """Defaults: 8 starts, 8 episodes each, GRPO."""
+class GroupedConfig(Settings):
+    """Rollout, network and optimiser of a recipe on a control task; the recipe's own settings follow."""
 
     method: str = "grpo"
-    """Name of the recipe."""
-    settings: Options = field(default_factory=dict)
-    """The recipe's own settings, by the names they have in its config, as JSON."""
-    n_groups: int = 8
-    """Starts per iteration."""
-    n_steps: int = 500
-    """Longest episode."""
-    hidden: tuple[int, ...] = (64, 64)
-    """Hidden layers of the policy."""
-    activation: str = "tanh"
-    """tanh, relu, elu or silu."""
-    log_std_init: float = 0.0
-    """Initial log standard deviation of Gaussian policies."""
+    """The recipe is that of the method with this name, or at module:name in another package."""
+    n_groups: Count = 8
+    """An iteration starts episodes from this many starts."""
+    n_steps: Count = 500
+    """An episode has at most this many steps."""
+    hidden: tuple[Count, ...] = (64, 64)
+    """These are the widths of the policy's hidden layers."""
+    activation: Activation = "tanh"
+    """This function follows every hidden layer."""
+    log_std_init: Finite = 0.0
+    """Gaussian policies start with this log standard deviation."""
     orthogonal: bool = True
-    """Orthogonal initialisation."""
+    """Weights start orthogonal, with gain sqrt 2 in hidden layers and 0.01 at the policy's output."""
     squash: bool = False
-    """Gaussian actions through tanh onto the bounds; else clipped for the environment only."""
+    """Gaussian actions go through tanh onto the bounds; otherwise they are clipped, for the environment only."""
     normalise_obs: bool = False
-    """Running observation statistics, part of the policy, moved once per iteration."""
-    clip_norm: float = 10.0
-    """Normalised observations are clipped to +- this."""
-    learning_rate: float = 1e-3
-    """Adam's step size."""
-    max_grad_norm: float = 0.5
-    """Gradients are scaled down to this norm."""
-    adam_eps: float = 1e-5
-    """Adam's epsilon."""
-    compile: str = "auto"
-    """Fuse updates into compiled graphs: auto (from 1,000 gradient steps, where a C++ compiler is), on, off."""
+    """Observations are normalised by running statistics, which belong to the policy and move once per iteration."""
+    clip_norm: Positive = 10.0
+    """Normalised observations are clipped to plus or minus this number."""
+    learning_rate: Positive = 1e-3
+    """This is Adam's step size."""
+    max_grad_norm: Positive = 0.5
+    """Gradients are scaled down to this global norm."""
+    adam_eps: Positive = 1e-5
+    """Adam adds this epsilon to the root of its second moment."""
+    compile: Compile = "auto"
+    """Updates are fused into compiled graphs: always (on), never (off), or from 1,000 gradient steps on where there
+    is a C++ compiler (auto)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("n_groups", "n_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        if self.compile not in ("auto", "on", "off"):
-            raise ValueError(f"compile: expected auto, on or off, got {self.compile!r}")
-        if self.method not in METHODS:
-            raise ValueError(f"method: expected one of {sorted(METHODS)}, got {self.method!r}")
-        self.recipe()
+        if isinstance(self, MethodConfig) and self.imitates:
+            raise ValueError(
+                f"method: expected one that learns from episodes alone, got {self.method!r} with settings that need "
+                "demonstrations, and control tasks have none; choose another method, settings without demonstrations, "
+                "or a text task (train.py llm)"
+            )
 
     @property
     def num_envs(self) -> int:
         """Episodes per iteration."""
-        return self.n_groups * self.group_size
-
-    def recipe(self) -> tuple[type[Recipe], Any]:
-        """The recipe's class and its config: the shared fields from here, its own from ``settings``.
-
-        :raises ValueError: for settings that the recipe does not have, and recipes that need demonstrations.
-        """
-        module, name = METHODS[self.method]
-        agent = getattr(importlib.import_module(module), name)
-        known = {f.name for f in fields(agent.Config)}
-        unknown = set(self.settings) - known
-        if unknown:
-            raise ValueError(f"settings: {self.method} has no {sorted(unknown)}; expected some of {sorted(known)}")
-        if agent.Config.imitates is True:  # whatever the settings, of which it may not take the shared ones
-            raise ValueError(self._no_demonstrations("another method"))
-        shared = {f.name: getattr(self, f.name) for f in fields(RecipeConfig)}
-        config = agent.Config(**shared | self.settings)
-        if config.imitates:
-            raise ValueError(self._no_demonstrations(f"settings of {self.method} without demonstrations"))
-        return agent.Recipe, config
-
-    def _no_demonstrations(self, instead: str) -> str:
-        return (f"method: expected one that learns from episodes alone, got {self.method!r} with settings "
-                f"{dict(self.settings)}, which needs demonstrations, and control tasks have none; choose {instead}, or "
-                "a text task (train.py llm)")  # fmt: skip
+        return self.n_groups * int(self.group_size)  # type: ignore[attr-defined]
 
 
 class Grouped(Agent):
-    """Grouped episodes through a language-model recipe."""
+    """Grouped episodes through a method's recipe; the class for another method than grpo is ``Grouped.of(method)``.
+
+    :param env: an id, or a ``BatchedEnv`` of ``n_groups * group_size`` copies of which those of one group start alike.
+    :param method: name of the method. :param settings: settings by name, laid over ``config``.
+    """
 
     name = "grouped"
     paper = "the recipes of agents.llm on control tasks (the other way round)"
-    Config = GroupedConfig
+    method: ClassVar[str] = "grpo"
     episodic = True
+
+    @classmethod
+    @cache
+    def of(cls, method: str) -> type[Grouped]:
+        """The agent's class for a method, the same at every call.
+
+        :raises ValueError: for an unknown name.
+        """
+        found = get_method(method)
+        settings = join(f"Grouped{found.Config.__name__}", (found.Config, GroupedConfig), {"method": method},
+                        doc=f"{GroupedConfig.__doc__} Recipe: {found.Config.__doc__}")  # fmt: skip
+        return type(f"Grouped[{method}]", (cls,), {"Config": settings, "method": method})
+
+    def __new__(cls, env: Any, config: Any = None, *, method: str | None = None, **options: Any) -> Self:
+        """An agent of another method is of the class for it."""
+        method = method or getattr(config, "method", cls.method)
+        return super().__new__(cls if method == cls.method else cls.of(method))  # type: ignore[arg-type]
+
+    def __init__(self, env: Any, config: Any = None, *, method: str | None = None, **options: Any) -> None:
+        super().__init__(env, config, **options)
+
+    @classmethod
+    def configure(cls, config: Any, settings: dict[str, Any]) -> Any:
+        return super().configure(*unpack(cls.Config, config, settings))
 
     def connect(self, env: str | BatchedEnv) -> None:
         if isinstance(env, str):
@@ -122,10 +130,9 @@ class Grouped(Agent):
         policy = self.make_policy({})
         updater = FlatUpdater(policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
         request = Request(episodes=c.num_envs, horizon=c.n_steps, groups=c.n_groups)
-        recipe, config = c.recipe()
         parts = Parts(policy, updater, request, c.n_steps)
         try:
-            estimator = recipe(config, parts)
+            estimator = get_method(c.method).Recipe(c, parts)
         except ValueError as error:
             raise ValueError(f"method: {c.method!r} does not fit control tasks: {error}; choose another method, or a "
                              "text task (train.py llm)") from error  # fmt: skip
@@ -135,5 +142,15 @@ class Grouped(Agent):
         return learner
 
     @classmethod
+    def load(cls, path: str | Path, *args: Any, **options: Any) -> Self:
+        """As ``Agent.load``, whatever the method."""
+        method = checkpoint.load(path, map_location="cpu").get("config", {}).get("method", cls.method)
+        found = cls if method == cls.method else cls.of(method)
+        return super(Grouped, found).load(path, *args, **options)  # type: ignore[return-value]
+
+    @classmethod
     def slots(cls) -> dict[str, str]:
         return {"plan": "fresh episodes in groups from one start", "the rest": "the recipe's"}
+
+
+Grouped.Config = Grouped.of("grpo").Config

@@ -155,7 +155,11 @@ def _run(values: dict[str, Any], out: Path, cores: int) -> int:
             # kept, but no longer a run: plots would count it
             old.info_file.rename(old.path / "abandoned.json")
         if resumed:
-            train.train(spec.agent, configs.from_dict(train.run_config(spec.agent), old.config()), old.path)
+            train.train(
+                spec.agent,
+                configs.from_dict(train.run_config(spec.agent, spec.values["agent"]), old.config()),
+                old.path,
+            )
         else:
             _train(spec, root, cores)
     except BaseException as error:

@@ -21,7 +21,6 @@ from ccrl.packages import check_siblings
 
 check_siblings("agents", "envs")
 
-import agents
 import envs
 from ccrl.experiment import config as configs
 from ccrl.experiment.config import ConfigError
@@ -139,11 +138,10 @@ class Spec:
             config = configs.from_dict(sb3.SB3Config, self.values | values)
             sb3.check(self.agent, config)
             return config
-        agents.get_agent(self.agent)
         own = {"progress": False}
         if self.values["eval_every"]:
             own["checkpoint_every"] = self.values["eval_every"]
-        return configs.from_dict(train.run_config(self.agent), self.values | own | values)
+        return configs.from_dict(train.run_config(self.agent, self.values["agent"]), self.values | own | values)
 
     def find(self, out: Path) -> RunFolder | None:
         """The run of this spec under ``out``: the finished one, else the newest.

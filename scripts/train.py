@@ -5,6 +5,7 @@ python scripts/train.py ppo --env Hopper-v5 --total-timesteps 300000 --num-envs 
 python scripts/train.py ppo --env Hopper-v5 --config my.yaml        # flags win over the file
 python scripts/train.py --resume runs/HalfCheetah-v5__mdpo__0__...  # continues bit for bit; also after Ctrl-C
 python scripts/train.py llm --method grpo --task arithmetic         # a language model on a text task
+python scripts/train.py grouped --method grpo --env CartPole-v1     # the same recipe on a control task
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ check_siblings("agents", "envs")
 
 import agents
 import envs
+from ccrl import registry
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
 from ccrl.experiment.callbacks import Callback, CheckpointCallback, EvalCallback, LogCallback, StopOnSignal
@@ -96,9 +98,12 @@ class TextConfig(TrainConfig):
     """Test questions per evaluation, one greedy and one sampled completion each."""
 
 
-def run_config(agent: str) -> type[Any]:
-    """``TrainConfig`` (of language models ``TextConfig``) with the settings of ``agent`` nested under ``agent``."""
-    found = agents.get_agent(agent)
+def run_config(agent: str, settings: Mapping[str, Any] | None = None) -> type[Any]:
+    """``TrainConfig`` (of language models ``TextConfig``) with the settings of ``agent`` nested under ``agent``.
+
+    :param settings: settings of the agent that are known; grouped's ``method`` decides which others there are.
+    """
+    found = agents.get_agent(agent, settings)
     cls, base = found.Config, TextConfig if is_text(found) else TrainConfig
     nested = (tyro.conf.OmitArgPrefixes[cls], field(default_factory=cls))
     made = make_dataclass("RunConfig", [("agent", *nested)], bases=(base,), frozen=True)
@@ -255,11 +260,11 @@ def prepare(argv: list[str]) -> Callable[[], RunFolder]:
             sys.exit("usage: train.py --resume RUN (a run continues with its own settings; no other flags. To train "
                      "longer, raise total_timesteps in RUN/config.yaml)")  # fmt: skip
         run = RunFolder.open(argv[1])
-        name = run.info["agent"]
-        return build(name, configs.from_dict(run_config(name), run.config()), Path(argv[1]))
+        name, values = run.info["agent"], run.config()
+        return build(name, configs.from_dict(run_config(name, values.get("agent")), values), Path(argv[1]))
     if argv[:1] == ["llm"]:
         argv = text_arguments(argv[1:])
-    if not argv or argv[0] not in agents.AGENTS | agents.METHODS:
+    if not argv or not (argv[0] in agents.AGENTS | agents.METHODS or registry.is_module_name(argv[0])):
         usage = (f"usage: train.py {{{','.join(sorted(agents.AGENTS))}}} [flags] | llm --method "
                  f"{{{','.join(sorted(agents.METHODS))}}} [flags] | --resume RUN")  # fmt: skip
         if argv[:1] in (["-h"], ["--help"]):
@@ -275,7 +280,10 @@ def prepare(argv: list[str]) -> Callable[[], RunFolder]:
         overlay, rest = rest[index + 1], rest[:index] + rest[index + 2 :]
         if not Path(overlay).is_file():
             sys.exit(f"--config: expected a YAML file, found none at {overlay}")
-    return build(name, configs.parse(run_config(name), rest, overlay, prog=f"train.py {name}"))
+    settings = (configs.load_yaml(overlay) if overlay else {}).get("agent") or {}
+    if "--method" in rest[:-1]:
+        settings = settings | {"method": rest[rest.index("--method") + 1]}
+    return build(name, configs.parse(run_config(name, settings), rest, overlay, prog=f"train.py {name}"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import runpy
 from pathlib import Path
@@ -33,11 +34,9 @@ def test_the_method_of_your_own_runs(tmp_path):
     found = runpy.run_path(str(tmp_path / "page.py"))
     assert found["agent"].iteration == 2
 
-    class Judged(found["Mine"]):
-        Recipe = found["JudgedRecipe"]
-
-    config = found["MyConfig"](model="tiny", model_layers=1, model_width=16, model_heads=2, n_prompts=2, group_size=4)
-    agent = Judged("arithmetic", config, seed=0)
+    judged = dataclasses.replace(found["MINE"], Recipe=found["JudgedRecipe"])
+    size = {"model_layers": 1, "model_width": 16, "model_heads": 2, "n_prompts": 2, "group_size": 4}
+    agent = judged("arithmetic", **size, seed=0)
     agent.learn(agent.samples_per_iteration)
     assert "judge.model" in dict(agent.estimator.named_modules())
 

@@ -2,33 +2,53 @@
 
 from __future__ import annotations
 
-__all__ = ["METHODS"]
+from typing import TYPE_CHECKING
+
+from ccrl import registry
+
+if TYPE_CHECKING:
+    from ccrl.estimators.recipe import Method
+
+__all__ = ["METHODS", "get_method"]
 
 METHODS = {
-    "bnpo": ("agents.llm.bnpo", "BNPO"),
-    "cispo": ("agents.llm.baselines", "CISPO"),
-    "copg": ("agents.llm.copg", "CoPG"),
-    "d3s": ("agents.llm.d3s", "D3S"),
-    "dapo": ("agents.llm.baselines", "DAPO"),
-    "dcpo": ("agents.llm.dcpo", "DCPO"),
-    "dpo": ("agents.llm.preferences", "DPO"),
-    "dr_grpo": ("agents.llm.baselines", "DrGRPO"),
-    "empg": ("agents.llm.empg", "EMPG"),
-    "g2rpo": ("agents.llm.g2rpo", "G2RPO"),
-    "gbpo": ("agents.llm.gbpo", "GBPO"),
-    "gdpo": ("agents.llm.gdpo", "GDPO"),
-    "grpo": ("agents.llm.baselines", "GRPO"),
-    "gspo": ("agents.llm.baselines", "GSPO"),
-    "hpt": ("agents.llm.hpt", "HPT"),
-    "ipo": ("agents.llm.preferences", "IPO"),
-    "mhpo": ("agents.llm.mhpo", "MHPO"),
-    "ppo_llm": ("agents.llm.reinforce", "PPO"),
-    "r2vpo": ("agents.llm.r2vpo", "R2VPO"),
-    "real": ("agents.llm.real", "REAL"),
-    "reinforce": ("agents.llm.reinforce", "REINFORCE"),
-    "riskpo": ("agents.llm.riskpo", "RiskPO"),
-    "rloo": ("agents.llm.reinforce", "RLOO"),
-    "sapo": ("agents.llm.baselines", "SAPO"),
-    "sft": ("agents.llm.preferences", "SFT"),
+    "bnpo": "agents.llm.bnpo:BNPO",
+    "cispo": "agents.llm.baselines:CISPO",
+    "copg": "agents.llm.copg:CoPG",
+    "d3s": "agents.llm.d3s:D3S",
+    "dapo": "agents.llm.baselines:DAPO",
+    "dcpo": "agents.llm.dcpo:DCPO",
+    "dpo": "agents.llm.preferences:DPO",
+    "dr_grpo": "agents.llm.baselines:DrGRPO",
+    "empg": "agents.llm.empg:EMPG",
+    "g2rpo": "agents.llm.g2rpo:G2RPO",
+    "gbpo": "agents.llm.gbpo:GBPO",
+    "gdpo": "agents.llm.gdpo:GDPO",
+    "grpo": "agents.llm.baselines:GRPO",
+    "gspo": "agents.llm.baselines:GSPO",
+    "hpt": "agents.llm.hpt:HPT",
+    "ipo": "agents.llm.preferences:IPO",
+    "mhpo": "agents.llm.mhpo:MHPO",
+    "ppo_llm": "agents.llm.reinforce:PPO",
+    "r2vpo": "agents.llm.r2vpo:R2VPO",
+    "real": "agents.llm.real:REAL",
+    "reinforce": "agents.llm.reinforce:REINFORCE",
+    "riskpo": "agents.llm.riskpo:RiskPO",
+    "rloo": "agents.llm.reinforce:RLOO",
+    "sapo": "agents.llm.baselines:SAPO",
+    "sft": "agents.llm.preferences:SFT",
 }
-"""Command-line name -> module and class."""
+"""Command-line name -> ``module:name`` of the ``Method``."""
+
+
+def get_method(name: str) -> Method:
+    """The method called ``name``: of ours, of a plugin, or ``module:name`` in somebody else's package.
+
+    :raises ValueError: an unknown name, with near matches, or an object that is no method.
+    """
+    from ccrl.estimators.recipe import Method
+
+    found = registry.methods.get(name)
+    if not isinstance(found, Method):
+        raise ValueError(f"method: expected a Method at {name}, got {type(found).__name__}")
+    return found

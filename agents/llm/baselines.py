@@ -15,22 +15,22 @@ A group of one has advantage 0: it is compared with nothing. The reference's KL 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
-from agents.llm.reinforce import one_of
+from agents.llm.agent import LLMMethod
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.outcomes import OverlongPenalty, SequenceAdvantage, informative
-from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.recipe import Aggregation, ClipHigh, ClipLow, MethodConfig, Parts, Recipe
 from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
 from ccrl.estimators.terms import Loss, Term
+from ccrl.settings import Count, Positive, Unit
 
 __all__ = ["CISPO", "DAPO", "GRPO", "GSPO", "SAPO", "DrGRPO"]
 
@@ -39,30 +39,27 @@ __all__ = ["CISPO", "DAPO", "GRPO", "GSPO", "SAPO", "DrGRPO"]
 
 
 @dataclass(frozen=True)
-class GRPOConfig(LLMConfig):
+class GRPOConfig(MethodConfig):
     """GRPO as published, but for the KL (0.04 there, 0 or 0.001 in later work)."""
 
-    aggregate: str = "sequence_mean_token_mean"
+    aggregate: Aggregation = "sequence_mean_token_mean"
 
 
-class GRPO(LLM):
-    """Group Relative Policy Optimization (Shao et al. 2024): group z-score, clipped token ratio."""
-
-    name = "grpo"
-    paper = "Shao et al. 2024, arXiv 2402.03300"
-    Config = GRPOConfig
-    Recipe = Recipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"advantage": "group z-score", "ratio": "token", "loss": "clip (+ k3)", "aggregate": "sequence means"}
+GRPO = LLMMethod(
+    "grpo",
+    "Shao et al. 2024, arXiv 2402.03300",
+    GRPOConfig,
+    Recipe,
+    {"advantage": "group z-score", "ratio": "token", "loss": "clip (+ k3)", "aggregate": "sequence means"},
+)
+"""Group Relative Policy Optimization (Shao et al. 2024): group z-score, clipped token ratio."""
 
 
 @dataclass(frozen=True)
-class DrGRPOConfig(LLMConfig):
+class DrGRPOConfig(MethodConfig):
     """Dr. GRPO: neither the deviation of a group nor the length of a completion weighs it."""
 
-    aggregate: str = "fixed"
+    aggregate: Aggregation = "fixed"
 
 
 class DrGRPORecipe(Recipe):
@@ -72,37 +69,28 @@ class DrGRPORecipe(Recipe):
         return (GroupBaseline(single="zero"),)
 
 
-class DrGRPO(LLM):
-    """GRPO Done Right (Liu et al. 2025)."""
-
-    name = "dr_grpo"
-    paper = "Liu et al. 2025, arXiv 2503.20783"
-    Config = DrGRPOConfig
-    Recipe = DrGRPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"advantage": "score - group mean", "ratio": "token", "loss": "clip", "aggregate": "length constant"}
+DrGRPO = LLMMethod(
+    "dr_grpo",
+    "Liu et al. 2025, arXiv 2503.20783",
+    DrGRPOConfig,
+    DrGRPORecipe,
+    {"advantage": "score - group mean", "ratio": "token", "loss": "clip", "aggregate": "length constant"},
+)
+"""GRPO Done Right (Liu et al. 2025)."""
 
 
 @dataclass(frozen=True)
-class DAPOConfig(LLMConfig):
+class DAPOConfig(MethodConfig):
     """DAPO as published: its buffer is a fifth of the longest completion."""
 
-    clip_high: float = 0.28
-    max_tries: int = 4
-    """Rollouts per iteration at most, until there are enough groups whose outcomes differ; 1: no dynamic sampling."""
-    overlong_share: float = 0.2
-    """Share of the longest completion over which the length penalty grows to 1; 0: no penalty."""
+    clip_high: ClipHigh = 0.28
+    max_tries: Count = 4
+    """An iteration takes at most this many rollouts, until there are enough groups whose outcomes differ; 1 samples
+    once."""
+    overlong_share: Unit = 0.2
+    """The length penalty grows to 1 over this share of the longest completion; 0 penalises none."""
     overlong_floor: bool = True
-    """The penalty of a completion beyond the limit is 1 (paper); False: it goes on growing (verl)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_tries < 1:
-            raise ValueError(f"max_tries: expected >= 1, got {self.max_tries}")
-        if not 0.0 <= self.overlong_share <= 1.0:
-            raise ValueError(f"overlong_share: expected a share from 0 to 1, got {self.overlong_share}")
+    """The penalty of a completion beyond the limit stays 1 (the paper); if false it goes on growing (verl)."""
 
 
 class DAPORecipe(Recipe):
@@ -155,39 +143,38 @@ def _count(group: Tensor) -> int:
     return int(torch.unique(group).numel())
 
 
-class DAPO(LLM):
-    """Decoupled Clip and Dynamic Sampling Policy Optimization (Yu et al. 2025).
+DAPO = LLMMethod(
+    "dapo",
+    "Yu et al. 2025, arXiv 2503.14476",
+    DAPOConfig,
+    DAPORecipe,
+    {
+        "data": "groups whose outcomes differ",
+        "reward": "length penalty",
+        "advantage": "group z-score",
+        "ratio": "token",
+        "loss": "clip, higher above",
+        "aggregate": "token mean",
+    },
+)
+"""Decoupled Clip and Dynamic Sampling Policy Optimization (Yu et al. 2025).
 
-    The clock counts every completion, those of dropped groups too: an iteration takes up to ``max_tries`` rollouts.
-    """
-
-    name = "dapo"
-    paper = "Yu et al. 2025, arXiv 2503.14476"
-    Config = DAPOConfig
-    Recipe = DAPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"data": "groups whose outcomes differ", "reward": "length penalty", "advantage": "group z-score",
-                "ratio": "token", "loss": "clip, higher above", "aggregate": "token mean"}  # fmt: skip
+The clock counts every completion, those of dropped groups too: an iteration takes up to ``max_tries`` rollouts.
+"""
 
 
 # -- other ratios and bounds ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class GSPOConfig(LLMConfig):
+class GSPOConfig(MethodConfig):
     """GSPO's bounds are those of a ratio that is averaged over the sequence."""
 
-    clip_low: float = 3e-4
-    clip_high: float = 4e-4
-    level: str = "sequence"
-    """sequence, or token (GSPO-token: the sequence's ratio on every token; the same gradient unless advantages differ
-    inside a sequence)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("level", self.level, ("sequence", "token"))
+    clip_low: ClipLow = 3e-4
+    clip_high: ClipHigh = 4e-4
+    level: Literal["sequence", "token"] = "sequence"
+    """The ratio is one of the whole sequence, or (token, GSPO-token) the sequence's on every token, which is the same
+    gradient unless advantages differ inside a sequence."""
 
 
 class GSPORecipe(Recipe):
@@ -206,34 +193,25 @@ class GSPORecipe(Recipe):
         return (term, *self.penalties())
 
 
-class GSPO(LLM):
-    """Group Sequence Policy Optimization (Zheng et al. 2025)."""
-
-    name = "gspo"
-    paper = "Zheng et al. 2025, arXiv 2507.18071"
-    Config = GSPOConfig
-    Recipe = GSPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"advantage": "group z-score", "ratio": "sequence mean", "loss": "clip", "aggregate": "sequence mean"}
+GSPO = LLMMethod(
+    "gspo",
+    "Zheng et al. 2025, arXiv 2507.18071",
+    GSPOConfig,
+    GSPORecipe,
+    {"advantage": "group z-score", "ratio": "sequence mean", "loss": "clip", "aggregate": "sequence mean"},
+)
+"""Group Sequence Policy Optimization (Zheng et al. 2025)."""
 
 
 @dataclass(frozen=True)
-class CISPOConfig(LLMConfig):
+class CISPOConfig(MethodConfig):
     """CISPO: weights are clipped, gradients never vanish. Two readings of the bound."""
 
-    clip_high: float = 0.28
-    bound: str = "band"
-    """band (verl: weights within 1 - clip_low and 1 + clip_high) or cap (TRL: weights of at most cap)."""
-    cap: float = 5.0
-    """Largest weight of bound = cap."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("bound", self.bound, ("band", "cap"))
-        if self.cap <= 0:
-            raise ValueError(f"cap: expected > 0, got {self.cap}")
+    clip_high: ClipHigh = 0.28
+    bound: Literal["band", "cap"] = "band"
+    """Weights stay within 1 - clip_low and 1 + clip_high (band, verl), or are at most cap (cap, TRL)."""
+    cap: Positive = 5.0
+    """With bound = cap, a weight is at most this."""
 
 
 class CISPORecipe(Recipe):
@@ -244,35 +222,30 @@ class CISPORecipe(Recipe):
         return losses.capped_weight(c.cap) if c.bound == "cap" else losses.cispo(c.clip_low, c.clip_high)
 
 
-class CISPO(LLM):
-    """Clipped Importance Sampling Policy Optimization (MiniMax 2025)."""
-
-    name = "cispo"
-    paper = "MiniMax 2025, arXiv 2506.13585"
-    Config = CISPOConfig
-    Recipe = CISPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"advantage": "group z-score", "ratio": "token, clipped, detached", "loss": "-w A log pi",
-                "aggregate": "token mean"}  # fmt: skip
+CISPO = LLMMethod(
+    "cispo",
+    "MiniMax 2025, arXiv 2506.13585",
+    CISPOConfig,
+    CISPORecipe,
+    {
+        "advantage": "group z-score",
+        "ratio": "token, clipped, detached",
+        "loss": "-w A log pi",
+        "aggregate": "token mean",
+    },
+)
+"""Clipped Importance Sampling Policy Optimization (MiniMax 2025)."""
 
 
 @dataclass(frozen=True)
-class SAPOConfig(LLMConfig):
+class SAPOConfig(MethodConfig):
     """SAPO's temperatures: bad tokens fade sooner. ``clip_low`` and ``clip_high`` only serve the statistics."""
 
-    tau_positive: float = 1.0
-    """Temperature of the gate where A > 0."""
-    tau_negative: float = 1.05
-    """Temperature of the gate elsewhere."""
-    aggregate: str = "sequence_mean_token_mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("tau_positive", "tau_negative"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
+    tau_positive: Positive = 1.0
+    """The gate has this temperature where the advantage is positive."""
+    tau_negative: Positive = 1.05
+    """The gate has this temperature elsewhere."""
+    aggregate: Aggregation = "sequence_mean_token_mean"
 
 
 class SAPORecipe(Recipe):
@@ -282,14 +255,11 @@ class SAPORecipe(Recipe):
         return losses.sigmoid_gate(self.config.tau_positive, self.config.tau_negative)
 
 
-class SAPO(LLM):
-    """Soft Adaptive Policy Optimization (Gao et al. 2025)."""
-
-    name = "sapo"
-    paper = "Gao et al. 2025, arXiv 2511.20347"
-    Config = SAPOConfig
-    Recipe = SAPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"advantage": "group z-score", "ratio": "token", "loss": "sigmoid gate", "aggregate": "sequence means"}
+SAPO = LLMMethod(
+    "sapo",
+    "Gao et al. 2025, arXiv 2511.20347",
+    SAPOConfig,
+    SAPORecipe,
+    {"advantage": "group z-score", "ratio": "token", "loss": "sigmoid gate", "aggregate": "sequence means"},
+)
+"""Soft Adaptive Policy Optimization (Gao et al. 2025)."""

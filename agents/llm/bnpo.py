@@ -17,49 +17,46 @@ Several reward components (accuracy and format) are normalised on their own and 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data
 from ccrl.estimators import losses
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups, components, per_step
-from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.recipe import Aggregation, ClipHigh, MethodConfig, Recipe
 from ccrl.estimators.terms import Loss
+from ccrl.settings import Above, Finite, Positive
 from ccrl.updaters import Stats
 
 __all__ = ["BNPO", "BNPOConfig", "BNPORecipe", "BetaNormaliser", "fit_beta", "log_density", "optimal_normaliser"]
 
 
 @dataclass(frozen=True)
-class BNPOConfig(LLMConfig):
+class BNPOConfig(MethodConfig):
     """BNPO's clip range, dual clip and aggregation are those of its released script."""
 
-    reward_min: float = 0.0
-    """Reward that counts as 0; a rollout with a smaller one widens the range for itself."""
-    reward_max: float = 1.0
-    """Reward that counts as 1; a rollout with a larger one widens the range for itself."""
-    max_weight: float = 1e6
-    """Largest 1 / f; prompts of a rare success rate weigh more the more alike the other prompts are."""
+    reward_min: Finite = 0.0
+    """This reward counts as 0; a rollout with a smaller one widens the range for itself."""
+    reward_max: Finite = 1.0
+    """This reward counts as 1; a rollout with a larger one widens the range for itself."""
+    max_weight: Positive = 1e6
+    """The weight 1 / f is at most this; prompts of a rare success rate weigh more the more alike the others are."""
     decompose: bool = True
-    """Normalise every reward component on its own and average; else their sum."""
-    dual_clip: float = 10.0
+    """Every reward component is normalised on its own and the advantages are averaged; if false their sum is."""
+    dual_clip: Annotated[float, Above(1.0)] = 10.0
     """The loss of a token with a negative advantage is at most this times its size."""
-    clip_high: float = 0.28
-    """Ratios above 1 + clip_high are clipped."""
-    aggregate: str = "sequence_mean"
-    """Sums over tokens; see RecipeConfig."""
+    clip_high: ClipHigh = 0.28
+    """Ratios above 1 + clip_high are clipped; inf clips none."""
+    aggregate: Aggregation = "sequence_mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.reward_min < self.reward_max:
             raise ValueError(f"expected reward_min < reward_max, got {self.reward_min}, {self.reward_max}")
-        if self.max_weight <= 0:
-            raise ValueError(f"max_weight: expected > 0, got {self.max_weight}")
-        if self.dual_clip <= 1.0:
-            raise ValueError(f"dual_clip: expected > 1, got {self.dual_clip}")
 
 
 def fit_beta(p: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,17 +133,16 @@ class BNPORecipe(Recipe):
             stats |= {f"alpha_{name}": first, f"beta_{name}": second}
 
 
-class BNPO(LLM):
-    """Beta Normalization Policy Optimization (Xiao et al. 2025): weights from the density of success rates."""
-
-    name = "bnpo"
-    paper = "Xiao et al. 2025, arXiv 2506.02864"
-    Config = BNPOConfig
-    Recipe = BNPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "advantage": "group mean / Beta density", "ratio": "token", "loss": "clip, dual clip",
-            "aggregate": "sequence sums",
-        }  # fmt: skip
+BNPO = LLMMethod(
+    "bnpo",
+    "Xiao et al. 2025, arXiv 2506.02864",
+    BNPOConfig,
+    BNPORecipe,
+    {
+        "advantage": "group mean / Beta density",
+        "ratio": "token",
+        "loss": "clip, dual clip",
+        "aggregate": "sequence sums",
+    },
+)
+"""Beta Normalization Policy Optimization (Xiao et al. 2025): weights from the density of success rates."""

@@ -21,19 +21,20 @@ formed: the square form is the within-prompt variance of ``R_beta`` over ``beta`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
-from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
 from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.terms import LogRatio, Outputs, Term
+from ccrl.settings import Count, Positive
 
 __all__ = [
     "CoPG",
@@ -51,33 +52,25 @@ Form = Literal["square", "bilinear", "policy_gradient"]
 
 
 @dataclass(frozen=True)
-class CoPGConfig(LLMConfig):
+class CoPGConfig(MethodConfig):
     """The paper's settings for language models are unknown; these are for small ones."""
 
-    group_size: int = 4
-    """Completions per prompt and behaviour policy."""
-    beta: float = 0.5
-    """Weight of KL(pi || ref) in the objective."""
-    form: str = "square"
-    """square, bilinear or policy_gradient: one gradient, three values."""
+    group_size: Count = 4
+    """Every behaviour policy gives this many completions to a prompt."""
+    beta: Positive = 0.5
+    """KL(pi || ref) has this weight in the objective."""
+    form: Form = "square"
+    """The loss has one of three values with one gradient: square, bilinear, or policy_gradient."""
     behaviours: tuple[str, ...] = ("live",)
-    """Versions of the policy that sample, each group_size completions per prompt: live (on policy), ref (off policy,
+    """These versions of the policy sample, each group_size completions per prompt: live (on policy), ref (off policy,
     from the first iteration on), or any version put into the agent's bank."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta <= 0:
-            raise ValueError(f"beta: expected > 0, got {self.beta}")
-        if self.form not in get_args(Form):
-            raise ValueError(f"form: expected one of {get_args(Form)}, got {self.form!r}")
         if not self.behaviours:
             raise ValueError("behaviours: expected at least one version of the policy, got none")
         if self.kl_coef:
             raise ValueError(f"kl_coef: expected 0 (beta weighs the KL to the reference), got {self.kl_coef}")
-        if self.lora_rank and "ref" in self.behaviours:
-            raise ValueError("behaviours: expected none that is 'ref' with lora_rank > 0 (the reference is the model "
-                             "with its adapters off, which no version in the bank is), got "
-                             f"{self.behaviours}")  # fmt: skip
         together = self.group_size * len(self.behaviours)
         if together < 2:
             raise ValueError("group_size: expected at least two completions per prompt (there is no pair else), got 1")
@@ -106,8 +99,10 @@ class Pairs:
         """``[B]``: the others, at least 1."""
 
     def centre(self, x: Tensor) -> Tensor:
-        """``x`` minus its group's mean, 0 outside the pairs."""
-        x = torch.where(self.paired, x, 0.0)
+        """``x`` minus its group's mean, 0 outside the pairs, and exactly 0 where all of a group are equal: the rounding
+        of their mean would be a whole step of Adam's."""
+        highest = torch.where(self._together > 0, x.detach(), -torch.inf).amax(1)
+        x = torch.where(self.paired, x - torch.where(self.paired, highest, 0.0), 0.0)
         mean = self._together.to(x.dtype) @ x / self.count.clamp_min(1.0).to(x.dtype)
         return torch.where(self.paired, x - mean, 0.0)
 
@@ -173,6 +168,9 @@ class CoPGRecipe(Recipe):
 
     def __init__(self, config: Any, parts: Parts) -> None:
         super().__init__(config, parts)
+        if parts.reference is not None and "ref" in config.behaviours:
+            raise ValueError("behaviours: expected none that is 'ref' where the reference is no version in the bank "
+                             f"(with lora_rank > 0), got {config.behaviours}")  # fmt: skip
         if len(config.behaviours) > 1 and parts.request.counts is None:
             # episodes of another rollout begin elsewhere: labels would be equal and the starts not
             raise ValueError("behaviours: expected one on control tasks, where a second rollout has other starts and "
@@ -232,17 +230,17 @@ class CoPGRecipe(Recipe):
         return True
 
 
-class CoPG(LLM):
-    """Off-policy alignment on scores: contrasts between completions of one prompt."""
-
-    name = "copg"
-    paper = "Flet-Berliac et al. 2024, arXiv 2406.19185"
-    Config = CoPGConfig
-    Recipe = CoPGRecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "plan": "any behaviour policies", "advantage": "reward minus beta log-ratio, against the others'",
-            "ratio": "sequence to reference", "loss": "square of differences", "aggregate": "mean over pairs",
-        }  # fmt: skip
+CoPG = LLMMethod(
+    "copg",
+    "Flet-Berliac et al. 2024, arXiv 2406.19185",
+    CoPGConfig,
+    CoPGRecipe,
+    {
+        "plan": "any behaviour policies",
+        "advantage": "reward minus beta log-ratio, against the others'",
+        "ratio": "sequence to reference",
+        "loss": "square of differences",
+        "aggregate": "mean over pairs",
+    },
+)
+"""Off-policy alignment on scores: contrasts between completions of one prompt."""

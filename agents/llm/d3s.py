@@ -18,69 +18,69 @@ episodes of control tasks with discrete actions do as well.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data, Field
 from ccrl.estimators import ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.outcomes import SequenceAdvantage
-from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
 from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.estimators.stages import EpisodeReturn
 from ccrl.estimators.terms import LogRatio, Outputs, Term
+from ccrl.settings import Above, Count
 from ccrl.updaters import Stats
 
 __all__ = ["D3S", "D3SConfig", "D3SRecipe", "keep_rollouts", "keep_tokens", "most_varied"]
 
 
+Share = Annotated[float, Above(0.0, 1.0)]
+
+
 @dataclass(frozen=True)
-class D3SConfig(LLMConfig):
+class D3SConfig(MethodConfig):
     """The paper's four schedule constants are not known: these defaults fit its "less than 20% of the tokens"."""
 
-    group_size: int = 16
-    """Completions per prompt."""
-    rollouts_init: float = 0.25
-    """N_init: share of a prompt's rollouts that is kept at the start; at least two rollouts are."""
-    rollouts_final: float = 0.5
-    """N_final: the share at the end; as at the start: no schedule (D2S)."""
-    batch_share: float = 0.5
-    """N: share of these that the selection across prompts keeps; 1: no such selection."""
-    tokens_init: float = 0.2
-    """K_init: share of their tokens that is kept at the start."""
-    tokens_final: float = 1.0
-    """K_final: the share at the end; both 1: no selection of tokens (D1S)."""
-    token_pool: str = "batch"
-    """Tokens that are ranked together: batch (all that are left) or response (each completion's)."""
-    base: str = "grpo"
-    """grpo (token ratio) or gspo (the whole completion's ratio on every kept token; give it GSPO's clip range,
+    group_size: Count = 16
+    """A prompt has this many completions."""
+    rollouts_init: Share = 0.25
+    """N_init: this share of a prompt's rollouts is kept at the start; at least two rollouts are."""
+    rollouts_final: Share = 0.5
+    """N_final: this share is kept at the end; the share of the start is no schedule (D2S)."""
+    batch_share: Share = 0.5
+    """N: the selection across prompts keeps this share of these; 1 makes no such selection."""
+    tokens_init: Share = 0.2
+    """K_init: this share of their tokens is kept at the start."""
+    tokens_final: Share = 1.0
+    """K_final: this share is kept at the end; both 1 select no tokens (D1S)."""
+    token_pool: Literal["batch", "response"] = "batch"
+    """Tokens are ranked together that are left in the batch, or in each response."""
+    base: Literal["grpo", "gspo"] = "grpo"
+    """The ratio is the token's (grpo), or the whole completion's on every kept token (gspo; give it GSPO's clip range,
     3e-4 and 4e-4)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("rollouts_init", "rollouts_final", "batch_share", "tokens_init", "tokens_final"):
-            if not 0.0 < getattr(self, name) <= 1.0:
-                raise ValueError(f"{name}: expected a share in (0, 1], got {getattr(self, name)}")
-        if self.token_pool not in ("batch", "response"):
-            raise ValueError(f"token_pool: expected batch or response, got {self.token_pool!r}")
-        if self.base not in ("grpo", "gspo"):
-            raise ValueError(f"base: expected grpo or gspo, got {self.base!r}")
 
     def rollouts(self, progress: float) -> int:
         """``N_s``: rollouts kept per prompt."""
         share = (1.0 - progress) * self.rollouts_init + progress * self.rollouts_final
-        return min(max(round(share * self.group_size), 2), self.group_size)
+        return min(max(half_up(share * self.group_size), 2), self.group_size)
 
     def tokens(self, progress: float) -> float:
         """``K``: share of the tokens kept."""
         return (1.0 - progress) * self.tokens_init + progress * self.tokens_final
+
+
+def half_up(x: float) -> int:
+    """The nearest integer, of two the larger: Python's ``round`` would keep 2 of 2.5 and 4 of 3.5."""
+    return math.floor(x + 0.5 + 1e-9)  # with slack: 0.29 * 50 is 14.499999999999998
 
 
 # -- rollouts -------------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ def keep_rollouts(advantage: Tensor, group: Tensor, per_group: int, share: float
     table = advantage.new_zeros(len(count), int(count.max()))
     table[row, place] = advantage[columns]
     inside = columns[most_varied(table, per_group, count)[row, place]].sort().values
-    total = min(max(round(share * len(inside)), 2), len(inside))
+    total = min(max(half_up(share * len(inside)), 2), len(inside))
     return inside[most_varied(advantage[inside].unsqueeze(0), total)[0]]
 
 
@@ -169,7 +169,6 @@ def _replaced(data: Data, columns: Mapping[str, Tensor]) -> Data:
 class D3SRecipe(Recipe):
     """GRPO's or GSPO's loss on the rollouts and tokens that are left."""
 
-    Config = D3SConfig
     fields = (Field("entropy"),)
 
     def __init__(self, config: Any, parts: Parts) -> None:
@@ -228,18 +227,18 @@ def _nothing_to_learn(data: Data, ctx: Context) -> bool:
     return not bool(data["advantage"].any())
 
 
-class D3S(LLM):
-    """Dynamic Dual-Level Down-Sampling (Wang et al. 2025): the rollouts of most varied advantages, the tokens of
-    largest advantage times entropy, more of both as training goes on."""
-
-    name = "d3s"
-    paper = "Wang et al. 2025, arXiv 2509.22115"
-    Config = D3SConfig
-    Recipe = D3SRecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "data": "rollouts of most varied advantage, tokens of largest |A| H", "advantage": "group z-score",
-            "ratio": "token or sequence", "loss": "clip", "aggregate": "mean of kept tokens",
-        }  # fmt: skip
+D3S = LLMMethod(
+    "d3s",
+    "Wang et al. 2025, arXiv 2509.22115",
+    D3SConfig,
+    D3SRecipe,
+    {
+        "data": "rollouts of most varied advantage, tokens of largest |A| H",
+        "advantage": "group z-score",
+        "ratio": "token or sequence",
+        "loss": "clip",
+        "aggregate": "mean of kept tokens",
+    },
+)
+"""Dynamic Dual-Level Down-Sampling (Wang et al. 2025): the rollouts of most varied advantages, the tokens of
+largest advantage times entropy, more of both as training goes on."""

@@ -16,47 +16,39 @@ tempered policy. Slots: stage = entropy control of the advantage; loss = dual cl
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Stage
-from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
 from ccrl.estimators.terms import Loss, Term
+from ccrl.settings import Above, Finite, Nonnegative, Range
 from ccrl.updaters import Stats
 
 __all__ = ["DCPO", "DCPOConfig", "DCPORecipe", "control_weight", "tempered_log_prob"]
 
 
 @dataclass(frozen=True)
-class DCPOConfig(LLMConfig):
+class DCPOConfig(MethodConfig):
     """The released settings. Equal temperatures of 1 are the ablation without importance weights."""
 
-    entropy_target: float = 0.5
-    """H_0, nats per token."""
-    hot: float = 1.2
-    """T_c, in units of the sampling temperature, where the entropy is at most its target."""
-    cold: float = 0.8
-    """T_c where it is above."""
-    gap_cap: float = 0.1
-    """Largest entropy error that counts, nats."""
-    correct_above: float = 0.05
-    """Completions with a larger score are correct."""
-    dual_clip: float = 3.0
+    entropy_target: Nonnegative = 0.5
+    """H_0: the entropy is steered to this many nats per token."""
+    hot: Annotated[float, Range(1.0)] = 1.2
+    """T_c where the entropy is at most its target, in units of the sampling temperature."""
+    cold: Annotated[float, Above(0.0, 1.0)] = 0.8
+    """T_c where the entropy is above its target, in units of the sampling temperature."""
+    gap_cap: Nonnegative = 0.1
+    """An entropy error counts up to this many nats."""
+    correct_above: Finite = 0.05
+    """Completions with a larger reward are correct."""
+    dual_clip: Annotated[float, Above(1.0)] = 3.0
     """Where the advantage is negative, the loss is at most this many times its size."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.entropy_target < 0.0 or self.gap_cap < 0.0:
-            raise ValueError(f"expected entropy_target, gap_cap >= 0, got {self.entropy_target}, {self.gap_cap}")
-        if not 0.0 < self.cold <= 1.0 <= self.hot:
-            raise ValueError(f"expected 0 < cold <= 1 <= hot, got {self.cold}, {self.hot}")
-        if self.dual_clip <= 1.0:
-            raise ValueError(f"dual_clip: expected > 1, got {self.dual_clip}")
 
 
 def control_weight(entropy: Tensor, target: float, correct: Tensor, cap: float) -> Tensor:
@@ -122,17 +114,17 @@ class DCPORecipe(Recipe):
         self.entropy.copy_(stats["sampled_entropy"])
 
 
-class DCPO(LLM):
-    """Distribution-Centric Policy Optimization."""
-
-    name = "dcpo"
-    paper = "Li et al. 2026, arXiv 2601.12730"
-    Config = DCPOConfig
-    Recipe = DCPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "advantage": "group z-score + correct samples weighted toward another temperature", "ratio": "token",
-            "loss": "dual clip", "aggregate": "token mean",
-        }  # fmt: skip
+DCPO = LLMMethod(
+    "dcpo",
+    "Li et al. 2026, arXiv 2601.12730",
+    DCPOConfig,
+    DCPORecipe,
+    {
+        "advantage": "group z-score + correct samples weighted toward another temperature",
+        "ratio": "token",
+        "loss": "dual clip",
+        "aggregate": "token mean",
+    },
+    {"weight_decay": 1e-2},
+)
+"""Distribution-Centric Policy Optimization."""

@@ -18,16 +18,17 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data, Field
 from ccrl.estimators.base import Context, Stage
-from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.recipe import Aggregation, MethodConfig, Recipe
 from ccrl.estimators.rollouts import evaluate_columns
+from ccrl.settings import Nonnegative, Range
 
 __all__ = ["EMPG", "EMPGConfig", "EMPGRecipe", "ModulateSteps", "Steps", "find_steps", "modulate"]
 
@@ -35,28 +36,23 @@ EPS = 1e-8
 
 
 @dataclass(frozen=True)
-class EMPGConfig(LLMConfig):
+class EMPGConfig(MethodConfig):
     """The authors' pseudocode on top of GRPO."""
 
-    scale: float = 1.0
-    """k: how strongly a step's entropy scales its advantage; 0: not at all."""
-    clarity: float = 1.0
-    """k': how strongly the bonus falls with the entropy of the step ahead."""
-    zeta: float = 0.1
-    """Weight of the bonus for a clear step ahead."""
-    step: str = "turn"
-    """turn: the tokens between two replies; delimiter: these, cut after every delimiter token; token: each token."""
-    delimiter: int = -1
-    """The token that ends a step, for step="delimiter"."""
-    aggregate: str = "sequence_mean_token_mean"
+    scale: Nonnegative = 1.0
+    """k: a step's entropy scales its advantage this strongly; 0 scales none."""
+    clarity: Nonnegative = 1.0
+    """k': the bonus falls this strongly with the entropy of the step ahead."""
+    zeta: Nonnegative = 0.1
+    """The bonus for a clear step ahead has this weight."""
+    step: Literal["turn", "delimiter", "token"] = "turn"
+    """A step is the tokens between two replies (turn), these cut after every delimiter token, or each token."""
+    delimiter: Annotated[int, Range(-1)] = -1
+    """This token ends a step with step="delimiter"; -1 is none."""
+    aggregate: Aggregation = "sequence_mean_token_mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("scale", "clarity", "zeta"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
-        if self.step not in ("turn", "delimiter", "token"):
-            raise ValueError(f"step: expected turn, delimiter or token, got {self.step!r}")
         if (self.step == "delimiter") != (self.delimiter >= 0):
             raise ValueError(
                 "delimiter: expected a token (>= 0) with step='delimiter' and -1 without, got "
@@ -146,7 +142,6 @@ class ModulateSteps:
 class EMPGRecipe(Recipe):
     """GRPO's advantages, modulated step by step."""
 
-    Config = EMPGConfig
     fields = (Field("entropy"),)
 
     def start(self, data: Data, ctx: Context) -> Data:
@@ -161,15 +156,16 @@ class EMPGRecipe(Recipe):
         return (*super().stages(), ModulateSteps(self.config))
 
 
-class EMPG(LLM):
-    """Entropy-Modulated Policy Gradients: confident steps get larger updates, clear steps ahead a bonus."""
-
-    name = "empg"
-    paper = "Wang et al. 2025, arXiv 2509.09265"
-    Config = EMPGConfig
-    Recipe = EMPGRecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"advantage": "group z-score x step entropy + clarity ahead, centred", "ratio": "token", "loss": "clip",
-                "aggregate": "sequence means"}  # fmt: skip
+EMPG = LLMMethod(
+    "empg",
+    "Wang et al. 2025, arXiv 2509.09265",
+    EMPGConfig,
+    EMPGRecipe,
+    {
+        "advantage": "group z-score x step entropy + clarity ahead, centred",
+        "ratio": "token",
+        "loss": "clip",
+        "aggregate": "sequence means",
+    },
+)
+"""Entropy-Modulated Policy Gradients: confident steps get larger updates, clear steps ahead a bonus."""

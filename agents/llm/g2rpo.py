@@ -19,19 +19,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data
 from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.base import Stage
 from ccrl.estimators.groups import Groups, per_step
 from ccrl.estimators.outcomes import informative
-from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.recipe import Aggregation, MethodConfig, Recipe
 from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.estimators.terms import LogRatio, Outputs, Term
+from ccrl.settings import Finite, Nonnegative
 
 __all__ = [
     "G2RPO", "Corridor", "DropUnanimous", "G2RPOConfig", "G2RPORecipe", "LengthReward", "RankNormal", "corridor",
@@ -40,39 +42,32 @@ __all__ = [
 
 
 @dataclass(frozen=True)
-class G2RPOConfig(LLMConfig):
+class G2RPOConfig(MethodConfig):
     """The paper states neither the bounds nor their weights: both shapings are off until bounds are given."""
 
-    pool: str = "group"
-    """Rewards that are ranked together: group (appendix B), or kind (all of a task in the rollout)."""
-    tie: float = 1e-6
+    pool: Literal["group", "kind"] = "group"
+    """Rewards are ranked together in each group (appendix B), or in each task of the rollout (kind)."""
+    tie: Nonnegative = 1e-6
     """Rewards that are equal when rounded to multiples of it are tied."""
     drop_unanimous: bool = True
     """Groups whose first reward component is the same everywhere (all right, all wrong) are not trained on."""
     length_bounds: tuple[tuple[float, float, float, float], ...] = ()
-    """Lengths where the length reward starts to rise, is 1, starts to fall, is 0: one row for all tasks, or one per
-    `kind`. Empty: no length reward."""
-    length_coef: float = 1.0
-    """Weight of the length reward."""
+    """The length reward starts to rise, is 1, starts to fall and is 0 at these lengths, one row for all tasks or one
+    per `kind`; empty gives none."""
+    length_coef: Finite = 1.0
+    """The length reward has this weight."""
     entropy_bounds: tuple[tuple[float, float], ...] = ()
-    """Smallest and largest mean entropy per token (nats) that is not penalised: one row for all tasks, or one per
-    `kind`. Empty: no penalty."""
-    corridor_coef: float = 0.01
-    """Weight of that penalty."""
-    entropy_estimate: str = "full"
-    """full (of the whole distribution) or sampled (-log-probability of the tokens, as the paper writes; its gradient
-    is the score's direction, not the entropy's)."""
-    aggregate: str = "sequence_mean_token_mean"
-    """As GRPO; see RecipeConfig."""
+    """A mean entropy per token (nats) between these two is not penalised, one row for all tasks or one per `kind`;
+    empty penalises none."""
+    corridor_coef: Nonnegative = 0.01
+    """The penalty of entropies outside the bounds has this weight."""
+    entropy_estimate: Literal["full", "sampled"] = "full"
+    """The entropy is that of the whole distribution (full), or -log-probability of the tokens as the paper writes
+    (sampled; its gradient is the score's direction, not the entropy's)."""
+    aggregate: Aggregation = "sequence_mean_token_mean"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.pool not in ("group", "kind"):
-            raise ValueError(f"pool: expected group or kind, got {self.pool!r}")
-        if self.entropy_estimate not in ("full", "sampled"):
-            raise ValueError(f"entropy_estimate: expected full or sampled, got {self.entropy_estimate!r}")
-        if self.tie < 0 or self.corridor_coef < 0:
-            raise ValueError(f"expected tie and corridor_coef >= 0, got {self.tie}, {self.corridor_coef}")
         for name in ("length_bounds", "entropy_bounds"):
             for row in getattr(self, name):
                 if list(row) != sorted(row):
@@ -161,14 +156,17 @@ class RankNormal:
 @dataclass(frozen=True)
 class DropUnanimous:
     """Advantage 0 where a group's first component is the same everywhere, the others scaled so that the mean is over
-    the sequences that are left.
+    the sequences that are left, or (``tokens``) over their tokens.
 
     Told by that component alone: with a length reward, ranks would give unanimous groups advantages of full size.
     """
 
+    tokens: bool = False
+
     def __call__(self, data: Data) -> Data:
-        kept = informative(data)
-        scale = kept.to(data["episode_reward"].dtype) * (len(kept) / kept.sum().clamp_min(1))
+        kept = informative(data).to(data["episode_reward"].dtype)
+        size = data["valid"].sum(0) if self.tokens else torch.ones_like(kept)
+        scale = kept * (size.sum() / (size * kept).sum().clamp_min(1.0))
         return data.derive(advantage=data["advantage"] * scale)
 
 
@@ -224,7 +222,7 @@ class G2RPORecipe(Recipe):
             found.append(LengthReward(c.length_bounds, c.length_coef))
         found.append(RankNormal(c.pool, c.tie))
         if c.drop_unanimous:
-            found.append(DropUnanimous())
+            found.append(DropUnanimous(tokens=c.aggregate == "token_mean"))
         if c.entropy_bounds:
             found.append(Corridor(c.entropy_bounds, self.entropy))
         return tuple(found)
@@ -253,17 +251,17 @@ class G2RPORecipe(Recipe):
         return (*super().penalties(), term)
 
 
-class G2RPO(LLM):
-    """Gaussian GRPO (Hu et al. 2026): rewards become normal quantiles of their ranks."""
-
-    name = "g2rpo"
-    paper = "Hu et al. 2026, arXiv 2604.08539"
-    Config = G2RPOConfig
-    Recipe = G2RPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "reward": "length trapezoid", "advantage": "normal quantiles of ranks", "ratio": "token",
-            "loss": "clip + entropy corridor", "aggregate": "sequence means",
-        }  # fmt: skip
+G2RPO = LLMMethod(
+    "g2rpo",
+    "Hu et al. 2026, arXiv 2604.08539",
+    G2RPOConfig,
+    G2RPORecipe,
+    {
+        "reward": "length trapezoid",
+        "advantage": "normal quantiles of ranks",
+        "ratio": "token",
+        "loss": "clip + entropy corridor",
+        "aggregate": "sequence means",
+    },
+)
+"""Gaussian GRPO (Hu et al. 2026): rewards become normal quantiles of their ranks."""

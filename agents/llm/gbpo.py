@@ -4,7 +4,7 @@ The surrogate ``max E[rho A]`` with hard bounds ``c_l <= rho <= c_h`` has a clos
 token's ratio onto it, with thresholds and weights from the group:
 
     A_i    = (s_i - mean) / (std + 1e-6)
-    z_i    = (s_i - q) / (std + 1e-6) / T,    q: the group's (1 - kappa)-quantile, kappa = (1 - c_l) / (c_h - c_l)
+    z_i    = (s_i - q) / (std + 1e-6) / T,    q: such that mean(rho*) = 1 in the group
     rho*_i = c_l + (c_h - c_l) sigmoid(z_i),  c_l = 1 - clip_low, c_h = 1 + clip_high
     loss   = token mean of |(rho_t - rho*_i) A_i|
 
@@ -14,17 +14,20 @@ No clipping: the loss pulls a ratio back once it has overshot its target. Slots:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data
+from ccrl.estimators.balance import balanced_target
 from ccrl.estimators.base import Stage
 from ccrl.estimators.losses import bounded_target, ratio_stats
-from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.recipe import MethodConfig, Recipe
 from ccrl.estimators.stages import GroupBaseline, GroupThreshold
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
+from ccrl.settings import Above, Positive
 
 __all__ = ["GBPO", "BoundedGroupTarget", "GBPOConfig", "GBPORecipe", "bounded_regression"]
 
@@ -33,47 +36,43 @@ LARGEST = 20.0
 
 
 @dataclass(frozen=True)
-class GBPOConfig(LLMConfig):
+class GBPOConfig(MethodConfig):
     """The released settings; ``clip_low`` and ``clip_high`` are the bounds of the ratio target."""
 
-    target_temperature: float = 1e-4
-    """T of the ratio target, in standard deviations of the group's scores; towards 0 the targets are the bounds."""
-    threshold: str = "quantile"
-    """quantile: the (1 - kappa)-quantile, whose target ratios average to 1 but for ties at it; median: as released. The
-    same for equal bounds."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.clip_low == 0.0 or self.clip_high == 0.0:
-            raise ValueError(f"expected 0 < clip_low <= 1 and clip_high > 0 (bounds of the ratio target), got "
-                             f"{self.clip_low}, {self.clip_high}")  # fmt: skip
-        if self.target_temperature <= 0.0:
-            raise ValueError(f"target_temperature: expected > 0, got {self.target_temperature}")
-        if self.threshold not in ("quantile", "median"):
-            raise ValueError(f"threshold: expected quantile or median, got {self.threshold!r}")
-
-    @property
-    def level(self) -> float:
-        """Which quantile of the group's scores is the threshold."""
-        return 0.5 if self.threshold == "median" else self.clip_high / (self.clip_low + self.clip_high)
+    clip_low: Annotated[float, Above(0.0, 1.0)] = 0.2
+    """The ratio target is at least 1 - clip_low."""
+    clip_high: Positive = 0.2
+    """The ratio target is at most 1 + clip_high."""
+    target_temperature: Positive = 1e-4
+    """T: the ratio target has this temperature, in standard deviations of the group's rewards; towards 0 the targets
+    are the bounds."""
+    threshold: Literal["quantile", "median"] = "quantile"
+    """Rewards are compared with the anchor at which the group's target ratios average to 1 (quantile: without ties and
+    towards T = 0 it is the (1 - kappa)-quantile), or with the group's median, as released."""
 
 
 @dataclass(frozen=True)
 class BoundedGroupTarget:
-    """``advantage`` ``[T, N]`` (group z-score) and ``ratio_target`` ``[N]``. A group of one has mean 0, deviation 1 and
-    threshold 0; equal scores have advantage 0, which switches their loss off."""
+    """``advantage`` ``[T, N]`` (group z-score) and ``ratio_target`` ``[N]``. Equal rewards have advantage 0, which
+    switches their loss off. A group of one has mean 0 and deviation 1; its target is 1 (``threshold="median"``: that of
+    a threshold of 0, as released)."""
 
     low: float
     high: float
     temperature: float
-    level: float
+    threshold: Literal["quantile", "median"] = "quantile"
 
     def __call__(self, data: Data) -> Data:
         score, group = data["episode_reward"], data["group"]
         advantage = GroupBaseline(scale="std", eps=1e-6, single="keep").advantages(score, group)
-        # the z-score is affine in the score, so its quantile is the score's quantile in the same units
-        z = advantage - GroupThreshold(level=self.level).thresholds(advantage, group)
-        target = bounded_target(z, self.low, self.high, self.temperature)
+        if self.threshold == "median":
+            # the z-score is affine in the reward, so its median is the reward's in the same units
+            target = bounded_target(
+                advantage - GroupThreshold(level=0.5).thresholds(advantage, group), self.low, self.high,
+                self.temperature,
+            )  # fmt: skip
+        else:
+            target = balanced_target(advantage, group, self.low, self.high, self.temperature)
         steps = data.shape[0]
         return data.derive_sequence(ratio_target=target).derive(
             advantage=advantage.expand(steps, *advantage.shape) * data["valid"]
@@ -94,7 +93,7 @@ class GBPORecipe(Recipe):
 
     def stages(self) -> tuple[Stage, ...]:
         c = self.config
-        return (BoundedGroupTarget(c.clip_low, c.clip_high, c.target_temperature, c.level),)
+        return (BoundedGroupTarget(c.clip_low, c.clip_high, c.target_temperature, c.threshold),)
 
     def loss(self) -> Loss:
         return bounded_regression
@@ -110,17 +109,16 @@ class GBPORecipe(Recipe):
         return found | {"target_gap": informative}
 
 
-class GBPO(LLM):
-    """Group-relative Bounded Policy Optimization."""
-
-    name = "gbpo"
-    paper = "Ao et al. 2026, arXiv 2604.18578"
-    Config = GBPOConfig
-    Recipe = GBPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "advantage": "group z-score", "ratio": "token", "loss": "|rho - rho*| |A|, rho* by the group's quantile",
-            "aggregate": "token mean",
-        }  # fmt: skip
+GBPO = LLMMethod(
+    "gbpo",
+    "Ao et al. 2026, arXiv 2604.18578",
+    GBPOConfig,
+    GBPORecipe,
+    {
+        "advantage": "group z-score",
+        "ratio": "token",
+        "loss": "|rho - rho*| |A|, rho* by the group's quantile",
+        "aggregate": "token mean",
+    },
+)
+"""Group-relative Bounded Policy Optimization."""

@@ -23,75 +23,63 @@ Questions that are imitated lose all their samples, the others their demonstrati
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
-from torch import Generator, Tensor
+from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.modulations import modulated, shaping
-from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.recipe import MethodConfig, Recipe
 from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.stages import GroupBaseline
 from ccrl.estimators.terms import Aggregate, LogRatio, Loss, Outputs, Term
-from ccrl.learn import Learner
+from ccrl.settings import Finite, Nonnegative, Positive, Range, Unit
 from ccrl.updaters import Stats
 
 __all__ = ["HPT", "HPTConfig", "HPTRecipe", "Mix", "self_rewarded", "sequence_entropy", "uncertainty_weighted"]
 
-MIXTURES = ("switch", "switch_off", "soft", "fixed", "luffy", "srft")
+Mixture = Literal["switch", "switch_off", "soft", "fixed", "luffy", "srft"]
 SOFT = ((0.0, 1.0, 1.0), (0.0, 1.0, 1.0), (0.125, 1.0, 0.5), (0.25, 1.0, 0.25), (0.5, 1.0, 0.125), (1.0, 1.0, 0.0))
 """Released "soft" gate by number solved of 8: weights of on-policy, reinforced and imitated parts; from 5 on the last
 row. The row of 0 is not in the sources: taken to be that of 1."""
 
 
 @dataclass(frozen=True)
-class HPTConfig(LLMConfig):
+class HPTConfig(MethodConfig):
     """The released runs: advantages without deviation, no clip, a gradient whose norm exceeds 80 is skipped. Norms of
     other models and batches are of another size: watch ``train/skipped_updates``."""
 
-    mixture: str = "switch"
-    """switch (HPT), switch_off (gated questions reinforce the demonstration), soft (the released table), fixed (shares
-    of rl_share), luffy (both reinforced), srft (imitation and reinforcement weighted by entropy)."""
-    gate: float = 0.0
-    """Questions with at most this share of right samples are imitated: 0 for Qwen, 2/8 for Llama; 1: all, -1: none."""
-    rl_share: float = 0.5
-    """Of mixture fixed: rl_share L_RL + (1 - rl_share) L_SFT on every question."""
-    rl_norm: str = "len_const"
-    """Reinforcement is divided by: the length cap alone (len_const: released; its weight beside imitation grows with
-    the batch), its tokens (token_mean), its sequences' tokens and sequences (seq_mean)."""
-    sft_coef: float = 1.0
-    """Weight of imitation, a mean over the demonstrations' tokens; 0.3 for the 1.5B model."""
+    mixture: Mixture = "switch"
+    """A question's samples and demonstration are mixed by switch (HPT), switch_off (gated questions reinforce the
+    demonstration), soft (the released table), fixed (shares of rl_share), luffy (both reinforced), or srft (imitation
+    and reinforcement weighted by entropy)."""
+    gate: Annotated[float, Range(-1.0, 1.0)] = 0.0
+    """Questions with at most this share of right samples are imitated: 0 for Qwen, 2/8 for Llama; 1 imitates all, -1
+    none."""
+    rl_share: Unit = 0.5
+    """With mixture fixed, every question has rl_share L_RL + (1 - rl_share) L_SFT."""
+    rl_norm: Literal["len_const", "token_mean", "seq_mean"] = "len_const"
+    """Reinforcement is divided by the length cap alone (len_const: released; its weight beside imitation grows with
+    the batch), by its tokens (token_mean), or by its sequences' tokens and sequences (seq_mean)."""
+    sft_coef: Nonnegative = 1.0
+    """Imitation, a mean over the demonstrations' tokens, has this weight; 0.3 for the 1.5B model."""
     std: bool = False
-    """Divide on-policy advantages by the question's deviation (the paper's table; the released runs do not)."""
+    """On-policy advantages are divided by the question's deviation (the paper's table; the released runs do not)."""
     clip: bool = False
-    """Clip the token ratio with clip_low, clip_high (the same)."""
-    shape: float = 0.1
-    """LUFFY's gamma in f(u) = u / (u + gamma)."""
-    skip_grad_norm: float = 80.0
-    """Gradients with a larger norm (before max_grad_norm scales them) are skipped; 0: none."""
-    entropy_coef: float = 0.001
-    """Weight of the entropy bonus, of demonstrations too (released)."""
+    """The token ratio is clipped with clip_low and clip_high (the paper's table; the released runs do not)."""
+    shape: Positive = 0.1
+    """This is LUFFY's gamma in f(u) = u / (u + gamma)."""
+    entropy_coef: Finite = 0.001
+    """The entropy bonus, of demonstrations too (released), has this weight."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mixture not in MIXTURES:
-            raise ValueError(f"mixture: expected one of {MIXTURES}, got {self.mixture!r}")
-        if self.rl_norm not in ("token_mean", "seq_mean", "len_const"):
-            raise ValueError(f"rl_norm: expected token_mean, seq_mean or len_const, got {self.rl_norm!r}")
-        if not 0.0 <= self.rl_share <= 1.0:
-            raise ValueError(f"rl_share: expected 0 to 1, got {self.rl_share}")
-        if self.gate > 1.0:
-            raise ValueError(f"gate: expected a share of right samples, at most 1, got {self.gate}")
-        for name in ("sft_coef", "skip_grad_norm"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
-        if self.shape <= 0:
-            raise ValueError(f"shape: expected > 0, got {self.shape}")
         if self.kl_coef:
             raise ValueError(f"kl_coef: expected 0 (the method has no reference policy), got {self.kl_coef}")
 
@@ -248,29 +236,18 @@ class HPTRecipe(Recipe):
         stats["sft_share"] = (data["on"]["sft_weight"] > 0).sum() / questions
 
 
-class HPT(LLM):
-    """Per question: reinforcement where samples succeed, imitation where they do not."""
-
-    name = "hpt"
-    paper = "Lv et al. 2025, arXiv 2509.04419"
-    Config = HPTConfig
-    Recipe = HPTRecipe
-
-    def build(self) -> Learner:
-        """As every language model; the optimiser skips gradients that are too large.
-
-        :raises ValueError: if the config imitates and the task has no demonstrations.
-        """
-        learner = super().build()
-        if self.config.imitates and self.task.prompts(1, Generator().manual_seed(self.seed)).demonstration is None:
-            raise ValueError(f"task {self.task.name!r} has no demonstrations; choose another task, or gate=-1 with "
-                             "mixture='switch'")  # fmt: skip
-        learner.updaters["policy"].skip_norm = self.config.skip_grad_norm or None  # type: ignore[attr-defined]
-        return learner
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "plan": "samples, then demonstrations", "select": "per question by its success rate",
-            "advantage": "group mean", "ratio": "token", "loss": "ratio + NLL of demonstrations",
-        }  # fmt: skip
+HPT = LLMMethod(
+    "hpt",
+    "Lv et al. 2025, arXiv 2509.04419",
+    HPTConfig,
+    HPTRecipe,
+    {
+        "plan": "samples, then demonstrations",
+        "select": "per question by its success rate",
+        "advantage": "group mean",
+        "ratio": "token",
+        "loss": "ratio + NLL of demonstrations",
+    },
+    {"skip_grad_norm": 80.0, "max_grad_norm": 1.0},
+)
+"""Per question: reinforcement where samples succeed, imitation where they do not."""

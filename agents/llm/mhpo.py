@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data
-from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.recipe import Aggregation, MethodConfig, Recipe
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
+from ccrl.settings import Positive, Range
 
 __all__ = ["MHPO", "Hazard", "MHPOConfig", "MHPORecipe", "modulated"]
 
@@ -31,29 +33,26 @@ LIMIT = 20.0
 """Log-ratios are cut here: the multiplier is 0 to machine precision beyond, and their hyperbolic functions overflow."""
 
 
+PositiveOrInf = Annotated[float, Range(0.0, above=True, also=(math.inf,))]
+
+
 @dataclass(frozen=True)
-class MHPOConfig(LLMConfig):
+class MHPOConfig(MethodConfig):
     """The paper's settings. ``clip_low`` and ``clip_high`` are not read: nothing is clipped."""
 
-    bound: float = 1.5
-    """c: the modulated log-ratio stays within -c and c; inf: it is the log-ratio."""
-    shape_up: float = 1.5
-    """k+: Weibull shape of the hazard of ratios above 1."""
-    scale_up: float = 1.0
-    """lambda+: their Weibull scale; inf: no hazard."""
-    shape_down: float = 2.0
-    """k-: Weibull shape of the hazard of ratios below 1."""
-    scale_down: float = 0.8
-    """lambda-: their Weibull scale; inf: no hazard."""
+    bound: PositiveOrInf = 1.5
+    """c: the modulated log-ratio stays within -c and c; with inf it is the log-ratio."""
+    shape_up: Positive = 1.5
+    """k+: the hazard of ratios above 1 has this Weibull shape."""
+    scale_up: PositiveOrInf = 1.0
+    """lambda+: their hazard has this Weibull scale; inf is no hazard."""
+    shape_down: Positive = 2.0
+    """k-: the hazard of ratios below 1 has this Weibull shape."""
+    scale_down: PositiveOrInf = 0.8
+    """lambda-: their hazard has this Weibull scale; inf is no hazard."""
     normalise_at_one: bool = False
-    """Subtract zeta(1): the gradient on policy is then GRPO's. Not the paper's."""
-    aggregate: str = "sequence_mean_token_mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("bound", "shape_up", "scale_up", "shape_down", "scale_down"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
+    """zeta(1) is subtracted, so that the gradient on policy is GRPO's; not the paper's."""
+    aggregate: Aggregation = "sequence_mean_token_mean"
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,6 @@ def modulated(hazard: Hazard) -> Loss:
 class MHPORecipe(Recipe):
     """GRPO's advantages and the modulated ratio."""
 
-    Config = MHPOConfig
-
     def hazard(self) -> Hazard:
         """The configured maps."""
         c = self.config
@@ -124,15 +121,16 @@ def _stats(hazard: Hazard) -> Loss:
     return stats  # type: ignore[return-value]
 
 
-class MHPO(LLM):
-    """Modulated Hazard-aware Policy Optimization: a bounded ratio with a survival weight, no clip."""
-
-    name = "mhpo"
-    paper = "Wang et al. 2026, arXiv 2603.16929"
-    Config = MHPOConfig
-    Recipe = MHPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"advantage": "group z-score", "ratio": "token, bounded by tanh", "loss": "ratio x survival weight",
-                "aggregate": "sequence means"}  # fmt: skip
+MHPO = LLMMethod(
+    "mhpo",
+    "Wang et al. 2026, arXiv 2603.16929",
+    MHPOConfig,
+    MHPORecipe,
+    {
+        "advantage": "group z-score",
+        "ratio": "token, bounded by tanh",
+        "loss": "ratio x survival weight",
+        "aggregate": "sequence means",
+    },
+)
+"""Modulated Hazard-aware Policy Optimization: a bounded ratio with a survival weight, no clip."""

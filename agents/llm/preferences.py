@@ -11,36 +11,35 @@ iteration without pairs changes nothing. Pairs of samples may be control episode
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
-from agents.llm.reinforce import one_of
+from agents.llm.agent import LLMMethod
 from ccrl.collect import Request
 from ccrl.data import Data
 from ccrl.estimators import losses, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.preferences import best_and_worst, dpo, ipo, pair, per_pair
-from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
 from ccrl.estimators.rollouts import concatenate
 from ccrl.estimators.stages import EpisodeReturn
 from ccrl.estimators.terms import Loss, Term
+from ccrl.settings import Count, Positive
 
 __all__ = ["DPO", "IPO", "SFT"]
 
 
 @dataclass(frozen=True)
-class PreferenceConfig(LLMConfig):
+class PreferenceConfig(MethodConfig):
     """What methods on pairs share."""
 
-    pairs: str = "samples"
-    """samples (a group's best and worst) or demonstrations (the task's against the group's worst)."""
+    pairs: Literal["samples", "demonstrations"] = "samples"
+    """A pair is a group's best and worst sample, or the task's demonstration and the group's worst sample."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        one_of("pairs", self.pairs, ("samples", "demonstrations"))
         if self.microbatch % 2:
             raise ValueError(f"microbatch: expected an even number (pairs stay together), got {self.microbatch}")
         if self.pairs == "samples" and self.group_size < 2:
@@ -121,15 +120,10 @@ def _margin(level: Any, advantage: Tensor, evaluation: Any, batch: Data) -> dict
 
 @dataclass(frozen=True)
 class DPOConfig(PreferenceConfig):
-    """DPO."""
+    """DPO as published."""
 
-    beta: float = 0.1
-    """Inverse strength of the preference: of the implied KL penalty."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.beta <= 0:
-            raise ValueError(f"beta: expected > 0, got {self.beta}")
+    beta: Positive = 0.1
+    """The implied KL penalty has this weight: the inverse strength of a preference."""
 
 
 class DPORecipe(PreferenceRecipe):
@@ -139,37 +133,24 @@ class DPORecipe(PreferenceRecipe):
         return dpo(self.config.beta)
 
 
-class DPO(LLM):
-    """Direct Preference Optimization (Rafailov et al. 2023)."""
-
-    name = "dpo"
-    paper = "Rafailov et al. 2023, arXiv 2305.18290"
-    Config = DPOConfig
-    Recipe = DPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "data": "pairs of a group",
-            "ratio": "pair, to the reference",
-            "loss": "-log sigmoid",
-            "aggregate": "pairs",
-        }
+DPO = LLMMethod(
+    "dpo",
+    "Rafailov et al. 2023, arXiv 2305.18290",
+    DPOConfig,
+    DPORecipe,
+    {"data": "pairs of a group", "ratio": "pair, to the reference", "loss": "-log sigmoid", "aggregate": "pairs"},
+)
+"""Direct Preference Optimization (Rafailov et al. 2023)."""
 
 
 @dataclass(frozen=True)
 class IPOConfig(PreferenceConfig):
     """IPO as published; ``length_normalised`` is TRL's."""
 
-    tau: float = 0.1
+    tau: Positive = 0.1
     """The margin to reach is 1 / (2 tau)."""
     length_normalised: bool = False
-    """Average log-ratios over the tokens of a sequence before they are compared."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tau <= 0:
-            raise ValueError(f"tau: expected > 0, got {self.tau}")
+    """Log-ratios are averaged over the tokens of a sequence before they are compared."""
 
 
 class IPORecipe(PreferenceRecipe):
@@ -183,34 +164,25 @@ class IPORecipe(PreferenceRecipe):
         return ipo(self.config.tau)
 
 
-class IPO(LLM):
-    """Identity Preference Optimization (Azar et al. 2023)."""
-
-    name = "ipo"
-    paper = "Azar et al. 2023, arXiv 2310.12036"
-    Config = IPOConfig
-    Recipe = IPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "data": "pairs of a group",
-            "ratio": "pair, to the reference",
-            "loss": "squared margin",
-            "aggregate": "pairs",
-        }
+IPO = LLMMethod(
+    "ipo",
+    "Azar et al. 2023, arXiv 2310.12036",
+    IPOConfig,
+    IPORecipe,
+    {"data": "pairs of a group", "ratio": "pair, to the reference", "loss": "squared margin", "aggregate": "pairs"},
+)
+"""Identity Preference Optimization (Azar et al. 2023)."""
 
 
 # -- demonstrations ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class SFTConfig(LLMConfig):
+class SFTConfig(MethodConfig):
     """Every prompt's demonstration once per iteration."""
 
     imitates: ClassVar[bool] = True  # type: ignore[misc]
-    group_size: int = 1
-    n_prompts: int = 128
+    group_size: Count = 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -235,15 +207,13 @@ class SFTRecipe(Recipe):
         return (term, *self.penalties())
 
 
-class SFT(LLM):
-    """Supervised fine-tuning on the task's demonstrations. The clock counts demonstrations; nothing is sampled, so
-    there is no training score: evaluate."""
-
-    name = "sft"
-    paper = "maximum likelihood"
-    Config = SFTConfig
-    Recipe = SFTRecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"data": "demonstrations", "ratio": "none", "loss": "-log pi", "aggregate": "token mean"}
+SFT = LLMMethod(
+    "sft",
+    "maximum likelihood",
+    SFTConfig,
+    SFTRecipe,
+    {"data": "demonstrations", "ratio": "none", "loss": "-log pi", "aggregate": "token mean"},
+    {"n_prompts": 128},
+)
+"""Supervised fine-tuning on the task's demonstrations. The clock counts demonstrations; nothing is sampled, so
+there is no training score: evaluate."""

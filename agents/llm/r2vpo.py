@@ -16,18 +16,19 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data
 from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.base import Context
-from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
 from ccrl.estimators.rollouts import concatenate, evaluate_columns
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
+from ccrl.settings import Natural, Nonnegative, Positive
 from ccrl.updaters import Stats
 
 __all__ = ["R2VPO", "R2VPOConfig", "R2VPORecipe", "RolloutRing", "dual_step", "lagrangian", "ratio_variance"]
@@ -37,33 +38,33 @@ LARGEST = 20.0
 
 
 @dataclass(frozen=True)
-class R2VPOConfig(LLMConfig):
+class R2VPOConfig(MethodConfig):
     """The paper's numbers are not public: these follow from PPO's clip range (``delta = eps^2``)."""
 
-    variance_budget: float = 0.04
-    """delta: bound on the mean of (r - 1)^2."""
-    dual_init: float = 0.5
-    """First lambda."""
-    dual_rate: float = 5.0
-    """eta, per dual step."""
-    dual_max: float = 100.0
-    """Largest lambda."""
-    dual_every: str = "rollout"
-    """rollout: one dual step per iteration, with V after its last epoch; minibatch: one after every gradient step, with
-    the V that the step saw."""
-    replay: int = 0
-    """Old rollouts kept and trained on beside the fresh one; 0: on-policy."""
+    variance_budget: Positive = 0.04
+    """delta: the mean of (r - 1)^2 is bounded by this."""
+    dual_init: Nonnegative = 0.5
+    """The first lambda is this."""
+    dual_rate: Positive = 5.0
+    """eta: a dual step moves lambda by this times the excess of the variance."""
+    dual_max: Nonnegative = 100.0
+    """lambda is at most this."""
+    dual_every: Literal["auto", "rollout", "minibatch"] = "auto"
+    """A dual step is made after every gradient step, with the V that the step saw (minibatch), or once per iteration,
+    with V after its last epoch (rollout: over many epochs V grows before lambda answers, and lambda swings). With auto
+    it is once per iteration for one epoch, else after every gradient step."""
+    replay: Natural = 0
+    """So many old rollouts are kept and trained on beside the fresh one; 0 is on-policy."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.variance_budget <= 0.0 or self.dual_rate <= 0.0:
-            raise ValueError(f"expected variance_budget, dual_rate > 0, got {self.variance_budget}, {self.dual_rate}")
-        if not 0.0 <= self.dual_init <= self.dual_max:
-            raise ValueError(f"expected 0 <= dual_init <= dual_max, got {self.dual_init}, {self.dual_max}")
-        if self.dual_every not in ("rollout", "minibatch"):
-            raise ValueError(f"dual_every: expected rollout or minibatch, got {self.dual_every!r}")
-        if self.replay < 0:
-            raise ValueError(f"replay: expected >= 0 rollouts, got {self.replay}")
+        if self.dual_init > self.dual_max:
+            raise ValueError(f"expected dual_init <= dual_max, got {self.dual_init}, {self.dual_max}")
+
+    @property
+    def per_rollout(self) -> bool:
+        """Whether lambda moves once per iteration."""
+        return self.dual_every == "rollout" or (self.dual_every == "auto" and self.n_epochs == 1)
 
 
 def dual_step(dual: Tensor, variance: Tensor, budget: float, rate: float, largest: float) -> Tensor:
@@ -150,12 +151,12 @@ class R2VPORecipe(Recipe):
         }
 
     def after_minibatch(self, stats: Stats, ctx: Context) -> None:
-        if self.config.dual_every == "minibatch":
+        if not self.config.per_rollout:
             self._move(stats["ratio_variance"])
 
     def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         on, read = data["on"], self.read[self.phases()[0].terms]
-        if self.config.dual_every == "rollout":
+        if self.config.per_rollout:
             columns = self.config.microbatch or None
             log_prob = evaluate_columns(self.parts.policy, on, frozenset({"log_prob"}), columns)["log_prob"]
             level = LogRatio(log_prob, on["log_prob"], on["valid"])
@@ -171,17 +172,18 @@ class R2VPORecipe(Recipe):
         self.dual.copy_(dual_step(self.dual, variance, c.variance_budget, c.dual_rate, c.dual_max))
 
 
-class R2VPO(LLM):
-    """Ratio-Variance Regularised Policy Optimisation."""
-
-    name = "r2vpo"
-    paper = "Luo et al. 2026, arXiv 2601.03320"
-    Config = R2VPOConfig
-    Recipe = R2VPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "plan": "fresh and old rollouts", "advantage": "group z-score", "ratio": "token",
-            "loss": "-r A + lambda (r - 1)^2", "dual": "ratio variance", "aggregate": "token mean",
-        }  # fmt: skip
+R2VPO = LLMMethod(
+    "r2vpo",
+    "Luo et al. 2026, arXiv 2601.03320",
+    R2VPOConfig,
+    R2VPORecipe,
+    {
+        "plan": "fresh and old rollouts",
+        "advantage": "group z-score",
+        "ratio": "token",
+        "loss": "-r A + lambda (r - 1)^2",
+        "dual": "ratio variance",
+        "aggregate": "token mean",
+    },
+)
+"""Ratio-Variance Regularised Policy Optimisation."""

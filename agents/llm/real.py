@@ -14,42 +14,39 @@ advantage, no clip. Works on control episodes too; their scores are no labels, s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data
 from ccrl.estimators import ratios
 from ccrl.estimators.base import Stage
-from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.recipe import MethodConfig, Recipe
 from ccrl.estimators.stages import GroupBaseline
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
+from ccrl.settings import Positive
 
 __all__ = ["REAL", "Labels", "REALConfig", "REALRecipe", "anchored", "bce", "group_mean", "product"]
 
 
 @dataclass(frozen=True)
-class REALConfig(LLMConfig):
+class REALConfig(MethodConfig):
     """The released settings. ``batch_size`` counts prompts; ``clip_low`` and ``clip_high`` are not read."""
 
-    tau: float = 0.5
-    """Temperature of the logits: gradient weights stay below 1 / tau."""
-    comparison: str = "anchored"
-    """anchored; the ablations bce (every completion on its own) and product (right against wrong, no anchor)."""
-    labels: str = "binary"
-    """binary: score 1 is right, 0 is wrong, others are left out; group_mean: right is what is above its group's mean
-    (the same where scores are 0 and 1)."""
+    tau: Positive = 0.5
+    """The logits have this temperature: gradient weights stay below 1 / tau."""
+    comparison: Literal["anchored", "bce", "product"] = "anchored"
+    """The loss is the paper's (anchored), or an ablation: every completion on its own (bce), or right against wrong
+    without an anchor (product)."""
+    labels: Literal["binary", "group_mean"] = "binary"
+    """Reward 1 is right, 0 is wrong and others are left out (binary), or right is what is above its group's mean
+    (group_mean, the same where rewards are 0 and 1)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.tau > 0:
-            raise ValueError(f"tau: expected > 0, got {self.tau}")
-        if self.comparison not in COMPARISONS:
-            raise ValueError(f"comparison: expected one of {sorted(COMPARISONS)}, got {self.comparison!r}")
-        if self.labels not in ("binary", "group_mean"):
-            raise ValueError(f"labels: expected binary or group_mean, got {self.labels!r}")
         if self.microbatch % self.group_size:
             raise ValueError(
                 f"microbatch: expected a multiple of group_size = {self.group_size}, got {self.microbatch}; the loss "
@@ -157,7 +154,6 @@ def _stats(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data)
 class REALRecipe(Recipe):
     """Labels in place of advantages, one classification loss per prompt."""
 
-    Config = REALConfig
     unit = "group"
     ratio = staticmethod(ratios.sequence)
 
@@ -172,15 +168,16 @@ class REALRecipe(Recipe):
         return (replace(term, name="classification_loss", stats=_stats), *self.penalties())
 
 
-class REAL(LLM):
-    """Rewards as Labels: completions of a prompt are classified by their log-ratio, with bounded gradients."""
-
-    name = "real"
-    paper = "Zhai et al. 2026, arXiv 2602.05630"
-    Config = REALConfig
-    Recipe = REALRecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"advantage": "none: labels", "ratio": "sequence, mean log-ratio", "aggregate": "mean over prompts",
-                "loss": "anchored log-sum-exp per prompt"}  # fmt: skip
+REAL = LLMMethod(
+    "real",
+    "Zhai et al. 2026, arXiv 2602.05630",
+    REALConfig,
+    REALRecipe,
+    {
+        "advantage": "none: labels",
+        "ratio": "sequence, mean log-ratio",
+        "aggregate": "mean over prompts",
+        "loss": "anchored log-sum-exp per prompt",
+    },
+)
+"""Rewards as Labels: completions of a prompt are classified by their log-ratio, with bounded gradients."""

@@ -11,26 +11,22 @@ with ``R = score - kl_coef * sum_t (log pi_old - log ref)`` (k1; per token in PP
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data, masked
 from ccrl.estimators import losses, ratios
 from ccrl.estimators.base import Stage
 from ccrl.estimators.outcomes import KLPenalty, SequenceAdvantage, SequenceWhiten, kl_tokens
-from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.recipe import Aggregation, MethodConfig, Recipe
 from ccrl.estimators.stages import GroupBaseline, Standardise
 from ccrl.estimators.terms import Loss, Term
 from ccrl.returns import discounted_sum
+from ccrl.settings import Count, Range
 
-__all__ = ["PPO", "REINFORCE", "RLOO", "RewardKLRecipe", "one_of"]
-
-
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """:raises ValueError: unless ``value`` is one of ``allowed``."""
-    if value not in allowed:
-        raise ValueError(f"{name}: expected one of {list(allowed)}, got {value!r}")
+__all__ = ["PPO", "REINFORCE", "RLOO", "RewardKLRecipe"]
 
 
 class RewardKLRecipe(Recipe):
@@ -49,16 +45,12 @@ class RewardKLRecipe(Recipe):
 
 
 @dataclass(frozen=True)
-class REINFORCEConfig(LLMConfig):
+class REINFORCEConfig(MethodConfig):
     """REINFORCE, with the mean of the batch as baseline."""
 
-    baseline: str = "batch"
-    """batch (subtract the mean score of the rollout) or none."""
-    aggregate: str = "sequence_mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("baseline", self.baseline, ("batch", "none"))
+    baseline: Literal["batch", "none"] = "batch"
+    """The mean reward of the rollout is subtracted, or nothing."""
+    aggregate: Aggregation = "sequence_mean"
 
 
 class REINFORCERecipe(RewardKLRecipe):
@@ -81,32 +73,25 @@ class REINFORCERecipe(RewardKLRecipe):
         return losses.weighted_ratio
 
 
-class REINFORCE(LLM):
-    """REINFORCE (Williams 1992)."""
-
-    name = "reinforce"
-    paper = "Williams 1992, Machine Learning 8"
-    Config = REINFORCEConfig
-    Recipe = REINFORCERecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"advantage": "score - batch mean", "ratio": "none", "loss": "-A log pi", "aggregate": "sequence sums"}
+REINFORCE = LLMMethod(
+    "reinforce",
+    "Williams 1992, Machine Learning 8",
+    REINFORCEConfig,
+    REINFORCERecipe,
+    {"advantage": "score - batch mean", "ratio": "none", "loss": "-A log pi", "aggregate": "sequence sums"},
+)
+"""REINFORCE (Williams 1992)."""
 
 
 @dataclass(frozen=True)
-class RLOOConfig(LLMConfig):
+class RLOOConfig(MethodConfig):
     """RLOO as published; ``form`` and ``normalise`` are TRL's."""
 
-    form: str = "score"
-    """score (-A log pi) or sequence_clip (PPO's clip of the whole sequence's ratio, not normalised by its length)."""
+    form: Literal["score", "sequence_clip"] = "score"
+    """The loss is -A log pi (score), or PPO's clip of the whole sequence's ratio, not normalised by its length."""
     normalise: bool = False
-    """Standardise the advantages over the rollout's sequences."""
-    aggregate: str = "sequence_mean"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("form", self.form, ("score", "sequence_clip"))
+    """Advantages are standardised over the rollout's sequences."""
+    aggregate: Aggregation = "sequence_mean"
 
 
 class RLOORecipe(RewardKLRecipe):
@@ -124,36 +109,27 @@ class RLOORecipe(RewardKLRecipe):
         return (term, *self.penalties())
 
 
-class RLOO(LLM):
-    """REINFORCE Leave-One-Out (Ahmadian et al. 2024)."""
-
-    name = "rloo"
-    paper = "Ahmadian et al. 2024, arXiv 2402.14740"
-    Config = RLOOConfig
-    Recipe = RLOORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"reward": "k1", "advantage": "leave one out", "loss": "-A log pi", "aggregate": "sequence sums"}
+RLOO = LLMMethod(
+    "rloo",
+    "Ahmadian et al. 2024, arXiv 2402.14740",
+    RLOOConfig,
+    RLOORecipe,
+    {"reward": "k1", "advantage": "leave one out", "loss": "-A log pi", "aggregate": "sequence sums"},
+)
+"""REINFORCE Leave-One-Out (Ahmadian et al. 2024)."""
 
 
 @dataclass(frozen=True)
-class PPOConfig(LLMConfig):
+class PPOConfig(MethodConfig):
     """PPO without a critic: the group's mean return is the baseline. One rollout is used several times."""
 
-    baseline: str = "group"
-    """group (subtract the group's mean return) or none."""
+    baseline: Literal["group", "none"] = "group"
+    """The group's mean return is subtracted, or nothing."""
     whiten: bool = True
-    """Standardise the advantages over the rollout's tokens."""
-    dual_clip: float = 0.0
-    """Where A < 0 the loss is at most this times -A; 0: unbounded."""
-    n_epochs: int = 2
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("baseline", self.baseline, ("group", "none"))
-        if self.dual_clip and self.dual_clip <= 1.0:
-            raise ValueError(f"dual_clip: expected 0 (none) or > 1, got {self.dual_clip}")
+    """Advantages are standardised over the rollout's tokens."""
+    dual_clip: Annotated[float, Range(1.0, above=True, also=(0.0,))] = 0.0
+    """Where A < 0 the loss is at most this times -A; 0 leaves it unbounded."""
+    n_epochs: Count = 2
 
 
 class PPORecipe(RewardKLRecipe):
@@ -178,15 +154,17 @@ class PPORecipe(RewardKLRecipe):
         return losses.clip(c.clip_low, c.clip_high, c.dual_clip or None)
 
 
-class PPO(LLM):
-    """Proximal Policy Optimization (Schulman et al. 2017) without a critic."""
-
-    name = "ppo_llm"
-    paper = "Schulman et al. 2017, arXiv 1707.06347"
-    Config = PPOConfig
-    Recipe = PPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {"reward": "k1 per token", "advantage": "reward to go - group mean, whitened", "ratio": "token",
-                "loss": "clip", "aggregate": "token mean"}  # fmt: skip
+PPO = LLMMethod(
+    "ppo_llm",
+    "Schulman et al. 2017, arXiv 1707.06347",
+    PPOConfig,
+    PPORecipe,
+    {
+        "reward": "k1 per token",
+        "advantage": "reward to go - group mean, whitened",
+        "ratio": "token",
+        "loss": "clip",
+        "aggregate": "token mean",
+    },
+)
+"""Proximal Policy Optimization (Schulman et al. 2017) without a critic."""

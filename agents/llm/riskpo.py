@@ -19,76 +19,64 @@ tasks do as well.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor
 
-from agents.llm.base import LLM, LLMConfig
+from agents.llm.agent import LLMMethod
 from ccrl.data import Data
 from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups, per_step
-from ccrl.estimators.recipe import Parts, Recipe
+from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
 from ccrl.estimators.stages import EpisodeReturn
 from ccrl.estimators.terms import Term
+from ccrl.settings import Count, Nonnegative, Unit
 from ccrl.updaters import Stats
 
 __all__ = [
     "RiskPO", "RiskPOConfig", "RiskPORecipe", "bundled", "credit", "released_advantage", "risk_advantage", "track",
 ]  # fmt: skip
 
-CREDITS = ("uniform", "std", "sum_mean", "score")
-
 
 @dataclass(frozen=True)
-class RiskPOConfig(LLMConfig):
+class RiskPOConfig(MethodConfig):
     """The paper's setting. Its clip range is not known."""
 
-    n_prompts: int = 20
-    """Prompts per iteration; those that do not fill a bundle are dropped, at random."""
-    alpha: float = 0.2
-    """Below this quantile scores weigh more."""
-    beta: float = 0.8
-    """Above this quantile scores do not matter."""
-    omega: float = 0.5
-    """Extra weight of the lowest band."""
-    bundle: int = 5
-    """B: questions per bundle; fewer where the rollout has fewer."""
-    quantiles: str = "track"
-    """track (kept between iterations, as in the paper) or bundle (those of the scores of the same B questions: what the
-    released trainer falls back to)."""
-    quantile_lr: float = 0.1
-    """Step size of the trackers."""
-    form: str = "paper"
-    """paper (the gradient of J) or released (bands averaged over their widths)."""
-    band_weight: float = 1.5
-    """Of form released: weight of the lowest band, over 1 for the other."""
+    alpha: Unit = 0.2
+    """Scores below this quantile weigh more."""
+    beta: Unit = 0.8
+    """Scores above this quantile do not matter."""
+    omega: Nonnegative = 0.5
+    """The lowest band has this extra weight."""
+    bundle: Count = 5
+    """B: a bundle has this many questions, fewer where the rollout has fewer. Prompts that do not fill a bundle are
+    dropped, at random."""
+    quantiles: Literal["track", "bundle"] = "track"
+    """Quantiles are kept between iterations (track, the paper), or are those of the scores of the same B questions
+    (bundle: what the released trainer falls back to)."""
+    quantile_lr: Nonnegative = 0.1
+    """The tracked quantiles move with this step size."""
+    form: Literal["paper", "released"] = "paper"
+    """The advantage is the gradient of J (paper), or averages the bands over their widths (released)."""
+    band_weight: Nonnegative = 1.5
+    """With form released, the lowest band has this weight, over 1 for the other."""
     natural: bool = False
-    """Of form released: shift the band from alpha to beta so that its advantage is 0 from q_b on."""
+    """With form released, the band from alpha to beta is shifted so that its advantage is 0 from q_b on."""
     standardise: bool = False
-    """Divide by the deviation of the scores of the same B questions (released)."""
-    credit: str = "uniform"
-    """Share of the members: uniform (all the bundle's advantage), std (over their question's deviation), sum_mean
-    (by how far they are above their question's mean), score (half if right, one and a half if not)."""
-    level: str = "sequence"
-    """Ratio: sequence (paper; its mean is over sequences) or token (released; the configured aggregate)."""
+    """Advantages are divided by the deviation of the scores of the same B questions (released)."""
+    credit: Literal["uniform", "std", "sum_mean", "score"] = "uniform"
+    """A member gets all the bundle's advantage (uniform), that over its question's deviation (std), by how far it is
+    above its question's mean (sum_mean), or half of it if right and one and a half if not (score)."""
+    level: Literal["sequence", "token"] = "sequence"
+    """The ratio is the sequence's (the paper, a mean over sequences) or the token's (released, the configured
+    aggregate)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0.0 < self.alpha < self.beta <= 1.0:
             raise ValueError(f"expected 0 < alpha < beta <= 1, got {self.alpha}, {self.beta}")
-        for name in ("omega", "quantile_lr", "band_weight"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
-        if self.bundle < 1:
-            raise ValueError(f"bundle: expected >= 1, got {self.bundle}")
-        for name, allowed in (
-            ("quantiles", ("track", "bundle")), ("form", ("paper", "released")), ("credit", CREDITS),
-            ("level", ("sequence", "token")),
-        ):  # fmt: skip
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}: expected one of {list(allowed)}, got {getattr(self, name)!r}")
 
 
 # -- bundles --------------------------------------------------------------------------------------------------------
@@ -185,7 +173,6 @@ def track(quantiles: Tensor, levels: Tensor, score: Tensor, lr: float) -> Tensor
 class RiskPORecipe(Recipe):
     """Bundles, tracked quantiles, the risk measure's advantage, a clipped sequence ratio."""
 
-    Config = RiskPOConfig
     quantiles: Tensor
     started: Tensor
 
@@ -251,17 +238,18 @@ class RiskPORecipe(Recipe):
         }  # fmt: skip
 
 
-class RiskPO(LLM):
-    """Risk-based Policy Optimization (Ren et al. 2025): low quantiles of the scores of bundles of questions."""
-
-    name = "riskpo"
-    paper = "Ren et al. 2025, arXiv 2510.00911"
-    Config = RiskPOConfig
-    Recipe = RiskPORecipe
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return {
-            "data": "bundles of questions", "advantage": "mixed range value at risk, tracked quantiles",
-            "ratio": "sequence mean", "loss": "clip", "aggregate": "sequence mean",
-        }  # fmt: skip
+RiskPO = LLMMethod(
+    "riskpo",
+    "Ren et al. 2025, arXiv 2510.00911",
+    RiskPOConfig,
+    RiskPORecipe,
+    {
+        "data": "bundles of questions",
+        "advantage": "mixed range value at risk, tracked quantiles",
+        "ratio": "sequence mean",
+        "loss": "clip",
+        "aggregate": "sequence mean",
+    },
+    {"n_prompts": 20},
+)
+"""Risk-based Policy Optimization (Ren et al. 2025): low quantiles of the scores of bundles of questions."""

@@ -116,6 +116,12 @@ class Estimator(nn.Module):
         self.read: dict[tuple[Term, ...], set[str]] = {}
         """Data columns that each phase's terms read."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        """``prepare`` runs without gradient, whoever calls it."""
+        super().__init_subclass__(**options)
+        if "prepare" in cls.__dict__:
+            cls.prepare = torch.no_grad()(cls.prepare)  # type: ignore[method-assign]
+
     def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
         """Rollouts wanted, given those already there; called until it asks for nothing."""
         raise NotImplementedError

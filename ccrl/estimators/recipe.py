@@ -1,14 +1,17 @@
-"""A method for language models as a recipe: stages, terms, batching. The same recipe trains a cart-pole with grouped
-episodes: it reads columns, not tokens.
+"""A method on groups of completions as a recipe: stages, terms, batching. The same recipe trains a cart-pole with
+grouped episodes: it reads columns, not tokens.
 
     completions -> [reference] -> stages (reward, advantage, selection, weights) -> terms (ratio, loss, aggregate)
+
+A ``Method`` is a recipe with its paper, its settings and the defaults that the paper gives to whatever hosts it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -20,47 +23,41 @@ from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
 from ccrl.estimators.terms import Aggregate, Loss, Ratio, Term
 from ccrl.estimators.updates import Updater
+from ccrl.settings import Count, Finite, Natural, Nonnegative, Range, Settings
 
-__all__ = ["Parts", "Recipe", "RecipeConfig"]
+__all__ = ["Aggregation", "ClipHigh", "ClipLow", "Method", "MethodConfig", "Parts", "Recipe"]
+
+
+ClipLow = Annotated[float, Range(0, 1)]
+ClipHigh = Annotated[float, Range(0, also=(math.inf,))]
+Aggregation = Literal["token_mean", "sequence_mean_token_mean", "sequence_mean", "fixed"]
 
 
 @dataclass(frozen=True)
-class RecipeConfig:
-    """What every recipe reads, whatever it trains."""
+class MethodConfig(Settings):
+    """What a recipe reads, whatever it trains; what a method adds stands in a subclass."""
 
-    group_size: int = 8
-    """Completions (or episodes from one start) per group."""
-    batch_size: int = 0
-    """Sequences (or groups, where a loss compares inside groups) per optimiser step; 0: all of the rollout."""
-    n_epochs: int = 1
-    """Passes over a rollout."""
-    microbatch: int = 0
-    """Columns per forward pass; gradients add up exactly. 0: the whole batch."""
-    clip_low: float = 0.2
+    group_size: Count = 8
+    """A group has this many completions, or episodes from one start."""
+    batch_size: Natural = 0
+    """An optimiser step takes this many sequences, or groups where a loss compares inside groups; 0 takes all of the
+    rollout."""
+    n_epochs: Count = 1
+    """The update passes this many times over each rollout."""
+    microbatch: Natural = 0
+    """A forward pass takes this many sequences, and gradients add up exactly; 0 takes the whole batch."""
+    clip_low: ClipLow = 0.2
     """Ratios below 1 - clip_low are clipped."""
-    clip_high: float = 0.2
-    """Ratios above 1 + clip_high are clipped."""
-    kl_coef: float = 0.0
-    """Weight of KL(policy || reference); 0: no reference is kept."""
-    entropy_coef: float = 0.0
-    """Weight of the entropy bonus."""
-    aggregate: str = "token_mean"
-    """token_mean (DAPO), sequence_mean_token_mean (GRPO), sequence_mean (sums over tokens), fixed (Dr.GRPO: sums over
-    tokens divided by sequences times the length cap)."""
-
-    def __post_init__(self) -> None:
-        for name in ("group_size", "n_epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("batch_size", "microbatch"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected >= 0 (0: everything), got {getattr(self, name)}")
-        if not 0.0 <= self.clip_low <= 1.0 or self.clip_high < 0.0:
-            raise ValueError(f"expected 0 <= clip_low <= 1 and clip_high >= 0, got {self.clip_low}, {self.clip_high}")
-        if self.kl_coef < 0:
-            raise ValueError(f"kl_coef: expected >= 0, got {self.kl_coef}")
-        if self.aggregate not in AGGREGATES:
-            raise ValueError(f"aggregate: expected one of {sorted(AGGREGATES)}, got {self.aggregate!r}")
+    clip_high: ClipHigh = 0.2
+    """Ratios above 1 + clip_high are clipped; inf clips none."""
+    kl_coef: Nonnegative = 0.0
+    """KL(policy || reference) is added to the loss with this weight; 0 keeps no reference."""
+    entropy_coef: Finite = 0.0
+    """The entropy bonus is subtracted from the loss with this weight."""
+    aggregate: Aggregation = "token_mean"
+    """Token losses are averaged over all tokens (token_mean, DAPO), over each sequence's tokens and then sequences
+    (sequence_mean_token_mean, GRPO), summed over tokens and averaged over sequences (sequence_mean), or that divided by
+    the length cap (fixed, Dr. GRPO)."""
 
     @property
     def imitates(self) -> bool:
@@ -99,7 +96,6 @@ class Recipe(Estimator):
     State that a method keeps between iterations is a buffer (``register_buffer``), written in place.
     """
 
-    Config: ClassVar[type[RecipeConfig]] = RecipeConfig
     unit: ClassVar[Unit] = "sequence"
     """What a minibatch may not split: ``group`` where a loss compares inside groups."""
     ratio: Ratio = staticmethod(ratios.token)
@@ -194,3 +190,25 @@ class Recipe(Estimator):
 
     def phases(self) -> tuple[Phase, ...]:
         return self._phases
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """A paper's method as data: what it is called, which settings its recipe reads, how the recipe is built.
+
+    >>> METHOD = Method("mine", "Doe 2026", MyConfig, MyRecipe, {"advantage": "group median"}, {"n_prompts": 64})
+    """
+
+    name: str
+    """As on the command line."""
+    paper: str
+    """Citation."""
+    Config: type[MethodConfig]
+    """Everything that the recipe reads."""
+    Recipe: Callable[[Any, Any], Recipe]
+    """``Recipe(config, parts)``, a class."""
+    slots: Mapping[str, str]
+    """What the paper puts into the slots of the estimator, in words."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Its published settings of model, optimiser and rollout, by the names they have where the recipe is trained. A
+    host that has no such setting leaves them out."""

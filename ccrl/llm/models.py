@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ccrl.data import Data
 from ccrl.estimators.terms import Outputs
@@ -17,7 +18,7 @@ from ccrl.llm.task import TextTask
 from ccrl.llm.vocabulary import HFVocabulary, folder_ends, has_tokenizer
 from ccrl.packages import require
 
-__all__ = ["WithoutAdapters", "add_adapters", "build_policy", "fit_task", "load_model", "longest_prompt", "tiny_model"]
+__all__ = ["Snapshot", "add_adapters", "build_policy", "fit_task", "load_model", "longest_prompt", "tiny_model"]
 
 
 def tiny_model(
@@ -148,16 +149,30 @@ def _same_tokens(given: Any, folder: Any) -> bool:
     return all(known.get(token) == number for token, number in folder.get_vocab().items())
 
 
-class WithoutAdapters(nn.Module):
-    """The frozen model under a policy's adapters: the reference policy, for no memory."""
+class Snapshot(nn.Module):
+    """A policy with its trained parameters as they were: the reference of a model with adapters, for the memory of the
+    adapters. The rest of the policy is shared with it.
 
-    def __init__(self, policy: CausalLMPolicy) -> None:
+    Not the model with its adapters off: after a supervised phase that is the policy before it.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
         super().__init__()
         self._policy = (policy,)  # in a tuple: its parameters are the policy's, not this module's
+        trained = [(name, p) for name, p in policy.named_parameters() if p.requires_grad]
+        self._names = [name for name, _ in trained]
+        for i, (_, p) in enumerate(trained):  # names with dots cannot be buffers
+            self.register_buffer(f"p{i}", p.detach().clone())
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take the policy as it is now."""
+        live = dict(self._policy[0].named_parameters())
+        for name, kept in zip(self._names, self.buffers()):
+            kept.copy_(live[name])
 
     def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
-        """As the policy's, with the adapters off."""
-        policy = self._policy[0]
-        with policy.model.disable_adapter():  # type: ignore[operator]
-            found: dict[str, Tensor] = policy(batch, want)
+        """As the policy's, at the parameters that were taken."""
+        values = dict(zip(self._names, self.buffers()))
+        found: dict[str, Tensor] = functional_call(self._policy[0], values, (batch, want))
         return found

@@ -8,93 +8,76 @@ from __future__ import annotations
 
 import copy
 import unittest
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 
 from ccrl.data import Batching, Data
 from ccrl.estimators import losses, ratios
+from ccrl.estimators.recipe import MethodConfig, Recipe
 from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.estimators.terms import Aggregate, Term, surrogate
-from ccrl.llm.task import Prompts, Score, Split
+from ccrl.llm import trl, verl
+from ccrl.llm.hosted import INSTEAD, Host, build_hosted
 from ccrl.packages import require
+from ccrl.testing.ragged_task import RaggedTask
 
 __all__ = ["RaggedTask", "RecipeContract"]
 
 SMALL: dict[str, Any] = {"n_prompts": 3, "group_size": 4, "learning_rate": 0.05}
-TINY: dict[str, Any] = {
-    "model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2, "warm_start_steps": 20,
-    "warm_start_batch": 16, "warm_start_lr": 0.02,
-}  # fmt: skip
+SIZE: dict[str, Any] = {"model_layers": 1, "model_width": 16, "model_heads": 2}
+TINY: dict[str, Any] = {"model": "tiny", "warm_start_steps": 20, "warm_start_batch": 16, "warm_start_lr": 0.02} | SIZE
 
 
-class _Symbols:
-    """Four symbols and an end token."""
-
-    size, pad, bos, eos = 5, -1, -1, 4
-
-    def encode(self, text: str) -> list[int]:
-        return [int(c) for c in text]
-
-    def decode(self, tokens: Any) -> str:
-        return "".join(str(t) for t in tokens if t < self.eos)
+def _in_trl(recipe: Callable[[Any, Any], Recipe], config: Any) -> None:
+    outputs, policy = frozenset({"log_prob", "entropy"}), nn.Identity()
+    policy.register_buffer("temperature", torch.ones(()))
+    host = Host("TRL", 8, 4, ("reward",), trl.GIVEN, outputs, outputs, True, config.kl_coef > 0.0)
+    build_hosted(recipe, config, host, policy)
 
 
-class RaggedTask:
-    """A bandit for tables whose completions differ in length: they end at the end token, at the latest after six of the
-    eight positions, so that there is room for padding.
+def _in_verl(recipe: Callable[[Any, Any], Recipe], config: Any) -> None:
+    verl.bridge(recipe, config, max_length=8, group_size=4)
 
-    ``accuracy``: the first token is the question's number. :param graded: a second component that differs between
-    nearly all completions; else it is 0.
-    """
 
-    name = "ragged"
-    components = ("accuracy", "grade")
-    questions, fixed_length, max_new_tokens = 3, 8, 8
-    vocab = _Symbols()
-
-    def __init__(self, graded: bool = True) -> None:
-        self.graded = graded
-
-    def initial_logits(self) -> Tensor:
-        """``[3, 8, 5]``: never the end first, always from the sixth position on."""
-        logits = torch.zeros(self.questions, self.fixed_length, self.vocab.size)
-        logits[:, 0, self.vocab.eos] = -40.0
-        logits[:, 5:, self.vocab.eos] = 40.0
-        return logits
-
-    def prompts(self, n: int, generator: Generator | None, split: Split = "train") -> Prompts:
-        index = torch.arange(n) % self.questions
-        end = torch.full_like(index, self.vocab.eos)
-        shown = torch.stack([index, (index + 1) % 4, end], 1)
-        return Prompts(index[:, None], torch.ones(n, 1), index, tuple(index.tolist()), shown, torch.ones(n, 3))
-
-    def score(self, prompts: Prompts, question: Tensor, tokens: Tensor, length: Tensor) -> Score:
-        number = prompts.index[question]
-        place = torch.arange(tokens.shape[0])[:, None]
-        counted = torch.where(place < length, tokens + 1, 0)
-        accuracy = (tokens[0] == number).float()
-        grade = (counted * (place + 1) ** 2).sum(0) / 500.0 if self.graded else torch.zeros_like(accuracy)
-        answer = (counted * 6 ** place.clamp_max(7)).sum(0)
-        return Score(torch.stack([accuracy, grade], 1), answer)
+HOSTS = {"trl": _in_trl, "verl": _in_verl}
 
 
 class RecipeContract:
-    """Subclass it, name the class ``Test...``, set ``agent``.
+    """Subclass it, name the class ``Test...``, set ``method``: a method has its contract tests without an edit here.
+
+        class TestMine(RecipeContract):
+            method = METHOD
+            published = {"clip_high": 0.28, "n_prompts": 64}
+            exceptions = {"test_equal_rewards_have_no_gradient": "an entropy bonus is part of the loss"}
 
     Every test of a recipe that promises something else is left out by name in ``exceptions``, with the reason.
     """
 
-    agent: ClassVar[Any]
-    """Class of the agent: ``agent(task, config, seed=...)`` with ``Config``, ``estimator``, ``collector``, ..."""
+    method: ClassVar[Any]
+    """A method that can be called: ``method(task, seed=..., **settings)`` is an agent with ``estimator``,
+    ``collector``, ``policy``, ``ctx``, ``learn``, ``save``; ``method.load(path)`` restores one."""
+    published: ClassVar[Mapping[str, Any]] = {}
+    """The numbers of the paper (or released code) as the defaults must have them: every setting of its own, and those
+    of model, optimiser and rollout that it brings."""
     options: ClassVar[Mapping[str, Any]] = {}
-    """Settings of its config, on top of ``SMALL``."""
+    """Settings of the tests, on top of ``SMALL``."""
+    model: ClassVar[str] = "tabular"
+    """What the invariants are tested on: a table of logits, or tiny (a Llama, needs transformers) for a recipe that
+    reads ``hidden``."""
     graded: ClassVar[bool] = True
     """Whether it takes scores other than 0 and 1."""
+    matters: ClassVar[Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]] = ()
+    """Pairs of settings, the usual and others: another gradient on the same rollout."""
+    refused: ClassVar[Mapping[str, str]] = {}
+    """Host (trl, verl) that has not what the recipe needs by default -> a part of the message."""
+    hosted: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Host -> settings with which it does take the recipe."""
     on_policy: ClassVar[Aggregate | None] = None
     """On the policy that sampled, the gradient is REINFORCE's with the same advantages and this aggregation."""
     exceptions: ClassVar[Mapping[str, str]] = {}
@@ -133,6 +116,16 @@ class RecipeContract:
             have = {tag: _rewarded(data, value) for tag, data in self.collected(agent).items()}
             for gradient in self.gradients(agent, have):
                 assert gradient.abs().max() <= 1e-12, f"all rewards {value}"
+
+    def test_equal_rewards_leave_the_first_policy_alone(self) -> None:
+        """Where the policy is the one that sampled and the reference, equal rewards say nothing at all: a gradient of
+        1e-8 from the rounding of their mean would be a whole step of Adam's."""
+        for value in (0.1, 0.3, 0.7):
+            for group_size in (6, 7):
+                agent = self.made(torch.float32, moved=False, **self.grouped(group_size))
+                have = self.collected(agent, moved=False)
+                for gradient in self.gradients(agent, {tag: _rewarded(data, value) for tag, data in have.items()}):
+                    assert not gradient.any(), f"groups of {group_size} with rewards {value}: {gradient.abs().max()}"
 
     def test_on_policy_gradient_is_reinforce(self) -> None:
         aggregate = type(self).on_policy
@@ -182,6 +175,41 @@ class RecipeContract:
         bank = agent.ctx.bank
         assert all(p.grad is None for version in bank.names() for p in bank.policy(version).parameters())
 
+    # -- settings and hosts -------------------------------------------------------------------------------------------
+
+    def test_defaults_are_the_published_ones(self) -> None:
+        """Every setting that the method adds or changes says here where its default comes from."""
+        shared = {f.name: f.default for f in fields(MethodConfig)}
+        config = self.method.Config()
+        found = {f.name: getattr(config, f.name) for f in fields(config)} | dict(self.method.defaults)
+        own = {name for name in found if name not in shared or found[name] != shared[name]}
+        assert own <= self.published.keys(), f"published: say the number of {sorted(own - self.published.keys())}"
+        assert {name: found.get(name) for name in self.published} == dict(self.published)
+
+    def test_other_settings_are_other_gradients(self) -> None:
+        for usual, other in self.matters:
+            found = []
+            for settings in (usual, other):
+                agent = self.made(**settings)
+                found.append(torch.cat(self.gradients(agent, self.collected(agent))))
+            assert found[1].isfinite().all(), f"{other}"
+            assert (found[0] - found[1]).abs().max() > 1e-6, f"{other} does what {usual} does"
+
+    def test_inside_other_trainers(self) -> None:
+        """A host takes it, or refuses it when it is built and says what is missing and what to use instead."""
+        for host, build in HOSTS.items():
+            if host not in self.refused or host in self.hosted:
+                build(self.method.Recipe, self.method.Config(**self.hosted.get(host, {})))
+            if host in self.refused:
+                try:
+                    build(self.method.Recipe, self.method.Config())
+                except ValueError as error:
+                    message = str(error)
+                else:
+                    raise AssertionError(f"{host} takes it: leave it out of refused")
+                assert self.refused[host] in message, message
+                assert INSTEAD in message
+
     # -- training -----------------------------------------------------------------------------------------------------
 
     def test_trains_and_resumes_on_a_bandit(self, tmp_path: Path) -> None:
@@ -197,10 +225,10 @@ class RecipeContract:
 
     def resumes(self, task: str, env_kwargs: dict[str, Any], options: dict[str, Any], path: Path) -> None:
         """Two iterations, a checkpoint, two more: as without it."""
-        config = self.agent.Config(**SMALL | dict(self.options) | options)
+        settings = SMALL | dict(self.options) | options
 
         def make() -> Any:
-            return self.agent(task, config, seed=1, env_kwargs=env_kwargs)
+            return self.method(task, seed=1, env_kwargs=env_kwargs, **settings)
 
         def stop(at: int) -> Callable[[Any], bool]:
             return lambda agent: agent.iteration < at
@@ -211,7 +239,7 @@ class RecipeContract:
         whole.learn(until=total, callback=stop(4))
         half.learn(until=total, callback=stop(2))
         half.save(path)
-        loaded = self.agent.load(path)
+        loaded = self.method.load(path)
         loaded.learn(until=total, callback=stop(4))
         assert loaded.iteration == whole.iteration == 4
         assert any(not torch.equal(a, b) for a, b in zip(start, whole.policy.parameters())), "nothing was learned"
@@ -219,26 +247,34 @@ class RecipeContract:
 
     # -- the life cycle -----------------------------------------------------------------------------------------------
 
-    def made(self) -> Any:
-        """The agent on the ragged bandit, all in float64."""
-        config = self.agent.Config(**SMALL | {"model": "tabular"} | dict(self.options))
-        agent = self.agent(RaggedTask(self.graded), config, seed=3)
-        agent.policy.double()
-        agent.estimator.double()
+    def grouped(self, group_size: int) -> dict[str, Any]:
+        """Settings for groups of another size; override it where one depends on it."""
+        return {"group_size": group_size} if self.method.Config().group_size > 1 else {}
+
+    def made(self, dtype: torch.dtype = torch.float64, moved: bool = True, **settings: Any) -> Any:
+        """The agent on the ragged bandit, in ``dtype`` (float64 or float32); the reference, if there is one, is another
+        policy, or (``moved=False``) the same."""
+        own = {"model": self.model} | ({} if self.model == "tabular" else SIZE)
+        agent = self.method(RaggedTask(self.graded), seed=3, **SMALL | own | dict(self.options) | settings)
+        if dtype is torch.float64:  # else as it is: statistics in float64 are part of a recipe
+            agent.policy.double()
+            agent.estimator.double()
         if agent.estimator.wants_reference:
-            with torch.no_grad():
-                _shift(list(agent.policy.parameters()), 0.1 * _noise(agent, 4))
-                agent.ctx.bank.refresh("ref")
-                _shift(list(agent.policy.parameters()), -0.1 * _noise(agent, 4))
+            noise = 0.1 * _noise(agent, 4) if moved else torch.zeros_like(_noise(agent, 4))
+            _shift(list(agent.policy.parameters()), noise)
+            agent.ctx.bank.refresh("ref")
+            _shift(list(agent.policy.parameters()), -noise)
         return agent
 
     def collected(self, agent: Any, moved: bool = True) -> dict[str, Data]:
-        """What the recipe asks for, in float64; then (``moved``) the policy leaves the one that sampled."""
+        """What the recipe asks for, in the policy's type; then (``moved``) the policy leaves the one that sampled."""
         have: dict[str, Data] = {}
         while requests := agent.estimator.plan({}, have, agent.ctx):
             for request in requests:
                 data = agent.collector.collect(request, agent.ctx.bank.policy(request.params))
-                wide = {k: v.double() if v.is_floating_point() else v.clone() for k, v in data.items()}  # type: ignore[union-attr]
+                dtype = next(agent.policy.parameters()).dtype
+                columns: dict[str, Any] = dict(data)
+                wide = {k: v.to(dtype) if v.is_floating_point() else v.clone() for k, v in columns.items()}
                 data = Data(wide, sequence=data.sequence)
                 exact = evaluate_columns(agent.policy, data, frozenset({"log_prob"}))["log_prob"]
                 sampled = (data["valid"] > 0) & (data["demonstration"] == 0)
@@ -251,8 +287,7 @@ class RecipeContract:
         """The recipe's columns. Its state and its random numbers are as before: preparations can be compared."""
         state, generator = copy.deepcopy(agent.estimator.state_dict()), agent.ctx.generator.get_state()
         agent.estimator.fit(have, agent.ctx)
-        with torch.no_grad():
-            data: Data = agent.estimator.prepare(dict(have), agent.ctx)["on"]
+        data: Data = agent.estimator.prepare(dict(have), agent.ctx)["on"]  # which needs no no_grad around it
         agent.estimator.load_state_dict(state)
         agent.ctx.generator.set_state(generator)
         return data
@@ -310,7 +345,8 @@ def _rewarded(data: Data, value: float) -> Data:
 
 def _noise(agent: Any, seed: int) -> Tensor:
     size = sum(p.numel() for p in agent.policy.parameters())
-    return torch.randn(size, generator=Generator().manual_seed(seed), dtype=torch.float64)
+    noise = torch.randn(size, generator=Generator().manual_seed(seed), dtype=torch.float64)
+    return noise.to(next(agent.policy.parameters()).dtype)
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ class Ours:
 
     def __init__(self, config: Config) -> None:
         task = FixedLength(config)
-        settings = GRPO.Config(
+        settings = GRPO.Settings(
             n_prompts=config.n_prompts, group_size=config.group_size, model_layers=config.layers,
             model_width=config.width,
         )  # fmt: skip

@@ -14,7 +14,7 @@ from scripts.reproductions import Measurement
 
 check_siblings("agents", "envs")
 
-from agents.llm.bnpo import BNPO, BetaNormaliser, BNPOConfig, log_density, optimal_normaliser
+from agents.llm.bnpo import BNPO, BetaNormaliser, log_density, optimal_normaliser
 from envs.text.bandits import TokenBandit
 
 __all__ = ["run", "size", "variance"]
@@ -73,7 +73,7 @@ NORMALISERS = {
 def norm_variation(seed: int) -> dict[str, float]:
     """Coefficient of variation of the gradient's norm over ``ROLLOUTS`` rollouts of the initial policy, advantages of
     every rollout scaled to the same mean size."""
-    config = BNPOConfig(model="tabular", n_prompts=64, group_size=16, max_grad_norm=0.0)
+    config = BNPO.Settings(model="tabular", n_prompts=64, group_size=16, max_grad_norm=0.0)
     agent = BNPO(Rates(seed), config, seed=seed)
     norms: dict[str, list[Tensor]] = {name: [] for name in NORMALISERS}
     for _ in range(ROLLOUTS):

@@ -20,7 +20,8 @@ from ccrl.packages import check_siblings
 
 check_siblings("agents", "envs")
 
-from agents.llm.copg import CoPG, CoPGConfig, sequence_sum
+from agents.llm.agent import LLM
+from agents.llm.copg import CoPG, sequence_sum
 from envs.text.bandits import Arms, SequenceMatch
 from scripts.reproductions import Measurement
 
@@ -35,9 +36,9 @@ BIASED = (0.658909, 0.277268, 0.063823)
 """Where a policy gradient without baseline ends on data of the first behaviour."""
 
 
-def arms(**settings: Any) -> CoPG:
+def arms(**settings: Any) -> LLM:
     """An agent on the three arms, uniform at first."""
-    config = CoPGConfig(model="tabular", optimiser="sgd", max_grad_norm=0.0, **settings)
+    config = CoPG.Settings(model="tabular", optimiser="sgd", max_grad_norm=0.0, **settings)
     return CoPG(Arms(), config, seed=0)
 
 
@@ -99,7 +100,7 @@ def exact_arms(loss: str, steps: int = 2000) -> tuple[float, ...]:
 
 def sampled_arms(seed: int, iterations: int = 100) -> Tensor:
     """Final policy of the agent, trained on completions of the two behaviours and none of its own."""
-    config = CoPGConfig(
+    config = CoPG.Settings(
         model="tabular", optimiser="sgd", max_grad_norm=0.0, learning_rate=0.3, behaviours=("first", "second")
     )
     agent = CoPG(Arms(), config, seed=seed)
@@ -156,7 +157,7 @@ class Autoregressive(nn.Module):
         return state[0][:, rows], state[1]
 
 
-class OfflineCoPG(CoPG):
+class OfflineCoPG(LLM.of(CoPG)):  # type: ignore[misc]
     """On an autoregressive perceptron."""
 
     def make_model(self) -> nn.Module:
@@ -187,7 +188,7 @@ def importance_weighted(level: LogRatio, advantage: Tensor, evaluation: Outputs,
 def offline(method: str, seed: int) -> list[float]:
     """Regularised return ``E[R] - beta KL`` of the policy after every tenth epoch, of 4,096 samples each. The data are
     of a policy with half of chance's odds for each right token."""
-    config = CoPGConfig(
+    config = CoPG.Settings(
         beta=BETA,
         group_size=GROUP,
         n_prompts=COMPLETIONS // GROUP,

@@ -19,9 +19,9 @@ from scripts.reproductions.tables import History, train
 
 check_siblings("agents", "envs")
 
-from agents.llm.base import LLM
-from agents.llm.baselines import GRPO, GRPOConfig
-from agents.llm.d3s import D3S, D3SConfig, keep_rollouts
+from agents.llm.agent import LLMMethod
+from agents.llm.baselines import GRPO
+from agents.llm.d3s import D3S, keep_rollouts
 from envs.text import make_task
 
 BATCHES = 200
@@ -106,7 +106,7 @@ def _selection(seeds: list[int]) -> list[Measurement]:
     ]
 
 
-def _run(method: type[LLM], config: Any, seed: int) -> tuple[History, list[float]]:
+def _run(method: LLMMethod, config: Any, seed: int) -> tuple[History, list[float]]:
     """Also the gradient tokens spent up to each update, in those of a whole rollout."""
     task: Any = make_task("sum_rule")
     with torch.random.fork_rng(devices=[]):
@@ -124,8 +124,8 @@ def _gain(history: History, upto: int) -> float:
 def _training(seeds: list[int]) -> list[Measurement]:
     late = {"rollouts_init": 0.25, "rollouts_final": 0.25, "tokens_init": 0.2, "tokens_final": 0.2}
     alone = {"tokens_init": 1.0, "tokens_final": 1.0, "batch_share": 1.0}
-    methods = {"GRPO": (GRPO, GRPOConfig(**SHAPE)), "D3S": (D3S, D3SConfig(**SHAPE)),
-               "D2S": (D3S, D3SConfig(**SHAPE | late)), "D1S": (D3S, D3SConfig(**SHAPE | alone))}  # fmt: skip
+    methods = {"GRPO": (GRPO, GRPO.Settings(**SHAPE)), "D3S": (D3S, D3S.Settings(**SHAPE)),
+               "D2S": (D3S, D3S.Settings(**SHAPE | late)), "D1S": (D3S, D3S.Settings(**SHAPE | alone))}  # fmt: skip
     runs = {name: [_run(method, config, seed) for seed in seeds] for name, (method, config) in methods.items()}
     early = UPDATES // 5
 

@@ -16,7 +16,7 @@ from scripts.reproductions.tables import partial_sums, train
 
 check_siblings("agents", "envs")
 
-from agents.llm.base import LLM
+from agents.llm.agent import LLMMethod
 from agents.llm.baselines import GRPO
 from agents.llm.dcpo import DCPO, tempered_log_prob
 from envs.text import make_task
@@ -37,10 +37,10 @@ def entropy_slope(temperature: float) -> float:
     return float(gradient @ (-pi * (log_prob - pi @ log_prob)))
 
 
-def _run(method: type[LLM], seed: int, **options: float) -> tuple[float, float]:
+def _run(method: LLMMethod, seed: int, **options: float) -> tuple[float, float]:
     """Entropy (nats per token) and reward, means over the last 20 updates, both exact."""
     found = []
-    config = method.Config(**modsum_shape(learning_rate=0.05, n_epochs=4, **options))
+    config = method.Settings(**modsum_shape(learning_rate=0.05, n_epochs=4, **options))
     train(method, make_task("modsum"), config, UPDATES, seed, partial_sums, lambda a: found.append(exact(a.policy)))
     return mean(x.entropy for x in found[-20:]), mean(x.reward for x in found[-20:])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from scripts.reproductions.tables import History, StateTable, train
 
 check_siblings("agents", "envs")
 
-from agents.llm.base import LLM
-from agents.llm.baselines import GRPO, GRPOConfig
-from agents.llm.empg import EMPG, EMPGConfig, EMPGRecipe
+from agents.llm.agent import LLM, LLMMethod
+from agents.llm.baselines import GRPO
+from agents.llm.empg import EMPG, EMPGRecipe
 from envs.text.bandits import TokenBandit
 
 __all__ = ["Chain", "run"]
@@ -52,8 +53,7 @@ class _Checked(EMPGRecipe):
         return found
 
 
-class _EMPG(EMPG):
-    Recipe = _Checked
+_EMPG = replace(EMPG, Recipe=_Checked)
 
 
 def _table(memory: bool) -> Any:
@@ -63,7 +63,7 @@ def _table(memory: bool) -> Any:
     return lambda task: StateTable(1, 10, 1, 6, lambda state, token: torch.zeros_like(state))
 
 
-def _go(method: type[LLM], config: Any, seed: int, memory: bool = False) -> tuple[History, Tensor]:
+def _go(method: LLMMethod, config: Any, seed: int, memory: bool = False) -> tuple[History, Tensor]:
     """A run, and per update the mean gradient norm of a filler's and of a key's logits, ``[updates, 2]``."""
     norms: list[Tensor] = []
 
@@ -87,10 +87,10 @@ def run(seeds: list[int]) -> list[Measurement]:
     shape = {"model": "tabular", "n_prompts": 32, "group_size": 8, "max_grad_norm": 0.0, "learning_rate": 0.05}
 
     def empg(zeta: float, memory: bool = False) -> list[tuple[History, Tensor]]:
-        config = EMPGConfig(**shape, step="token", zeta=zeta)
+        config = EMPG.Settings(**shape, step="token", zeta=zeta)
         return [_go(_EMPG, config, seed, memory) for seed in seeds]
 
-    grpo = [_go(GRPO, GRPOConfig(**shape), seed) for seed in seeds]
+    grpo = [_go(GRPO, GRPO.Settings(**shape), seed) for seed in seeds]
     scaled, default = empg(0.0), empg(0.1)
 
     def success(runs: list[tuple[History, Tensor]]) -> tuple[float, ...]:

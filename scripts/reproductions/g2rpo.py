@@ -16,7 +16,7 @@ from scripts.reproductions import Measurement
 
 check_siblings("agents", "envs")
 
-from agents.llm.base import LLM
+from agents.llm.agent import LLMMethod
 from agents.llm.baselines import GRPO, DrGRPO
 from agents.llm.g2rpo import G2RPO, rank_normal
 from envs.text.bandits import TokenBandit
@@ -54,10 +54,10 @@ class TwoScales(TokenBandit):
         return self.paid[question, tokens[0]]
 
 
-def measure(method: type[LLM], seed: int, **options: object) -> dict[str, float]:
+def measure(method: LLMMethod, seed: int, **options: object) -> dict[str, float]:
     """Of ``ROLLOUTS`` rollouts with the uniform policy: advantages of both tasks, and spikes of the gradient of the
     second (largest norm over the median)."""
-    config = method.Config(
+    config = method.Settings(
         model="tabular", n_prompts=4, group_size=GROUP, aggregate="sequence_mean", max_grad_norm=0.0, **options
     )  # fmt: skip
     agent = method(TwoScales(seed), config, seed=seed)

@@ -18,7 +18,7 @@ from scripts.reproductions.tables import partial_sums, train
 
 check_siblings("agents", "envs")
 
-from agents.llm.base import LLM
+from agents.llm.agent import LLMMethod
 from agents.llm.baselines import GRPO
 from agents.llm.gbpo import GBPO, GBPOConfig, GBPORecipe
 from ccrl.estimators.recipe import Parts
@@ -53,8 +53,8 @@ def uniform_bandit(scores: tuple[float, ...], steps: int, bound: float = 0.2) ->
     return new * len(scores), float((new - 1.0 / len(scores)) @ score)
 
 
-def _reward(method: type[LLM], seed: int, **options: object) -> float:
-    config = method.Config(**modsum_shape(learning_rate=0.05, **options))
+def _reward(method: LLMMethod, seed: int, **options: object) -> float:
+    config = method.Settings(**modsum_shape(learning_rate=0.05, **options))
     return train(method, make_task("modsum"), config, UPDATES, seed, partial_sums).final(10)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from scripts.reproductions.tables import train
 
 check_siblings("agents", "envs")
 
-from agents.llm.base import LLM
+from agents.llm.agent import LLM, LLMMethod
 from agents.llm.baselines import GRPO
 from agents.llm.gdpo import GDPO
 from ccrl.estimators.recipe import Recipe
@@ -59,15 +60,13 @@ class _SumRecipe(Recipe):
         return (SequenceWhiten(GroupBaseline()),)
 
 
-class Sum(GRPO):
-    name = "sum"
-    Recipe = _SumRecipe
+Sum = replace(GRPO, name="sum", Recipe=_SumRecipe)
 
 
-def probabilities(method: type[LLM], seed: int) -> list[tuple[float, float]]:
+def probabilities(method: LLMMethod, seed: int) -> list[tuple[float, float]]:
     """P(correct), P(format), averaged over the questions, after 100 and 200 updates."""
     task, found = AnswerAndFormat(), []
-    config = method.Config(
+    config = method.Settings(
         n_prompts=PROMPTS, group_size=4, optimiser="sgd", learning_rate=STEP * PROMPTS, max_grad_norm=0.0,
         aggregate="sequence_mean",
     )  # fmt: skip

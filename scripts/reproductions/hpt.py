@@ -15,7 +15,8 @@ from ccrl.packages import check_siblings
 
 check_siblings("agents", "envs")
 
-from agents.llm.hpt import HPT, HPTConfig
+from agents.llm.agent import LLM
+from agents.llm.hpt import HPT
 from envs.text.bandits import DeadPrompts
 from scripts.reproductions import Measurement
 
@@ -57,7 +58,7 @@ class Outcome(NamedTuple):
 
 
 @torch.no_grad()
-def outcome(agent: HPT, shares: list[float]) -> Outcome:
+def outcome(agent: LLM, shares: list[float]) -> Outcome:
     """What the table of an agent on ``DeadPrompts`` has become."""
     task: DeadPrompts = agent.task  # type: ignore[assignment]
     log_prob: Tensor = agent.policy.logits.log_softmax(-1)
@@ -77,7 +78,7 @@ def outcome(agent: HPT, shares: list[float]) -> Outcome:
 
 def train(settings: dict[str, Any], seed: int) -> Outcome:
     """One run."""
-    agent, shares = HPT(DeadPrompts(seed=seed), HPTConfig(**SHARED | settings), seed=seed), list[float]()
+    agent, shares = HPT(DeadPrompts(seed=seed), HPT.Settings(**SHARED | settings), seed=seed), list[float]()
     steps = STEPS - settings.get("warm_start_steps", 0)
     agent.learn(
         steps * agent.samples_per_iteration, lambda a: shares.append(float(a.scalars["train/sft_share"])) or True

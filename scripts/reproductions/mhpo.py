@@ -13,12 +13,13 @@ from ccrl.estimators.losses import clip
 from ccrl.estimators.terms import LogRatio, Loss
 from ccrl.packages import check_siblings
 from scripts.reproductions import Measurement
-from scripts.reproductions.tables import partial_sums, train
+from scripts.reproductions.tables import History, partial_sums, train
 
 check_siblings("agents", "envs")
 
-from agents.llm.baselines import GRPO, GRPOConfig
-from agents.llm.mhpo import MHPO, Hazard, MHPOConfig, modulated
+from agents.llm.agent import LLMMethod
+from agents.llm.baselines import GRPO
+from agents.llm.mhpo import MHPO, Hazard, modulated
 from envs.text import make_task
 
 SECOND_MOMENTS = {
@@ -71,15 +72,15 @@ def _modsum(seeds: list[int]) -> list[Measurement]:
     adam, sgd = {"learning_rate": 0.05}, {"optimiser": "sgd", "learning_rate": 50.0}
     open_clip = {"clip_low": 1.0, "clip_high": math.inf}
 
-    def go(method: type, config: type, seed: int, **options: object):
-        return train(method, task, config(**SHAPE, **options), UPDATES, seed, partial_sums)
+    def go(method: LLMMethod, seed: int, **options: object) -> History:
+        return train(method, task, method.Settings(**SHAPE, **options), UPDATES, seed, partial_sums)
 
-    mhpo = [go(MHPO, MHPOConfig, s, **adam) for s in seeds]
-    grpo = [go(GRPO, GRPOConfig, s, **adam) for s in seeds]
+    mhpo = [go(MHPO, s, **adam) for s in seeds]
+    grpo = [go(GRPO, s, **adam) for s in seeds]
     slow = {
-        "MHPO": [max(go(MHPO, MHPOConfig, s, **sgd).grad_norm) for s in seeds],
-        "GRPO": [max(go(GRPO, GRPOConfig, s, **sgd).grad_norm) for s in seeds],
-        "no clip": [max(go(GRPO, GRPOConfig, s, **sgd, **open_clip).grad_norm) for s in seeds],
+        "MHPO": [max(go(MHPO, s, **sgd).grad_norm) for s in seeds],
+        "GRPO": [max(go(GRPO, s, **sgd).grad_norm) for s in seeds],
+        "no clip": [max(go(GRPO, s, **sgd, **open_clip).grad_norm) for s in seeds],
     }
 
     def ratio(a: str, b: str) -> tuple[float, ...]:

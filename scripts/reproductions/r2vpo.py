@@ -26,7 +26,7 @@ from scripts.reproductions.tables import History, partial_sums, train
 
 check_siblings("agents", "envs")
 
-from agents.llm.base import LLM
+from agents.llm.agent import LLMMethod
 from agents.llm.baselines import GRPO
 from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, dual_step, lagrangian, ratio_variance
 from agents.ppo import PPO, PPOConfig, PPOEstimator
@@ -76,7 +76,7 @@ def _variance(policy: nn.Module, on: Data) -> float:
     return float((ratio_variance(level, valid, {}, on) * valid).sum() / valid.sum())
 
 
-def _variances(method: type[LLM], seed: int, **options: object) -> tuple[list[float], History]:
+def _variances(method: LLMMethod, seed: int, **options: object) -> tuple[list[float], History]:
     """``V`` of every rollout after its inner epochs, by the policy that they made."""
     found: list[float] = []
 
@@ -85,8 +85,8 @@ def _variances(method: type[LLM], seed: int, **options: object) -> tuple[list[fl
             super().after_update(data, stats, ctx)
             found.append(_variance(self.parts.policy, data["on"]))
 
-    measured = type(method.__name__, (method,), {"Recipe": Measured})
-    config = method.Config(**modsum_shape(learning_rate=0.2, n_epochs=8, **options))
+    measured = replace(method, Recipe=Measured)
+    config = method.Settings(**modsum_shape(learning_rate=0.2, n_epochs=8, **options))
     return found, train(measured, make_task("modsum"), config, UPDATES, seed, partial_sums)
 
 

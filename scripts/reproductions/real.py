@@ -10,12 +10,13 @@ from ccrl.estimators.losses import clip
 from ccrl.estimators.terms import LogRatio
 from ccrl.packages import check_siblings
 from scripts.reproductions import Measurement
-from scripts.reproductions.tables import partial_sums, train
+from scripts.reproductions.tables import History, partial_sums, train
 
 check_siblings("agents", "envs")
 
-from agents.llm.baselines import GRPO, GRPOConfig
-from agents.llm.real import REAL, REALConfig, anchored
+from agents.llm.agent import LLMMethod
+from agents.llm.baselines import GRPO
+from agents.llm.real import REAL, anchored
 from envs.text import make_task
 
 TAU, GROUP = 0.5, 8
@@ -72,8 +73,9 @@ def _weights() -> list[Measurement]:
 def _modsum(seeds: list[int]) -> list[Measurement]:
     task = make_task("modsum")
 
-    def go(method: type, config: type, updates: int, **options: object) -> list:
-        return [train(method, task, config(**SHAPE, **options), updates, seed, partial_sums) for seed in seeds]
+    def go(method: LLMMethod, updates: int, **options: object) -> list[History]:
+        settings = method.Settings(**SHAPE, **options)
+        return [train(method, task, settings, updates, seed, partial_sums) for seed in seeds]
 
     found = []
     for name, options, real, real_area, grpo, grpo_area in (
@@ -82,7 +84,7 @@ def _modsum(seeds: list[int]) -> list[Measurement]:
          (0.756, 0.767)),
     ):  # fmt: skip
         updates = UPDATES[name]
-        ours, theirs = go(REAL, REALConfig, updates, **options), go(GRPO, GRPOConfig, updates, **options)
+        ours, theirs = go(REAL, updates, **options), go(GRPO, updates, **options)
         for method, histories, final, area in (("REAL", ours, real, real_area), ("GRPO", theirs, grpo, grpo_area)):
             found += [
                 Measurement(f"ModSum, {name}: final reward of {method}", f"{final[0]:g}-{final[1]:g} (reference run)",

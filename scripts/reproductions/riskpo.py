@@ -16,9 +16,9 @@ from scripts.reproductions.tables import train
 
 check_siblings("agents", "envs")
 
-from agents.llm.base import LLM
-from agents.llm.baselines import GRPO, GRPOConfig
-from agents.llm.riskpo import RiskPO, RiskPOConfig
+from agents.llm.agent import LLM, LLMMethod
+from agents.llm.baselines import GRPO
+from agents.llm.riskpo import RiskPO
 from envs.text import make_task
 
 UPDATES = 600
@@ -37,7 +37,7 @@ class Point(NamedTuple):
     accuracy: float
 
 
-def curve(method: type[LLM], config: Any, seed: int) -> list[Point]:
+def curve(method: LLMMethod, config: Any, seed: int) -> list[Point]:
     """One point per update."""
     task: Any = make_task("easy_hard")
     found: list[Point] = []
@@ -54,8 +54,8 @@ def curve(method: type[LLM], config: Any, seed: int) -> list[Point]:
 
 def run(seeds: list[int]) -> list[Measurement]:
     """Both methods on the same questions."""
-    grpo = [curve(GRPO, GRPOConfig(**SHAPE), seed) for seed in seeds]
-    risk = [curve(RiskPO, RiskPOConfig(**SHAPE), seed) for seed in seeds]
+    grpo = [curve(GRPO, GRPO.Settings(**SHAPE), seed) for seed in seeds]
+    risk = [curve(RiskPO, RiskPO.Settings(**SHAPE), seed) for seed in seeds]
 
     def at(curves: list[list[Point]], update: int, what: str) -> tuple[float, ...]:
         return tuple(getattr(points[update - 1], what) for points in curves)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ccrl.packages import check_siblings
 
 check_siblings("agents", "envs")
 
-from agents.llm.base import LLM
+from agents.llm.agent import LLM, LLMMethod
 
 __all__ = ["History", "StateTable", "partial_sums", "train"]
 
@@ -100,7 +100,7 @@ class History:
 
 
 def train(
-    method: type[LLM], task: Any, config: Any, updates: int, seed: int, table: Callable[[Any], nn.Module],
+    method: LLMMethod, task: Any, config: Any, updates: int, seed: int, table: Callable[[Any], nn.Module],
     look: Callable[[LLM], None] | None = None,
 ) -> History:  # fmt: skip
     """Train ``method`` on ``task`` for ``updates`` iterations with the policy ``table(task)``; ``look(agent)`` follows
@@ -112,8 +112,8 @@ def train(
             super().after_minibatch(stats, ctx)
             norms.append(stats["grad_norm"])
 
-    members = {"Recipe": Watched, "make_model": lambda self: table(self.task)}
-    agent = type(method.__name__, (method,), members)(task, config, seed=seed)
+    cls = LLM.of(replace(method, Recipe=Watched))
+    agent = type(method.name, (cls,), {"make_model": lambda self: table(self.task)})(task, config, seed=seed)
     history = History(agent)
 
     def note(agent: LLM) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import gymnasium
@@ -11,8 +13,10 @@ import torch
 from stable_baselines3.common.evaluation import evaluate_policy
 
 import envs  # noqa: F401  (registers ids)
-from agents.grouped import Grouped, GroupedConfig
+from agents import get_agent
+from agents.grouped import Grouped
 from agents.llm import METHODS
+from agents.llm.config import ModelConfig, OptimiserConfig, RolloutConfig
 from ccrl.batched_env import resolve_env
 from ccrl.collect import Collector, Request
 from ccrl.wrappers import StackedEnv
@@ -38,7 +42,7 @@ def test_stacked_environments_are_their_parts() -> None:
 
 
 def test_signatures_resume_and_evaluation(tmp_path: Path) -> None:
-    agent, whole = (Grouped("CartPole-v1", GroupedConfig(**SMALL, normalise_obs=True), seed=1) for _ in range(2))
+    agent, whole = (Grouped("CartPole-v1", **SMALL, normalise_obs=True, seed=1) for _ in range(2))
     agent.learn(until=40)
     agent.save(tmp_path / "agent.pt")
     loaded = Grouped.load(tmp_path / "agent.pt")
@@ -55,7 +59,7 @@ def test_signatures_resume_and_evaluation(tmp_path: Path) -> None:
 
 
 def test_a_group_is_episodes_from_one_start() -> None:
-    agent = Grouped("CartPole-v1", GroupedConfig(**SMALL), seed=3)
+    agent = Grouped("CartPole-v1", **SMALL, seed=3)
     data = agent.collector.collect(agent.estimator.parts.request, agent.policy)
     assert data["group"].tolist() == [0, 1, 0, 1, 0, 1]
     start = data["obs"][0]
@@ -65,7 +69,7 @@ def test_a_group_is_episodes_from_one_start() -> None:
 
 
 def test_the_recipe_sees_returns_compared_inside_groups() -> None:
-    agent = Grouped("CartPole-v1", GroupedConfig(**SMALL, method="grpo"), seed=0)
+    agent = Grouped("CartPole-v1", **SMALL, method="grpo", seed=0)
     have = {"on": agent.collector.collect(agent.estimator.parts.request, agent.policy)}
     data = agent.estimator.prepare(have, agent.ctx)["on"]
     returns = have["on"]["valid"].sum(0)  # a cart-pole is paid 1 per step
@@ -77,7 +81,7 @@ def test_the_recipe_sees_returns_compared_inside_groups() -> None:
 
 
 def test_the_reference_is_the_policy_at_the_start(tmp_path: Path) -> None:
-    agent = Grouped("CartPole-v1", GroupedConfig(**SMALL, kl_coef=0.1, n_epochs=3, learning_rate=1e-2), seed=0)
+    agent = Grouped("CartPole-v1", **SMALL, kl_coef=0.1, n_epochs=3, learning_rate=1e-2, seed=0)
     start = [p.detach().clone() for p in agent.policy.parameters()]
     agent.learn(until=100)
     assert float(agent.scalars["train/kl"]) > 0.0
@@ -88,30 +92,52 @@ def test_the_reference_is_the_policy_at_the_start(tmp_path: Path) -> None:
 
 
 def test_settings_go_where_they_belong() -> None:
-    """What the recipe shares with this config comes from here, unless the recipe's settings say otherwise."""
-    own = {"clip_low": 0.05, "tau_positive": 2.0}
-    config = GroupedConfig(**SMALL, method="sapo", n_epochs=3, clip_high=0.4, settings=own)
-    recipe = config.recipe()[1]
-    assert (recipe.clip_low, recipe.clip_high, recipe.n_epochs, recipe.group_size) == (0.05, 0.4, 3, 3)
+    """The recipe's stand beside those of rollout, network and optimiser, with the defaults of its paper."""
+    agent = Grouped("CartPole-v1", **SMALL, method="sapo", clip_low=0.05, tau_positive=2.0, n_epochs=3)
+    recipe = agent.estimator.config
+    assert (recipe.clip_low, recipe.clip_high, recipe.n_epochs, recipe.group_size) == (0.05, 0.2, 3, 3)
     assert (recipe.tau_positive, recipe.tau_negative) == (2.0, 1.05)
-    config = GroupedConfig(**SMALL, learning_rate=0.02, max_grad_norm=0.3, adam_eps=1e-6)
-    agent = Grouped("CartPole-v1", config)
+    assert recipe.aggregate == "sequence_mean_token_mean"
+    agent = Grouped("CartPole-v1", **SMALL, learning_rate=0.02, max_grad_norm=0.3, adam_eps=1e-6)
     updater, parts = agent.updaters["policy"], agent.estimator.parts
     assert (float(updater.lr), updater.max_grad_norm, updater.eps) == (0.02, 0.3, 1e-6)
     assert parts.request == Request(episodes=6, horizon=12, groups=2)
     assert parts.max_length == 12
 
 
+def test_what_nobody_reads_is_refused() -> None:
+    """There is no language model here, and no setting of another recipe."""
+    offered = {f.name for f in fields(Grouped.of("hpt").Config)}
+    beside = {f.name for part in (ModelConfig, OptimiserConfig, RolloutConfig) for f in fields(part)}
+    assert offered & beside == {"learning_rate", "max_grad_norm"}  # Adam's here
+    for name, value in (("lora_rank", 2), ("weight_decay", 0.1), ("skip_grad_norm", 1.0), ("tau_positive", 2.0)):
+        with pytest.raises(TypeError, match=f"grouped has no setting '{name}'"):
+            Grouped("CartPole-v1", **SMALL, **{name: value})
+
+
+def test_the_class_of_a_method(tmp_path: Path) -> None:
+    cls = Grouped.of("sapo")
+    assert cls is Grouped.of("sapo")
+    assert cls is get_agent("grouped", {"method": "sapo"})
+    config = cls.Config(**SMALL, tau_positive=2.0)
+    assert config.method == "sapo"
+    agent = Grouped("CartPole-v1", config)
+    agent.save(tmp_path / "agent.pt")
+    loaded = Grouped.load(tmp_path / "agent.pt")
+    assert (loaded.config.method, loaded.config.tau_positive, type(loaded)) == ("sapo", 2.0, cls)
+    with pytest.raises(TypeError, match="config: expected GroupedGSPOConfig, got GroupedSAPOConfig"):
+        Grouped("CartPole-v1", config, method="gspo")
+
+
 def test_two_behaviours_are_refused() -> None:
-    config = GroupedConfig(**SMALL, method="copg", settings={"behaviours": ("live", "ref")})
     with pytest.raises(ValueError, match="'copg' does not fit control tasks: behaviours: expected one"):
-        Grouped("CartPole-v1", config)
+        Grouped("CartPole-v1", **SMALL, method="copg", behaviours=("live", "ref"))
 
 
 def test_episodes_that_groups_do_not_divide_are_refused() -> None:
     env = resolve_env("CartPole-v1", 4)
     collector = Collector(env, make_env=lambda n: resolve_env("CartPole-v1", n))
-    agent = Grouped("CartPole-v1", GroupedConfig(**SMALL))
+    agent = Grouped("CartPole-v1", **SMALL)
     with pytest.raises(ValueError, match="multiple of groups"):
         collector.collect(Request(episodes=4, horizon=3, groups=3), agent.policy)
 
@@ -126,45 +152,53 @@ def test_stacked_environments_are_of_one_task() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"method": "grop"}, "expected one of"),
-        ({"settings": {"lerning_rate": 1.0}}, "has no"),
-        ({"settings": {"clip_low": 2.0}}, "clip_low"),
+        ({"method": "grop"}, "no method 'grop'; did you mean grpo"),
+        ({"learning_rate": -1e-3}, "learning_rate: expected > 0"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm: expected > 0"),
+        ({"clip_low": 2.0}, "clip_low"),
         ({"n_groups": 0}, "n_groups"),
         ({"compile": "maybe"}, "compile"),
     ],
 )
 def test_bad_settings_are_named(settings: dict, match: str) -> None:
     with pytest.raises(ValueError, match=match):
-        GroupedConfig(**settings)
+        Grouped("CartPole-v1", **settings)
 
 
 @pytest.mark.parametrize(
-    ("method", "settings", "instead"),
+    ("method", "settings"),
     [
-        ("sft", {}, "choose another method"),
-        ("hpt", {}, "settings of hpt without demonstrations"),
-        ("hpt", {"mixture": "luffy", "gate": -1.0}, "settings of hpt without demonstrations"),
-        ("hpt", {"mixture": "srft", "gate": -1.0}, "settings of hpt without demonstrations"),
-        ("dpo", {"pairs": "demonstrations"}, "settings of dpo without demonstrations"),
-        ("ipo", {"pairs": "demonstrations"}, "settings of ipo without demonstrations"),
+        ("sft", {}),
+        ("hpt", {}),
+        ("hpt", {"mixture": "luffy", "gate": -1.0}),
+        ("hpt", {"mixture": "srft", "gate": -1.0}),
+        ("dpo", {"pairs": "demonstrations"}),
+        ("ipo", {"pairs": "demonstrations"}),
     ],
 )
-def test_methods_that_need_demonstrations_are_refused(method: str, settings: dict, instead: str) -> None:
-    expected = f"learns from episodes alone, got '{method}' .*needs demonstrations.*{instead}, or a text task"
+def test_methods_that_need_demonstrations_are_refused(method: str, settings: dict) -> None:
+    expected = (
+        f"learns from episodes alone, got '{method}' .* need demonstrations.*choose another method, .* or a text task"
+    )
     with pytest.raises(ValueError, match=expected):
-        GroupedConfig(**SMALL, method=method, settings=settings)
+        Grouped.of(method).Config(**settings)
 
 
 def test_a_method_that_needs_tokens_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'dcpo' does not fit control tasks.*two temperatures.*choose another method"):
-        Grouped("CartPole-v1", GroupedConfig(**SMALL, method="dcpo"))
+        Grouped("CartPole-v1", **SMALL, method="dcpo")
 
 
-@pytest.mark.parametrize("method", sorted(METHODS.keys() - {"sft", "dcpo"}))
-def test_every_other_method_takes_a_step(method: str) -> None:
-    settings = {"hpt": {"gate": -1.0}, "real": {"labels": "group_mean"}}.get(method, {})
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_takes_a_step_or_is_refused(method: str) -> None:
+    own = {"hpt": {"gate": -1.0}, "real": {"labels": "group_mean"}, "sft": {"group_size": 1}}
+    settings = SMALL | {"group_size": 4} | own.get(method, {})
     # not the cart-pole: in 12 steps few of its episodes differ in their return
-    agent = Grouped("Pendulum-v1", GroupedConfig(**SMALL, method=method, settings=settings), seed=0)
+    try:
+        agent = Grouped("Pendulum-v1", **settings, method=method, seed=0)
+    except ValueError as error:
+        assert re.search("need demonstrations|does not fit control tasks", str(error)), error  # noqa: PT017
+        return
     before = [p.detach().clone() for p in agent.policy.parameters()]
     agent.learn(until=agent.samples_per_iteration)
     after = [p.detach() for p in agent.policy.parameters()]
@@ -173,14 +207,14 @@ def test_every_other_method_takes_a_step(method: str) -> None:
 
 
 def test_dpo_learns_from_pairs_of_episodes() -> None:
-    config = GroupedConfig(n_groups=4, group_size=8, n_epochs=4, n_steps=100, method="dpo", compile="off")
-    agent = Grouped("CartPole-v1", config, seed=0)
+    size = {"n_groups": 4, "group_size": 8, "n_epochs": 4, "n_steps": 100}
+    agent = Grouped("CartPole-v1", **size, method="dpo", compile="off", seed=0)
     agent.learn(until=12_000)
     assert agent.ep_rew_mean > 40  # a random policy: about 20
 
 
 def test_grpo_learns_to_balance() -> None:
-    config = GroupedConfig(n_groups=4, group_size=8, n_epochs=4, batch_size=8, n_steps=100, compile="off")
-    agent = Grouped("CartPole-v1", config, seed=0)
+    size = {"n_groups": 4, "group_size": 8, "n_epochs": 4, "batch_size": 8, "n_steps": 100}
+    agent = Grouped("CartPole-v1", **size, aggregate="token_mean", compile="off", seed=0)
     agent.learn(until=20_000)
     assert agent.ep_rew_mean > 60  # a random policy: about 20

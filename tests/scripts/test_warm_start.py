@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from agents.llm.agent import LLM
 from agents.llm.baselines import GRPO
 from ccrl.experiment import checkpoint
 from ccrl.experiment.callbacks import CheckpointCallback
@@ -62,7 +63,7 @@ def test_a_killed_run_does_not_warm_up_twice(dying: pytest.MonkeyPatch, tmp_path
     def again(self: Any, steps: int) -> float:
         raise AssertionError(f"{steps} supervised steps for a second time")
 
-    dying.setattr(GRPO, "warm_start", again)
+    dying.setattr(LLM, "warm_start", again)
     main(["--resume", str(killed)])
     both = states(killed), states(whole)
     assert both[0].keys() == both[1].keys() == {"step_000000000000.pt", "step_000000000016.pt"}
@@ -80,7 +81,7 @@ def test_without_a_supervised_phase_nothing_is_saved_before_the_first_iteration(
 ) -> None:
     small = {"model_layers": 1, "model_width": 16, "model_heads": 2, "n_prompts": 2, "group_size": 4}
     for steps, expected in ((0, []), (1, ["step_000000000000.pt"])):
-        agent = GRPO("arithmetic", GRPO.Config(**small, warm_start_steps=steps, warm_start_batch=4))
+        agent = GRPO("arithmetic", GRPO.Settings(**small, warm_start_steps=steps, warm_start_batch=4))
         with pytest.raises(Killed):
             agent.learn(until=8, callback=CheckpointCallback(tmp_path / str(steps), every=8))
         assert [path.name for path in (tmp_path / str(steps)).glob("*.pt")] == expected
@@ -88,7 +89,7 @@ def test_without_a_supervised_phase_nothing_is_saved_before_the_first_iteration(
 
 def test_later_calls_of_learn_save_when_they_are_due(tmp_path: Path) -> None:
     small = {"model_layers": 1, "model_width": 16, "model_heads": 2, "n_prompts": 2, "group_size": 4}
-    agent = GRPO("arithmetic", GRPO.Config(**small, warm_start_steps=1, warm_start_batch=4))
+    agent = GRPO("arithmetic", GRPO.Settings(**small, warm_start_steps=1, warm_start_batch=4))
     agent.learn(until=8)
     agent.learn(until=16, callback=CheckpointCallback(tmp_path, every=100))
     assert [path.name for path in tmp_path.glob("*.pt")] == ["step_000000000016.pt"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.llm.base import LLM
+from agents.llm.agent import LLMMethod
 from agents.llm.baselines import CISPO, DAPO, GRPO, GSPO, SAPO, DAPOConfig, DrGRPO
 from agents.llm.reinforce import PPO, REINFORCE, RLOO
 from ccrl.bank import Bank
@@ -35,7 +35,7 @@ def rollout(score: Any, group: Any, **columns: Tensor) -> Data:
     return Data(steps | columns | sequence, sequence=frozenset(sequence))
 
 
-def advantages(agent: type[LLM], data: Data, request: Request | None = None, **settings: Any) -> Tensor:
+def advantages(agent: LLMMethod, data: Data, request: Request | None = None, **settings: Any) -> Tensor:
     """``[T, N]`` after an agent's stages."""
     request = request or Request(counts=torch.tensor([5]))
     parts = Parts(nn.Identity(), None, request, 4)  # type: ignore[arg-type]
@@ -49,7 +49,7 @@ def close(found: Tensor, expected: Any) -> None:
 
 
 @pytest.mark.parametrize("agent", [RLOO, PPO, GRPO, DrGRPO, DAPO, GSPO, CISPO, SAPO])
-def test_a_group_of_one_has_no_advantage(agent: type[LLM]) -> None:
+def test_a_group_of_one_has_no_advantage(agent: LLMMethod) -> None:
     settings = {PPO: {"whiten": False}, DAPO: {"overlong_share": 0.0}}.get(agent, {})
     found = advantages(agent, rollout([1, 0, 1, 1, 5], [0, 0, 0, 0, 9]), **settings)
     assert found[:, 4].eq(0.0).all()
@@ -118,7 +118,7 @@ def test_length_alone_is_nothing_to_learn_from(tries: int, updates: int) -> None
             found = super().score(*args)
             return found._replace(components=torch.zeros_like(found.components))
 
-    config = DAPOConfig(model="tabular", n_prompts=2, group_size=4, max_tries=tries, overlong_share=1.0)
+    config = DAPO.Settings(model="tabular", n_prompts=2, group_size=4, max_tries=tries, overlong_share=1.0)
     agent = DAPO(Wrong(), config, seed=0)
     agent.learn(until=1)
     assert agent.n_updates == updates
@@ -128,10 +128,10 @@ def test_length_alone_is_nothing_to_learn_from(tries: int, updates: int) -> None
 
 
 @pytest.mark.parametrize("agent", [REINFORCE, RLOO, PPO])
-def test_the_kl_is_in_the_reward_or_in_the_loss(agent: type[LLM]) -> None:
+def test_the_kl_is_in_the_reward_or_in_the_loss(agent: LLMMethod) -> None:
     """k1 in the reward already is the penalty: k3 in the loss would count it twice."""
 
-    def names(of: type[LLM]) -> list[str]:
+    def names(of: LLMMethod) -> list[str]:
         parts = Parts(nn.Identity(), None, Request(counts=torch.tensor([5])), 4)  # type: ignore[arg-type]
         return [term.name for term in of.Recipe(of.Config(kl_coef=0.1, entropy_coef=0.1), parts).terms()]
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.llm.bnpo import BetaNormaliser, BNPOConfig, fit_beta, log_density, optimal_normaliser
+from agents.llm.bnpo import BNPO, BetaNormaliser, BNPOConfig, fit_beta, log_density, optimal_normaliser
 from ccrl.data import Data
 from ccrl.estimators import losses, ratios
 from ccrl.estimators.groups import Groups
+from ccrl.testing.recipe_contract import RecipeContract
 
 
 def rollout(rewards: list[list[float]], steps: int = 2) -> Data:
@@ -162,3 +163,27 @@ def test_dual_clip_bounds_the_loss_of_bad_actions_only() -> None:
 def test_bad_config(options: dict[str, float], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         BNPOConfig(**options)
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestBNPOContract(RecipeContract):
+    method = BNPO
+    published = {
+        "reward_min": 0.0,
+        "reward_max": 1.0,
+        "max_weight": 1000000.0,
+        "decompose": True,
+        "dual_clip": 10.0,
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "aggregate": "sequence_mean",
+    }
+    matters = (
+        ({}, {"reward_min": -1.0}),
+        ({}, {"reward_max": 3.0}),
+        ({}, {"max_weight": 0.1}),
+        ({}, {"decompose": False}),
+        ({}, {"dual_clip": 1.01}),
+    )

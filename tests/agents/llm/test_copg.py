@@ -18,6 +18,7 @@ from ccrl.data import Batching, Data
 from ccrl.estimators.recipe import Parts
 from ccrl.estimators.stages import GroupBaseline
 from ccrl.estimators.terms import surrogate
+from ccrl.testing.recipe_contract import RecipeContract
 
 F64 = torch.float64
 REWARD = torch.tensor([1.0, 0.3, -0.5], dtype=F64)
@@ -305,11 +306,18 @@ def test_bad_settings_are_refused() -> None:
         ({"kl_coef": 0.1}, "kl_coef: expected 0"),
         ({"microbatch": 6}, "microbatch: expected a multiple of the 4"),
         ({"behaviours": ("live", "ref"), "microbatch": 4}, "microbatch: expected a multiple of the 8"),
-        ({"behaviours": ("live", "ref"), "lora_rank": 2}, "behaviours: expected none that is 'ref' with lora_rank > 0"),
     ):
         with pytest.raises(ValueError, match=message):
             CoPGConfig(**settings)
     assert CoPGConfig(group_size=1, behaviours=("live", "ref"), microbatch=4).group_size == 1
+
+
+def test_adapters_keep_no_reference_that_could_sample() -> None:
+    counts = Request(counts=torch.ones(1, dtype=torch.int64))
+    parts = Parts(torch.nn.Identity(), None, counts, 3, reference=lambda ctx: torch.nn.Identity())  # type: ignore[arg-type]
+    assert CoPGRecipe(CoPGConfig(), parts).parts is parts
+    with pytest.raises(ValueError, match=r"behaviours: expected none that is 'ref' .* \(with lora_rank > 0\)"):
+        CoPGRecipe(CoPGConfig(behaviours=("live", "ref")), parts)
 
 
 def test_episodes_of_two_behaviours_would_have_other_starts() -> None:
@@ -328,7 +336,7 @@ SMALL: dict[str, Any] = {"model": "tabular", "n_prompts": 16, "optimiser": "sgd"
 
 @pytest.mark.parametrize("behaviours", [("live",), ("ref",), ("live", "ref")])
 def test_reaches_the_regularised_optimum(behaviours: tuple[str, ...]) -> None:
-    config = CoPGConfig(**SMALL, learning_rate=0.5, behaviours=behaviours, n_epochs=4)
+    config = CoPG.Settings(**SMALL, learning_rate=0.5, behaviours=behaviours, n_epochs=4)
     agent = CoPG("arms", config, seed=0)
     agent.learn(until=40 * agent.samples_per_iteration)
     optimum = (torch.tensor([1.0, 0.3, -0.5]) / 0.5).softmax(0)  # the reference is uniform
@@ -339,5 +347,21 @@ def test_reaches_the_regularised_optimum(behaviours: tuple[str, ...]) -> None:
 
 
 def test_resumes_exactly(resumes: Any, tmp_path: Any) -> None:
-    config = CoPGConfig(model="tabular", n_prompts=8, behaviours=("live", "ref"), batch_size=4, n_epochs=2)
+    config = CoPG.Settings(model="tabular", n_prompts=8, behaviours=("live", "ref"), batch_size=4, n_epochs=2)
     resumes(CoPG, "modsum", config, tmp_path / "agent.pt")
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestCoPGContract(RecipeContract):
+    method = CoPG
+    published = {"group_size": 4, "beta": 0.5, "form": "square", "behaviours": ("live",)}
+    matters = (
+        ({}, {"beta": 0.1}),
+        ({}, {"behaviours": ("live", "ref")}),
+    )
+    refused = {"trl": "compares completions of one group", "verl": "compares completions of one group"}
+    exceptions = {
+        "test_equal_rewards_have_no_gradient": "the KL to the reference differs between sequences of one score"
+    }

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.grouped import Grouped, GroupedConfig
+from agents.grouped import Grouped
 from agents.llm.baselines import GRPO, GRPOConfig, GSPOConfig, GSPORecipe
-from agents.llm.d3s import D3S, D3SConfig, D3SRecipe, keep_rollouts, keep_tokens, most_varied
+from agents.llm.d3s import D3S, D3SConfig, D3SRecipe, half_up, keep_rollouts, keep_tokens, most_varied
 from ccrl.data import Batching
 from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.stages import GroupBaseline
+from ccrl.testing.recipe_contract import RecipeContract
 
 ALL = {"rollouts_init": 1.0, "rollouts_final": 1.0, "batch_share": 1.0, "tokens_init": 1.0, "tokens_final": 1.0}
 OLD = [[-1.2, -0.5, -1.9], [-0.3, -1.6, 0.0], [-0.7, -0.9, -0.3], [-1.1, 0.0, 0.0]]
@@ -179,6 +180,15 @@ def test_schedule() -> None:
     assert D3SConfig(group_size=1).rollouts(0.0) == 1
 
 
+def test_counts_are_rounded_half_up() -> None:
+    """Not half to even, which would keep 2 of 2.5 and 4 of 3.5; 0.29 * 50 is 14.499999999999998 in float64."""
+    assert [half_up(x) for x in (2.5, 3.5, 2.4, 0.29 * 50)] == [3, 4, 2, 15]
+    assert D3SConfig(group_size=10, rollouts_init=0.25).rollouts(0.0) == 3
+    # 5 columns of one group, half of them: 2.5
+    kept = keep_rollouts(torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0]), torch.zeros(5, dtype=torch.int64), 5, 0.5)
+    assert len(kept) == 3
+
+
 @pytest.fixture
 def data(rollout: Any) -> Any:
     """Two groups of two members each: C0 with its entropies."""
@@ -269,7 +279,7 @@ def test_equal_rewards_skip_the_update(recipe: Any, rollout: Any) -> None:
     stats: dict[str, Tensor] = {}
     made.after_update(prepared, stats, None)
     assert float(stats["skipped"]) == 1.0
-    agent = D3S("arms", D3SConfig(model="tabular", n_prompts=2), env_kwargs={"rewards": (0.5, 0.5)})
+    agent = D3S("arms", D3S.Settings(model="tabular", n_prompts=2), env_kwargs={"rewards": (0.5, 0.5)})
     before = agent.policy.logits.clone()
     agent.learn(until=2 * agent.samples_per_iteration)
     assert torch.equal(agent.policy.logits, before)
@@ -297,8 +307,7 @@ def test_control_episodes_need_no_tokens(recipe: Any, rollout: Any) -> None:
     )["on"]
     assert left["episode_reward"].tolist() == [9.0, 1.0]
     assert policy.columns == 2  # entropy of the survivors only
-    config = GroupedConfig(method="d3s", n_groups=2, group_size=8, n_steps=20, settings={"tokens_final": 0.5})
-    agent = Grouped("CartPole-v1", config)
+    agent = Grouped("CartPole-v1", method="d3s", n_groups=2, group_size=8, n_steps=20, tokens_final=0.5)
     agent.learn(until=agent.samples_per_iteration)
     assert agent.n_updates == agent.iteration >= 1
 
@@ -306,11 +315,11 @@ def test_control_episodes_need_no_tokens(recipe: Any, rollout: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rollouts_init": 0.0}, r"rollouts_init: expected a share in \(0, 1\], got 0.0"),
-        ({"tokens_final": 1.5}, r"tokens_final: expected a share in \(0, 1\], got 1.5"),
-        ({"batch_share": -1.0}, r"batch_share: expected a share in \(0, 1\], got -1.0"),
-        ({"token_pool": "group"}, "token_pool: expected batch or response, got 'group'"),
-        ({"base": "ppo"}, "base: expected grpo or gspo, got 'ppo'"),
+        ({"rollouts_init": 0.0}, r"rollouts_init: expected a number in \(0, 1\], got 0.0"),
+        ({"tokens_final": 1.5}, r"tokens_final: expected a number in \(0, 1\], got 1.5"),
+        ({"batch_share": -1.0}, r"batch_share: expected a number in \(0, 1\], got -1.0"),
+        ({"token_pool": "group"}, "token_pool: expected one of 'batch', 'response', got 'group'"),
+        ({"base": "ppo"}, "base: expected one of 'grpo', 'gspo', got 'ppo'"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
@@ -324,7 +333,7 @@ SMALL = {"model": "tabular", "n_prompts": 8, "learning_rate": 0.1}
 @pytest.mark.parametrize("base", ["grpo", "gspo"])
 def test_learns_on_fewer_tokens(base: str) -> None:
     task = {"questions": 4, "fixed_length": 3, "symbols": 4}
-    agent = D3S("sequence_match", D3SConfig(**SMALL, base=base), seed=0, env_kwargs=task)
+    agent = D3S("sequence_match", D3S.Settings(**SMALL, base=base), seed=0, env_kwargs=task)
     before, shares = agent.pass_at([1], questions=4, samples=64)["episode_reward"], list[float]()
     agent.learn(
         until=40 * agent.samples_per_iteration, callback=lambda a: shares.append(float(a.scalars["train/token_share"]))
@@ -338,8 +347,8 @@ def test_learns_on_fewer_tokens(base: str) -> None:
 def test_keeps_up_with_grpo_on_fewer_tokens() -> None:
     task = {"questions": 4, "fixed_length": 3, "symbols": 4}
     scores = []
-    for cls, config in ((D3S, D3SConfig), (GRPO, GRPOConfig)):
-        agent = cls("sequence_match", config(**SMALL | {"group_size": 16}), seed=0, env_kwargs=task)
+    for method in (D3S, GRPO):
+        agent = method("sequence_match", **SMALL | {"group_size": 16}, seed=0, env_kwargs=task)
         agent.learn(until=10 * agent.samples_per_iteration)
         scores.append(agent.pass_at([1], questions=4, samples=64)["episode_reward"])
     # an eighth to a quarter of the rollouts and a fifth of their tokens are enough to keep up
@@ -347,9 +356,9 @@ def test_keeps_up_with_grpo_on_fewer_tokens() -> None:
 
 
 def test_resumes_exactly(tmp_path: Any) -> None:
-    config = D3SConfig(**SMALL, batch_size=5, microbatch=3, n_epochs=2, kl_coef=0.01)
+    config = D3S.Settings(**SMALL, batch_size=5, microbatch=3, n_epochs=2, kl_coef=0.01)
 
-    def trained(agent: D3S, iterations: int) -> D3S:
+    def trained(agent: Any, iterations: int) -> Any:
         # the total is the same: the schedules depend on it
         agent.learn(until=8 * agent.samples_per_iteration, callback=lambda a: a.iteration < iterations)
         return agent
@@ -359,3 +368,31 @@ def test_resumes_exactly(tmp_path: Any) -> None:
     loaded = trained(D3S.load(tmp_path / "agent.pt"), 4)
     assert torch.equal(loaded.policy.logits, whole.policy.logits)
     assert float(whole.policy.logits.detach().abs().max()) > 0.1
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestD3SContract(RecipeContract):
+    method = D3S
+    published = {
+        "group_size": 16,
+        "rollouts_init": 0.25,
+        "rollouts_final": 0.5,
+        "batch_share": 0.5,
+        "tokens_init": 0.2,
+        "tokens_final": 1.0,
+        "token_pool": "batch",
+        "base": "grpo",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregate": "token_mean",
+    }
+    matters = (
+        ({}, {"rollouts_init": 1.0}),
+        ({}, {"batch_share": 1.0}),
+        ({}, {"tokens_init": 0.9}),
+        ({"tokens_init": 0.5}, {"tokens_init": 0.5, "token_pool": "response"}),
+        ({}, {"base": "gspo"}),
+    )
+    refused = {"trl": "trains on a selection of the completions", "verl": "wants ['entropy'] of the policy"}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.llm.baselines import DAPO, DAPOConfig
+from agents.llm.baselines import DAPO
 from ccrl.data import Data
 from ccrl.estimators.outcomes import OverlongPenalty, informative
 from ccrl.testing.recipe_contract import RaggedTask
@@ -49,7 +49,7 @@ class Scripted(RaggedTask):
 )
 def test_dynamic_sampling(right: list[int], rollouts: int, groups: int) -> None:
     task = Scripted(right)
-    agent = DAPO(task, DAPOConfig(model="tabular", n_prompts=4, group_size=4), seed=0)
+    agent = DAPO(task, DAPO.Settings(model="tabular", n_prompts=4, group_size=4), seed=0)
     have: dict[str, Data] = {}
     while requests := agent.estimator.plan({}, have, agent.ctx):
         for request in requests:
@@ -62,7 +62,7 @@ def test_dynamic_sampling(right: list[int], rollouts: int, groups: int) -> None:
 
 
 def test_without_informative_groups_nothing_moves() -> None:
-    agent = DAPO(Scripted([0]), DAPOConfig(model="tabular", n_prompts=4, group_size=4), seed=0)
+    agent = DAPO(Scripted([0]), DAPO.Settings(model="tabular", n_prompts=4, group_size=4), seed=0)
     before = agent.policy.logits.detach().clone()
     agent.learn(until=1)
     assert agent.num_timesteps == 4 * 16

@@ -13,6 +13,7 @@ from agents.llm.dcpo import DCPO, DCPOConfig, DCPORecipe, control_weight, temper
 from ccrl.data import Batching, Data
 from ccrl.estimators.terms import surrogate
 from ccrl.llm.tabular import TabularTokenPolicy
+from ccrl.testing.recipe_contract import RecipeContract
 
 LOG_PROB = [[-1.0, -0.5, -2.0], [-0.3, -1.2, 0.0], [-0.7, -0.7, -0.7], [-1.5, 0.0, 0.0]]
 OLD = [[-1.2, -0.5, -1.9], [-0.3, -1.6, 0.0], [-0.7, -0.9, -0.3], [-1.1, 0.0, 0.0]]
@@ -239,7 +240,7 @@ def test_it_learns_and_keeps_the_entropy_that_grpo_loses() -> None:
     found = {}
     for target in (0.0, 0.8):
         # a target of 0 is never reached from above: the cold side, which sharpens
-        agent = DCPO("easy_hard", DCPOConfig(**SMALL, entropy_target=target), env_kwargs=TASK)
+        agent = DCPO("easy_hard", DCPO.Settings(**SMALL, entropy_target=target), env_kwargs=TASK)
         agent.learn(until=40 * agent.samples_per_iteration)
         found[target] = agent.pass_at([1], questions=4, samples=64)
     assert min(f["pass@1"] for f in found.values()) > 0.85
@@ -247,12 +248,43 @@ def test_it_learns_and_keeps_the_entropy_that_grpo_loses() -> None:
 
 
 def test_exact_resume(resumes: Any, tmp_path: Path) -> None:
-    resumes(DCPO, "easy_hard", DCPOConfig(**SMALL, batch_size=16), tmp_path / "a.pt")
+    resumes(DCPO, "easy_hard", DCPO.Settings(**SMALL, batch_size=16), tmp_path / "a.pt")
 
 
 def test_the_entropy_is_checkpointed(tmp_path: Path) -> None:
-    agent = DCPO("easy_hard", DCPOConfig(**SMALL))
+    agent = DCPO("easy_hard", DCPO.Settings(**SMALL))
     agent.learn(until=agent.samples_per_iteration)
     assert float(agent.estimator.entropy) > 0.5
     agent.save(tmp_path / "a.pt")
     assert torch.equal(DCPO.load(tmp_path / "a.pt").estimator.entropy, agent.estimator.entropy)
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestDCPOContract(RecipeContract):
+    method = DCPO
+    published = {
+        "entropy_target": 0.5,
+        "hot": 1.2,
+        "cold": 0.8,
+        "gap_cap": 0.1,
+        "correct_above": 0.05,
+        "dual_clip": 3.0,
+        "weight_decay": 1e-2,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregate": "token_mean",
+    }
+    matters = (
+        ({}, {"entropy_target": 0.05}),
+        ({}, {"hot": 2.0}),
+        ({}, {"gap_cap": 0.4}),
+        ({}, {"correct_above": 1.0}),
+        ({}, {"dual_clip": 1.01}),
+    )
+    refused = {"verl": "two temperatures"}
+    exceptions = {
+        "test_equal_rewards_have_no_gradient": "right samples steer the entropy, also where all are right",
+        "test_equal_rewards_leave_the_first_policy_alone": "right samples steer the entropy, also where all are right",
+    }

@@ -15,6 +15,7 @@ from ccrl.data import Batching, Data
 from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.terms import surrogate
 from ccrl.llm.policy import token_outputs
+from ccrl.testing.recipe_contract import RecipeContract
 
 
 def doubles(*values: float) -> Tensor:
@@ -214,9 +215,9 @@ def test_single_turns_without_bonus_are_grpo_rescaled(recipe: Any, rollout: Any)
     ("options", "message"),
     [
         ({"scale": -1.0}, "scale: expected >= 0, got -1.0"),
-        ({"clarity": float("nan")}, "clarity: expected >= 0, got nan"),
+        ({"clarity": float("nan")}, "clarity: expected >= 0 and finite, got nan"),
         ({"zeta": -0.1}, "zeta: expected >= 0, got -0.1"),
-        ({"step": "word"}, "step: expected turn, delimiter or token, got 'word'"),
+        ({"step": "word"}, "step: expected one of 'turn', 'delimiter', 'token', got 'word'"),
         ({"step": "delimiter"}, r"delimiter: expected a token \(>= 0\)"),
         ({"delimiter": 3}, "and -1 without, got 3 with step='turn'"),
     ],
@@ -230,7 +231,7 @@ SMALL = {"model": "tabular", "n_prompts": 8, "group_size": 8, "n_epochs": 4, "le
 
 
 def test_learns() -> None:
-    agent = EMPG("modsum", EMPGConfig(**SMALL, step="token"), seed=0,
+    agent = EMPG("modsum", EMPG.Settings(**SMALL, step="token"), seed=0,
                  env_kwargs={"questions": 3, "fixed_length": 2, "symbols": 3})  # fmt: skip
     before = agent.pass_at([1], questions=3, samples=64)["pass@1"]
     agent.learn(until=30 * agent.samples_per_iteration)
@@ -240,7 +241,7 @@ def test_learns() -> None:
 
 def test_turns_of_a_conversation() -> None:
     """The sampler's replies separate steps: a new model is asked to go on in some of 256 games."""
-    config = EMPGConfig(model_layers=1, model_width=16, model_heads=1, n_prompts=4, group_size=4)
+    config = EMPG.Settings(model_layers=1, model_width=16, model_heads=1, n_prompts=4, group_size=4)
     agent = EMPG("guessing", config, seed=0)
     agent.learn(until=agent.samples_per_iteration)
     data = agent.collector.collect(Request(counts=torch.full((4,), 64)), agent.policy)
@@ -253,4 +254,29 @@ def test_turns_of_a_conversation() -> None:
 
 
 def test_resumes_exactly(resumes: Any, tmp_path: Any) -> None:
-    resumes(EMPG, "modsum", EMPGConfig(**SMALL, step="token", batch_size=16), tmp_path / "agent.pt")
+    resumes(EMPG, "modsum", EMPG.Settings(**SMALL, step="token", batch_size=16), tmp_path / "agent.pt")
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestEMPGContract(RecipeContract):
+    method = EMPG
+    published = {
+        "scale": 1.0,
+        "clarity": 1.0,
+        "zeta": 0.1,
+        "step": "turn",
+        "delimiter": -1,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregate": "sequence_mean_token_mean",
+    }
+    matters = (
+        ({"step": "token"}, {"step": "token", "scale": 0.1}),
+        ({"step": "token"}, {"step": "token", "clarity": 3.0}),
+        ({"step": "token"}, {"step": "token", "zeta": 1.0}),
+        ({}, {"step": "token"}),
+        ({}, {"step": "delimiter", "delimiter": 2}),
+    )
+    refused = {"verl": "wants ['entropy'] of the policy"}

@@ -7,21 +7,25 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from agents.llm.g2rpo import (
     G2RPO,
     Corridor,
     DropUnanimous,
     G2RPOConfig,
+    G2RPORecipe,
     LengthReward,
     RankNormal,
     corridor,
     rank_normal,
     trapezoid,
 )
+from ccrl.collect import Request
 from ccrl.data import Batching, Data
 from ccrl.estimators.groups import Groups
+from ccrl.estimators.recipe import Parts
+from ccrl.testing.recipe_contract import RecipeContract
 from envs.text import make_task
 
 
@@ -127,6 +131,29 @@ def test_unanimous_groups_are_told_by_accuracy_alone() -> None:
     assert DropUnanimous()(nothing)["advantage"].eq(0.0).all()
 
 
+def test_a_token_mean_is_over_the_tokens_that_are_left() -> None:
+    """Lengths 4, 4, 1, 1, of which the long group is unanimous: 2 of 10 tokens are left, so the others weigh 5 times as
+    much in a mean over ten tokens; in a mean over four sequences it is twice."""
+    valid = (torch.arange(4)[:, None] < torch.tensor([4, 4, 1, 1])).float()
+    data = RankNormal()(rollout([1.0, 1.0, 1.0, 0.0], [0, 0, 1, 1], valid=valid))
+    weight = 1.0 * torch.tensor([0.0, 0.0, 1.0, 1.0])
+    torch.testing.assert_close(DropUnanimous(tokens=True)(data)["advantage"], data["advantage"] * 5.0 * weight)
+    torch.testing.assert_close(DropUnanimous()(data)["advantage"], data["advantage"] * 2.0 * weight)
+    for aggregate in ("token_mean", "sequence_mean", "sequence_mean_token_mean"):
+        config = G2RPOConfig(aggregate=aggregate)
+        parts = Parts(nn.Identity(), None, Request(counts=torch.tensor([2, 2])), 4)  # type: ignore[arg-type]
+        made = G2RPORecipe(config, parts)
+        batch = made.prepare({"on": data}, None)["on"].epoch(Batching("sequence", "full"), None)[0]
+        # the mean loss of the informative group alone, whatever there was beside it
+        alone = made.prepare({"on": data.take(torch.tensor([2, 3]))}, None)["on"]
+        alone = alone.epoch(Batching("sequence", "full"), None)[0]
+        assert float(batch["advantage"].abs().sum()) > 0.0
+        found = [
+            float((made.aggregate()(b["valid"], b) * b["advantage"].abs()).sum()) for b in (batch, alone)
+        ]  # fmt: skip
+        assert found[0] == pytest.approx(found[1]), aggregate
+
+
 def test_length_reward_by_kind() -> None:
     valid = (torch.arange(4)[:, None] < torch.tensor([1, 4, 1, 4])).float()
     data = rollout([1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1], valid=valid, kind=torch.tensor([0, 0, 1, 1]))
@@ -148,7 +175,7 @@ def test_ranks_over_a_kind() -> None:
 @pytest.mark.parametrize("bounds", [(0.5, 1.0), (2.5, 3.0), (1.0, 4.0)], ids=["above", "below", "inside"])
 def test_the_corridor_term_is_the_hinge(estimate: str, bounds: tuple[float, float]) -> None:
     """Value and gradient on policy, also in micro-batches, with two kinds of different lengths."""
-    config = G2RPOConfig(
+    config = G2RPO.Settings(
         model="tabular", entropy_bounds=(bounds, (1.0, 1.2)), entropy_estimate=estimate, corridor_coef=1.0, n_prompts=6
     )
     agent = G2RPO(make_task("modsum"), config)
@@ -201,3 +228,31 @@ def test_the_corridor_of_one_kind_without_a_column() -> None:
 def test_bad_config(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
         G2RPOConfig(**options)
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestG2RPOContract(RecipeContract):
+    method = G2RPO
+    published = {
+        "pool": "group",
+        "tie": 1e-06,
+        "drop_unanimous": True,
+        "length_bounds": (),
+        "length_coef": 1.0,
+        "entropy_bounds": (),
+        "corridor_coef": 0.01,
+        "entropy_estimate": "full",
+        "aggregate": "sequence_mean_token_mean",
+    }
+    matters = (
+        ({}, {"pool": "kind"}),
+        ({}, {"tie": 0.5}),
+        ({"group_size": 2}, {"group_size": 2, "drop_unanimous": False}),
+        ({}, {"length_bounds": ((2.0, 3.0, 4.0, 6.0),)}),
+        ({"length_bounds": ((2.0, 3.0, 4.0, 6.0),)}, {"length_bounds": ((2.0, 3.0, 4.0, 6.0),), "length_coef": 0.01}),
+        ({}, {"entropy_bounds": ((0.0, 0.5),)}),
+        ({"entropy_bounds": ((0.0, 0.5),)}, {"entropy_bounds": ((0.0, 0.5),), "corridor_coef": 1.0}),
+        ({"entropy_bounds": ((0.0, 0.5),)}, {"entropy_bounds": ((0.0, 0.5),), "entropy_estimate": "sampled"}),
+    )

@@ -12,6 +12,7 @@ from torch import Tensor
 from agents.llm.gbpo import GBPO, BoundedGroupTarget, GBPOConfig, GBPORecipe, bounded_regression
 from ccrl.data import Batching, Data
 from ccrl.estimators.terms import LogRatio, surrogate
+from ccrl.testing.recipe_contract import RecipeContract
 
 LOG_PROB = [[-1.0, -0.5, -2.0], [-0.3, -1.2, 0.0], [-0.7, -0.7, -0.7], [-1.5, 0.0, 0.0]]
 OLD = [[-1.2, -0.5, -1.9], [-0.3, -1.6, 0.0], [-0.7, -0.9, -0.3], [-1.1, 0.0, 0.0]]
@@ -19,7 +20,9 @@ MASK = [[1, 1, 1], [1, 1, 0], [1, 1, 1], [1, 0, 0]]
 SCORE = [1.0, 0.0, 0.0, 1.0]
 
 
-def target(scores: list[float], low: float = 0.2, high: float = 0.2, level: float = 0.5) -> tuple[Tensor, Tensor]:
+def target(
+    scores: list[float], low: float = 0.2, high: float = 0.2, threshold: Any = "quantile"
+) -> tuple[Tensor, Tensor]:
     """``advantage`` and ``ratio_target`` ``[N]`` of one group."""
     score = torch.tensor(scores, dtype=torch.float64)
     columns = {
@@ -27,7 +30,9 @@ def target(scores: list[float], low: float = 0.2, high: float = 0.2, level: floa
         "episode_reward": score,
         "group": torch.zeros(len(score)).long(),
     }
-    data = BoundedGroupTarget(low, high, 1e-4, level)(Data(columns, sequence=frozenset({"episode_reward", "group"})))
+    data = BoundedGroupTarget(low, high, 1e-4, threshold)(
+        Data(columns, sequence=frozenset({"episode_reward", "group"}))
+    )
     return data["advantage"][0], data["ratio_target"]
 
 
@@ -47,9 +52,19 @@ def prepared(recipe: Any, rollout: Any, score: Any = SCORE, **options: Any) -> t
 def test_two_four_and_six_of_eight() -> None:
     advantage, found = target([1, 1, 0, 0, 0, 0, 0, 0])
     close(advantage, [1.6202] * 2 + [-0.5401] * 6)
-    close(found, [1.2] * 2 + [1.0] * 6)
+    close(found, [1.2] * 2 + [(8 - 2 * 1.2) / 6] * 6)  # the eight add up to 8
     close(target([1, 0, 1, 0, 1, 0, 1, 0])[1], [1.2, 0.8] * 4)
-    close(target([1] * 6 + [0] * 2)[1], [1.0] * 6 + [0.8] * 2)
+    close(target([1] * 6 + [0] * 2)[1], [(8 - 2 * 0.8) / 6] * 6 + [0.8] * 2)
+    # as released: the median's ties get the middle of the bounds, whatever that makes of the mean
+    close(target([1, 1, 0, 0, 0, 0, 0, 0], threshold="median")[1], [1.2] * 2 + [1.0] * 6)
+    close(target([1] * 6 + [0] * 2, threshold="median")[1], [1.0] * 6 + [0.8] * 2)
+
+
+def test_a_lone_right_answer_pushes_the_wrong_ones_down() -> None:
+    """The 0.58-quantile is 0, so that wrong answers sit at it: the middle of the bounds is 1.04, and the mean 1.088."""
+    close(target([1, 0, 0, 0, 0], 0.2, 0.28)[1], [1.28] + [(5 - 1.28) / 4] * 4)
+    close(target([1, 0, 0, 0, 0], 0.2, 0.28, "median")[1], [1.28] + [1.04] * 4)
+    assert pytest.approx(1.088) == (1.28 + 4 * 1.04) / 5
 
 
 def test_graded_scores() -> None:
@@ -74,28 +89,25 @@ def test_the_logged_gap_is_that_of_all_informative_tokens(recipe: Any, rollout: 
 def test_equal_scores_have_no_loss_and_a_group_of_one_keeps_its_score() -> None:
     advantage, found = target([0.5] * 4)
     assert advantage.eq(0).all()
-    assert found.eq(1.0).all()
-    advantage, found = target([1.0])  # mean 0, deviation 1, threshold 0
+    close(found, [1.0] * 4, 1e-12)
+    advantage, found = target([1.0])  # mean 0, deviation 1; its one ratio averages to 1
     close(advantage, [1.0])
-    close(found, [1.2])
+    close(found, [1.0])
+    close(target([1.0], threshold="median")[1], [1.2])  # as released: threshold 0
 
 
 def test_groups_do_not_mix() -> None:
     score = torch.tensor([1.0, 0.0, 5.0, 7.0]).double()
     columns = {"valid": torch.ones(1, 4).double(), "episode_reward": score, "group": torch.tensor([3, 3, 1, 1])}
-    data = BoundedGroupTarget(0.2, 0.2, 1e-4, 0.5)(Data(columns, sequence=frozenset({"episode_reward", "group"})))
+    data = BoundedGroupTarget(0.2, 0.2, 1e-4)(Data(columns, sequence=frozenset({"episode_reward", "group"})))
     close(data["ratio_target"], [1.2, 0.8, 0.8, 1.2])
 
 
 def test_asymmetric_bounds_quantile_and_cross_entropy_elite() -> None:
     graded = [float(i) for i in range(10)]
-    config = GBPOConfig(clip_low=1.0, clip_high=4.0)
-    assert config.level == pytest.approx(0.8)
-    close(target(graded, 1.0, 4.0, config.level)[1], [0.0] * 8 + [5.0] * 2)
-    config = GBPOConfig(clip_low=0.5, clip_high=1.0)
-    found = target(graded, 0.5, 1.0, config.level)[1]
-    close(found[[0, 1, 2, 3, 4, 5, 7, 8, 9]], [0.5] * 6 + [2.0] * 3)  # 6 lies on the threshold
-    assert GBPOConfig(clip_low=0.5, clip_high=1.0, threshold="median").level == 0.5
+    close(target(graded, 1.0, 4.0)[1], [0.0] * 8 + [5.0] * 2)
+    # 6 lies on the threshold and gets what is left of 10: 10 - 6 * 0.5 - 3 * 2 = 1
+    close(target(graded, 0.5, 1.0)[1], [0.5] * 6 + [1.0] + [2.0] * 3)
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------
@@ -188,7 +200,7 @@ SMALL = {"model": "tabular", "n_prompts": 8, "group_size": 8, "n_epochs": 4, "le
 
 
 def test_it_learns() -> None:
-    agent = GBPO("easy_hard", GBPOConfig(**SMALL), env_kwargs={"questions": 4, "symbols": 5, "easy": 2})
+    agent = GBPO("easy_hard", GBPO.Settings(**SMALL), env_kwargs={"questions": 4, "symbols": 5, "easy": 2})
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
     agent.learn(until=40 * agent.samples_per_iteration)
     assert before < 0.5
@@ -196,4 +208,23 @@ def test_it_learns() -> None:
 
 
 def test_exact_resume(resumes: Any, tmp_path: Path) -> None:
-    resumes(GBPO, "easy_hard", GBPOConfig(**SMALL, batch_size=16), tmp_path / "a.pt")
+    resumes(GBPO, "easy_hard", GBPO.Settings(**SMALL, batch_size=16), tmp_path / "a.pt")
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestGBPOContract(RecipeContract):
+    method = GBPO
+    published = {
+        "target_temperature": 0.0001,
+        "threshold": "quantile",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+        "aggregate": "token_mean",
+    }
+    matters = (
+        ({}, {"target_temperature": 1.0}),
+        ({"clip_high": 0.4}, {"clip_high": 0.4, "threshold": "median"}),
+    )
+    refused = {"verl": "reads the columns ['ratio_target']"}

@@ -15,6 +15,7 @@ from agents.llm.gdpo import GDPO, Conditioned, Decoupled, GDPOConfig
 from ccrl.data import Data
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.stages import GroupBaseline
+from ccrl.testing.recipe_contract import RecipeContract
 from envs.text import make_task
 
 
@@ -188,4 +189,37 @@ def test_bad_config(options: dict[str, Any], word: str) -> None:
 )
 def test_settings_that_do_not_fit_the_task(options: dict[str, Any], word: str) -> None:
     with pytest.raises(ValueError, match=word):
-        GDPO(make_task("modsum"), GDPOConfig(model="tabular", **options))
+        GDPO(make_task("modsum"), GDPO.Settings(model="tabular", **options))
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestGDPOContract(RecipeContract):
+    method = GDPO
+    published = {
+        "weights": (),
+        "conditioned": (),
+        "condition": "",
+        "threshold": 1.0,
+        "batch_norm": "sample",
+        "group_eps": 0.0001,
+        "batch_eps": 0.0001,
+        "single": "zero",
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "aggregate": "sequence_mean_token_mean",
+    }
+    matters = (
+        ({}, {"weights": (1.0, 0.25)}),
+        ({}, {"conditioned": ("grade",), "condition": "accuracy"}),
+        (
+            {"conditioned": ("accuracy",), "condition": "grade"},
+            {"conditioned": ("accuracy",), "condition": "grade", "threshold": 0.1},
+        ),
+        ({}, {"batch_norm": "token"}),
+        ({}, {"batch_norm": "none"}),
+        ({}, {"group_eps": 0.5}),
+        ({}, {"batch_eps": 0.5}),
+        ({"group_size": 1}, {"group_size": 1, "single": "keep"}),
+    )

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from agents.llm.agent import LLM
 from agents.llm.hpt import HPT, HPTConfig, HPTRecipe, Mix, self_rewarded, uncertainty_weighted
 from ccrl.collect import Request
 from ccrl.data import Batching, Data
@@ -19,6 +20,7 @@ from ccrl.estimators.stages import GroupBaseline
 from ccrl.estimators.terms import LogRatio, surrogate
 from ccrl.llm.policy import token_outputs
 from ccrl.llm.task import Prompts
+from ccrl.testing.recipe_contract import RecipeContract
 
 F64 = torch.float64
 
@@ -248,7 +250,7 @@ def test_demonstrations_are_asked_for_once(recipe: Any) -> None:
 def test_solves_what_exploration_does_not() -> None:
     found = {}
     for gate in (0.0, -1.0):
-        agent = HPT("dead_prompts", HPTConfig(**SMALL, gate=gate), seed=1, env_kwargs=DEAD)
+        agent = HPT("dead_prompts", HPT.Settings(**SMALL, gate=gate), seed=1, env_kwargs=DEAD)
         agent.learn(until=agent.samples_per_iteration)
         first = float(agent.scalars["train/sft_share"])
         agent.learn(until=60 * agent.samples_per_iteration)
@@ -260,7 +262,7 @@ def test_solves_what_exploration_does_not() -> None:
 
 
 def test_large_gradients_are_skipped_and_counted(tmp_path: Path) -> None:
-    agent = HPT("dead_prompts", HPTConfig(**SMALL, skip_grad_norm=1e-6), seed=1, env_kwargs=DEAD)
+    agent = HPT("dead_prompts", HPT.Settings(**SMALL, skip_grad_norm=1e-6), seed=1, env_kwargs=DEAD)
     agent.learn(until=2 * agent.samples_per_iteration)
     assert not agent.policy.logits.any()
     assert float(agent.scalars["train/grad_norm"]) > 1e-6
@@ -278,7 +280,7 @@ def test_the_threshold_is_for_the_norm_before_it_is_scaled_down() -> None:
     """With max_grad_norm far below the threshold: scaled norms would never exceed it."""
     found = {}
     for threshold in (1e-3, 1e3):
-        config = HPTConfig(**SMALL | {"max_grad_norm": 1e-4}, skip_grad_norm=threshold)
+        config = HPT.Settings(**SMALL | {"max_grad_norm": 1e-4}, skip_grad_norm=threshold)
         agent = HPT("dead_prompts", config, seed=1, env_kwargs=DEAD)
         agent.learn(until=agent.samples_per_iteration)
         assert 1e-3 < float(agent.scalars["train/grad_norm"]) < 1e3
@@ -288,7 +290,7 @@ def test_the_threshold_is_for_the_norm_before_it_is_scaled_down() -> None:
 
 @pytest.mark.parametrize("mixture", ["switch", "srft"])
 def test_resumes_exactly(resumes: Any, tmp_path: Any, mixture: str) -> None:
-    resumes(HPT, "dead_prompts", HPTConfig(**SMALL, mixture=mixture, batch_size=16), tmp_path / "agent.pt")
+    resumes(HPT, "dead_prompts", HPT.Settings(**SMALL, mixture=mixture, batch_size=16), tmp_path / "agent.pt")
 
 
 class Bigram(nn.Module):
@@ -318,14 +320,14 @@ class Bigram(nn.Module):
         return None
 
 
-class OnBigrams(HPT):
+class OnBigrams(LLM.of(HPT)):  # type: ignore[misc]
     def make_model(self) -> nn.Module:
         return Bigram(self.task.vocab.size)
 
 
 def test_imitation_of_texts_of_different_lengths() -> None:
     """Everything gated: the loss is the mean negative log-likelihood of the demonstrations' tokens."""
-    config = HPTConfig(n_prompts=16, group_size=2, gate=1.0, entropy_coef=0.0, learning_rate=0.1, max_grad_norm=0.0)
+    config = HPT.Settings(n_prompts=16, group_size=2, gate=1.0, entropy_coef=0.0, learning_rate=0.1, max_grad_norm=0.0)
     agent = OnBigrams("arithmetic", config, seed=0)
     agent.learn(until=agent.samples_per_iteration)
     assert float(agent.scalars["train/sft_loss"]) == pytest.approx(math.log(agent.task.vocab.size), rel=1e-5)
@@ -345,7 +347,7 @@ def test_bad_settings_are_refused() -> None:
     for settings, message in (
         ({"mixture": "half"}, "mixture: expected one of"),
         ({"rl_norm": "batch"}, "rl_norm: expected"),
-        ({"rl_share": 1.5}, "rl_share: expected 0 to 1"),
+        ({"rl_share": 1.5}, "rl_share: expected a number in"),
         ({"gate": 2.0}, "gate: expected"),
         ({"sft_coef": -1.0}, "sft_coef: expected >= 0"),
         ({"skip_grad_norm": -1.0}, "skip_grad_norm: expected >= 0"),
@@ -353,12 +355,57 @@ def test_bad_settings_are_refused() -> None:
         ({"kl_coef": 0.1}, "kl_coef: expected 0"),
     ):
         with pytest.raises(ValueError, match=message):
-            HPTConfig(**settings)
+            HPT.Settings(**settings)
     with pytest.raises(ValueError, match="expected gamma > 0"):
         shaping(0.0)
 
 
 def test_tasks_without_demonstrations_are_refused() -> None:
     with pytest.raises(ValueError, match="no demonstrations"):
-        HPT("modsum", HPTConfig(**SMALL))
-    HPT("modsum", HPTConfig(**SMALL, gate=-1.0)).learn(until=64)
+        HPT("modsum", HPT.Settings(**SMALL))
+    HPT("modsum", HPT.Settings(**SMALL, gate=-1.0)).learn(until=64)
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestHPTContract(RecipeContract):
+    method = HPT
+    published = {
+        "mixture": "switch",
+        "gate": 0.0,
+        "rl_share": 0.5,
+        "rl_norm": "len_const",
+        "sft_coef": 1.0,
+        "std": False,
+        "clip": False,
+        "shape": 0.1,
+        "skip_grad_norm": 80.0,
+        "group_size": 8,
+        "max_grad_norm": 1.0,
+        "entropy_coef": 0.001,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+    }
+    matters = (
+        ({}, {"gate": 0.5}),
+        ({"gate": 0.5}, {"gate": 0.5, "mixture": "switch_off"}),
+        ({}, {"mixture": "soft"}),
+        ({}, {"mixture": "fixed"}),
+        ({}, {"mixture": "luffy"}),
+        ({}, {"mixture": "srft"}),
+        ({"mixture": "fixed"}, {"mixture": "fixed", "rl_share": 0.9}),
+        ({}, {"rl_norm": "token_mean"}),
+        ({"rl_norm": "token_mean"}, {"rl_norm": "seq_mean"}),
+        ({"gate": 0.5}, {"gate": 0.5, "sft_coef": 0.3}),
+        ({}, {"std": True}),
+        ({}, {"clip": True, "clip_low": 0.01, "clip_high": 0.01}),
+        ({"mixture": "luffy"}, {"mixture": "luffy", "shape": 1.0}),
+        ({}, {"entropy_coef": 0.0}),
+    )
+    refused = {"trl": "second rollout ('demo': demonstrations)", "verl": "wants ['entropy']"}
+    hosted = {"trl": {"gate": -1.0}}
+    exceptions = {
+        "test_equal_rewards_have_no_gradient": "a prompt without success is imitated",
+        "test_equal_rewards_leave_the_first_policy_alone": "a prompt without success is imitated",
+    }

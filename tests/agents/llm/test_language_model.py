@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.llm import base
+from agents.llm import agent as module
+from agents.llm.agent import LLM
 from agents.llm.baselines import GRPO
 from ccrl.data import Data
 from ccrl.llm.tabular import TabularTokenPolicy
@@ -24,7 +25,7 @@ BEST = 40.0
 
 
 def made(task: Any = None, seed: int = 0, **settings: Any) -> GRPO:
-    return GRPO(RaggedTask() if task is None else task, GRPO.Config(**SMALL | settings), seed=seed)
+    return GRPO(RaggedTask() if task is None else task, GRPO.Settings(**SMALL | settings), seed=seed)
 
 
 def table(logits: Tensor) -> TabularTokenPolicy:
@@ -71,11 +72,8 @@ def test_plan_sees_the_prompts() -> None:
             counts = torch.where(ctx.prompts.index == 1, 6, 3)
             return [] if have else [replace(self.parts.request, counts=counts)]
 
-    class Agent(GRPO):
-        Recipe = Budget
-
     seen = list[list[int]]()
-    agent = Agent(RaggedTask(), GRPO.Config(**SMALL), seed=0)
+    agent = replace(GRPO, Recipe=Budget)(RaggedTask(), **SMALL, seed=0)
     agent.learn(1)
     assert seen == [[0, 1, 2]] * 2
     assert agent.num_timesteps == 12
@@ -112,20 +110,20 @@ def test_warm_start(monkeypatch: pytest.MonkeyPatch) -> None:
             rates.append(float(self.lr))
             return super().step(*args)
 
-    class Agent(GRPO):
+    class Agent(LLM.of(GRPO)):  # type: ignore[misc]
         def _collector(self, seed: int, fields: Any = ()) -> Any:
             seeds.append(seed)
             return super()._collector(seed, fields)
 
         def warm_start(self, steps: int) -> float:
-            monkeypatch.setattr(base, "ModuleUpdater", Recording)
+            monkeypatch.setattr(module, "ModuleUpdater", Recording)
             start = self.policy.logits.detach().clone()
             loss = super().warm_start(steps)
             warmed.append(self.policy.logits.detach().clone())
             assert not torch.equal(start, warmed[0])
             return loss
 
-    config = GRPO.Config(**SMALL, warm_start_steps=4, warm_start_lr=0.08, kl_coef=0.1, warm_start_batch=3)
+    config = GRPO.Settings(**SMALL, warm_start_steps=4, warm_start_lr=0.08, kl_coef=0.1, warm_start_batch=3)
     agent = Agent(RaggedTask(), config, seed=7)
     agent.learn(until=agent.samples_per_iteration)
     assert rates == pytest.approx([0.08, 0.06, 0.04, 0.02])

@@ -51,7 +51,7 @@ def questions(tmp_path: Path) -> Path:
 
 
 def made(task: str, folder: Path, env_kwargs: dict[str, Any] | None = None, **settings: Any) -> GRPO:
-    return GRPO(task, GRPO.Config(model=str(folder), n_prompts=4, group_size=4, **settings), env_kwargs=env_kwargs)
+    return GRPO(task, model=str(folder), n_prompts=4, group_size=4, **settings, env_kwargs=env_kwargs)
 
 
 def test_a_file_of_prompts_trains_the_model_in_a_folder(folder: Path, questions: Path, tmp_path: Path) -> None:

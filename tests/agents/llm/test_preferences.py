@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.llm.base import LLM
+from agents.llm.agent import LLM, LLMMethod
 from agents.llm.preferences import DPO, IPO, SFT
 from ccrl.data import Batching, Data
 from ccrl.estimators.preferences import best_and_worst, dpo, ipo, pair, per_pair
@@ -116,7 +116,7 @@ def prepared(agent: LLM) -> dict[str, Data]:
 
 
 def test_pairs_of_samples() -> None:
-    agent = DPO(RaggedTask(), DPO.Config(model="tabular", n_prompts=3, group_size=6), seed=0)
+    agent = DPO(RaggedTask(), DPO.Settings(model="tabular", n_prompts=3, group_size=6), seed=0)
     data = prepared(agent)
     on, sampled = data["on"], data["sampled"]
     assert on["preferred"].tolist() == [1.0, -1.0] * 3
@@ -137,7 +137,7 @@ class Partly(RaggedTask):
 
 def test_pairs_with_demonstrations() -> None:
     task = Partly(graded=False)
-    agent = IPO(task, IPO.Config(model="tabular", n_prompts=3, group_size=8, pairs="demonstrations"), seed=0)
+    agent = IPO(task, IPO.Settings(model="tabular", n_prompts=3, group_size=8, pairs="demonstrations"), seed=0)
     data = prepared(agent)
     on = data["on"]
     assert on["group"].tolist() == [0, 0, 2, 2]
@@ -148,7 +148,7 @@ def test_pairs_with_demonstrations() -> None:
 
 def test_tasks_without_demonstrations_say_so() -> None:
     with pytest.raises(ValueError, match="has no demonstrations"):
-        SFT("modsum", SFT.Config(model="tabular", n_prompts=2)).learn(until=1)
+        SFT("modsum", SFT.Settings(model="tabular", n_prompts=2)).learn(until=1)
 
 
 def test_without_pairs_nothing_moves() -> None:
@@ -157,7 +157,7 @@ def test_without_pairs_nothing_moves() -> None:
             found = super().score(*args)
             return found._replace(components=torch.zeros_like(found.components))
 
-    agent = DPO(Dull(), DPO.Config(model="tabular", n_prompts=2, group_size=2), seed=0)
+    agent = DPO(Dull(), DPO.Settings(model="tabular", n_prompts=2, group_size=2), seed=0)
     before = agent.policy.logits.detach().clone()
     agent.learn(until=1)
     assert torch.equal(agent.policy.logits, before)
@@ -166,7 +166,7 @@ def test_without_pairs_nothing_moves() -> None:
 def test_the_length_normalised_recipe_is_another() -> None:
     grads = []
     for normalised in (False, True):
-        config = IPO.Config(model="tabular", n_prompts=3, group_size=4, length_normalised=normalised)
+        config = IPO.Settings(model="tabular", n_prompts=3, group_size=4, length_normalised=normalised)
         agent = IPO(RaggedTask(), config, seed=0)
         batch = prepared(agent)["on"].epoch(Batching("group", "full"), None)[0]
         grads.append(agent.updaters["policy"].gradient(agent.estimator.phases()[0].terms, batch).mean.clone())
@@ -184,7 +184,7 @@ def test_the_length_normalised_recipe_is_another() -> None:
         (SFT, {"group_size": 2}, "group_size: expected 1"),
     ],
 )
-def test_bad_settings(agent: type[LLM], settings: dict[str, Any], message: str) -> None:
+def test_bad_settings(agent: LLMMethod, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         agent.Config(**settings)
 
@@ -198,8 +198,8 @@ def test_bad_settings(agent: type[LLM], settings: dict[str, Any], message: str) 
         (SFT, {"group_size": 1, "n_prompts": 16}),
     ],
 )
-def test_learns_a_bandit(agent: type[LLM], settings: dict[str, Any]) -> None:
-    config = agent.Config(**{"model": "tabular", "n_prompts": 8, "group_size": 4, "learning_rate": 0.1} | settings)
+def test_learns_a_bandit(agent: LLMMethod, settings: dict[str, Any]) -> None:
+    config = agent.Settings(**{"model": "tabular", "n_prompts": 8, "group_size": 4, "learning_rate": 0.1} | settings)
     learner = agent("sequence_match", config, seed=0, env_kwargs={"questions": 2, "fixed_length": 3, "symbols": 4})
     before = learner.pass_at([1], questions=2, samples=64)["episode_reward"]
     learner.learn(until=40 * learner.samples_per_iteration)
@@ -209,7 +209,7 @@ def test_learns_a_bandit(agent: type[LLM], settings: dict[str, Any]) -> None:
 
 
 def test_sft_counts_demonstrations() -> None:
-    learner = SFT("sequence_match", SFT.Config(model="tabular", n_prompts=6), seed=0)
+    learner = SFT("sequence_match", SFT.Settings(model="tabular", n_prompts=6), seed=0)
     learner.learn(until=18)
     assert learner.num_timesteps == 18
     assert learner.iteration == 3

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from agents.llm.r2vpo import R2VPO, R2VPOConfig, R2VPORecipe, RolloutRing, dual_step, lagrangian
 from ccrl.data import Batching, Data
 from ccrl.estimators.terms import LogRatio, surrogate
-from ccrl.testing.recipe_contract import RaggedTask
+from ccrl.testing.recipe_contract import RaggedTask, RecipeContract
 
 LOG_PROB = [[-1.0, -0.5, -2.0], [-0.3, -1.2, 0.0], [-0.7, -0.7, -0.7], [-1.5, 0.0, 0.0]]
 OLD = [[-1.2, -0.5, -1.9], [-0.3, -1.6, 0.0], [-0.7, -0.9, -0.3], [-1.1, 0.0, 0.0]]
@@ -125,7 +126,7 @@ TASK = {"questions": 4, "symbols": 5, "easy": 2}
 
 def test_one_dual_step_per_rollout_or_per_minibatch() -> None:
     for every, rate in (("rollout", 2.0), ("minibatch", 0.5)):
-        config = R2VPOConfig(**SMALL, dual_every=every, dual_rate=rate, batch_size=32, dual_init=1.0)
+        config = R2VPO.Settings(**SMALL, dual_every=every, dual_rate=rate, batch_size=32, dual_init=1.0)
         agent = R2VPO("easy_hard", config, env_kwargs=TASK)
         agent.learn(until=agent.samples_per_iteration)
         s = {k: float(v) for k, v in agent.scalars.items() if k.startswith("train/")}
@@ -139,7 +140,15 @@ def test_one_dual_step_per_rollout_or_per_minibatch() -> None:
 @pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean"])
 def test_the_variance_is_a_mean_over_tokens(aggregate: str) -> None:
     """Whatever the loss averages, and padding is no token."""
-    config = R2VPOConfig(model="tabular", n_prompts=3, group_size=8, learning_rate=0.3, n_epochs=2, aggregate=aggregate)
+    config = R2VPO.Settings(
+        model="tabular",
+        n_prompts=3,
+        group_size=8,
+        learning_rate=0.3,
+        n_epochs=2,
+        aggregate=aggregate,
+        dual_every="rollout",
+    )
     agent, seen = R2VPO(RaggedTask(), config, seed=0), list[float]()
     collect, held = agent.collector.collect, list[Data]()
     agent.collector.collect = lambda *args: held.append(collect(*args)) or held[-1]
@@ -192,10 +201,7 @@ def test_old_rollouts_train_with_the_advantages_and_log_probabilities_they_came_
             seen.append({k: Data({n: v[n].clone() for n in v}, sequence=v.sequence) for k, v in found.items()})
             return found
 
-    class Agent(R2VPO):
-        Recipe = Spied
-
-    agent = Agent("easy_hard", R2VPOConfig(**SMALL, replay=2), env_kwargs=TASK)
+    agent = replace(R2VPO, Recipe=Spied)("easy_hard", **SMALL, replay=2, env_kwargs=TASK)
     agent.learn(until=4 * agent.samples_per_iteration)
     assert [s["on"].shape[1] for s in seen] == [64, 128, 192, 192]
     fresh, last = [s["fresh"] for s in seen], seen[3]["on"]
@@ -211,7 +217,7 @@ def test_old_rollouts_train_with_the_advantages_and_log_probabilities_they_came_
 
 
 def test_rollouts_of_different_lengths() -> None:
-    config = R2VPOConfig(
+    config = R2VPO.Settings(
         model="tiny", model_layers=1, model_width=16, model_heads=2, n_prompts=2, group_size=2, replay=2
     )
     agent = R2VPO("sorting", config)
@@ -235,7 +241,7 @@ def test_bad_config(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("replay", [0, 2])
 def test_it_learns(replay: int) -> None:
-    agent = R2VPO("easy_hard", R2VPOConfig(**SMALL, replay=replay), env_kwargs=TASK)
+    agent = R2VPO("easy_hard", R2VPO.Settings(**SMALL, replay=replay), env_kwargs=TASK)
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
     agent.learn(until=30 * agent.samples_per_iteration)
     assert before < 0.5
@@ -249,7 +255,7 @@ def state(agent: R2VPO) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("every", ["rollout", "minibatch"])
 def test_exact_resume_with_old_rollouts(tmp_path: Path, every: str) -> None:
-    config = R2VPOConfig(**SMALL, replay=2, batch_size=40, dual_every=every)
+    config = R2VPO.Settings(**SMALL, replay=2, batch_size=40, dual_every=every)
     whole, part = (R2VPO("easy_hard", config, seed=3, env_kwargs=TASK) for _ in range(2))
     size = whole.samples_per_iteration
     whole.learn(until=6 * size)
@@ -278,3 +284,22 @@ def test_the_loss_reads_the_dual_when_it_is_called() -> None:
     assert float(loss(level, advantage, {}, Data({})).mean()) == pytest.approx(0.10625 - 0.5 * 0.04, abs=1e-12)
     dual.fill_(0.0)
     assert float(loss(level, advantage, {}, Data({})).mean()) == pytest.approx(-0.05, abs=1e-12)
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestR2VPOContract(RecipeContract):
+    method = R2VPO
+    published = {
+        "variance_budget": 0.04,
+        "dual_init": 0.5,
+        "dual_rate": 5.0,
+        "dual_max": 100.0,
+        "dual_every": "auto",
+        "replay": 0,
+        "aggregate": "token_mean",
+    }
+    matters = (({}, {"dual_init": 5.0}),)
+    refused = {"verl": "learns between updates"}
+    exceptions = {"test_equal_rewards_have_no_gradient": "the variance of the ratio is penalised whatever the rewards"}

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from agents.llm.real import REAL, Labels, REALConfig, REALRecipe
 from ccrl.data import Batching
+from ccrl.testing.recipe_contract import RecipeContract
 
 LOG_PROB = [[-1.0, -0.5, -2.0], [-0.3, -1.2, 0.0], [-0.7, -0.7, -0.7], [-1.5, -0.4, 0.0]]
 OLD = [[-1.2, -0.5, -1.9], [-0.3, -1.0, 0.0], [-0.7, -0.9, -0.6], [-1.1, -0.4, 0.0]]
@@ -202,8 +203,8 @@ def test_control_episodes_need_no_tokens(recipe: Any, rollout: Any, value_and_gr
     ("options", "message"),
     [
         ({"tau": 0.0}, "tau: expected > 0, got 0.0"),
-        ({"comparison": "hinge"}, r"comparison: expected one of \['anchored', 'bce', 'product'\], got 'hinge'"),
-        ({"labels": "median"}, "labels: expected binary or group_mean, got 'median'"),
+        ({"comparison": "hinge"}, r"comparison: expected one of 'anchored', 'bce', 'product', got 'hinge'"),
+        ({"labels": "median"}, "labels: expected one of 'binary', 'group_mean', got 'median'"),
         ({"group_size": 8, "microbatch": 12}, "microbatch: expected a multiple of group_size = 8, got 12"),
         ({"comparison": "bce", "microbatch": 8}, "microbatch: expected 0 with comparison='bce'"),
     ],
@@ -218,7 +219,7 @@ SMALL = {"model": "tabular", "n_prompts": 8, "group_size": 8, "n_epochs": 4, "le
 
 @pytest.mark.parametrize("comparison", ["anchored", "bce", "product"])
 def test_learns_and_reports(comparison: str) -> None:
-    config = REALConfig(**SMALL, comparison=comparison)
+    config = REAL.Settings(**SMALL, comparison=comparison)
     agent = REAL("easy_hard", config, seed=0, env_kwargs={"questions": 4, "symbols": 5, "easy": 2})
     before = agent.pass_at([1], questions=4, samples=64)["pass@1"]
     agent.learn(until=agent.samples_per_iteration)
@@ -229,4 +230,19 @@ def test_learns_and_reports(comparison: str) -> None:
 
 
 def test_resumes_exactly(resumes: Any, tmp_path: Any) -> None:
-    resumes(REAL, "modsum", REALConfig(**SMALL, batch_size=3, microbatch=16, kl_coef=0.01), tmp_path / "agent.pt")
+    resumes(REAL, "modsum", REAL.Settings(**SMALL, batch_size=3, microbatch=16, kl_coef=0.01), tmp_path / "agent.pt")
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestREALContract(RecipeContract):
+    method = REAL
+    published = {"tau": 0.5, "comparison": "anchored", "labels": "binary", "group_size": 8}
+    graded = False
+    matters = (
+        ({}, {"tau": 1.0}),
+        ({}, {"comparison": "bce"}),
+        ({}, {"comparison": "product"}),
+    )
+    refused = {"trl": "compares completions of one group", "verl": "compares completions of one group"}

@@ -1,8 +1,8 @@
-"""Every method of the registry keeps the contract of recipes, or says why not."""
+"""The contract of recipes finds recipes with a fault, and every method has one."""
 
 from __future__ import annotations
 
-import importlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,77 +11,16 @@ import torch
 from torch import Tensor
 
 from agents.llm import METHODS
-from agents.llm.baselines import GRPO
+from agents.llm.baselines import GRPO, DrGRPO
+from agents.llm.preferences import SFT
 from ccrl.data import Data
 from ccrl.estimators import aggregates
 from ccrl.estimators.base import Stage
 from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.terms import Aggregate, Loss
-from ccrl.testing.recipe_contract import RaggedTask, RecipeContract
-
-OPTIONS: dict[str, dict[str, Any]] = {
-    "reinforce": {"kl_coef": 0.1},
-    "rloo": {"kl_coef": 0.1},
-    "sft": {"group_size": 1, "n_prompts": 6},
-}
-"""Settings that make a method show what it does. ``kl_coef`` keeps a reference."""
-
-DETACHED = "its loss holds a factor constant that moves with the parameters: the value has another slope"
-KL = "k1 in the reward differs between sequences of one score"
-
-ON_POLICY = {
-    "cispo": aggregates.mean,
-    "dapo": aggregates.mean,
-    "grpo": aggregates.sequence_mean_token_mean,
-    "gspo": aggregates.sequence_mean_token_mean,
-    "dr_grpo": aggregates.length_constant(RaggedTask.fixed_length),
-    "ppo_llm": aggregates.mean,
-    "reinforce": aggregates.sequence_mean,
-    "rloo": aggregates.sequence_mean,
-    "sapo": aggregates.sequence_mean_token_mean,
-}
-"""Methods whose gradient on the policy that sampled is REINFORCE's, and the aggregation with which it is."""
-
-BINARY = frozenset({"real"})
-"""Methods that take no scores but 0 and 1."""
+from ccrl.testing.recipe_contract import RecipeContract
 
 EQUAL = "test_equal_rewards_have_no_gradient"
-EXCEPTIONS: dict[str, dict[str, str]] = {
-    "cispo": {"test_finite_differences": DETACHED},
-    "copg": {EQUAL: "its reward holds the KL to the reference, which differs between sequences of one score"},
-    "dcpo": {EQUAL: "right samples steer the entropy, also where all are right"},
-    "hpt": {EQUAL: "a prompt without success is imitated"},
-    "mhpo": {"test_finite_differences": DETACHED},
-    "r2vpo": {EQUAL: "the variance of the ratio is penalised whatever the rewards"},
-    "reinforce": {"test_finite_differences": DETACHED, EQUAL: KL},
-    "riskpo": {"test_order_of_the_sequences_does_not_matter": "bundles are drawn by where responses stand"},
-    "rloo": {"test_finite_differences": DETACHED, EQUAL: KL},
-    "sft": {EQUAL: "reads no rewards"},
-}
-"""Method -> test -> why it does not hold."""
-
-
-def _contract(method: str) -> type[RecipeContract]:
-    module, name = METHODS[method]
-    members = {
-        "agent": getattr(importlib.import_module(module), name),
-        "options": OPTIONS.get(method, {}),
-        "graded": method not in BINARY,
-        "on_policy": ON_POLICY.get(method),
-        "exceptions": EXCEPTIONS.get(method, {}),
-    }
-    return type(f"Test_{method}", (RecipeContract,), members)
-
-
-for _method in METHODS:
-    globals()[f"Test_{_method}"] = _contract(_method)
-
-
-def test_lists_name_methods_that_there_are() -> None:
-    assert not (OPTIONS.keys() | ON_POLICY.keys() | EXCEPTIONS.keys() | BINARY) - METHODS.keys()
-
-
-# -- the contract itself: recipes with a fault are found ------------------------------------------------------------
 
 
 class ByPosition(Recipe):
@@ -180,11 +119,40 @@ class GradientsInStages(Recipe):
     ],
 )
 def test_faults_are_found(recipe: type[Recipe], test: str, tmp_path: Path) -> None:
-    agent = type("Broken", (GRPO,), {"Recipe": recipe})
-    members = {"agent": agent, "on_policy": aggregates.sequence_mean_token_mean}
-    contract = type("Contract", (RecipeContract,), members)()
+    members = {"on_policy": aggregates.sequence_mean_token_mean}
+    broken, sound = (
+        type("Contract", (RecipeContract,), members | {"method": method})()
+        for method in (replace(GRPO, Recipe=recipe), GRPO)
+    )
     arguments = (tmp_path,) if "resumes" in test else ()
     with pytest.raises(AssertionError):
-        getattr(contract, test)(*arguments)
-    sound = type("Sound", (RecipeContract,), members | {"agent": GRPO})()
+        getattr(broken, test)(*arguments)
     getattr(sound, test)(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "test"),
+    [
+        ({"published": {"clip_high": 0.3}}, "test_defaults_are_the_published_ones"),
+        (
+            {"published": {"aggregate": "sequence_mean_token_mean", "clips": 0.3}},
+            "test_defaults_are_the_published_ones",
+        ),
+        ({"method": DrGRPO}, "test_defaults_are_the_published_ones"),
+        ({"matters": (({}, {"clip_low": 0.2}),)}, "test_other_settings_are_other_gradients"),
+        ({"refused": {"trl": "anything"}}, "test_inside_other_trainers"),
+        ({"method": SFT, "refused": {}}, "test_inside_other_trainers"),
+    ],
+)
+def test_claims_are_checked(attributes: dict[str, Any], test: str) -> None:
+    contract = type("Contract", (RecipeContract,), {"method": GRPO} | attributes)()
+    with pytest.raises((AssertionError, ValueError)):
+        getattr(contract, test)()
+
+
+def test_every_method_has_a_contract() -> None:
+    """In a file beside this one; whoever registers a method writes one class."""
+    text = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_*.py"))
+    for where in METHODS.values():
+        name = where.partition(":")[2]
+        assert f"(RecipeContract):\n    method = {name}\n" in text, f"{name}: no contract tests"

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from agents.llm import METHODS
-from agents.llm.base import LLM
+from agents.llm import get_method
+from agents.llm.agent import LLM, LLMMethod
 from agents.llm.bnpo import BNPO
 from agents.llm.g2rpo import G2RPO
 from agents.llm.gdpo import GDPO
@@ -27,9 +27,9 @@ SHAPED = {"g2rpo": {"entropy_bounds": ((2.0, 2.1),), "length_bounds": ((0.0, 2.0
 """Settings that switch on everything a method has."""
 
 
-def make(agent: type[LLM], task: str = "sequence_match", env_kwargs: Any = None, **options: Any) -> LLM:
+def make(agent: LLMMethod, task: str = "sequence_match", env_kwargs: Any = None, **options: Any) -> LLM:
     settings = {"model": "tabular", "optimiser": "sgd", "learning_rate": 2.0, "max_grad_norm": 0.0, "n_prompts": 6}
-    return agent(task, agent.Config(**settings | options), env_kwargs=env_kwargs or {"questions": 4, "fixed_length": 3})
+    return agent(task, **settings | options, env_kwargs=env_kwargs or {"questions": 4, "fixed_length": 3})
 
 
 def prepared(agent: LLM, data: Data | None = None) -> Data:
@@ -49,12 +49,12 @@ def lift(data: Data, name: str, value: Tensor) -> Data:
 
 
 @agents
-def test_registered_under_its_name(agent: type[LLM]) -> None:
-    assert METHODS[agent.name] == (agent.__module__, agent.__name__)
+def test_registered_under_its_name(agent: LLMMethod) -> None:
+    assert get_method(agent.name) is agent
 
 
 @agents
-def test_micro_batches_padding_and_order_do_not_matter(agent: type[LLM]) -> None:
+def test_micro_batches_padding_and_order_do_not_matter(agent: LLMMethod) -> None:
     made = make(agent, **SHAPED.get(agent.name, {}))
     raw = made.collector.collect(made.estimator.parts.request, made.policy)
     raw = lift(raw, "log_prob", raw["log_prob"] + 0.5 * torch.randn_like(raw["log_prob"]))  # ratios away from 1
@@ -75,7 +75,7 @@ def test_micro_batches_padding_and_order_do_not_matter(agent: type[LLM]) -> None
 
 
 @agents
-def test_on_policy_the_gradient_is_reinforce(agent: type[LLM]) -> None:
+def test_on_policy_the_gradient_is_reinforce(agent: LLMMethod) -> None:
     made = make(agent)
     on = prepared(made)
     table = made.policy.logits
@@ -86,7 +86,7 @@ def test_on_policy_the_gradient_is_reinforce(agent: type[LLM]) -> None:
 
 
 @agents
-def test_equal_rewards_give_no_gradient(agent: type[LLM]) -> None:
+def test_equal_rewards_give_no_gradient(agent: LLMMethod) -> None:
     made = make(agent)
     raw = made.collector.collect(made.estimator.parts.request, made.policy)
     raw = lift(
@@ -98,7 +98,7 @@ def test_equal_rewards_give_no_gradient(agent: type[LLM]) -> None:
 
 
 @agents
-def test_episodes_of_control_tasks(agent: type[LLM]) -> None:
+def test_episodes_of_control_tasks(agent: LLMMethod) -> None:
     """No tokens, no components, returns of any size, lengths that differ."""
     policy = nn.Linear(2, 1)
     updater = ModuleUpdater(policy, lambda params: torch.optim.SGD(params, lr=0.1))
@@ -126,7 +126,7 @@ def test_episodes_of_control_tasks(agent: type[LLM]) -> None:
 
 
 @agents
-def test_learns(agent: type[LLM]) -> None:
+def test_learns(agent: LLMMethod) -> None:
     # graded rewards stay small under BNPO: its weights are no deviations, and it wants a larger step
     made = make(agent, learning_rate=30.0 if agent is BNPO else 6.0, group_size=8)
     before = made.pass_at([1], questions=4, samples=64)["episode_reward"]
@@ -137,7 +137,7 @@ def test_learns(agent: type[LLM]) -> None:
 
 
 @agents
-def test_resumes_exactly(agent: type[LLM], tmp_path: Path) -> None:
+def test_resumes_exactly(agent: LLMMethod, tmp_path: Path) -> None:
     options = {"optimiser": "adamw", "batch_size": 16, "n_epochs": 2, "anneal_lr": True, **SHAPED.get(agent.name, {})}
     whole = make(agent, **options)
     whole.learn(until=48 * 4)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.grouped import Grouped, GroupedConfig
+from agents.grouped import Grouped
 from agents.llm.riskpo import (
     RiskPO,
     RiskPOConfig,
@@ -23,6 +23,7 @@ from agents.llm.riskpo import (
     track,
 )
 from ccrl.data import Batching, Data
+from ccrl.testing.recipe_contract import RecipeContract
 
 
 def double(values: Any) -> Tensor:
@@ -294,8 +295,7 @@ def test_padding_and_microbatches_change_nothing(recipe: Any, value_and_gradient
 
 
 def test_control_episodes_need_no_tokens() -> None:
-    config = GroupedConfig(method="riskpo", n_groups=5, group_size=4, n_steps=20)
-    agent = Grouped("CartPole-v1", config)
+    agent = Grouped("CartPole-v1", method="riskpo", n_groups=5, group_size=4, n_steps=20)
     agent.learn(until=agent.samples_per_iteration)
     assert agent.n_updates == agent.iteration >= 1
     assert float(agent.estimator.quantiles[1]) > 5 * 5  # five returns of more than five steps
@@ -308,10 +308,10 @@ def test_control_episodes_need_no_tokens() -> None:
         ({"alpha": 0.8}, "expected 0 < alpha < beta <= 1, got 0.8, 0.8"),
         ({"omega": -1.0}, "omega: expected >= 0, got -1.0"),
         ({"bundle": 0}, "bundle: expected >= 1, got 0"),
-        ({"credit": "mean"}, r"credit: expected one of \['uniform', 'std', 'sum_mean', 'score'\], got 'mean'"),
-        ({"level": "group"}, r"level: expected one of \['sequence', 'token'\], got 'group'"),
-        ({"quantiles": "batch"}, r"quantiles: expected one of \['track', 'bundle'\], got 'batch'"),
-        ({"form": "code"}, r"form: expected one of \['paper', 'released'\], got 'code'"),
+        ({"credit": "mean"}, r"credit: expected one of 'uniform', 'std', 'sum_mean', 'score', got 'mean'"),
+        ({"level": "group"}, r"level: expected one of 'sequence', 'token', got 'group'"),
+        ({"quantiles": "batch"}, r"quantiles: expected one of 'track', 'bundle', got 'batch'"),
+        ({"form": "code"}, r"form: expected one of 'paper', 'released', got 'code'"),
     ],
 )
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
@@ -324,7 +324,7 @@ SMALL = {"model": "tabular", "n_prompts": 10, "group_size": 8, "learning_rate": 
 
 def test_learns_and_reports() -> None:
     task = {"questions": 5, "symbols": 4, "easy": 2}
-    agent = RiskPO("easy_hard", RiskPOConfig(**SMALL), seed=0, env_kwargs=task)
+    agent = RiskPO("easy_hard", RiskPO.Settings(**SMALL), seed=0, env_kwargs=task)
     before = agent.pass_at([1], questions=5, samples=64)["pass@1"]
     agent.learn(until=40 * agent.samples_per_iteration)
     assert agent.pass_at([1], questions=5, samples=64)["pass@1"] > before + 0.25
@@ -332,5 +332,46 @@ def test_learns_and_reports() -> None:
 
 
 def test_resumes_exactly(resumes: Any, tmp_path: Any) -> None:
-    resumes(RiskPO, "modsum", RiskPOConfig(**SMALL, batch_size=7, microbatch=3, n_epochs=2, kl_coef=0.01),
+    resumes(RiskPO, "modsum", RiskPO.Settings(**SMALL, batch_size=7, microbatch=3, n_epochs=2, kl_coef=0.01),
             tmp_path / "agent.pt")  # fmt: skip
+
+
+# -- contract -----------------------------------------------------------------------------------------------------
+
+
+class TestRiskPOContract(RecipeContract):
+    method = RiskPO
+    published = {
+        "n_prompts": 20,
+        "alpha": 0.2,
+        "beta": 0.8,
+        "omega": 0.5,
+        "bundle": 5,
+        "quantiles": "track",
+        "quantile_lr": 0.1,
+        "form": "paper",
+        "band_weight": 1.5,
+        "natural": False,
+        "standardise": False,
+        "credit": "uniform",
+        "level": "sequence",
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+    }
+    matters = (
+        ({}, {"alpha": 0.5}),
+        ({}, {"beta": 0.5}),
+        ({}, {"omega": 3.0}),
+        ({}, {"bundle": 1}),
+        ({"bundle": 1}, {"bundle": 1, "quantiles": "bundle"}),
+        ({}, {"level": "token"}),
+        ({}, {"form": "released"}),
+        ({"form": "released", "bundle": 2}, {"form": "released", "bundle": 2, "band_weight": 5.0}),
+        ({"form": "released", "bundle": 2}, {"form": "released", "bundle": 2, "natural": True}),
+        ({}, {"standardise": True}),
+        ({}, {"credit": "std"}),
+        ({}, {"credit": "sum_mean"}),
+        ({}, {"credit": "score"}),
+    )
+    refused = {"verl": "learns between updates"}
+    exceptions = {"test_order_of_the_sequences_does_not_matter": "bundles are drawn by where responses stand"}

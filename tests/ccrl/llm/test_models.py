@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ccrl.collect import Request
-from ccrl.llm.models import WithoutAdapters, build_policy, load_model, tiny_model
+from ccrl.llm.models import Snapshot, build_policy, load_model, tiny_model
 from ccrl.llm.policy import CausalLMPolicy
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.tabular import TabularTokenPolicy
@@ -117,22 +117,31 @@ def test_only_adapters_train(transformers: Any, peft: Any, task: TextTask) -> No
 
 
 @pytest.mark.parametrize("logits_chunk_size", [0, 3])
-def test_the_reference_is_the_model_under_the_adapters(
+def test_a_snapshot_is_the_policy_as_it_was(
     transformers: Any, peft: Any, task: TextTask, logits_chunk_size: int
 ) -> None:
+    """At first the model under the adapters, whose second factor is 0; then what it was at the last refresh."""
     torch.manual_seed(0)
     plain = build_policy(config(), task)
     torch.manual_seed(0)
     policy = build_policy(config(lora_rank=2, logits_chunk_size=logits_chunk_size), task)
-    reference = WithoutAdapters(policy)  # type: ignore[arg-type]
+    reference = Snapshot(policy)
     data = TokenCollector(task, seed=0).collect(Request(counts=torch.tensor([2, 2])), policy)
-    with torch.no_grad():
-        torch.testing.assert_close(policy(data, WANT)["log_prob"], plain(data, WANT)["log_prob"])
+
+    def move() -> None:
         for name, p in policy.named_parameters():
             if "lora_B" in name:
                 p.normal_()
-        moved, below = policy(data, WANT)["log_prob"], reference(data, WANT)["log_prob"]
-        torch.testing.assert_close(below, plain(data, WANT)["log_prob"])
-        assert (moved - below).abs().max() > 0.01
-        torch.testing.assert_close(policy(data, WANT)["log_prob"], moved)
+
+    with torch.no_grad():
+        move()
+        assert (policy(data, WANT)["log_prob"] - plain(data, WANT)["log_prob"]).abs().max() > 0.01
+        torch.testing.assert_close(reference(data, WANT)["log_prob"], plain(data, WANT)["log_prob"])
+        reference.refresh()
+        then = policy(data, WANT)["log_prob"]
+        move()
+        assert torch.equal(reference(data, WANT)["log_prob"], then)
+        assert not torch.allclose(policy(data, WANT)["log_prob"], then)
     assert not list(reference.parameters())
+    adapters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert sum(b.numel() for b in reference.buffers()) == adapters  # of the rest there is no second copy

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ccrl.data import Data
 from ccrl.llm import policy as module
-from ccrl.llm.models import WithoutAdapters, add_adapters
+from ccrl.llm.models import Snapshot, add_adapters
 from ccrl.llm.policy import OUTPUTS, CausalLMPolicy
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.task import Prompts, TextTask
@@ -107,7 +107,7 @@ def test_adapters(build: Build, task: TextTask, prompts: Prompts) -> None:
     policy = in_double(policy)
     data = sample(policy, task, prompts, BATCHES["split groups"])
     compare(policy, data, frozenset({"log_prob", "entropy"}))
-    reference, want = WithoutAdapters(policy), frozenset({"log_prob"})
+    reference, want = Snapshot(policy), frozenset({"log_prob"})
     with torch.no_grad():
         plain = reference(data, want)["log_prob"]
         policy._shares = True

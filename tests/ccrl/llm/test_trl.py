@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from agents.llm import get_method
 from agents.llm.baselines import CISPO, GRPO, GSPO, SAPO, DrGRPO
 from agents.llm.bnpo import BNPO
 from ccrl.estimators.base import Context
@@ -202,14 +203,9 @@ def test_bnpo_learns_inside_trl(build: Build) -> None:
 
 
 def refused(build: Build, name: str, match: str, options: dict[str, Any] | None = None, **args: Any) -> None:
-    import importlib
-
-    from agents.llm import METHODS
-
-    module, method = METHODS[name]
-    agent = getattr(importlib.import_module(module), method)
+    method = get_method(name)
     with pytest.raises(ValueError, match=match):
-        build(grpo_trainer(agent.Recipe, agent.Config(**options or {})), **args)
+        build(grpo_trainer(method.Recipe, method.Config(**options or {})), **args)
 
 
 @pytest.mark.parametrize(

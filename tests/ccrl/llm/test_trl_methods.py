@@ -3,7 +3,6 @@ with what was expected, what was received and what to use instead."""
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents.llm import METHODS
+from agents.llm import METHODS, get_method
 from ccrl.llm.trl import grpo_trainer
 from ccrl.llm.verl import bridge
 
@@ -46,9 +45,8 @@ OPTIONS: dict[str, dict[str, Any]] = {"dapo": {"max_tries": 1}, "hpt": {"gate": 
 
 
 def recipe(name: str, **options: Any) -> tuple[Any, Any]:
-    module, cls = METHODS[name]
-    agent = getattr(importlib.import_module(module), cls)
-    return agent.Recipe, agent.Config(**options)
+    method = get_method(name)
+    return method.Recipe, method.Config(**options)
 
 
 def cases(refused: dict[str, Any], **options: dict[str, Any]) -> list[Any]:

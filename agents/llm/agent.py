@@ -1,116 +1,70 @@
-"""One agent for all language-model methods: generate, score, prepare, update, log. A method is a recipe."""
+"""One agent for all language-model methods: generate, score, prepare, update, log. A method is a recipe.
+
+GRPO("arithmetic", group_size=8, model="tiny")      # a method builds its agent from settings by keyword
+LLM.of(GRPO)                                        # or names the agent's class, for what wants one
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 from agents.base import Agent
+from agents.llm.config import ModelConfig, OptimiserConfig, RolloutConfig, make_optimiser
 from ccrl.batched_env import BatchedEnv, Tree
 from ccrl.collect import Request
 from ccrl.data import Batching, Field
 from ccrl.estimators import aggregates, losses, ratios
-from ccrl.estimators.recipe import Parts, Recipe, RecipeConfig
+from ccrl.estimators.recipe import Method, Parts, Recipe
 from ccrl.estimators.terms import Term
 from ccrl.experiment.evaluation import EvalResult
+from ccrl.experiment.flat import join, unpack
 from ccrl.learn import Learner, RolloutLearner
-from ccrl.llm.models import WithoutAdapters, build_policy, fit_task
+from ccrl.llm.models import Snapshot, build_policy, fit_task
 from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.task import Prompts, TextTask, pad_left, resolve_task
 from ccrl.llm.vocabulary import encode_prompt
 from ccrl.updaters import ModuleUpdater, Stats, linear_decay
 
-__all__ = ["LLM", "LLMConfig"]
+__all__ = ["LLM", "LLMLearner", "LLMMethod"]
 
 
-@dataclass(frozen=True)
-class LLMConfig(RecipeConfig):
-    """What every language-model agent has. The defaults suit the tiny model; give a real one its own step size."""
+class LLMMethod(Method):
+    """A method that can be called: ``GRPO(task, group_size=8)`` is the agent that trains a language model with it."""
 
-    model: str = "tiny"
-    """tiny (a Llama of the size below, from scratch), tabular (bandit tasks), or a local model directory."""
-    model_layers: int = 4
-    """Layers of the tiny model."""
-    model_width: int = 128
-    """Hidden size of the tiny model."""
-    model_heads: int = 4
-    """Attention heads of the tiny model."""
-    lora_rank: int = 0
-    """Train low-rank adapters of this rank instead of the model (needs peft); 0: the model."""
-    logits_chunk_size: int | None = None
-    """Tokens per piece of the vocabulary projection, which is most of the memory of a large vocabulary; 0: in one
-    piece; none: 256 tokens per piece from a vocabulary of 16,384 tokens up, else in one piece."""
-    n_prompts: int = 16
-    """Prompts per iteration."""
-    max_new_tokens: int = 0
-    """Length cap of completions; 0: the task's."""
-    temperature: float = 1.0
-    """Of sampling and scoring."""
-    pad_to_multiple_of: int = 1
-    """Completions are padded to a multiple of it."""
-    learning_rate: float = 3e-4
-    """Step size of the optimiser."""
-    optimiser: str = "adamw"
-    """adamw or sgd."""
-    weight_decay: float = 0.0
-    """AdamW's."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm; 0: never."""
-    anneal_lr: bool = False
-    """Linear decay of the step size to 0 over the run."""
-    warm_start_steps: int = 0
-    """Supervised steps on the task's demonstrations before the first rollout."""
-    warm_start_batch: int = 64
-    """Demonstrations per supervised step."""
-    warm_start_lr: float = 1e-3
-    """Their step size."""
+    @property
+    def Settings(self) -> type[Any]:
+        """All settings side by side: its own, the model's, the optimiser's, the rollout's."""
+        return LLM.of(self).Config
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in (
-            "n_prompts",
-            "model_layers",
-            "model_width",
-            "model_heads",
-            "pad_to_multiple_of",
-            "warm_start_batch",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        for name in (
-            "lora_rank",
-            "logits_chunk_size",
-            "max_new_tokens",
-            "warm_start_steps",
-            "max_grad_norm",
-            "weight_decay",
-        ):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}: expected >= 0, got {getattr(self, name)}")
-        for name in ("temperature", "learning_rate", "warm_start_lr"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}")
-        if self.optimiser not in OPTIMISERS:
-            raise ValueError(f"optimiser: expected one of {sorted(OPTIMISERS)}, got {self.optimiser!r}")
+    def __call__(self, task: str | TextTask, config: Any = None, **options: Any) -> LLM:
+        """The agent. :param config: ``Settings``, or one of their parts such as ``Config``; None: the defaults.
+        :param options: settings by name, and ``seed, device, env_kwargs`` of ``LLM``."""
+        return LLM.of(self)(task, config, **options)
+
+    def load(self, *args: Any, **options: Any) -> LLM:
+        """The agent in a checkpoint, as ``Agent.load``."""
+        return LLM.of(self).load(*args, **options)
 
 
-OPTIMISERS: dict[str, Callable[[list[nn.Parameter], LLMConfig], torch.optim.Optimizer]] = {
-    "adamw": lambda params, c: torch.optim.AdamW(
-        params, lr=c.learning_rate, betas=(0.9, 0.999), weight_decay=c.weight_decay, fused=True
-    ),
-    "sgd": lambda params, c: torch.optim.SGD(params, lr=c.learning_rate),
-}
+@cache  # a method with another recipe has the same settings
+def _settings(config: type[Any], defaults: tuple[tuple[str, Any], ...]) -> type[Any]:
+    name = f"{config.__name__.removesuffix('Config')}Settings"
+    parts = (config, RolloutConfig, OptimiserConfig, ModelConfig)
+    return join(name, parts, dict(defaults), doc=config.__doc__ or "")
 
 
 class LLMLearner(RolloutLearner):
     """Rollouts of completions; shapes change with every rollout, so updates are ordinary autograd."""
 
-    def __init__(self, agent: LLM, policy: nn.Module, estimator: Recipe, updater: ModuleUpdater) -> None:
+    def __init__(
+        self, agent: LLM, policy: nn.Module, estimator: Recipe, updater: ModuleUpdater, reference: Snapshot | None
+    ) -> None:
         c = agent.config
         samples = c.n_prompts * c.group_size
         super().__init__(
@@ -121,6 +75,10 @@ class LLMLearner(RolloutLearner):
         self.warm = torch.zeros((), dtype=torch.bool, device=self.device)
         """Whether the supervised phase (if any) is over."""
         self.state.register("warm", self.warm)
+        self.reference = reference
+        """Of a model with adapters the policy as it was when reinforcement began; else that is the bank's ``ref``."""
+        if reference is not None:
+            self.state.register("reference", reference)
 
     @property
     def clock(self) -> int:
@@ -150,20 +108,43 @@ class LLMLearner(RolloutLearner):
 
 
 class LLM(Agent):
-    """Trains a language model on a task with the recipe that a subclass names.
+    """Trains a language model on a task with a method; the class for one is ``LLM.of(method)``.
 
     :param env: a task's name (``"arithmetic"``, options in ``env_kwargs``) or a ``TextTask``.
+    :param config: a ``Config`` or one of the parts it is made of; None: the defaults.
     """
 
-    Recipe: ClassVar[type[Recipe]] = Recipe
-    Config: ClassVar[type[Any]] = LLMConfig
+    method: ClassVar[Method]
     text: ClassVar[bool] = True
     """Trained on text tasks: there is no environment to build or to step."""
+
+    @classmethod
+    def of(cls, method: Method, name: str | None = None) -> type[LLM]:
+        """The agent's class for ``method``, the same at every call.
+
+        :param name: what runs and checkpoints call it; None: the method's own name.
+        """
+        return cls._of(method, name or method.name)
+
+    @classmethod
+    @cache
+    def _of(cls, method: Method, name: str) -> type[LLM]:
+        settings = _settings(method.Config, tuple(method.defaults.items()))
+        members = {"method": method, "name": name, "paper": method.paper, "Config": settings}
+        return type(f"{cls.__name__}[{method.name}]", (cls,), members)
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return dict(cls.method.slots)
+
+    @classmethod
+    def configure(cls, config: Any, settings: dict[str, Any]) -> Any:
+        return super().configure(*unpack(cls.Config, config, settings))
 
     def connect(self, env: str | TextTask) -> None:
         named = resolve_task(env, **(self.env_kwargs if isinstance(env, str) else {}))
         self.task = fit_task(named, self.config.model)
-        self.collector = self._collector(self.seed, self.Recipe.fields)
+        self.collector = self._collector(self.seed, getattr(self.method.Recipe, "fields", ()))
 
     def _collector(self, seed: int, fields: tuple[Any, ...] = ()) -> Any:
         c = self.config
@@ -172,17 +153,23 @@ class LLM(Agent):
                               max_new_tokens=c.max_new_tokens or None)  # fmt: skip
 
     def build(self) -> Learner:
+        """:raises ValueError: if the method imitates with these settings and the task has no demonstrations."""
         c = self.config
+        if c.imitates and self.task.prompts(1, Generator().manual_seed(self.seed)).demonstration is None:
+            raise ValueError(f"task {self.task.name!r} has no demonstrations, and {self.name} imitates them with these "
+                             "settings; choose another task, or settings that sample alone")  # fmt: skip
         policy = self.make_model().to(self.device)
         updater = ModuleUpdater(
-            policy, lambda params: OPTIMISERS[c.optimiser](params, c), max_grad_norm=c.max_grad_norm or None
-        )
+            policy, lambda params: make_optimiser(c, params), max_grad_norm=c.max_grad_norm or None,
+            skip_norm=c.skip_grad_norm or None,
+        )  # fmt: skip
         counts = torch.full((c.n_prompts,), c.group_size, dtype=torch.int64, device=self.device)
+        reference = Snapshot(policy) if c.lora_rank else None
         parts = Parts(
             policy, updater, Request(counts=counts), self.collector.steps, components=self.task.components,
-            reference=(lambda ctx: WithoutAdapters(policy)) if self.reference_is_base else None,
+            reference=None if reference is None else lambda ctx: reference,
         )  # fmt: skip
-        return LLMLearner(self, policy, self.Recipe(c, parts), updater)
+        return LLMLearner(self, policy, self.method.Recipe(c, parts), updater, reference)
 
     def make_model(self) -> nn.Module:
         """The token policy; override it to train one of your own."""
@@ -197,25 +184,22 @@ class LLM(Agent):
 
     def before_learning(self) -> None:
         """The supervised phase, once, and the reference: the policy that it leaves."""
-        warm = self.learner.warm
+        warm, reference = self.learner.warm, self.learner.reference  # type: ignore[attr-defined]
         if bool(warm):
             return
         if self.config.warm_start_steps:
             self.warm_start(self.config.warm_start_steps)
-        if self.estimator.wants_reference and not self.reference_is_base:
+        if reference is not None:
+            reference.refresh()
+        elif self.estimator.wants_reference:
             self.ctx.bank.refresh("ref")
         warm.fill_(True)
 
     @property
-    def reference_is_base(self) -> bool:
-        """Whether the model under the adapters is the reference. After a supervised phase, which trains the adapters,
-        it no longer is: a copy is then kept."""
-        return self.config.lora_rank > 0 and not self.config.warm_start_steps
-
-    @property
     def warm_started(self) -> bool:
         """Whether a supervised phase is all that it has behind it."""
-        return bool(self.learner.warm) and self.config.warm_start_steps > 0 and self.iteration == 0
+        warm = self.learner.warm  # type: ignore[attr-defined]
+        return bool(warm) and self.config.warm_start_steps > 0 and self.iteration == 0
 
     def warm_start(self, steps: int) -> float:
         """Maximum likelihood on demonstrations, which are drawn from a stream of their own; returns the last loss."""

@@ -1,0 +1,87 @@
+"""What a language-model agent has beside its method: the model, the optimiser, the rollout. The defaults suit the tiny
+model; methods bring published ones (``Method.defaults``), and a real model wants a step size of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ccrl.settings import Count, Natural, Nonnegative, Positive, Settings
+
+__all__ = ["ModelConfig", "OptimiserConfig", "RolloutConfig", "make_optimiser"]
+
+
+@dataclass(frozen=True)
+class ModelConfig(Settings):
+    """The language model."""
+
+    model: str = "tiny"
+    """Which model is trained: tiny (a Llama of the size below, from scratch), tabular (a table of logits, for bandit
+    tasks), or a local model directory."""
+    model_layers: Count = 4
+    """Layers of the tiny model."""
+    model_width: Count = 128
+    """Hidden size of the tiny model."""
+    model_heads: Count = 4
+    """Attention heads of the tiny model."""
+    lora_rank: Natural = 0
+    """Low-rank adapters of this rank are trained instead of the model (needs peft); 0 trains the model itself."""
+    logits_chunk_size: Natural | None = None
+    """Tokens per piece of the vocabulary projection, which is most of the memory of a large vocabulary; 0 projects all
+    tokens in one piece, none takes 256 per piece from a vocabulary of 16,384 tokens up and else one piece."""
+
+
+@dataclass(frozen=True)
+class OptimiserConfig(Settings):
+    """The optimiser of reinforcement, and the supervised phase before it."""
+
+    optimiser: Literal["adamw", "sgd"] = "adamw"
+    """The optimiser is AdamW or plain stochastic gradient descent."""
+    learning_rate: Positive = 3e-4
+    """Step size of the optimiser."""
+    weight_decay: Nonnegative = 0.0
+    """Decoupled weight decay of AdamW."""
+    max_grad_norm: Nonnegative = 1.0
+    """Gradients are scaled down to this norm; 0 never scales them."""
+    skip_grad_norm: Nonnegative = 0.0
+    """Gradients with a larger norm (before they are scaled down) change nothing, the optimiser's moments included; 0
+    skips none."""
+    anneal_lr: bool = False
+    """Whether the step size falls linearly to 0 over the run."""
+    warm_start_steps: Natural = 0
+    """Supervised steps on the task's demonstrations before the first rollout."""
+    warm_start_batch: Count = 64
+    """Demonstrations per supervised step."""
+    warm_start_lr: Positive = 1e-3
+    """Step size of the supervised steps, which falls linearly to 0 over them."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.optimiser == "sgd" and self.weight_decay:
+            raise ValueError(f"weight_decay: expected 0 with optimiser='sgd', which has none, got {self.weight_decay}")
+
+
+@dataclass(frozen=True)
+class RolloutConfig(Settings):
+    """What is sampled in an iteration."""
+
+    n_prompts: Count = 16
+    """Prompts per iteration."""
+    max_new_tokens: Natural = 0
+    """Length cap of completions in tokens; 0 takes the task's."""
+    temperature: Positive = 1.0
+    """Temperature of sampling and of scoring."""
+    pad_to_multiple_of: Count = 1
+    """Completions are padded to a multiple of this many tokens."""
+
+
+def make_optimiser(config: Any, params: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """The optimiser that an ``OptimiserConfig`` describes."""
+    if config.optimiser == "sgd":
+        return torch.optim.SGD(params, lr=config.learning_rate)
+    return torch.optim.AdamW(
+        params, lr=config.learning_rate, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True
+    )
