@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ccrl.experiment.config import flatten
 from ccrl.experiment.csv_table import read_columns
 from ccrl.experiment.run import RunFolder, find_runs
-from ccrl.experiment.statistics import Interval, iqm, optimality_gap, sample_efficiency, stratified_bootstrap
+from ccrl.stats import Interval, iqm, optimality_gap, sample_efficiency, stratified_bootstrap
 
 __all__ = ["Curve", "Group", "Study", "load_study"]
 

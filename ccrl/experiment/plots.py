@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ccrl.experiment.curves import Study, short
-from ccrl.experiment.statistics import (
+from ccrl.stats import (
     performance_profile,
     probability_of_improvement_interval,
     stratified_bootstrap,

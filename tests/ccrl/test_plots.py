@@ -8,7 +8,7 @@ import pytest
 from ccrl.experiment import plots
 from ccrl.experiment.csv_table import CsvTable
 from ccrl.experiment.curves import Curve, Study, load_study, short
-from ccrl.experiment.statistics import iqm, probability_of_improvement_interval
+from ccrl.stats import iqm, probability_of_improvement_interval
 
 
 def make_run(root, env, agent, seed, points, name="", metric="rollout/ep_rew_mean", file="progress.csv", config=""):

@@ -18,7 +18,7 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from ccrl.experiment.csv_table import read_rows
-from ccrl.experiment.statistics import Interval, stratified_bootstrap
+from ccrl.stats import Interval, stratified_bootstrap
 from envs import make_functional
 from envs.inventory.oracle import oracle_cost
 

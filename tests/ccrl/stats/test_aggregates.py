@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ccrl.experiment.statistics import (
+from ccrl.stats import (
     iqm,
+    median_of_means,
     optimality_gap,
     performance_profile,
     probability_of_improvement,
@@ -117,7 +118,7 @@ def test_unequal_runs_seeds_and_chunks(monkeypatch):
         stratified_bootstrap(tasks, repetitions=50, seed=2)[1:]
         != stratified_bootstrap(tasks, repetitions=50, seed=1)[1:]
     )
-    monkeypatch.setattr("ccrl.experiment.statistics._CHUNK", 11 * 7)  # 7 repetitions at a time, the last chunk short
+    monkeypatch.setattr("ccrl.stats.aggregates._CHUNK", 11 * 7)  # 7 repetitions at a time, the last chunk short
     counted = []
     stratified_bootstrap(tasks, lambda v, axis: counted.append(v.shape) or iqm(v, axis), repetitions=20)
     assert counted == [(11,), (7, 11), (7, 11), (6, 11)]
@@ -182,3 +183,17 @@ def test_probability_of_improvement_interval_agrees_with_scipy():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_definitions_of_rliable():
+    """Each aggregate beside the definition that rliable 1.2 states in its docstrings, written out in SciPy."""
+    generator = np.random.default_rng(8)
+    x, y = generator.gamma(2.0, size=(7, 5)), np.round(generator.gamma(2.0, size=(9, 5)), 1)
+    exact = {"rtol": 1e-12, "atol": 0}
+    np.testing.assert_allclose(iqm(x.ravel()), scipy.stats.trim_mean(x, 0.25, axis=None), **exact)
+    np.testing.assert_allclose(median_of_means(x), np.median(x.mean(axis=0)), **exact)
+    np.testing.assert_allclose(optimality_gap(x.ravel(), 2.0), 2.0 - np.minimum(x, 2.0).mean(), **exact)
+    profile = [np.mean(x > tau) for tau in (0.5, 2.0, 4.0)]
+    np.testing.assert_allclose(performance_profile(x.ravel(), [0.5, 2.0, 4.0]), profile, **exact)
+    wins = [scipy.stats.mannwhitneyu(x[:, m], y[:, m], alternative="greater").statistic / 63 for m in range(5)]
+    np.testing.assert_allclose(probability_of_improvement(x, y), np.mean(wins), **exact)

@@ -1,11 +1,10 @@
-"""Statistics for few runs on many tasks.
+"""Aggregates of the scores of few runs on many tasks, and their bootstrap intervals.
 
 Sources: Agarwal et al., "Deep Reinforcement Learning at the Edge of the Statistical Precipice", NeurIPS 2021 (IQM,
 stratified bootstrap, performance profiles, probability of improvement, optimality gap); Efron and Tibshirani, "An
 Introduction to the Bootstrap", 1993 (percentile interval).
 
-``reward_components`` are runs x tasks: an array ``[R, M, ...]``, or a sequence of ``M`` arrays ``[R_m, ...]`` if
-tasks have
+``scores`` are runs x tasks: an array ``[R, M, ...]``, or a sequence of ``M`` arrays ``[R_m, ...]`` if tasks have
 different numbers of runs. Trailing axes (the points of a curve) are handled together. Higher is better.
 """
 
@@ -20,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 __all__ = [
     "Interval",
     "iqm",
+    "median_of_means",
     "optimality_gap",
     "performance_profile",
     "probability_of_improvement",
@@ -37,7 +37,7 @@ _CHUNK = 4_000_000
 
 
 class Interval(NamedTuple):
-    """A statistic of the scores and its bootstrap interval."""
+    """A statistic and the ends of its interval."""
 
     point: Array
     low: Array
@@ -54,6 +54,11 @@ def iqm(scores: ArrayLike, axis: int = -1) -> Array:
         x = np.partition(x, (cut, n - cut - 1), axis=axis)
     kept: Array = np.take(x, np.arange(cut, n - cut), axis=axis)
     return np.asarray(kept.mean(axis=axis))
+
+
+def median_of_means(scores: Scores) -> Array:
+    """Median over tasks of the mean over runs: the aggregate that IQM replaces, for tables beside older papers."""
+    return np.asarray(np.median(np.stack([task.mean(axis=0) for task in _tasks(scores)]), axis=0))
 
 
 def optimality_gap(scores: ArrayLike, target: float = 1.0, axis: int = -1) -> Array:
