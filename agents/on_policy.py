@@ -79,6 +79,8 @@ class OnPolicyConfig(Settings):
 class ActorCriticConfig(OnPolicyConfig):
     """What agents with a critic have (PPO, MDPO, BPO)."""
 
+    std_parameter: Literal["log", "raw"] = "log"
+    """Gaussian policies learn the logarithm of their deviations, or the deviations as they are (raw, rsl_rl)."""
     critic_hidden: tuple[Count, ...] | None = None
     """These are the widths of the critic's hidden layers; unset, they are the actor's."""
     critic_obs: tuple[str, ...] | None = None

@@ -11,13 +11,22 @@ Defaults are SB3's; ``docs/ppo.md`` lists each detail and who does it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, Updaters, check_standardised, cut
+from agents.on_policy import (
+    VALUE,
+    ActorCriticConfig,
+    OnPolicyEstimator,
+    Updaters,
+    check_standardised,
+    check_unused,
+    cut,
+)
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Phase
@@ -25,10 +34,13 @@ from ccrl.estimators.stages import Standardise, standardise
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
 from ccrl.learn import Learner
 from ccrl.policies import MLPPolicy
+from ccrl.policies.distributions import Distribution
 from ccrl.settings import Count, Finite, Nonnegative, Positive
-from ccrl.updaters import FlatUpdater, Updater
+from ccrl.updaters import AdaptiveRate, FlatUpdater, Updater
 
 __all__ = ["PPO", "PPOConfig"]
+
+Statistics = Callable[[LogRatio, Tensor, Outputs, Data], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -39,8 +51,14 @@ class PPOConfig(ActorCriticConfig):
     """This is Adam's step size."""
     anneal_lr: bool = False
     """The learning rate falls linearly to 0 over training."""
+    desired_kl: Positive | None = None
+    """The learning rate moves before every step: by a factor of 1.5 down where the KL from the acting policy is above
+    twice this number, up where it is below half of it, between 1e-5 and 1e-2 (rsl_rl); updates run uncompiled. None
+    keeps it."""
     batch_size: Count = 64
     """A minibatch has this many environment steps."""
+    n_minibatches: Count | None = None
+    """An epoch has this many minibatches of equal size, in place of batch_size."""
     n_epochs: Count = 10
     """The update passes this many times over each rollout."""
     clip_range: Positive = 0.2
@@ -64,9 +82,28 @@ class PPOConfig(ActorCriticConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.n_minibatches is not None:
+            check_unused(self, "n_minibatches says how many minibatches there are", "batch_size")
+            rows, what = self.num_envs * self.n_steps, "num_envs * n_steps"
+            if self.recurrent != "none":
+                rows, what = self.num_envs, "num_envs (minibatches of recurrent policies are whole columns)"
+            if rows % self.n_minibatches:
+                raise ValueError(f"n_minibatches: expected a divisor of {what} = {rows}, got {self.n_minibatches}")
+        if self.desired_kl is not None:
+            if self.anneal_lr:
+                raise ValueError("desired_kl: the learning rate follows the KL, got anneal_lr=True too; drop one")
+            if self.compile == "on":
+                raise ValueError("compile='on': adaptive steps are uncompiled; expected compile='auto' or 'off'")
         if self.normalise_advantage != "none":
-            size = self.batch_size if self.normalise_advantage == "minibatch" else None
+            size = self.minibatch if self.normalise_advantage == "minibatch" else None
             check_standardised(self, f"normalise_advantage={self.normalise_advantage!r}", size)
+
+    @property
+    def minibatch(self) -> int:
+        """Environment steps per minibatch."""
+        if self.n_minibatches is None:
+            return self.batch_size
+        return self.num_envs * self.n_steps // self.n_minibatches
 
 
 class PPOEstimator(OnPolicyEstimator):
@@ -78,17 +115,19 @@ class PPOEstimator(OnPolicyEstimator):
         loss = losses.clip(c.clip_range, c.clip_range)
         if c.normalise_advantage == "minibatch":
             loss = _standardised(loss)
-        stats = losses.ratio_stats(c.clip_range, c.clip_range)
+        stats, want = losses.ratio_stats(c.clip_range, c.clip_range), frozenset({"log_prob"})
+        if c.desired_kl is not None:
+            stats, want = _with_kl(stats, policy.distribution), want | {"dist"}
         value = losses.value_loss(clip_range=c.clip_range_vf)
         terms = (
-            Term("policy_gradient_loss", loss, aggregates.mean, ratios.token, stats=stats),
+            Term("policy_gradient_loss", loss, aggregates.mean, ratios.token, want, stats=stats),
             Term("value_loss", value, aggregates.mean, want=VALUE, advantage=None, coef=c.vf_coef),
             Term(
                 "entropy_loss", losses.neg_entropy, aggregates.mean, want=frozenset({"entropy"}),
                 advantage=None, coef=c.ent_coef,
             ),
         )  # fmt: skip
-        batching = cut(policy, c.n_steps, c.batch_size, c.n_epochs)
+        batching = cut(policy, c.n_steps, c.minibatch, c.n_epochs)
         self._phases = (_phase(c, batching, terms, updaters["policy"], self.advantages),)
 
     def advantages(self, data: Data) -> Data:
@@ -115,6 +154,16 @@ def _standardised(loss: Loss) -> Loss:
     return wrapped
 
 
+def _with_kl(stats: Statistics, distribution: Distribution) -> Statistics:
+    """The statistics, and ``kl``: ``KL(pi_old || pi_theta)`` in closed form."""
+
+    def more(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
+        old = {name: batch[f"old_{name}"] for name in distribution.names}
+        return stats(level, advantage, evaluation, batch) | {"kl": distribution.kl(old, evaluation)}
+
+    return more
+
+
 class PPO(Agent):
     """Proximal Policy Optimization."""
 
@@ -125,9 +174,10 @@ class PPO(Agent):
     def build(self) -> Learner:
         c: PPOConfig = self.config
         policy = self.make_policy({"value": ()})
-        updaters: Updaters = {
-            "policy": FlatUpdater(policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
-        }
+        updater = FlatUpdater(policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
+        if c.desired_kl is not None:
+            updater.hooks.append(AdaptiveRate(updater.lr, c.desired_kl))
+        updaters: Updaters = {"policy": updater}
         return self.rollouts(policy, PPOEstimator(c, policy, updaters), updaters)
 
     @classmethod

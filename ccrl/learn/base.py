@@ -233,7 +233,7 @@ class Learner(ABC):
         steps = self.gradient_steps() * iterations
         pays = self.compile == "on" or (self.compile == "auto" and steps >= COMPILE_FROM)
         wanted = pays and getattr(self.policy, "compiles", True) and self._whole()
-        targets = [u for u in self.updaters.values() if hasattr(u, "compile")]
+        targets = [u for u in self.updaters.values() if hasattr(u, "compile") and not getattr(u, "hooks", None)]
         possible, why = can_compile()
         if wanted and targets:
             print(f"[ccrl] {why}", flush=True)

@@ -74,7 +74,8 @@ def build_actor_critic(
 def _settings(config: Any, cls: type[MLPPolicy]) -> dict[str, Any]:
     names = {
         "hidden": "hidden", "critic_hidden": "critic_hidden", "activation": "activation", "squash": "squash",
-        "log_std_init": "log_std_init", "state_dependent_std": "state_dependent_std", "orthogonal": "orthogonal",
+        "log_std_init": "log_std_init", "state_dependent_std": "state_dependent_std",
+        "std_parameter": "std_parameter", "orthogonal": "orthogonal",
         "normalise_obs": "normalise_obs", "clip_norm": "clip_obs",
     }  # fmt: skip
     if issubclass(cls, RecurrentPolicy) and getattr(config, "recurrent", "none") != "none":

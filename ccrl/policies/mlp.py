@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import gymnasium as gym
 import numpy as np
@@ -47,6 +47,19 @@ class _Actor(nn.Module):
             self.log_std = nn.Parameter(log_std)
 
 
+class _RawStdActor(_Actor):
+    """The parameter is the standard deviation itself, as in rsl_rl, not its logarithm: ``log_std`` follows from it.
+    A step past 0 comes out on the other side, where its absolute value is the deviation."""
+
+    def __init__(self, net: nn.Sequential, log_std: Tensor) -> None:
+        super().__init__(net, None)
+        self.std = nn.Parameter(log_std.exp())
+
+    @property
+    def log_std(self) -> Tensor:  # type: ignore[override]
+        return self.std.abs().log()
+
+
 class _Critic(nn.Module):
     """A trunk and named heads on its last latent."""
 
@@ -79,6 +92,7 @@ class MLPPolicy(nn.Module):
     :param squash: Box actions through ``tanh`` onto the bounds; else Gaussian actions, clipped for the environment.
     :param state_dependent_std: the network also outputs the log standard deviations, starting around ``log_std_init``;
         else they are parameters of their own.
+    :param std_parameter: whether free standard deviations are learnt as logarithms or as they are.
     :param normalise_obs: running observation statistics as buffers of this module, for vectors (never for pixels).
     :param groups: Dict observations: which keys the actor and the critic see, in this order; see
         ``observation_groups`` for what they see without it.
@@ -105,6 +119,7 @@ class MLPPolicy(nn.Module):
         squash: bool = False,
         log_std_init: float = 0.0,
         state_dependent_std: bool = False,
+        std_parameter: Literal["log", "raw"] = "log",
         orthogonal: bool = True,
         normalise_obs: bool = False,
         clip_obs: float = 10.0,
@@ -139,7 +154,15 @@ class MLPPolicy(nn.Module):
         log_std = torch.full((self.n_out,), float(log_std_init)) if gaussian and not state_dependent_std else None
         memory = self._make_memory("actor", orthogonal)
         width = memory.width if memory is not None else self._width("actor")
-        self.actor = _Actor(mlp([width, *hidden, self._outputs], activation, gains(len(hidden), 0.01)), log_std)
+        net = mlp([width, *hidden, self._outputs], activation, gains(len(hidden), 0.01))
+        if std_parameter == "log":
+            self.actor = _Actor(net, log_std)
+        elif log_std is None:
+            raise ValueError(
+                "std_parameter='raw': expected Gaussian actions whose deviations are parameters; use 'log'"
+            )
+        else:
+            self.actor = _RawStdActor(net, log_std)
         self._attach(self.actor, made["actor"], memory)
         self.heads = tuple(heads)
         if heads:

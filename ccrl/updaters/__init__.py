@@ -5,8 +5,17 @@ compiled graph, with an eager twin. ``ModuleUpdater``: any module, any torch opt
 """
 
 from ccrl.estimators.updates import GradientEstimate, Stats, Updater
-from ccrl.updaters.common import can_compile, linear_decay
+from ccrl.updaters.common import AdaptiveRate, can_compile, linear_decay
 from ccrl.updaters.flat import FlatUpdater
 from ccrl.updaters.module import ModuleUpdater
 
-__all__ = ["FlatUpdater", "GradientEstimate", "ModuleUpdater", "Stats", "Updater", "can_compile", "linear_decay"]
+__all__ = [
+    "AdaptiveRate",
+    "FlatUpdater",
+    "GradientEstimate",
+    "ModuleUpdater",
+    "Stats",
+    "Updater",
+    "can_compile",
+    "linear_decay",
+]

@@ -12,9 +12,17 @@ from torch import Tensor, nn
 
 from ccrl.data import Data, columns_read
 from ccrl.estimators.terms import Term, statistics, surrogate
-from ccrl.estimators.updates import Stats, Updater
+from ccrl.estimators.updates import GradientEstimate, Stats, Updater
 
-__all__ = ["SurrogateModule", "Surrogates", "accumulate", "can_compile", "linear_decay", "surrogate_loss"]
+__all__ = [
+    "AdaptiveRate",
+    "SurrogateModule",
+    "Surrogates",
+    "accumulate",
+    "can_compile",
+    "linear_decay",
+    "surrogate_loss",
+]
 
 
 def linear_decay(updaters: Iterable[Updater], lr: float, progress: Tensor | float) -> None:
@@ -33,6 +41,39 @@ def can_compile() -> tuple[bool, str]:
     if compiler is None:
         return False, "no C++ compiler (g++ or clang++) on PATH: updates run eagerly; install one to compile them"
     return True, f"updates are compiled with {compiler}; the first one takes some seconds"
+
+
+class AdaptiveRate:
+    """A step size that follows the KL of the policy from the one that acted, as in rsl_rl's schedule "adaptive".
+
+    Before every step: above ``2 desired`` it is divided by ``factor``, down to ``low``; below ``desired / 2`` (and
+    above 0: the first minibatch of an iteration says nothing) multiplied by it, up to ``high``. A hook of
+    ``FlatUpdater``.
+
+    :param lr: the updater's, written in place.
+    :param statistic: which of the gradient's statistics is the KL.
+    """
+
+    def __init__(
+        self,
+        lr: Tensor,
+        desired: float,
+        *,
+        factor: float = 1.5,
+        low: float = 1e-5,
+        high: float = 1e-2,
+        statistic: str = "kl",
+    ) -> None:
+        self.lr, self.desired, self.factor, self.low, self.high = lr, desired, factor, low, high
+        self.statistic = statistic
+
+    @torch.no_grad()
+    def __call__(self, estimate: GradientEstimate) -> GradientEstimate:
+        kl, lr = estimate.stats[self.statistic], self.lr
+        slower, faster = (lr / self.factor).clamp_min(self.low), (lr * self.factor).clamp_max(self.high)
+        grown = torch.where((kl > 0.0) & (kl < 0.5 * self.desired), faster, lr)
+        lr.copy_(torch.where(kl > 2.0 * self.desired, slower, grown))
+        return estimate
 
 
 class SurrogateModule(nn.Module):

@@ -102,6 +102,9 @@ class FlatUpdater(Surrogates):
         self.lr = torch.tensor(float(lr), dtype=torch.float64, device=self.flat.device)
         self.finite = torch.ones((), dtype=torch.bool, device=self.flat.device)
         self.compile = compile
+        self.hooks: list[Callable[[GradientEstimate], GradientEstimate]] = []
+        """Called in order with every gradient before its step (averages over processes, adaptive step sizes); updates
+        are then eager."""
         self._graphs: dict[tuple[int, int], tuple[tuple[Term, ...], Callable[[Sequence[Data]], Tensor], list[str]]] = {}
 
     def state(self, buffers: Sequence[str] = ()) -> FlatState:
@@ -130,6 +133,8 @@ class FlatUpdater(Surrogates):
 
         In place, so on an accelerator the host waits three times a step; the compiled path never does.
         """
+        for hook in self.hooks:
+            estimate = hook(estimate)
         grad = estimate.mean
         norm = torch.linalg.vector_norm(grad)
         if not bool(norm.isfinite()):
@@ -168,7 +173,7 @@ class FlatUpdater(Surrogates):
 
     def run(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats:
         """One update per batch, in order; statistics are means over the batches."""
-        if self.compile:
+        if self.compile and not self.hooks:
             return self._run_compiled(terms, batches)
         return self.run_eager(terms, batches)
 
