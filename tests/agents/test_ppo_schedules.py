@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from agents import PPO
 from agents.ppo import PPOConfig
+from ccrl.experiment.config import from_dict, load_yaml
 from ccrl.settings import ConfigError
 from ccrl.testing import prepare_rollout
 from ccrl.updaters import AdaptiveRate, GradientEstimate
@@ -131,3 +133,18 @@ def test_deviations_that_are_no_parameters_cannot_be_raw():
         env = "Pendulum-v1" if settings else "CartPole-v1"
         with pytest.raises(ValueError, match="std_parameter='raw'"):
             PPO(env, std_parameter="raw", **settings, **TINY)
+
+
+SETTINGS = sorted((Path(__file__).parents[2] / "agents" / "settings" / "ppo").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
+def test_settings_of_robot_tasks_are_valid_and_whole_iterations(path):
+    values = load_yaml(path)
+    config = from_dict(PPOConfig, values["agent"])
+    assert (config.desired_kl, config.n_minibatches, config.minibatch) == (0.01, 4, 1024 * config.n_steps)
+    assert values["total_timesteps"] % (config.num_envs * config.n_steps) == 0
+    assert (
+        values["env"].lower().replace(":", "-").replace("isaac-isaac", "isaac").replace("mjlab-mjlab", "mjlab")
+        == path.stem
+    )
