@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from agents.bac import BAC
     from agents.bpg import BPG
     from agents.bpo import BPO
+    from agents.crossq import CrossQ
     from agents.dbqpg import DBQPG
     from agents.dqn import DQN, QRDQN
     from agents.grouped import Grouped
@@ -25,17 +26,37 @@ if TYPE_CHECKING:
     from agents.ppo import PPO
     from agents.sac import SAC
     from agents.subpo import SubPO
+    from agents.td3 import TD3
 
 __all__ = [
-    "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO", "QRDQN",
-    "SAC", "Grouped", "SubPO", "get_agent", "get_method",
-]  # fmt: skip
+    "A2C",
+    "AGENTS",
+    "BAC",
+    "BPG",
+    "BPO",
+    "DBQPG",
+    "DQN",
+    "HARPG",
+    "HDPO",
+    "MDPO",
+    "METHODS",
+    "NPGIGT",
+    "PPO",
+    "QRDQN",
+    "SAC",
+    "TD3",
+    "CrossQ",
+    "Grouped",
+    "SubPO",
+    "get_agent",
+]
 
 AGENTS = {
     "a2c": ("agents.a2c", "A2C"),
     "bac": ("agents.bac", "BAC"),
     "bpg": ("agents.bpg", "BPG"),
     "bpo": ("agents.bpo", "BPO"),
+    "crossq": ("agents.crossq", "CrossQ"),
     "dbqpg": ("agents.dbqpg", "DBQPG"),
     "dqn": ("agents.dqn", "DQN"),
     "grouped": ("agents.grouped", "Grouped"),
@@ -47,6 +68,7 @@ AGENTS = {
     "qr_dqn": ("agents.dqn", "QRDQN"),
     "sac": ("agents.sac", "SAC"),
     "subpo": ("agents.subpo", "SubPO"),
+    "td3": ("agents.td3", "TD3"),
 }
 """Command-line name -> module and class; those for language models are ``agents.llm.METHODS``."""
 

@@ -60,7 +60,7 @@ class OffPolicyConfig(Settings):
     adam_eps: Positive = 1e-8
     """Adam adds this epsilon to the root of its second moment."""
     compile: Compile = "auto"
-    """Gradient steps are compiled graphs: always (on), never (off), or from 1,000 of them on where there is a C++
+    """Gradient steps are compiled graphs: always (on), never (off), or from 20,000 of them on where there is a C++
     compiler (auto)."""
 
 

@@ -123,3 +123,8 @@ def mirror_descent_actor(
 
 
 _LOG_FLOOR = math.log(1e-6)
+
+
+def deterministic_actor(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+    """``-Q_1(s, mu(s))`` (Fujimoto et al. 2018)."""
+    return -evaluation["new_q1"]

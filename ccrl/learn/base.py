@@ -96,6 +96,8 @@ class Learner(ABC):
     """
 
     clock_unit: ClassVar[str] = "environment steps"
+    compile_from: ClassVar[int] = COMPILE_FROM
+    """Optimiser steps from which compile "auto" compiles."""
 
     def __init__(
         self,
@@ -231,7 +233,7 @@ class Learner(ABC):
 
     def _choose_compile(self, iterations: int) -> None:
         steps = self.gradient_steps() * iterations
-        pays = self.compile == "on" or (self.compile == "auto" and steps >= COMPILE_FROM)
+        pays = self.compile == "on" or (self.compile == "auto" and steps >= self.compile_from)
         wanted = pays and getattr(self.policy, "compiles", True) and self._whole()
         targets = [u for u in self.updaters.values() if hasattr(u, "compile") and not getattr(u, "hooks", None)]
         possible, why = can_compile()

@@ -89,6 +89,10 @@ class ActorQ(MLPPolicy):
         """Actions ``[B, A]`` as stored and their log-probabilities ``[B]`` (in [-1, 1] units), differentiable."""
         return self._draw(self.params(obs), noise)
 
+    def _trained_params(self, latent: Tensor) -> dict[str, Tensor]:
+        """Distribution parameters as the actor's loss reads them (batch statistics, where there are any)."""
+        return self._params(latent)
+
     def _draw(self, params: dict[str, Tensor], noise: Tensor | None) -> tuple[Tensor, Tensor]:
         return self.distribution.rsample(params, noise)  # type: ignore[attr-defined, no-any-return]
 
@@ -102,7 +106,7 @@ class ActorQ(MLPPolicy):
         if "q" in want:
             found["q"] = self.critic(critic, self.critic_action(batch["action"].flatten(0, 1))).t()
         if want & self.own - {"q", "log_alpha"}:
-            params = self._params(self._latents(batch, "actor"))
+            params = self._trained_params(self._latents(batch, "actor"))
             found |= {f"new_{k}": v for k, v in params.items()}
             noise = batch["noise"].flatten(0, 1) if self.needs_noise else None
             found["new_action"], found["new_log_prob"] = self._draw(params, noise)
@@ -139,8 +143,7 @@ class DeterministicActorQ(ActorQ):
         low, high = (bound.to(like.dtype) for bound in (self.low, self.high))
         return 0.5 * (low + high), 0.5 * (high - low)
 
-    def _params(self, latent: Tensor) -> dict[str, Tensor]:
-        out = self.actor.net(latent)
+    def _named_params(self, out: Tensor) -> dict[str, Tensor]:
         middle, half = self._bounds(out)
         return {"mean": middle + half * out.tanh()}
 

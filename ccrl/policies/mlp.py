@@ -291,7 +291,9 @@ class MLPPolicy(nn.Module):
         return self._params(self.features(obs, "actor"))
 
     def _params(self, latent: Tensor) -> dict[str, Tensor]:
-        out = self.actor.net(latent)
+        return self._named_params(self.actor.net(latent))
+
+    def _named_params(self, out: Tensor) -> dict[str, Tensor]:
         if "logits" in self.distribution.names:
             return {"logits": out}
         if self._log_std_init is not None:

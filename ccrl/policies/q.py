@@ -61,16 +61,24 @@ class TwinQ(nn.Module):
 
     :param features: width of the observation's features.
     :param actions: width of the action as the critic sees it (for squashed policies ``tanh`` of the stored one).
+    :param net: the critics, where they are not plain perceptrons.
     """
 
     def __init__(
-        self, features: int, actions: int, *, hidden: Sequence[int] = (256, 256), activation: str = "relu", n: int = 2
+        self,
+        features: int,
+        actions: int,
+        *,
+        hidden: Sequence[int] = (256, 256),
+        activation: str = "relu",
+        n: int = 2,
+        net: Ensemble | None = None,
     ) -> None:
         super().__init__()
-        self.net = Ensemble(n, features + actions, hidden, activation)
+        self.net = Ensemble(n, features + actions, hidden, activation) if net is None else net
 
-    def forward(self, features: Tensor, action: Tensor, first: int | None = None) -> Tensor:
-        return self.net(torch.cat([features, action], -1), first)  # type: ignore[no-any-return]
+    def forward(self, features: Tensor, action: Tensor, first: int | None = None, **options: bool) -> Tensor:
+        return self.net(torch.cat([features, action], -1), first, **options)  # type: ignore[no-any-return]
 
 
 class QuantilePolicy(MLPPolicy):

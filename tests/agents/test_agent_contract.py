@@ -8,12 +8,14 @@ import gymnasium
 import pytest
 
 import envs  # noqa: F401  (registers ids)
-from agents import BPO, MDPO, PPO, QRDQN, SAC
+from agents import BPO, MDPO, PPO, QRDQN, SAC, TD3, CrossQ
 from agents.bpo import BPOConfig
+from agents.crossq import CrossQConfig
 from agents.dqn import QRDQNConfig
 from agents.mdpo import MDPOConfig
 from agents.ppo import PPOConfig
 from agents.sac import SACConfig
+from agents.td3 import TD3Config
 from ccrl.testing import AgentContract
 
 SMALL = {"num_envs": 2, "n_steps": 15, "hidden": (8,), "compile": "off"}
@@ -70,6 +72,16 @@ class TestSAC(AgentContract):
 
 class TestSACOnThreeSteps(TestSAC):
     config = SACConfig(n_step_returns=3, actor_every=2, alpha_learning_rate=None, **REPLAY)
+
+
+class TestTD3(TestSAC):
+    agent = TD3
+    config = TD3Config(**REPLAY)
+
+
+class TestCrossQ(TestSAC):
+    agent = CrossQ
+    config = CrossQConfig(critic_hidden=(8,), actor_every=2, warm_up=3, **REPLAY)
 
 
 class TestQRDQN(AgentContract):

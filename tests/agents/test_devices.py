@@ -28,9 +28,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "dqn": REPLAY,
     "qr_dqn": REPLAY,
     "sac": REPLAY,
+    "td3": REPLAY,
+    "crossq": REPLAY | {"critic_hidden": (8,)},
     "grouped": {"n_groups": 2, "group_size": 4, "n_steps": 32},
 }
-ENVS = {"bpo": "Pendulum-v1", "sac": "Pendulum-v1", "hdpo": "ccrl/InventoryOneStoreLost-v0"}
+ENVS = {"bpo": "Pendulum-v1", "hdpo": "ccrl/InventoryOneStoreLost-v0"}
+ENVS |= dict.fromkeys(("sac", "td3", "crossq"), "Pendulum-v1")
 
 
 @contextmanager
