@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from agents.bpo import BPO
     from agents.crossq import CrossQ
     from agents.dbqpg import DBQPG
+    from agents.detan import DetaN
     from agents.dqn import DQN, QRDQN
     from agents.grouped import Grouped
     from agents.harpg import HARPG
@@ -29,27 +30,9 @@ if TYPE_CHECKING:
     from agents.td3 import TD3
 
 __all__ = [
-    "A2C",
-    "AGENTS",
-    "BAC",
-    "BPG",
-    "BPO",
-    "DBQPG",
-    "DQN",
-    "HARPG",
-    "HDPO",
-    "MDPO",
-    "METHODS",
-    "NPGIGT",
-    "PPO",
-    "QRDQN",
-    "SAC",
-    "TD3",
-    "CrossQ",
-    "Grouped",
-    "SubPO",
-    "get_agent",
-]
+    "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO",
+    "QRDQN", "SAC", "TD3", "CrossQ", "DetaN", "Grouped", "SubPO", "get_agent", "get_method",
+]  # fmt: skip
 
 AGENTS = {
     "a2c": ("agents.a2c", "A2C"),
@@ -58,6 +41,7 @@ AGENTS = {
     "bpo": ("agents.bpo", "BPO"),
     "crossq": ("agents.crossq", "CrossQ"),
     "dbqpg": ("agents.dbqpg", "DBQPG"),
+    "detan": ("agents.detan", "DetaN"),
     "dqn": ("agents.dqn", "DQN"),
     "grouped": ("agents.grouped", "Grouped"),
     "harpg": ("agents.harpg", "HARPG"),
