@@ -43,7 +43,7 @@ class DetaNConfig(Settings):
     bounds: tuple[Finite, ...] = ()
     """Returns of soft_constraints should be at least these."""
     trade_off: float | None = None
-    """Every unit below a bound costs so many units of the first return, which has no bound then; by default all have."""
+    """Every unit below a bound costs so many units of the first return, which has none then; unset, all have one."""
     stock_low: tuple[Finite, ...] = (-10.0,)
     """Training draws stocks uniformly from here (one number for all coordinates, or one for each)."""
     stock_high: tuple[Finite, ...] = (10.0,)

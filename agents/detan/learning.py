@@ -13,7 +13,7 @@ from agents.off_policy import mean_term
 from ccrl.data import Batching, Data, tree_map
 from ccrl.estimators import q_losses
 from ccrl.estimators.base import Context, Phase
-from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
+from ccrl.estimators.terms import LogRatio, Outputs
 from ccrl.learn import Cycle, Polyak
 from ccrl.replay import ReplayBuffer
 from ccrl.updaters import FlatUpdater

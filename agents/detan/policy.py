@@ -12,8 +12,7 @@ from ccrl.batched_env import Tree
 from ccrl.data import Data, tree_map
 from ccrl.distributional import Objective
 from ccrl.policies import QuantilePolicy
-from ccrl.policies.encoders import default_encoder, make_encoder
-from ccrl.policies.observations import module_name, observation_sizes
+from ccrl.policies.observations import observation_groups, observation_spaces
 from ccrl.wrappers.stock import STOCK
 
 __all__ = ["StockPolicy"]
@@ -42,15 +41,18 @@ class StockPolicy(QuantilePolicy):
         skip: str | None = None,
         **network: Any,
     ) -> None:
-        encoder = _StockEncoder(observation_space, low, high, skip)
-        m = max(objective.dims, 1)
-        super().__init__(observation_space, action_space, n_quantiles=n_quantiles * m, encoder=encoder, **network)
+        keys = observation_groups(list(observation_spaces(observation_space)))["actor"]
+        super().__init__(
+            observation_space, action_space, n_quantiles=n_quantiles * max(objective.dims, 1),
+            encoders={STOCK: _StockEncoder(low, high)}, groups={"actor": [key for key in keys if key != skip]},
+            **network,
+        )  # fmt: skip
         self.n_quantiles, self.objective = n_quantiles, objective
 
     def quantiles(self, obs: Tree) -> Tensor:
         """``[B, A, N]`` or ``[B, A, N, m]``."""
         tail = (self.objective.dims,) if self.objective.dims else ()
-        out: Tensor = self.net(self.encoder(obs))
+        out: Tensor = self.actor.net(self.features(obs, "actor"))
         return out.reshape(-1, self.n_out, self.n_quantiles, *tail)
 
     def scores(self, obs: Tree, quantiles: Tensor | None = None) -> Tensor:
@@ -82,41 +84,18 @@ class StockPolicy(QuantilePolicy):
 
 
 class _StockEncoder(nn.Module):
-    """Every key flat, the stock clipped to its range and scaled to [-1, 1]."""
+    """The stock clipped to its range and scaled to [-1, 1]."""
 
     low: Tensor
     high: Tensor
 
-    def __init__(self, space: gym.Space[Any], low: Tensor, high: Tensor, skip: str | None) -> None:
+    def __init__(self, low: Tensor, high: Tensor) -> None:
         super().__init__()
         self.register_buffer("low", low.float())
         self.register_buffer("high", high.float())
-        self.own, self.hot, self.keys = nn.ModuleDict(), dict[str, int](), []
         self.width = low.numel()
-        for key, leaf in space.items():  # type: ignore[attr-defined]
-            if key in (STOCK, skip):
-                continue
-            self.keys.append(key)
-            default = default_encoder(leaf)
-            if default is not None:
-                made = make_encoder(default, leaf, key)
-                self.own[module_name(key)] = made
-                self.width += int(made.width)  # type: ignore[arg-type]
-                continue
-            size = observation_sizes(leaf)
-            if size < 0:
-                self.hot[key] = -size
-            self.width += abs(size)
 
-    def forward(self, obs: dict[str, Tensor]) -> Tensor:
-        found = []
-        for key in self.keys:
-            if module_name(key) in self.own:
-                found.append(self.own[module_name(key)](obs[key]))
-            elif key in self.hot:
-                found.append(nn.functional.one_hot(obs[key], self.hot[key]).to(self.low.dtype))
-            else:
-                found.append(obs[key].flatten(1).to(self.low.dtype))
-        stock = obs[STOCK].to(self.low.dtype).clamp(self.low, self.high)
-        scaled = (2.0 * stock - self.low - self.high) / (self.high - self.low)
-        return torch.cat([*found, scaled.reshape(len(scaled), -1)], -1)
+    def forward(self, stock: Tensor) -> Tensor:
+        inside = stock.to(self.low.dtype).clamp(self.low, self.high)
+        scaled = (2.0 * inside - self.low - self.high) / (self.high - self.low)
+        return scaled.reshape(len(scaled), -1)
