@@ -1,0 +1,162 @@
+"""One iteration of an agent as one page: every function of ours that runs, in the order in which it first runs.
+
+python scripts/unrolled.py ppo --out ppo.md      # the agent's iteration, on its smallest task
+python scripts/unrolled.py sac --env Pendulum-v1
+
+The iteration is traced while it runs (Python's profile hook), uncompiled: what is on the page ran, in that order, and
+nothing else of ``ccrl`` and ``agents`` did. Environments and PyTorch are left out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Annotated, Any
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from ccrl.packages import ROOT, check_siblings
+
+check_siblings("agents", "envs")
+
+import agents
+import envs  # noqa: F401  (registers the tasks)
+
+__all__ = ["TASKS", "Called", "Options", "build", "main", "page", "trace"]
+
+TASKS = ("CartPole-v1", "Pendulum-v1", "ccrl/InventoryOneStoreLost-v0")
+"""Tried in this order until one has the spaces that the agent takes."""
+
+SMALL = {"num_envs": 2, "n_steps": 16, "batch_size": 16, "learning_starts": 32, "buffer_size": 256,
+         "n_train": 64, "n_dev": 64, "compile": "off"}  # fmt: skip
+"""Settings of the traced agent, as far as it has them: sizes alone, and no compilation, which would hide functions."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which agent, on what."""
+
+    agent: Annotated[str, tyro.conf.Positional]
+    """An agent for environments, as ppo."""
+    env: str | None = None
+    """Environment id; None: the first of the small tasks that the agent takes."""
+    out: Path | None = None
+    """Markdown file to write; None: print."""
+
+
+@dataclass(frozen=True)
+class Called:
+    """A function that ran: where its first call was in the tree of calls, and how many calls there were."""
+
+    code: CodeType
+    depth: int
+    calls: int
+
+    @property
+    def path(self) -> str:
+        """Its file, from the root of the project."""
+        return Path(self.code.co_filename).relative_to(ROOT).as_posix()
+
+
+def build(name: str, env: str | None = None) -> Any:
+    """The agent, small, after its first update, so that what happens once is not on the page.
+
+    :raises ValueError: no task fits, with the reason for each.
+    """
+    cls, reasons = agents.get_agent(name), []
+    known = {f.name for f in dataclasses.fields(cls.Config)}
+    for task in TASKS if env is None else (env,):
+        for settings in (
+            {k: v for k, v in SMALL.items() if k in known},
+            {"compile": "off"} if "compile" in known else {},
+        ):
+            try:
+                agent = cls(task, seed=0, **settings)
+                while agent.n_updates == 0:
+                    agent.learn(1)
+            except (ValueError, TypeError, NotImplementedError) as error:
+                reasons.append(f"{task}: {error}")
+            else:
+                return agent
+    raise ValueError(
+        f"{name}: expected an agent that trains on one of the small tasks; pass env. " + "; ".join(reasons)
+    )
+
+
+def trace(run: Callable[[], Any]) -> list[Called]:
+    """The functions of ``ccrl`` and ``agents`` that ``run()`` calls, in the order of their first calls."""
+    roots = tuple(f"{ROOT / package}/" for package in ("ccrl", "agents"))
+    first: dict[CodeType, int] = {}
+    calls: dict[CodeType, int] = {}
+    depth = 0
+
+    def hook(frame: FrameType, event: str, _: Any) -> None:
+        nonlocal depth
+        code = frame.f_code
+        if event not in ("call", "return") or not code.co_filename.startswith(roots):
+            return
+        if event == "return":
+            depth -= 1
+            return
+        if "<" not in code.co_name:  # lambdas and comprehensions are in the text of the function around them
+            first.setdefault(code, depth)
+            calls[code] = calls.get(code, 0) + 1
+        depth += 1
+
+    sys.setprofile(hook)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return [Called(code, at, calls[code]) for code, at in first.items()]
+
+
+def page(name: str, env: str | None = None) -> str:
+    """Markdown: the tree of calls, then the source of each function under its file and line."""
+    agent = build(name, env)
+    found = trace(agent.learner.iterate)
+    shallow = min(c.depth for c in found)
+    files = len({c.path for c in found})
+    tree = [
+        f"{'  ' * (c.depth - shallow)}{c.code.co_qualname}" + (f"  x {c.calls}" if c.calls > 1 else "") for c in found
+    ]
+    parts = [
+        f"# {name}, unrolled",
+        f"One iteration on {agent.env_id}, traced while it ran without compilation: {len(found)} functions of {files} "
+        "files, each where it was first called. Generated by `scripts/unrolled.py`.",
+        "## Calls",
+        "```text\n" + "\n".join(tree) + "\n```",
+        "## Source",
+    ]
+    for called in found:
+        source = textwrap.dedent(inspect.getsource(called.code)).rstrip()
+        parts.append(f"**{called.code.co_qualname}** `{called.path}:{called.code.co_firstlineno}`")
+        parts.append(f"```python\n{source}\n```")
+    agent.close()
+    return "\n\n".join(parts) + "\n"
+
+
+def main(options: Options) -> str:
+    """Write or print the page."""
+    text = page(options.agent, options.env)
+    if options.out is None:
+        print(text, end="")
+    else:
+        options.out.write_text(text, encoding="utf-8")
+    return text
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,25 @@
+import pytest
+
+from scripts.unrolled import Options, build, main, page, trace
+
+
+def test_the_page_has_what_ran_in_order(tmp_path):
+    text = main(Options("a2c", out=tmp_path / "a2c.md"))
+    assert (tmp_path / "a2c.md").read_text() == text
+    order = ["Learner.iterate", "OnPolicyEstimator.plan", "Collector.collect", "Gae.__call__", "FlatUpdater.run"]
+    places = [text.index(f"**{name}**") for name in order]
+    assert places == sorted(places)
+    assert "def _iterate(self)" in text
+    assert "RecurrentPolicy" not in text.split("## Source")[0]  # what did not run is not there
+
+
+def test_a_trace_counts_calls():
+    agent = build("a2c", "CartPole-v1")
+    found = trace(lambda: [agent.policy.normalise({}) for _ in ()] or agent.learner.points())
+    assert [c.code.co_name for c in found] == ["points"]
+    assert found[0].calls == 1
+
+
+def test_no_task_fits():
+    with pytest.raises(ValueError, match="sac: expected an agent that trains on one of the small tasks"):
+        page("sac", "CartPole-v1")
