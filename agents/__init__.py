@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from agents.hdpo import HDPO
     from agents.mdpo import MDPO
     from agents.npg_igt import NPGIGT
+    from agents.orpo import ORPO
     from agents.ppo import PPO
     from agents.sac import SAC
     from agents.subpo import SubPO
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 __all__ = [
     "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO",
     "QRDQN", "SAC", "TD3", "CrossQ", "DetaN", "Grouped", "SubPO", "get_agent", "get_method",
+    "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "ORPO", "PPO",
+    "Grouped", "SubPO", "get_agent",
 ]  # fmt: skip
 
 AGENTS = {
@@ -48,6 +51,7 @@ AGENTS = {
     "hdpo": ("agents.hdpo", "HDPO"),
     "mdpo": ("agents.mdpo", "MDPO"),
     "npg_igt": ("agents.npg_igt", "NPGIGT"),
+    "orpo": ("agents.orpo", "ORPO"),
     "ppo": ("agents.ppo", "PPO"),
     "qr_dqn": ("agents.dqn", "QRDQN"),
     "sac": ("agents.sac", "SAC"),

@@ -71,6 +71,7 @@ OWN = {
     "MountainCarTwoActions-v0": ("envs.classic", "MountainCarTwoActions"),
     "OrderExecution-v0": ("envs.stock", "OrderExecution"),
     "PointCoverage-v0": ("envs.coverage", "point_coverage"),
+    "PointGoal-v0": ("envs.hacking", "point_goal"),
     "PointMazeLarge-v0": ("envs.maze", "large"),
     "PointMazeMedium-v0": ("envs.maze", "medium"),
     "PointMazeU-v0": ("envs.maze", "u_maze"),
@@ -79,6 +80,7 @@ OWN = {
     "RiskGridworld-v0": ("envs.stock", "RiskGridworld"),
     "SABChain-v0": ("envs.stock", "SABChain"),
     "ShipSteering-v0": ("envs.classic", "ShipSteering"),
+    "Tomato-v0": ("envs.hacking", "tomato"),
     "TwoRooms-v0": ("envs.coverage", "two_rooms"),
 }
 """Tasks that are only ours, ``ccrl/<id>``: the module and the class, called with ``(num_envs, device=, autoreset_mode=,

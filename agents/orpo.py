@@ -1,0 +1,312 @@
+"""Occupancy-regularised policy optimisation, arXiv 2403.03185; not odds-ratio preference optimisation.
+
+Laidlaw, Singhal, Dragan, ICLR 2025: a proxy reward that correlates with the true one under a reference policy may be
+optimised as long as the occupancy measure stays near the reference's,
+
+    max_pi J(pi, proxy) - lambda sqrt(chi^2(mu_pi || mu_ref)),    lambda = sigma_proxy sqrt(1 - r^2).
+
+A discriminator ``d`` between samples of the two policies (optimum ``log mu_pi / mu_ref``) turns this into a reward,
+before advantages are estimated:
+
+    R' = R + clip(-lambda (e^d - 1) / sqrt(chi2_hat), -C, C),   chi2_hat: trimmed mean of e^d - 1 over the batch
+
+Rivals: chi^2 and KL of the same discriminator, KL and chi^2 of the action distributions alone (a term of the loss), and
+stopping early. ``coef`` is c of ``lambda = c sigma_proxy``. Sequences (language models) need no discriminator:
+``ccrl.estimators.divergences.ChiSquarePenalty`` and ``sequence_chi_square`` are the stage and the term for any recipe.
+
+Slots: fit = discriminator; prepare = penalty, values, GAE; ratio = token; loss = PPO's (+ action divergence).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from agents.on_policy import Updaters
+from agents.ppo import PPO, PPOConfig, PPOEstimator
+from ccrl.batched_env import Tree
+from ccrl.collect import Collector, Request
+from ccrl.data import Batching, Data
+from ccrl.estimators import aggregates
+from ccrl.estimators.base import Context
+from ccrl.estimators.divergences import Kind, action_divergence, chi_square, occupancy_penalty
+from ccrl.estimators.stages import Gae
+from ccrl.estimators.terms import LogRatio, Outputs, Term
+from ccrl.experiment import checkpoint
+from ccrl.learn import Learner
+from ccrl.policies.observations import observation_sizes, observation_spaces
+from ccrl.settings import Count, Natural, Nonnegative, Positive, Unit
+from ccrl.updaters import FlatUpdater, Stats
+
+__all__ = ["ORPO", "Discriminator", "ORPOConfig", "class_loss"]
+
+KINDS: dict[str, Kind] = {"sqrt_chi2": "sqrt_chi2", "chi2": "chi2", "kl": "kl"}
+ACTION_KINDS: dict[str, Kind] = {"action_kl": "kl", "action_chi2": "chi2", "action_sqrt_chi2": "sqrt_chi2"}
+
+
+@dataclass(frozen=True)
+class ORPOConfig(PPOConfig):
+    """Occupancy-regularised policy optimisation, arXiv 2403.03185; not odds-ratio preference optimisation."""
+
+    regulariser: Literal["sqrt_chi2", "chi2", "kl", "action_kl", "action_chi2", "action_sqrt_chi2"] = "sqrt_chi2"
+    """The policy is kept near the reference in this divergence: of occupancy measures by a discriminator (sqrt_chi2 is
+    the paper's, chi2, kl), or of the action distributions alone (action_kl, action_chi2, action_sqrt_chi2)."""
+    coef: Nonnegative = 0.5
+    """The divergence is weighted by this number times the deviation of the reward under the reference; 0 is PPO on the
+    proxy, bit for bit."""
+    correlation: Unit | None = None
+    """The correlation r of proxy and true reward under the reference, where it is known: coef is then sqrt(1 - r^2),
+    the weight for which the paper's bound holds."""
+    reference: str = ""
+    """The reference policy is the one in this checkpoint, of an agent with the same networks; without one it is the
+    policy at the start."""
+    start_at_reference: bool = True
+    """The policy starts as the reference; otherwise as any new one."""
+    reference_steps: Count = 500
+    """The reference takes this many steps in each environment, once, before training; they are not on the clock."""
+    max_penalty: Positive = 1e3
+    """The change of a reward is clipped to plus or minus this number."""
+    discriminator_hidden: tuple[Count, ...] = (256, 256)
+    """These are the widths of the discriminator's hidden layers."""
+    discriminator_lr: Positive = 1e-3
+    """This is Adam's step size for the discriminator."""
+    discriminator_epochs: Count = 4
+    """The discriminator passes this many times over both samples in every iteration, before it is used."""
+    discriminator_batch: Count = 256
+    """A minibatch of the discriminator has this many steps."""
+    discriminator_action: bool = True
+    """The discriminator sees the action; otherwise it compares occupancy measures of states."""
+    warm_up: Natural = 0
+    """For this many iterations the discriminator is trained and nothing is penalised."""
+    stop_at: Positive | None = None
+    """Training ends once the estimated chi^2 of the occupancy measures exceeds this number, the baseline of stopping
+    early; None never ends it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.normalise_reward:
+            raise ValueError("normalise_reward: expected False, got True; the weight is in units of the raw reward")
+        if self.recurrent != "none":
+            raise ValueError(f"recurrent: expected 'none', got {self.recurrent!r}; the discriminator sees single steps")
+        if self.correlation is not None and self.coef != type(self).__dataclass_fields__["coef"].default:
+            raise ValueError(f"coef: correlation={self.correlation} decides it; leave one of the two, got {self.coef}")
+
+    @property
+    def weight(self) -> float:
+        """c."""
+        return self.coef if self.correlation is None else math.sqrt(1.0 - self.correlation**2)
+
+    @property
+    def discriminates(self) -> bool:
+        """Whether there is a discriminator."""
+        return self.stop_at is not None or (self.weight > 0.0 and self.regulariser in KINDS)
+
+
+def class_loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+    """``softplus(-d)`` of the policy's samples, ``softplus(d)`` of the reference's (column ``side`` +-1)."""
+    return F.softplus(-batch["side"] * evaluation["logit"])
+
+
+DISCRIMINATOR = (
+    Term("discriminator_loss", class_loss, aggregates.mean, want=frozenset({"logit"}), advantage=None, weight="weight"),
+)
+
+
+class Discriminator(nn.Module):
+    """Logits ``d(s, a)`` of the policy against the reference: a perceptron on features ``[..., k]``."""
+
+    def __init__(self, width: int, hidden: tuple[int, ...]) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for size in hidden:
+            layers += [nn.Linear(width, size), nn.LeakyReLU()]
+            width = size
+        self.net = nn.Sequential(*layers, nn.Linear(width, 1))
+        # 0 everywhere before the first step: no penalty
+        nn.init.zeros_(self.net[-1].weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.net[-1].bias)  # type: ignore[arg-type]
+
+    def logits(self, features: Tensor) -> Tensor:
+        """``[...]``."""
+        logits: Tensor = self.net(features).squeeze(-1)
+        return logits
+
+    def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
+        return {"logit": self.logits(batch["features"])}
+
+
+class ORPOEstimator(PPOEstimator):
+    """PPO with a penalised reward or a divergence among its terms."""
+
+    sigma: Tensor
+    lam: Tensor
+    reference_features: Tensor
+    stopped: Tensor
+
+    def __init__(self, config: ORPOConfig, policy: Any, updaters: Updaters, spaces: tuple[Any, Any], ref: Data) -> None:
+        super().__init__(config, policy, updaters)
+        c, self.spaces = config, spaces
+        rewards = ref["reward"][ref["valid"] > 0].double()
+        sigma = rewards.std(correction=0)
+        self.register_buffer("sigma", sigma)
+        self.register_buffer("lam", (c.weight * sigma).float())
+        self.register_buffer("stopped", torch.zeros((), dtype=torch.bool, device=sigma.device))
+        self._updaters = updaters
+        if c.discriminates:
+            features = self.features(ref["obs"], ref["action"]).flatten(0, 1)
+            self.register_buffer("reference_features", features[ref["valid"].flatten() > 0].clone())
+            # in a tuple: the learner saves the discriminator with its updater's vector
+            self._discriminator = (Discriminator(features.shape[1], c.discriminator_hidden).to(features.device),)
+            updaters["discriminator"] = FlatUpdater(self._discriminator[0], lr=c.discriminator_lr, eps=c.adam_eps)
+        self.penalised = c.weight > 0.0 and c.regulariser in KINDS
+        if self.penalised:
+            self._gae = Gae(c.gamma, c.gae_lambda, c.time_limit, reward="shaped_reward")
+        self.action_kind = ACTION_KINDS.get(c.regulariser) if c.weight > 0.0 else None
+        self._names: tuple[str, ...] = policy.distribution.names
+        if self.action_kind is not None:
+            (phase,) = self._phases
+            # gamma 1 has no normalised occupancy measure: there the weight is per step
+            scale = 1.0 / (1.0 - c.gamma) if c.gamma < 1.0 else 1.0
+            term = Term(
+                "action_divergence", action_divergence(policy.distribution, self.action_kind), aggregates.mean,
+                want=frozenset({"dist"}), advantage=None, coef=scale * c.weight,
+            )  # fmt: skip
+            self._phases = (replace(phase, terms=(*phase.terms, term)),)
+
+    def features(self, obs: Tree, action: Tensor) -> Tensor:
+        """``[T, N, k]``: observations, flat and one-hot, and the action."""
+        spaces = observation_spaces(self.spaces[0])
+        lead = action.shape[:2]
+        parts = [
+            _flat(obs[key] if isinstance(obs, dict) else obs, observation_sizes(space), lead)
+            for key, space in spaces.items()
+        ]
+        if self.config.discriminator_action:
+            parts.append(_flat(action, observation_sizes(self.spaces[1]), lead))
+        return torch.cat(parts, -1)
+
+    def fit(self, have: dict[str, Data], ctx: Context) -> Stats:
+        if not self.config.discriminates:
+            return {}
+        c, data = self.config, have["on"]
+        mine = self.features(data["obs"], data["action"]).flatten(0, 1)
+        both = torch.cat([mine, self.reference_features])
+        valid = torch.cat([data["valid"].flatten(), torch.ones(len(self.reference_features), device=both.device)])
+        side = torch.cat([torch.ones(len(mine)), -torch.ones(len(self.reference_features))]).to(both)
+        # every class counts the same, whatever its size
+        counts = torch.where(side > 0, valid[: len(mine)].sum(), valid[len(mine) :].sum())
+        weight = valid.sum() / counts
+        columns = {"features": both, "side": side, "weight": weight, "valid": valid}
+        rows = Data({name: x.unsqueeze(0) for name, x in columns.items()})
+        batching = Batching(size=c.discriminator_batch)
+        stats: Stats = {}
+        for _ in range(c.discriminator_epochs):
+            stats = self._updaters["discriminator"].run(DISCRIMINATOR, rows.epoch(batching, ctx.generator))
+        return {"discriminator_loss": stats["discriminator_loss"]}
+
+    def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
+        c, data = self.config, have["on"]
+        if c.discriminates:
+            d = self._discriminator[0].logits(self.features(data["obs"], data["action"]))
+            data = data.derive(log_occupancy_ratio=d)
+            if c.stop_at is not None:
+                self.stopped.logical_or_((chi_square(d, data["valid"]) > c.stop_at) & (ctx.k >= c.warm_up))
+            if self.penalised:
+                penalty = self.lam * occupancy_penalty(d, data["valid"], KINDS[c.regulariser])
+                penalty = penalty.clamp(-c.max_penalty, c.max_penalty) * (ctx.k >= c.warm_up)
+                data = data.derive(shaped_reward=data["reward"] - penalty)
+        if self.action_kind is not None:
+            ref = ctx.bank.policy("ref")
+            params = ref.evaluate(data, frozenset({"dist"}))  # type: ignore[operator]
+            data = data.derive(**{f"ref_{name}": params[name] for name in self._names})
+        return super().prepare(have | {"on": data}, ctx)
+
+    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
+        super().after_update(data, stats, ctx)
+        on = data["on"]
+        if self.config.discriminates:
+            d, valid = on["log_occupancy_ratio"], on["valid"]
+            stats |= {"occupancy_chi2": chi_square(d, valid), "occupancy_kl": d[valid > 0].mean()}
+        if self.penalised:
+            stats["penalty"] = (on["reward"] - on["shaped_reward"])[on["valid"] > 0].mean()
+
+
+def _flat(x: Tensor, size: int, lead: torch.Size) -> Tensor:
+    if size < 0:
+        return F.one_hot(x.long(), -size).float()
+    return x.reshape(*lead, size).float()
+
+
+class ORPO(PPO):
+    """Occupancy-regularised policy optimisation, arXiv 2403.03185; not odds-ratio preference optimisation.
+
+    :param reference: the reference's policy, a module with the networks of the agent's; None: what ``config.reference``
+        says. It is part of the agent's checkpoints.
+    :raises ValueError: a reference with other parameters.
+    """
+
+    name = "orpo"
+    paper = "Laidlaw, Singhal, Dragan 2025, arXiv 2403.03185"
+    Config = ORPOConfig
+
+    def __init__(self, env: Any, config: Any = None, *, reference: nn.Module | None = None, **options: Any) -> None:
+        self._reference = None if reference is None else reference.state_dict()
+        super().__init__(env, config, **options)
+
+    def build(self) -> Learner:
+        c: ORPOConfig = self.config
+        policy = self.make_policy({"value": ()})
+        updaters: Updaters = {
+            "policy": FlatUpdater(policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
+        }
+        start = {name: x.clone() for name, x in policy.state_dict().items()}
+        self._load_reference(policy)
+        spaces = self.env.single_observation_space, self.env.single_action_space
+        # a collector of its own: these steps are a data set, and training begins with fresh episodes of its own seed
+        source = Collector(self.env, seed=self.seed + 500_009)
+        rows = source.collect(Request(steps=c.reference_steps), policy)
+        estimator = ORPOEstimator(c, policy, updaters, spaces, rows)
+        learner = self.rollouts(policy, estimator, updaters)
+        learner.ctx.bank.refresh("ref")
+        if not c.start_at_reference:
+            policy.load_state_dict(start)
+        return learner
+
+    def _load_reference(self, policy: nn.Module) -> None:
+        found, path = self._reference, self.config.reference
+        if found is None and path:
+            found = checkpoint.load(path, map_location=self.device)["state"]["learner"]["policy"]
+        if found is None:
+            return
+        if different := checkpoint.different_shapes(found, policy.state_dict()):
+            raise ValueError(
+                f"reference: expected a policy with this agent's networks, got other shapes (here, there): "
+                f"{different}; give both the same hidden layers"
+            )
+        policy.load_state_dict(found)
+
+    def before_learning(self) -> None:
+        """:raises ValueError: a reward that does not vary under the reference: no weight can be in its units."""
+        c: ORPOConfig = self.config
+        if c.weight > 0.0 and not float(self.estimator.sigma) > 0.0:
+            raise ValueError(
+                f"coef: expected a reward that varies under the reference, got the same at each of its "
+                f"{c.reference_steps * c.num_envs} steps; take more reference_steps, or coef=0"
+            )
+
+    @property
+    def finished(self) -> bool:
+        """Whether the estimated divergence has passed ``stop_at``."""
+        return bool(self.estimator.stopped)
+
+    @classmethod
+    def slots(cls) -> dict[str, str]:
+        return super().slots() | {
+            "fit": "discriminator of policy and reference",
+            "prepare": "reward - lambda (w - 1) / sqrt(chi^2), values, GAE",
+        }
