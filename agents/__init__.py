@@ -31,10 +31,8 @@ if TYPE_CHECKING:
     from agents.td3 import TD3
 
 __all__ = [
-    "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "PPO",
+    "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "ORPO", "PPO",
     "QRDQN", "SAC", "TD3", "CrossQ", "DetaN", "Grouped", "SubPO", "get_agent", "get_method",
-    "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "ORPO", "PPO",
-    "Grouped", "SubPO", "get_agent",
 ]  # fmt: skip
 
 AGENTS = {
