@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -17,8 +17,8 @@ from ccrl.batched_env import BatchedEnv, Tree, check_device, resolve_env
 from ccrl.collect import Collector
 from ccrl.estimators.base import Context, Direction, Estimator
 from ccrl.experiment import checkpoint
-from ccrl.experiment import config as configs
 from ccrl.experiment.callbacks import Callback, as_callback
+from ccrl.experiment.saved import check_options, load_agent, save_agent
 from ccrl.learn import Learner, RolloutLearner
 from ccrl.learn.loop import run
 from ccrl.policies import build_actor_critic
@@ -69,6 +69,8 @@ class Agent:
         self.config, self.seed, self.env_kwargs = self.configure(config, settings), seed, dict(env_kwargs or {})
         self.env_id = env if isinstance(env, str) else None
         self.own_policy = policy
+        if self.env_id is not None:
+            check_options(self.env_kwargs)
         self.device = check_device(device)
         self.connect(env)
         with torch.random.fork_rng(devices=[]):  # building an agent must not move the caller's random numbers
@@ -312,11 +314,7 @@ class Agent:
         """
         if not self.healthy:
             raise RuntimeError(self._torn("save"))
-        header = {
-            "agent": self.name, "config": configs.to_dict(self.config), "env": self.env_id, "seed": self.seed,
-            "env_kwargs": self.env_kwargs, "policy": _policy_name(self.own_policy),
-        }  # fmt: skip
-        checkpoint.save(path, {**header, "state": self.state_dict()})
+        save_agent(self, path)
 
     @classmethod
     def load(
@@ -326,40 +324,18 @@ class Agent:
         device: torch.device | str = "cpu",
         policy: PolicyLike | None = None,
         restore_rng: bool = False,
+        trust: Collection[str] = (),
     ) -> Self:
-        """The agent in a checkpoint; ``env=None`` rebuilds the environment it was trained on, another id begins with
-        fresh episodes. ``ValueError`` if the checkpoint is another agent's, is of other spaces than the environment's,
-        has no environment id and none is given, or has a policy of the caller's own and none is given."""
-        saved = checkpoint.load(path, map_location=check_device(device))
-        if saved.get("agent") != cls.name:
-            raise ValueError(f"{path}: expected a checkpoint of {cls.name}, got one of {saved.get('agent')!r}")
-        other = isinstance(env, str) and env.removeprefix("ccrl/") != (saved["env"] or "").removeprefix("ccrl/")
-        env = saved["env"] if env is None else env
-        if env is None:
-            raise ValueError(f"{path} was trained on an environment object; pass env=")
-        if saved["policy"] is not None and policy is None:
-            # a name in a file is never imported: whoever loads it says what the policy is
-            raise ValueError(f"{path} was trained with a policy of its own, {saved['policy']}; pass policy=")
-        config = configs.from_dict(cls.Config, saved["config"])
-        kwargs = saved["env_kwargs"] if isinstance(env, str) and not other else {}
-        state = saved["state"]
-        copies = getattr(env, "num_envs", None)
-        if copies is not None and copies != getattr(config, "num_envs", copies):
-            config, other = dataclasses.replace(config, num_envs=copies), True
-        agent = cls(env, config, seed=saved["seed"], device=device, env_kwargs=kwargs, policy=policy)
-        if different := checkpoint.different_shapes(state["learner"]["policy"], agent.policy.state_dict()):
-            raise ValueError(
-                f"{path}: expected an environment with the spaces it was trained on, got {agent.spaces}; the policy's "
-                f"shapes (here, in the checkpoint): {different}"
-            )
-        if other:
-            # fresh episodes, and anew what spans them: shapes do not tell tasks apart, HalfCheetah's fits Walker2d
-            state["learner"]["collector"].pop("env", None)
-            estimator = state["learner"].get("estimator", {})
-            own = agent.learner.state.state_dict().get("estimator", {})
-            estimator |= {k: v for k, v in own.items() if k in estimator and estimator[k].shape != v.shape}
-        agent.load_state_dict(state, restore_rng)
-        return agent
+        """The agent in a checkpoint; ``env=None`` rebuilds the environment it was trained on. Another id, or another
+        number of copies, begins with fresh episodes.
+
+        :param restore_rng: put the global random generators where they were; otherwise the caller's are left alone.
+        :param trust: names ``module:name`` in the file that may import; all others are refused.
+        :raises ValueError: if the checkpoint is another agent's, is of other spaces than the environment's, has no
+            environment id and none is given, or has a policy of the caller's own and none is given.
+        :raises CheckpointError: a damaged file, one of another version, or one that lacks a part.
+        """
+        return load_agent(cls, path, env, check_device(device), policy=policy, trust=trust, restore_rng=restore_rng)
 
     def _torn(self, what: str) -> str:
         return (
@@ -381,10 +357,3 @@ def check_count(name: str, value: Any) -> int:
     if value != int(value):
         raise ValueError(f"{name}: expected a whole number, got {value!r}")
     return int(value)
-
-
-def _policy_name(policy: PolicyLike | None) -> str | None:
-    if policy is None:
-        return None
-    made = policy if not isinstance(policy, nn.Module) else type(policy)
-    return f"{made.__module__}:{made.__qualname__}"

@@ -94,6 +94,8 @@ class DQN(OffPolicyAgent):
     """Deep Q-network."""
 
     name = "dqn"
+    example_env = "CartPole-v1"
+    """What the command line offers: an id that this agent accepts."""
     paper = "Mnih et al. 2015, doi 10.1038/nature14236"
     Config: ClassVar[type[Any]] = DQNConfig
 

@@ -264,6 +264,8 @@ class HDPO(Agent):
     name = "hdpo"
     paper = "Alvo, Russo, Kanoria, Lee 2023, arXiv 2306.11246"
     Config = HDPOConfig
+    example_env = "ccrl/InventoryOneStoreLost-v0"
+    """What the command line offers: an id that this agent accepts."""
 
     def connect(self, env: str | FunctionalEnv) -> None:
         c = self.config

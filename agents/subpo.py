@@ -192,6 +192,8 @@ class SubPO(Agent):
     name = "subpo"
     paper = "Prajapat et al. 2024, arXiv 2307.13372"
     Config = SubPOConfig
+    example_env = "ccrl/GridCoverage-v0"
+    """What the command line offers: an id that this agent accepts."""
 
     def build(self) -> Learner:
         c: SubPOConfig = self.config

@@ -1,3 +1,3 @@
 """ccrl: what every agent of the suite shares. Imports neither ``agents`` nor ``envs``."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -23,6 +23,7 @@ from ccrl.batched_env import AutoresetMode, BatchedEnv, as_autoreset_mode, check
 from ccrl.inventory.functional_env import FunctionalEnv
 from ccrl.llm.task import TextTask
 from ccrl.packages import require
+from ccrl.signals import shielded
 
 __all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_functional", "make_single_env", "make_vector_env"]
 
@@ -224,7 +225,8 @@ def _make_gymnasium(
     if backend == "gymnasium" and entry_point is None:
         raise ValueError(f"{id} has no vector entry point; use backend='sync' or 'async'")
     if backend == "gymnasium" or (backend is None and entry_point is not None):
-        made = gymnasium.make_vec(id, num_envs, "vector_entry_point", **options)
+        with shielded():
+            made = gymnasium.make_vec(id, num_envs, "vector_entry_point", **options)
         # one of as_vector_env is a BatchedEnv inside: with its state, which Gymnasium cannot save, and in torch
         env = made.env if isinstance(made, TorchVectorEnv) else GymnasiumEnv(made, device=device)
         if autoreset_mode is not None and as_autoreset_mode(autoreset_mode, where=id) != env.autoreset_mode:

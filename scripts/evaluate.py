@@ -8,6 +8,7 @@ python scripts/evaluate.py RUN --video                                  # videos
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,48 +25,56 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 import agents
-import envs
+import envs  # noqa: F401  (registers its ids)
+from ccrl import registry
+from ccrl.batched_env import resolve_env
 from ccrl.experiment import checkpoint
 from ccrl.experiment.evaluation import evaluate_agent
+from ccrl.experiment.files import write_atomic
+from ccrl.experiment.logger import digits
 from ccrl.experiment.run import RunFolder
 from ccrl.experiment.video import record_video
+from ccrl.settings import Count, Natural, Settings
 
 __all__ = ["EvaluateConfig", "main"]
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(Settings):
     """What to evaluate and how."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
+    """The run has this folder."""
     checkpoint: str = "latest"
-    """latest, best (highest deterministic evaluation while training) or a file."""
-    episodes: int = 10
-    """Episodes of each kind."""
-    seed: int = 20_000
-    """Seeds the evaluation environments; training and its evaluations use others."""
-    samples: int = 16
-    """Language models: completions per test question for pass@k."""
+    """The checkpoint is the newest (latest), that of the highest deterministic evaluation while training (best), or a
+    file."""
+    episodes: Count = 10
+    """So many episodes of each kind are played."""
+    seed: Natural = 20_000
+    """The evaluation environments have this seed; training and its evaluations use others."""
+    samples: Count = 16
+    """Language models give this many completions per test question for pass@k."""
     video: bool = False
-    """Also record one deterministic episode (mp4), headless."""
+    """One deterministic episode is filmed too, headless."""
     video_format: Literal["mp4", "gif"] = "mp4"
-    """mp4 or gif."""
-    fps: int = 30
-    """Frames per second of the video."""
+    """The video is an mp4 or a gif."""
+    fps: Count = 30
+    """The video has this many frames per second."""
     device: str = "cpu"
-    """Where networks are."""
-
-    def __post_init__(self) -> None:
-        for name in ("episodes", "samples", "fps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected >= 1, got {getattr(self, name)}")
+    """Networks are on this device."""
+    trust: tuple[str, ...] = ()
+    """The run's files may import these names, module:name; all others that are not registered are refused."""
 
 
 def main(config: EvaluateConfig) -> dict[str, float]:
     """Evaluate; print a table and write ``evaluation.json`` in the run folder. Returns the scalars."""
     torch.set_num_threads(1)
     run = RunFolder.open(config.run)
+    with registry.stored(str(run.path), config.trust):
+        return _evaluate(config, run)
+
+
+def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
     path = {"latest": checkpoint.latest(run.checkpoints), "best": run.path / "best.pt"}.get(
         config.checkpoint, Path(config.checkpoint)
     )
@@ -74,39 +83,41 @@ def main(config: EvaluateConfig) -> dict[str, float]:
         why = f"; there are {', '.join(found)}" if found else "; a run writes its first after checkpoint_every steps"
         raise FileNotFoundError(f"{run.path}: expected a checkpoint {config.checkpoint!r}, found none{why}")
     info = run.info
-    agent = agents.get_agent(info["agent"]).load(path, device=config.device)
+    agent = agents.get_agent(info["agent"]).load(path, device=config.device, trust=config.trust)
     text = getattr(agent, "text", False)
     if text and config.video:
         raise ValueError("video: a language model has nothing to film; leave --video out")
-    env = None if text else envs.make(info["env"], config.episodes, device=config.device, **agent.env_kwargs)
+    env = None if text else resolve_env(info["env"], config.episodes, device=config.device, **agent.env_kwargs)
     scalars: dict[str, float] = {"steps": float(agent.num_timesteps)}
     for kind in ("deterministic", "stochastic"):
         result = evaluate_agent(agent, env, config.episodes, config.seed, kind == "deterministic")
         scalars |= result.scalars(kind)
         returns, length = result.returns, result.lengths.mean()
         print(
-            f"{kind:>13}: {returns.mean():10.2f} +- {returns.std():.2f}  (episodes {config.episodes}, "
-            f"length {length:.1f}, min {returns.min():.2f}, max {returns.max():.2f})"
+            f"{kind:>13}: {digits(returns.mean()):>10} +- {digits(returns.std())}  (episodes {config.episodes}, "
+            f"length {digits(length)}, min {digits(returns.min())}, max {digits(returns.max())})"
         )
     if env is not None:
         env.close()
     if text:
         ks = (1, config.samples // 4, config.samples) if config.samples >= 8 else (1, config.samples)
         found = agent.pass_at(ks, config.episodes, config.samples, config.seed)
-        print("       sampled: " + ", ".join(f"{name} {value:.4f}" for name, value in found.items()))
+        print("       sampled: " + ", ".join(f"{name} {digits(value)}" for name, value in found.items()))
         scalars |= found
-    (run.path / "evaluation.json").write_text(json.dumps(scalars | {"checkpoint": str(path.name)}, indent=2) + "\n")
+    text_of = json.dumps(scalars | {"checkpoint": str(path.name)}, indent=2) + "\n"
+    write_atomic(run.path / "evaluation.json", lambda file: file.write(text_of.encode()))
     if config.video:
         # render_mode is an option of the environment: without it a window or a renderer may never be made
-        scene = envs.make(info["env"], 1, device=config.device, **agent.env_kwargs)
+        scene = resolve_env(info["env"], 1, device=config.device, **agent.env_kwargs)
         target = run.videos / f"step_{agent.num_timesteps}.{config.video_format}"
         score = record_video(scene, agent.acting(), target, fps=config.fps, seed=config.seed)
         scene.close()
-        print(f"video of one deterministic episode (return {score:.2f}): {target}")
+        print(f"video of one deterministic episode (return {digits(score)}): {target}")
     return scalars
 
 
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # for --trust; last, so that it shadows nothing
     options = tyro.cli(EvaluateConfig, description=__doc__)
     try:
         main(options)

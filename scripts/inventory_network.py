@@ -27,6 +27,7 @@ from agents.hdpo import HDPO
 from ccrl.experiment import checkpoint, plots
 from ccrl.inventory.functional_env import Split, State
 from ccrl.inventory.pathwise import Unrolled
+from ccrl.settings import Count, Natural, Settings
 from envs.inventory import InventoryEnv, Trace, simulate
 from envs.inventory.plot import plot_network
 
@@ -34,28 +35,31 @@ __all__ = ["NetworkConfig", "main", "play"]
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
+class NetworkConfig(Settings):
     """What to draw."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """Run folder of hdpo (its newest checkpoint) or a checkpoint; what acts is the best parameters in it."""
+    """The run folder of hdpo (its newest checkpoint), or a checkpoint; what acts is the best parameters in it."""
     out: Path
-    """Path and first part of the names of the PNG and the SVG."""
+    """The names of the PNG and the SVG begin with this path."""
     split: Split = "test"
-    """Whose horizon and weeks."""
-    count: int = 32
-    """Scenarios that the numbers are means of; of recorded demand the first series."""
-    scenario: int = 0
-    """Which of them the right half shows."""
-    periods: int = 60
-    """How many of the last periods it shows."""
-    seed: int = 65
-    """Decides demand and initial stock; training has other seeds."""
+    """Horizon and weeks are those of this split."""
+    count: Count = 32
+    """Numbers are means of this many scenarios, of recorded demand the first series."""
+    scenario: Natural = 0
+    """The right half shows this one of them."""
+    periods: Count = 60
+    """It shows so many of the last periods."""
+    seed: Natural = 65
+    """This number decides demand and initial stock; training has other seeds."""
     title: str | None = None
-    """Title; None: task, policy and epochs."""
+    """The figure has this title; None: task, policy and epochs."""
+    trust: tuple[str, ...] = ()
+    """The run's files may import these names, module:name; all others that are not registered are refused."""
 
     def __post_init__(self) -> None:
-        if self.count < 1 or not 0 <= self.scenario < self.count:
+        super().__post_init__()
+        if not 0 <= self.scenario < self.count:
             raise ValueError(f"scenario: expected one of 0 to count - 1 = {self.count - 1}, got {self.scenario}")
 
 
@@ -65,7 +69,7 @@ def main(config: NetworkConfig) -> list[Path]:
     path = checkpoint.latest(config.run / "checkpoints") if config.run.is_dir() else config.run
     if path is None or not path.is_file():
         raise FileNotFoundError(f"{config.run}: expected a run folder of hdpo with a checkpoint, or a checkpoint")
-    agent = HDPO.load(path)
+    agent = HDPO.load(path, trust=config.trust)
     env = agent.simulator.split(config.split)
     trace = play(agent, env, agent.scenarios(config.split, config.count, 10**6 + config.seed))
     name = env.task.name.replace("_", " ")

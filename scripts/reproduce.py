@@ -18,7 +18,7 @@ if __package__ in (None, ""):
 import torch
 import tyro
 
-from ccrl.experiment.checkpoint import write_atomic
+from ccrl.experiment.files import write_atomic
 from ccrl.packages import ROOT, check_siblings
 
 check_siblings("agents", "envs")

@@ -6,14 +6,16 @@ python scripts/train.py ppo --env Hopper-v5 --config my.yaml        # flags win 
 python scripts/train.py --resume runs/HalfCheetah-v5__mdpo__0__...  # continues bit for bit; also after Ctrl-C
 python scripts/train.py llm --method grpo --task arithmetic         # a language model on a text task
 python scripts/train.py grouped --method grpo --env CartPole-v1     # the same recipe on a control task
+python scripts/train.py my_package.my_module:MyAgent --env my_package.envs:MyEnv     # of your own, also text tasks
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
@@ -30,56 +32,53 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 import agents
-import envs
+import envs  # noqa: F401  (registers its ids)
 from ccrl import registry
+from ccrl.batched_env import resolve_env
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
 from ccrl.experiment.callbacks import Callback, CheckpointCallback, EvalCallback, LogCallback, StopOnSignal
-from ccrl.experiment.logger import Logger
+from ccrl.experiment.files import FolderInUseError, WriteError
+from ccrl.experiment.logger import Logger, digits
 from ccrl.experiment.run import RunFolder
+from ccrl.settings import Count, Natural, Settings
 
 __all__ = ["TrainConfig", "Training", "build", "main", "prepare", "run_config", "timed", "train"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Settings):
     """One training run. The agent's own settings follow under ``agent`` (on the command line without a prefix)."""
 
     env: str = "HalfCheetah-v5"
-    """Environment id: Gymnasium's, ours (ccrl/...), or module:id."""
-    total_timesteps: int = 1_000_000
-    """Environment steps."""
-    seed: int = 0
-    """Seeds networks, environments, action noise and shuffling."""
+    """The environment has this id: Gymnasium's, ours (ccrl/...), or module:name."""
+    total_timesteps: Count = 1_000_000
+    """Training takes this many environment steps."""
+    seed: Natural = 0
+    """One number seeds networks, environments, action noise and shuffling."""
     device: str = "cpu"
-    """Where networks and buffers are."""
+    """Networks and buffers are on this device, as PyTorch names it."""
     run_root: Path = Path("runs")
-    """Folder that the run folder is made in."""
-    checkpoint_every: int = 100_000
-    """Environment steps between checkpoints (one more at the end)."""
-    keep_checkpoints: int = 3
-    """Newest checkpoints kept."""
-    eval_every: int = 50_000
-    """Environment steps between evaluations; 0: none."""
-    eval_episodes: int = 10
-    """Episodes per evaluation, deterministic and stochastic each."""
-    log_interval: int = 1
-    """Iterations between rows of progress.csv and TensorBoard."""
+    """The run folder is made in this folder."""
+    checkpoint_every: Count = 100_000
+    """A checkpoint is written every so many environment steps, and one more at the end."""
+    keep_checkpoints: Count = 3
+    """Only this many of the newest checkpoints are kept."""
+    eval_every: Natural = 50_000
+    """The agent is evaluated every so many environment steps; 0 never evaluates."""
+    eval_episodes: Count = 10
+    """An evaluation plays this many episodes, deterministic and stochastic each."""
+    log_interval: Count = 1
+    """A row of progress.csv and TensorBoard is written every so many iterations."""
     progress: bool = True
-    """Progress bar, on a terminal."""
+    """A progress bar is shown, on a terminal."""
     tensorboard: bool = True
-    """Write TensorBoard events."""
-    torch_threads: int = 1
-    """Threads of torch's operators: more than one slows small networks down and fights the simulator's threads."""
+    """TensorBoard events are written."""
+    torch_threads: Count = 1
+    """Torch's operators use this many threads: more than one slows small networks down and fights the simulator's
+    threads."""
     env_kwargs: configs.Options = field(default_factory=dict)
-    """Constructor options of the environment, under Gymnasium's names, as JSON."""
-
-    def __post_init__(self) -> None:
-        counts = ("total_timesteps", "checkpoint_every", "keep_checkpoints", "eval_episodes", "log_interval",
-                  "torch_threads")  # fmt: skip
-        for name, least in {**dict.fromkeys(counts, 1), "eval_every": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected >= {least}, got {getattr(self, name)}")
+    """These constructor options go to the environment, under Gymnasium's names, as JSON."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +86,15 @@ class TextConfig(TrainConfig):
     """One training run of a language model. Its clock counts completions."""
 
     env: str = "arithmetic"
-    """Text task (``--task``); its options go into env_kwargs."""
-    total_timesteps: int = 20_000
-    """Completions."""
-    checkpoint_every: int = 5_000
-    """Completions between checkpoints (one more at the end)."""
-    eval_every: int = 2_000
-    """Completions between evaluations; 0: none."""
-    eval_episodes: int = 256
-    """Test questions per evaluation, one greedy and one sampled completion each."""
+    """The text task has this name, or module:name (``--task``); its options go into env_kwargs."""
+    total_timesteps: Count = 20_000
+    """Training takes this many completions."""
+    checkpoint_every: Count = 5_000
+    """A checkpoint is written every so many completions, and one more at the end."""
+    eval_every: Natural = 2_000
+    """The agent is evaluated every so many completions; 0 never evaluates."""
+    eval_episodes: Count = 256
+    """An evaluation asks this many test questions, with one greedy and one sampled completion each."""
 
 
 def run_config(agent: str, settings: Mapping[str, Any] | None = None) -> type[Any]:
@@ -105,8 +104,10 @@ def run_config(agent: str, settings: Mapping[str, Any] | None = None) -> type[An
     """
     found = agents.get_agent(agent, settings)
     cls, base = found.Config, TextConfig if is_text(found) else TrainConfig
-    nested = (tyro.conf.OmitArgPrefixes[cls], field(default_factory=cls))
-    made = make_dataclass("RunConfig", [("agent", *nested)], bases=(base,), frozen=True)
+    own: list[Any] = [("agent", tyro.conf.OmitArgPrefixes[cls], field(default_factory=cls))]
+    if example := getattr(found, "example_env", None):  # one that the agent accepts
+        own.append(("env", str, field(default=example)))
+    made = make_dataclass("RunConfig", own, bases=(base,), frozen=True)
     made.__doc__ = f"Train {agent}: {base.__doc__}"
     return made
 
@@ -141,9 +142,26 @@ class Training:
     resumed_from: int | None
     """Step of the checkpoint; None: a new run."""
     eval_env: Any
+    owner: Any
+    """Holds the run folder for this process."""
 
     def __call__(self) -> RunFolder:
-        """Train, and print the end. ``SystemExit`` with how to go on, after Ctrl-C or SIGTERM."""
+        """Train, and print the end. ``SystemExit`` with how to go on, after Ctrl-C or SIGTERM and where the disk takes
+        no more."""
+        try:
+            return self._train()
+        except WriteError as error:
+            sys.exit(f"error: {error.strerror}; make room or the folder writable, then {self._how_to_go_on()}")
+        finally:
+            self.owner.release()
+
+    def _how_to_go_on(self) -> str:
+        saved = checkpoint.latest(self.run.checkpoints)
+        if saved is None:
+            return "start again: nothing was saved"
+        return f"it goes on from {saved.name} with --resume {self.run.path}"
+
+    def _train(self) -> RunFolder:
         config, run, agent, step = self.config, self.run, self.agent, self.resumed_from
         print(f"[ccrl] run folder: {run.path}\n[ccrl] tensorboard --logdir {run.path}", flush=True)
         logger, stop = Logger(run.path, tensorboard=config.tensorboard, resume_step=step), StopOnSignal()
@@ -162,52 +180,70 @@ class Training:
                 if stop.received and agent.num_timesteps < config.total_timesteps:
                     raise KeyboardInterrupt
         except KeyboardInterrupt:
-            saved = checkpoint.latest(run.checkpoints)
-            how = "nothing was saved" if saved is None else f"it goes on from {saved.name} with --resume {run.path}"
-            sys.exit(f"[ccrl] stopped at {agent.num_timesteps:,} of {config.total_timesteps:,} steps; {how}")
+            total = f"{agent.num_timesteps:,} of {config.total_timesteps:,} steps"
+            sys.exit(f"[ccrl] stopped at {total}; {self._how_to_go_on()}")
         finally:
             logger.close()
             agent.close()
             if self.eval_env is not None:
                 self.eval_env.close()
         mean, count = agent.ep_rew_mean, len(agent.episodes)
-        score = "no episode ended" if mean is None else f"mean return of the last {count} episodes {mean:.1f}"
+        score = "no episode ended" if mean is None else f"mean return of the last {count} episodes {digits(mean)}"
         print(f"[ccrl] {agent.num_timesteps:,} steps, {score}; run folder: {run.path}", flush=True)
         return run
 
 
-def build(agent_name: str, config: Any, resume: Path | None = None) -> Callable[[], RunFolder]:
+def build(
+    agent_name: str, config: Any, resume: Path | None = None, trust: Collection[str] = ()
+) -> Callable[[], RunFolder]:
     """A training as ``config`` (of ``run_config(agent_name)``) says, in a new run folder or on in ``resume``. What does
-    not fit together fails here; the result trains when it is called (and does nothing for a finished run)."""
+    not fit together fails here; the result trains when it is called (and does nothing for a finished run).
+
+    :param trust: names ``module:name`` in the folder that may import, see ``ccrl.registry.stored``.
+    """
     torch.set_num_threads(config.torch_threads)
-    cls, step = agents.get_agent(agent_name), None
+    cls = agents.get_agent(agent_name)
     if resume is None:
         config = replace(config, env_kwargs=absolute_files(config.env_kwargs))
         agent = cls(config.env, config.agent, seed=config.seed, device=config.device, env_kwargs=config.env_kwargs)
-    else:
-        run = RunFolder.open(resume)
-        agent = _restore(cls, run, config)
+        eval_env = _eval_env(cls, config)
+        # last of all: the folder of a run that could not begin would only be in the way
+        run = RunFolder.create(config.run_root, config.env, agent_name, config.seed, config)
+        _note_resume(run, agent)
+        return Training(config, run, agent, None, eval_env, run.own())
+    run = RunFolder.open(resume)
+    owner = run.own()  # first: the run may still be at it
+    try:
+        agent = _restore(cls, run, config, trust)
         step = agent.num_timesteps
         if "finished" in run.info and step >= config.total_timesteps:
             print(f"[ccrl] {run.path} is finished: {step:,} of {config.total_timesteps:,} steps. To train on, raise "
                   f"total_timesteps in {run.config_file} and resume it again", flush=True)  # fmt: skip
+            owner.release()
             return lambda: run
-    eval_env = None
-    if config.eval_every and not is_text(cls):
-        eval_env = envs.make(config.env, config.eval_episodes, device=config.device, **config.env_kwargs)
-    if resume is None:
-        # last of all: the folder of a run that could not begin would only be in the way
-        run = RunFolder.create(config.run_root, config.env, agent_name, config.seed, config)
-    else:
-        run.record_resume(agent.num_timesteps)
+        eval_env = _eval_env(cls, config)
+        run.record_resume(step)
+        _note_resume(run, agent)
+        return Training(config, run, agent, step, eval_env, owner)
+    except BaseException:
+        owner.release()
+        raise
+
+
+def _eval_env(cls: type[Any], config: Any) -> Any:
+    if not config.eval_every or is_text(cls):
+        return None
+    return resolve_env(config.env, config.eval_episodes, device=config.device, **config.env_kwargs)
+
+
+def _note_resume(run: RunFolder, agent: Any) -> None:
     # null, or why a resumed run is not the run that would have gone on: its environments start fresh episodes
     run.record(resume_note=getattr(getattr(agent, "collector", None), "resume_note", None))
-    return Training(config, run, agent, step, eval_env)
 
 
-def train(agent_name: str, config: Any, resume: Path | None = None) -> RunFolder:
+def train(agent_name: str, config: Any, resume: Path | None = None, trust: Collection[str] = ()) -> RunFolder:
     """Build and train."""
-    return build(agent_name, config, resume)()
+    return build(agent_name, config, resume, trust)()
 
 
 def absolute_files(options: dict[str, Any]) -> dict[str, Any]:
@@ -216,12 +252,12 @@ def absolute_files(options: dict[str, Any]) -> dict[str, Any]:
     return {k: str(Path(v).resolve()) if isinstance(v, str) and Path(v).is_file() else v for k, v in options.items()}
 
 
-def _restore(cls: type[Any], run: RunFolder, config: Any) -> Any:
+def _restore(cls: type[Any], run: RunFolder, config: Any, trust: Collection[str]) -> Any:
     """The agent of the newest checkpoint; ``config.yaml`` must still say of it what the checkpoint does."""
     path = checkpoint.latest(run.checkpoints)
     if path is None:
         raise FileNotFoundError(f"{run.path}: expected a checkpoint to resume from, found none; start a new run")
-    agent = cls.load(path, device=config.device, restore_rng=True)
+    agent = cls.load(path, device=config.device, trust=trust, restore_rng=True)
     mine = _facts(config.env, config.seed, config.env_kwargs, config.agent)
     saved = _facts(agent.env_id, agent.seed, agent.env_kwargs, agent.config)
     if different := sorted(k for k in mine.keys() | saved.keys() if mine.get(k) != saved.get(k)):
@@ -239,7 +275,8 @@ def _facts(env: str, seed: int, env_kwargs: dict[str, Any], settings: Any) -> di
 def text_arguments(argv: list[str]) -> list[str]:
     """``--method M --task T [flags]`` as the arguments of the agent M with the environment T."""
     if "--method" not in argv or argv.index("--method") + 1 == len(argv):
-        sys.exit(f"usage: train.py llm --method {{{','.join(sorted(agents.METHODS))}}} [--task TASK] [flags]")
+        known = ",".join(sorted(agents.METHODS))
+        sys.exit(f"usage: train.py llm --method {{{known},module:NAME}} [--task TASK] [flags]")
     index = argv.index("--method")
     rest = argv[:index] + argv[index + 2 :]
     return [argv[index + 1], *("--env" if word == "--task" else word for word in rest)]
@@ -252,21 +289,23 @@ def main(argv: list[str]) -> RunFolder:
 
 def prepare(argv: list[str]) -> Callable[[], RunFolder]:
     """The training that a command line asks for, built."""
-    own = ("--config", "--resume", "--method", "--task")  # tyro reads the others, and takes both --x=y and --x y
+    # tyro reads the others, and takes both --x=y and --x y
+    own = ("--config", "--resume", "--method", "--task", "--trust")
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith(own) else [word])]
     if "--resume" in argv:
-        index = argv.index("--resume")
-        if len(argv) != 2 or index != 0:
-            sys.exit("usage: train.py --resume RUN (a run continues with its own settings; no other flags. To train "
-                     "longer, raise total_timesteps in RUN/config.yaml)")  # fmt: skip
-        run = RunFolder.open(argv[1])
+        if len(argv) < 2 or argv[0] != "--resume" or argv[2:3] not in ([], ["--trust"]):
+            sys.exit("usage: train.py --resume RUN [--trust NAME ...] (a run continues with its own settings; no other "
+                     "flags. To train longer, raise total_timesteps in RUN/config.yaml)")  # fmt: skip
+        run, trust = RunFolder.open(argv[1]), argv[3:]
         name, values = run.info["agent"], run.config()
-        return build(name, configs.from_dict(run_config(name, values.get("agent")), values), Path(argv[1]))
+        with registry.stored(str(run.path), trust):
+            config = configs.from_dict(run_config(name, values.get("agent")), values)
+            return build(name, config, Path(argv[1]), trust)
     if argv[:1] == ["llm"]:
         argv = text_arguments(argv[1:])
-    if not argv or not (argv[0] in agents.AGENTS | agents.METHODS or registry.is_module_name(argv[0])):
+    if not argv or not (argv[0] in registry.agents or registry.is_module_name(argv[0])):
         usage = (f"usage: train.py {{{','.join(sorted(agents.AGENTS))}}} [flags] | llm --method "
-                 f"{{{','.join(sorted(agents.METHODS))}}} [flags] | --resume RUN")  # fmt: skip
+                 f"{{{','.join(sorted(agents.METHODS))}}} [flags] | module:Class [flags] | --resume RUN")  # fmt: skip
         if argv[:1] in (["-h"], ["--help"]):
             print(f"{usage}\n{__doc__}AGENT --help shows every flag.")
             sys.exit(0)
@@ -287,8 +326,9 @@ def prepare(argv: list[str]) -> Callable[[], RunFolder]:
 
 
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # module:Class of the folder one works in; last, so that it shadows nothing
     try:
         training = prepare(sys.argv[1:])
-    except (ValueError, TypeError, ImportError, OSError, checkpoint.CheckpointError) as failure:
+    except (ValueError, TypeError, ImportError, OSError, checkpoint.CheckpointError, FolderInUseError) as failure:
         sys.exit(f"error: {failure}")
     training()  # what fails in here keeps its traceback: it may be the user's own environment or agent

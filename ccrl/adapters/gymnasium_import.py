@@ -17,6 +17,7 @@ from ccrl.adapters.plain_state import read_plain, write_plain
 from ccrl.adapters.seeds import copy_seeds
 from ccrl.adapters.spaces import action_array, batch_buffer, check_action_space, check_batch, float32_space, store
 from ccrl.batched_env import AutoresetMode, StepResult, Tree, as_autoreset_mode, check_device
+from ccrl.signals import shielded
 
 __all__ = ["GymnasiumEnv", "from_gymnasium"]
 
@@ -230,7 +231,8 @@ def from_gymnasium(
     vector = AsyncVectorEnv if asynchronous else SyncVectorEnv
     # The adapter copies once into its own buffers; a second copy inside the vector environment would be waste.
     mode = as_autoreset_mode(autoreset_mode, where="from_gymnasium")
-    env = vector(borders_of(single, num_envs), copy=False, autoreset_mode=mode)
+    with shielded():
+        env = vector(borders_of(single, num_envs), copy=False, autoreset_mode=mode)
     if not asynchronous and len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
         raise ValueError(
             f"expected a function that makes a new environment at every call, got {num_envs} times the same "

@@ -93,9 +93,7 @@ class UNet1d(nn.Module):
             sinusoid, nn.Linear(sinusoid.width, features), nn.SiLU(), nn.Linear(features, features)
         )
         widths = [features * 2**i for i in range(levels + 1)]
-        self.down = nn.ModuleList(
-            _Block(size if i == 0 else widths[i - 1], widths[i], features) for i in range(levels)
-        )
+        self.down = nn.ModuleList(_Block(size if i == 0 else widths[i - 1], widths[i], features) for i in range(levels))
         self.middle = _Block(widths[-2], widths[-1], features)
         self.up = nn.ModuleList(_Block(2 * widths[i], widths[i], features) for i in reversed(range(levels)))
         self.grow = nn.ModuleList(nn.Conv1d(widths[i + 1], widths[i], 2) for i in reversed(range(levels)))

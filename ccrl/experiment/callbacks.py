@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from ccrl.batched_env import BatchedEnv
 from ccrl.experiment import checkpoint
 from ccrl.experiment.evaluation import EvalLog, evaluate_agent
+from ccrl.experiment.files import Owner
 from ccrl.experiment.logger import Logger
+from ccrl.signals import DeferredSignals
 
 __all__ = [
     "Callback",
@@ -24,11 +26,13 @@ __all__ = [
     "StopOnReward",
     "StopOnSignal",
     "as_callback",
+    "running",
 ]
 
 
 class Callback:
-    """Base class: three hooks around training, called in the order of the list.
+    """Base class: three hooks around training, called in the order of the list; ``on_training_end`` also after an
+    error, of every callback whose ``on_training_start`` was called, whatever the others do.
 
     A callback with state (a best score, the next step it is due) saves it with the agent under ``key``.
     """
@@ -103,6 +107,13 @@ class CheckpointCallback(_Periodic):
     before the first iteration, if the agent has learnt by then (``warm_started``).
 
     Put it last in the list: what it saves includes the state of the callbacks before it.
+
+    Raises:
+        FileExistsError: at the start, if the folder has checkpoints of another run, or some past this agent's: pruning
+            by step would delete the new ones as they are written.
+        FolderInUseError: at the start, if another process writes into the folder.
+        FloatingPointError: instead of saving parameters that are not finite.
+        WriteError: the disk does not take a checkpoint.
     """
 
     def __init__(self, folder: str | Path, every: int, keep: int = 3) -> None:
@@ -110,8 +121,11 @@ class CheckpointCallback(_Periodic):
         if keep < 1:
             raise ValueError(f"CheckpointCallback: expected keep >= 1 checkpoints, got {keep}")
         self.folder, self.keep, self._saved_at = Path(folder), keep, -1
+        self._owner: Owner | None = None
 
     def on_training_start(self, agent: Any) -> None:
+        self._owner = Owner(self.folder)
+        self._check_folder(agent)
         # a run killed before its first checkpoint would repeat the supervised phase
         if getattr(agent, "warm_started", False):
             self._save(agent)
@@ -122,21 +136,64 @@ class CheckpointCallback(_Periodic):
         return None
 
     def on_training_end(self, agent: Any) -> None:
-        # an update that broke off half-way is not a state to resume from
-        if agent.num_timesteps > self._saved_at and agent.healthy:
-            self._save(agent)
+        if self._owner is None:
+            return  # it did not start: the folder is another run's
+        try:
+            # an update that broke off half-way is not a state to resume from
+            if agent.num_timesteps > self._saved_at and agent.healthy:
+                self._save(agent)
+        finally:
+            self._release()
+
+    def _check_folder(self, agent: Any) -> None:
+        last = getattr(agent, "last_checkpoint", None)
+        mine = last is not None and Path(last).resolve().parent == self.folder.resolve()
+        try:
+            newest = checkpoint.latest(self.folder)
+            if newest is None or (mine and newest <= checkpoint.checkpoint_path(self.folder, agent.num_timesteps)):
+                # past the newest whole one, damaged ones would be kept in place of new ones
+                return checkpoint.remove_damaged(self.folder)
+        except BaseException:
+            self._release()
+            raise
+        self._release()
+        whose = f"some past step {agent.num_timesteps}, where this agent is" if mine else "those of another run"
+        raise FileExistsError(
+            f"{self.folder}: expected no checkpoints but this run's, got {whose} (up to {newest.name}); choose another "
+            f"folder, or load {newest.name} and go on from it"
+        )
+
+    def _release(self) -> None:
+        if self._owner is not None:
+            self._owner.release()
+        self._owner = None
 
     def _save(self, agent: Any) -> None:
+        if bad := checkpoint.nonfinite(_parameters(agent)):
+            raise FloatingPointError(
+                f"parameters are not finite: {', '.join(bad[:3])}{' ...' if len(bad) > 3 else ''}; no checkpoint is "
+                "written of them"
+            )
         path = checkpoint.checkpoint_path(self.folder, agent.num_timesteps)
         agent.save(path)
         self._saved_at, agent.last_checkpoint = agent.num_timesteps, path
         checkpoint.prune(self.folder, self.keep)
 
 
+def _parameters(agent: Any) -> dict[str, Tensor]:
+    policy: Any = getattr(agent, "policy", None)
+    return dict(policy.named_parameters()) if hasattr(policy, "named_parameters") else {}
+
+
 class EvalCallback(_Periodic):
     """Evaluates on a separate environment every ``every`` steps: deterministic and stochastic, raw rewards, frozen
     normaliser, fixed seeds. Writes ``eval.csv`` and ``evaluations.npz``; the best deterministic mean is saved as
     ``best.pt``.
+
+    Raises:
+        ValueError: at the start, for the environment that the agent trains on: an evaluation would reset it under the
+            rollout that goes on.
+        FileExistsError: ``eval.csv`` has rows and ``resume_step`` is None.
     """
 
     def __init__(
@@ -154,8 +211,13 @@ class EvalCallback(_Periodic):
         self._ended = False
 
     def on_training_start(self, agent: Any) -> None:
+        if self.env is not None and _inside(self.env) & _inside(getattr(agent, "env", None)):
+            raise ValueError(
+                "EvalCallback: expected an environment of its own, got the one that the agent trains on, which an "
+                "evaluation would reset in the middle of a rollout; make a second one"
+            )
         if self._ended:  # a second call of learn() with this callback adds to the file of the first
-            self.log, self._ended = EvalLog(self.folder), False
+            self.log, self._ended = EvalLog(self.folder, agent.num_timesteps), False
 
     def on_iteration(self, agent: Any) -> bool | None:
         if self.due(agent.num_timesteps):
@@ -183,39 +245,35 @@ class EvalCallback(_Periodic):
         self.best = state["best"]
 
 
+def _inside(env: Any) -> set[int]:
+    """The identities of an environment and of those it wraps."""
+    found: set[int] = set()
+    while env is not None and id(env) not in found:
+        found.add(id(env))
+        env = getattr(env, "env", None) or getattr(env, "venv", None)
+    return found
+
+
 class StopOnSignal(Callback):
     """Ctrl-C (SIGINT) and SIGTERM end training after the iteration that runs, whose state can be saved; half an
     iteration's cannot. The second signal acts at once. Put it last in the list, behind the one that saves."""
 
     def __init__(self) -> None:
-        self.received: str | None = None
+        self._signals = DeferredSignals()
+
+    @property
+    def received(self) -> str | None:
         """Name of the signal that ended training."""
-        self._before: dict[int, Any] = {}
+        return self._signals.received
 
     def on_training_start(self, agent: Any) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return  # elsewhere Python takes no handlers
-        for number in (signal.SIGINT, signal.SIGTERM):
-            # a job in the background ignores SIGINT, so that Ctrl-C at its terminal does not reach it
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                self._before[number] = signal.signal(number, self._stop)
+        self._signals.__enter__()
 
     def on_iteration(self, agent: Any) -> bool | None:
         return False if self.received else None
 
     def on_training_end(self, agent: Any) -> None:
-        self._restore()
-
-    def _stop(self, number: int, frame: Any) -> None:
-        self.received = signal.Signals(number).name
-        self._restore()
-        # not print: the signal may have come in the middle of one, which refuses a second
-        os.write(2, f"\n[ccrl] {self.received}: ends after this iteration; once more ends it at once\n".encode())
-
-    def _restore(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler or signal.SIG_DFL)  # None: it was not Python's
+        self._signals.__exit__()
 
 
 class StopOnReward(Callback):
@@ -249,3 +307,36 @@ def as_callback(
     if twice:
         raise ValueError(f"callbacks: {twice} occur twice and would overwrite each other's state; override their key")
     return found
+
+
+@contextmanager
+def running(callbacks: Sequence[Callback], agent: Any) -> Iterator[None]:
+    """Calls ``on_training_start`` of all before, and ``on_training_end`` after what is inside, in the same order.
+
+    Every callback that started has its end, also if others fail: a checkpoint is not skipped and a signal handler does
+    not stay. The first error is raised when all had their turn.
+    """
+    started: list[Callback] = []
+    try:
+        for callback in callbacks:
+            started.append(callback)
+            callback.on_training_start(agent)
+        yield
+    except BaseException:
+        _end(started, agent, raises=False)
+        raise
+    _end(started, agent, raises=True)
+
+
+def _end(started: Sequence[Callback], agent: Any, raises: bool) -> None:
+    first: BaseException | None = None
+    for callback in started:
+        try:
+            callback.on_training_end(agent)
+        except BaseException as error:
+            first = first or error
+            if not raises or error is not first:
+                where = f"{type(callback).__name__} at the end of training"
+                print(f"[ccrl] {where}: {type(error).__name__}: {error}", flush=True)
+    if raises and first is not None:
+        raise first

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ccrl.experiment.checkpoint import write_atomic
 from ccrl.experiment.csv_table import read_rows
+from ccrl.experiment.files import write_atomic
 
 __all__ = ["Cell", "CellsFailed", "complete"]
 

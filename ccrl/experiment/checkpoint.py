@@ -1,18 +1,20 @@
 """Checkpoints that survive ``kill -9`` and load without running foreign code.
 
-A checkpoint is one ``torch.save`` file holding a tree of plain values. It is written beside its final name and renamed
-when it is on the disk, so that a reader sees the old file or the new one, never half of one.
+A checkpoint is one ``torch.save`` file holding a tree of plain values and the version of its format. It is written
+beside its final name and renamed when it is on the disk, so that a reader sees the old file or the new one, never half
+of one. A file of another format is refused: completed with defaults it would train on with settings it never had.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
 import random
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,28 +22,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import ccrl
+from ccrl.experiment.files import remove_leftovers, write_atomic, writing
+
 __all__ = [
+    "FORMAT",
     "CheckpointError",
+    "FormatError",
+    "check_keys",
     "checkpoint_path",
     "different_shapes",
     "generator_state",
     "latest",
     "load",
+    "nonfinite",
     "portable",
+    "preserved_rng",
     "prune",
+    "remove_damaged",
     "rng_state",
     "save",
     "set_generator_state",
     "set_rng_state",
-    "write_atomic",
 ]
 
 _STEP_FILE = re.compile(r"step_(\d+)\.pt")
 _FOREIGN = re.compile(r"GLOBAL (\S+)")
 
 
+FORMAT = 2
+"""Version of what a checkpoint holds; ccrl 0.1 wrote none."""
+
+
 class CheckpointError(RuntimeError):
-    """A file that cannot be used as a checkpoint: damaged, or with objects in it that need foreign code."""
+    """A file that cannot be used as a checkpoint: damaged, incomplete, or with objects in it that need foreign code."""
+
+
+class FormatError(CheckpointError):
+    """A whole checkpoint that another version of ccrl wrote; the message says which reads it."""
 
 
 def portable(tree: Any, where: str = "state") -> Any:
@@ -79,42 +97,23 @@ def _portable_key(key: Any, where: str) -> Any:
     raise TypeError(f"{where}: expected keys of type str or int; received {key!r}. Convert it in state_dict().")
 
 
-def write_atomic(path: Path, write: Any) -> None:
-    """Call ``write(file)`` on a new binary file in the folder of ``path``, then rename it to ``path``.
-
-    The data are on the disk before the rename, and the rename before the return.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    # Without this the rename itself can be lost in a power cut, on POSIX; Windows cannot open folders.
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
 def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
-    """Write ``state`` (see :func:`portable`) to ``path`` atomically; makes the folder."""
+    """Write ``state`` (see :func:`portable`) to ``path`` atomically; makes the folder.
+
+    Raises ``TypeError`` for what is not portable, ``ccrl.experiment.files.WriteError`` where the disk does not take it.
+    """
     path = Path(path)
-    tree = portable(state)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    tree = {"format_version": FORMAT, "ccrl": ccrl.__version__, **portable(state)}
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, lambda file: torch.save(tree, file))
 
 
 def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Read a checkpoint; no code of the file is run.
+    """What :func:`save` was given; no code of the file is run.
 
-    Raises ``FileNotFoundError``, or :class:`CheckpointError` for a damaged file or one with foreign objects.
+    Raises ``FileNotFoundError``, :class:`CheckpointError` for a damaged file or one with foreign objects, or
+    :class:`FormatError` for one of another format version or of none.
     """
     path = Path(path)
     if not path.is_file():
@@ -141,7 +140,15 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
         ) from error
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a dict; received {type(state).__name__}. Write it with save().")
-    return state
+    version = state.get("format_version")
+    if version != FORMAT or type(version) is not int:
+        found = "no format version" if version is None else f"format {version!r}"
+        reader = "0.1.0" if version is None else state.get("ccrl")
+        raise FormatError(
+            f"{path}: expected a checkpoint of format {FORMAT}, got one with {found}; ccrl {reader} wrote it and reads "
+            f"it, ccrl {ccrl.__version__} does not"
+        )
+    return {key: value for key, value in state.items() if key not in ("format_version", "ccrl")}
 
 
 def _is_zip(path: Path) -> bool:
@@ -169,10 +176,13 @@ def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
 
 
 def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint ``step_*.pt``, or None. Those that do not load are skipped with a warning."""
+    """The newest whole checkpoint ``step_*.pt``, or None. Damaged ones are skipped with a warning; one of another
+    format raises :class:`FormatError`."""
     for path in reversed(_checkpoints(folder)):
         try:
             load(path)
+        except FormatError:
+            raise
         except CheckpointError as error:
             warnings.warn(f"checkpoint {path} is damaged; trying the one before ({error})", stacklevel=2)
         else:
@@ -181,13 +191,20 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
 
 
 def prune(folder: str | os.PathLike[str], keep: int) -> None:
-    """Delete all but the ``keep`` newest ``step_*.pt`` and what killed writers left behind."""
+    """Delete all but the ``keep`` newest ``step_*.pt``, and what killed writers left behind."""
     if keep < 1:
         raise ValueError(f"keep: expected at least 1 (else nothing could be resumed); received {keep}.")
     for path in _checkpoints(folder)[:-keep]:
         path.unlink(missing_ok=True)
-    for path in Path(folder).glob(".step_*.tmp"):
-        path.unlink(missing_ok=True)
+    remove_leftovers(folder)
+
+
+def remove_damaged(folder: str | os.PathLike[str]) -> None:
+    """Delete the ``step_*.pt`` past the newest whole one: half-written or damaged ones, which would pass for newer."""
+    newest = latest(folder)
+    for path in _checkpoints(folder):
+        if newest is not None and path > newest:
+            path.unlink(missing_ok=True)
 
 
 def _checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
@@ -200,6 +217,49 @@ def different_shapes(saved: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
     ours, theirs = ({name: tuple(x.shape) for name, x in tensors.items()} for tensors in (own, saved))
     names = sorted(ours.keys() | theirs.keys())
     return {name: (ours.get(name), theirs.get(name)) for name in names if ours.get(name) != theirs.get(name)}
+
+
+def check_keys(saved: Mapping[str, Any], own: Mapping[str, Any], where: str, depth: int = 1) -> None:
+    """:class:`CheckpointError` where ``saved`` lacks keys that ``own`` has, or has others.
+
+    Args:
+        where: what it is a state of, for the message.
+        depth: how many levels of mappings are compared.
+    """
+    faults = list(_different_keys(saved, own, "", depth))
+    if faults:
+        raise CheckpointError(f"{where}: expected the keys of this version, got a state with {', '.join(faults)}")
+
+
+def _different_keys(saved: Mapping[str, Any], own: Mapping[str, Any], prefix: str, depth: int) -> Iterator[str]:
+    for key in own:
+        if key not in saved:
+            yield f"no {prefix}{key}"
+        elif isinstance(own[key], Mapping) and depth > 1:
+            if isinstance(saved[key], Mapping):
+                yield from _different_keys(saved[key], own[key], f"{prefix}{key}.", depth - 1)
+            else:
+                yield f"a {type(saved[key]).__name__} as {prefix}{key}"
+    yield from (f"an unknown {prefix}{key}" for key in saved if key not in own)
+
+
+def nonfinite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of tensors with NaN or infinite values; waits for the device once."""
+    floats = {name: x for name, x in tensors.items() if x.is_floating_point() and x.numel()}
+    if not floats:
+        return []
+    good = torch.stack([x.detach().isfinite().all() for x in floats.values()]).tolist()
+    return [name for name, ok in zip(floats, good, strict=True) if not ok]
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Put the global generators back afterwards: what is built or loaded inside does not move the caller's numbers."""
+    before = rng_state()
+    try:
+        yield
+    finally:
+        set_rng_state(before)
 
 
 def rng_state() -> dict[str, Any]:

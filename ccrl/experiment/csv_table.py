@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ccrl.experiment.checkpoint import write_atomic
+from ccrl.experiment.files import write_atomic, writing
 
 __all__ = ["CsvTable", "read_columns", "read_rows"]
 
@@ -21,9 +22,12 @@ Cell = float | int | str
 class CsvTable:
     """Rows keyed by ``step``, appended and flushed one at a time.
 
-    A row with a new column rewrites the file (atomically) with the wider header; earlier rows are empty there. An
-    existing file is continued: rows past ``resume_step`` are dropped, so that a curve does not run back on itself.
-    ``resume_step=None`` keeps all rows.
+    A row with a new column rewrites the file (atomically) with the wider header; earlier rows are empty there. A file
+    with rows is continued from ``resume_step``: rows past it are dropped, so that a curve does not run back on itself.
+
+    Raises:
+        FileExistsError: the file has rows and ``resume_step`` is None: two runs in one file are no curve.
+        WriteError: the disk does not take a row.
     """
 
     def __init__(self, path: str | os.PathLike[str], resume_step: int | None = None) -> None:
@@ -31,26 +35,34 @@ class CsvTable:
         self.columns: list[str] = ["step"]
         if self.path.exists():
             rows = read_rows(self.path)
+            if rows and resume_step is None:
+                raise FileExistsError(
+                    f"{self.path}: expected no rows for a new run, got {len(rows)}, of another one up to step "
+                    f"{rows[-1]['step']}; choose another folder, or continue that run (resume_step)"
+                )
             kept = [row for row in rows if resume_step is None or int(row["step"]) <= resume_step]
             self.columns = list(rows[0]) if rows else self.columns
             # Also without dropped rows: the last line may be half a line, and appending to it would spoil both.
             self._rewrite(kept)
-        self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115  (open for the run's life)
+        with writing(self.path):
+            self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115  (open for the run's life)
 
     def write(self, step: int, row: Mapping[str, Cell]) -> None:
         """Append one row. Floats are written so that they read back exactly."""
         new = [name for name in row if name not in self.columns]
-        if new or self._file.tell() == 0:
-            self.columns += new
-            self._file.close()
-            self._rewrite(read_rows(self.path))
-            self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
-        self._file.write(_line([step, *(row.get(name, "") for name in self.columns[1:])]))
-        self._file.flush()  # hands the row to the operating system: a later kill -9 cannot take it back
+        with writing(self.path):
+            if new or self._file.tell() == 0:
+                self.columns += new
+                self._file.close()
+                self._rewrite(read_rows(self.path))
+                self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115
+            self._file.write(_line([step, *(row.get(name, "") for name in self.columns[1:])]))
+            self._file.flush()  # hands the row to the operating system: a later kill -9 cannot take it back
 
     def close(self) -> None:
         """Close the file; further writes fail."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # what could not be written was said by write()
+            self._file.close()
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
         lines = [_line(self.columns), *(_line([row.get(name, "") for name in self.columns]) for row in rows)]

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree
-from ccrl.experiment.checkpoint import write_atomic
 from ccrl.experiment.csv_table import CsvTable, read_rows
+from ccrl.experiment.files import Owner, write_atomic
 
 __all__ = ["EvalLog", "EvalResult", "Predict", "evaluate", "evaluate_agent"]
 
@@ -132,14 +132,22 @@ class EvalLog:
     """``eval.csv`` with every return of every evaluation, and SB3's ``evaluations.npz`` made from it.
 
     Columns: ``step``, the scalars of :class:`EvalResult` under ``eval/`` (deterministic) and ``eval_stochastic/``,
-    and ``.../returns`` and ``.../lengths`` as JSON lists. Continues an existing file; rows past ``resume_step`` are
-    dropped.
+    and ``.../returns`` and ``.../lengths`` as JSON lists. A file with rows is continued from ``resume_step``; rows past
+    it are dropped.
+
+    Raises:
+        FileExistsError: the file has rows and ``resume_step`` is None.
+        FolderInUseError: another process writes into the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], resume_step: int | None = None) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._csv = CsvTable(self.folder / "eval.csv", resume_step)
+        self._owner = Owner(folder)
+        try:
+            self._csv = CsvTable(self.folder / "eval.csv", resume_step)
+        except BaseException:
+            self._owner.release()
+            raise
         if resume_step is not None:
             self._write_npz()
 
@@ -159,6 +167,7 @@ class EvalLog:
     def close(self) -> None:
         """Close the file; further ``log`` calls fail."""
         self._csv.close()
+        self._owner.release()
 
     def _write_npz(self) -> None:
         rows = read_rows(self._csv.path) if self._csv.path.exists() else []

@@ -6,6 +6,8 @@ Tags are the caller's, unchanged; the suite uses those of Stable-Baselines3 (``r
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +17,9 @@ import torch
 from torch import Tensor
 
 from ccrl.experiment.csv_table import CsvTable
+from ccrl.experiment.files import Owner, writing
 
-__all__ = ["Logger", "read_scalars", "table"]
+__all__ = ["Logger", "digits", "read_scalars", "table"]
 
 Scalar = float | int | bool | Tensor
 
@@ -54,7 +57,11 @@ class Logger:
         folder: run folder; made if missing.
         tensorboard, csv, stdout: where to write.
         resume_step: the step that a resumed run continues from. Rows past it (logged after the checkpoint, before
-            the crash) leave ``progress.csv`` and are hidden in TensorBoard.
+            the crash) leave ``progress.csv`` and are hidden in TensorBoard. None: a new run, in a folder without rows.
+
+    Raises:
+        FileExistsError: ``progress.csv`` has rows and ``resume_step`` is None.
+        FolderInUseError: another process writes into the folder.
     """
 
     def __init__(
@@ -66,12 +73,17 @@ class Logger:
         resume_step: int | None = None,
     ) -> None:
         self.folder = Path(folder)
-        self.folder.mkdir(parents=True, exist_ok=True)
         self.stdout = stdout
-        self._csv = CsvTable(self.folder / "progress.csv", resume_step) if csv else None
         self._events: Any = None
-        if tensorboard:
-            self._open_events(resume_step)
+        self._owner = Owner(folder) if csv or tensorboard else None
+        try:
+            self._csv = CsvTable(self.folder / "progress.csv", resume_step) if csv else None
+            if tensorboard:
+                with writing(self.folder):
+                    self._open_events(resume_step)
+        except BaseException:
+            self._release()
+            raise
 
     def log(self, step: int, values: Mapping[str, Scalar]) -> dict[str, float]:
         """Write one row at ``step`` on the x axis; returns the values as floats."""
@@ -82,8 +94,9 @@ class Logger:
             from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
 
             one = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-            self._events.add_summary(Summary(value=one), step)
-            self._events.flush()
+            with writing(self.folder / "events.out.tfevents"):
+                self._events.add_summary(Summary(value=one), step)
+                self._events.flush()
         if self.stdout:
             print(table(step, scalars), flush=True)
         return scalars
@@ -107,7 +120,13 @@ class Logger:
         if self._csv is not None:
             self._csv.close()
         if self._events is not None:
-            self._events.close()
+            with contextlib.suppress(OSError):  # what could not be written was said by log()
+                self._events.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._owner is not None:
+            self._owner.release()
 
     def _open_events(self, resume_step: int | None) -> None:
         # Imported here: TensorBoard takes about a second, and runs without it need not wait.
@@ -120,12 +139,24 @@ class Logger:
             self._events.add_event(Event(session_log=start), resume_step + 1)
 
 
+def digits(value: float) -> str:
+    """``value`` for a screen, with three significant digits: 0.012345 is 0.0123, 12345.6 is 12,300. Counts are
+    exact."""
+    if float(value).is_integer() and abs(value) < 1e12:
+        return f"{value:,.0f}"
+    if not math.isfinite(value) or not 1e-4 <= abs(value) < 1e9:
+        return f"{value:.3g}"
+    places = 2 - math.floor(math.log10(abs(float(f"{value:.3g}"))))
+    rounded = round(value, places)
+    return f"{rounded:,.{max(0, places)}f}"
+
+
 def table(step: int, scalars: Mapping[str, float]) -> str:
     """Scalars in aligned lines, grouped by what is before the first slash of the tag."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for tag, value in scalars.items():
         group, _, name = tag.partition("/") if "/" in tag else ("", "", tag)
-        groups.setdefault(group, []).append((name, f"{value:.6g}"))
+        groups.setdefault(group, []).append((name, digits(value)))
     width = max((len(name) for rows in groups.values() for name, _ in rows), default=0)
     lines = [f"step {step:,}"]
     for group, rows in groups.items():

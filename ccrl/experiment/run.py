@@ -8,6 +8,7 @@ runs/{env}__{agent}__{seed}__{time}/
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ import torch
 
 import ccrl
 from ccrl.experiment import config as config_module
-from ccrl.experiment.checkpoint import write_atomic
+from ccrl.experiment.files import Owner, WriteError, write_atomic, writing
 
 __all__ = ["RunFolder", "describe", "find_runs"]
 
@@ -49,14 +50,18 @@ class RunFolder:
         """
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = "__".join(re.sub(r"[^\w.=+-]+", "-", part) for part in (env, agent, str(seed), stamp))
-        Path(root).mkdir(parents=True, exist_ok=True)
+        with writing(root):
+            Path(root).mkdir(parents=True, exist_ok=True)
         number = 1
         while True:
             path = Path(root) / (name if number == 1 else f"{name}-{number}")
             try:
-                path.mkdir()  # fails if another process was faster: the test and the making are one call
+                with writing(path):
+                    path.mkdir()  # fails if another process was faster: the test and the making are one call
                 break
-            except FileExistsError:
+            except WriteError as error:
+                if error.errno != errno.EEXIST:
+                    raise
                 number += 1
         run = cls(path)
         run.checkpoints.mkdir()
@@ -106,6 +111,14 @@ class RunFolder:
         """The contents of ``config.yaml``, for ``config.from_dict``."""
         return config_module.load_yaml(self.config_file)
 
+    def own(self) -> Owner:
+        """Hold the folder for this process until the result is released.
+
+        Raises:
+            FolderInUseError: another process writes into it; the message says which.
+        """
+        return Owner(self.path)
+
     def record_resume(self, step: int) -> None:
         """Add to ``run.json`` that the run goes on from ``step`` now, by which versions and command."""
         info = self.info
@@ -143,7 +156,13 @@ def describe() -> dict[str, Any]:
 
 
 def find_runs(paths: Iterable[str | os.PathLike[str]]) -> list[RunFolder]:
-    """All runs at or below ``paths``, sorted by path, each once."""
+    """All runs at or below ``paths``, sorted by path, each once.
+
+    Raises:
+        TypeError: one path instead of several; its letters would be searched, ``/`` among them.
+    """
+    if isinstance(paths, str | os.PathLike):
+        raise TypeError(f"paths: expected a list of folders, got {paths!r}; write [{str(paths)!r}]")
     files = {file.parent.resolve(): file.parent for path in paths for file in Path(path).rglob("run.json")}
     return [RunFolder(path) for _, path in sorted(files.items())]
 

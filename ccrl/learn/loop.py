@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ccrl.experiment.callbacks import Callback
+from ccrl.experiment.callbacks import Callback, running
 from ccrl.experiment.progress import ProgressBar
+from ccrl.signals import DeferredSignals
 
 __all__ = ["run"]
 
@@ -15,16 +17,19 @@ def run(agent: Any, end: int, callbacks: Sequence[Callback], progress_bar: bool)
     """Iterate until the agent's clock shows ``end``, a callback says stop, or the agent has finished.
 
     Every hook of every callback is called, also after one that fails or wants to stop: a checkpoint must not be skipped
-    and a signal handler must not stay; the first failure is raised after the others had their turn.
+    and a signal handler must not stay; the first failure is raised after the others had their turn. Ctrl-C is raised
+    between two iterations, where the agent can be saved; the second one at once.
     """
     learner, bar = agent.learner, ProgressBar(end, agent.num_timesteps, progress_bar)
     try:
-        _all(callbacks, lambda c: c.on_training_start(agent))
-        while learner.clock < end and not agent.finished:
-            learner.iterate()
-            bar.update(learner.clock, agent.ep_rew_mean)
-            if False in _all(callbacks, lambda c: c.on_iteration(agent)):
-                break
+        with DeferredSignals(signal.SIGINT) as interrupt, running(callbacks, agent):
+            while learner.clock < end and not agent.finished and not interrupt.received:
+                learner.iterate()
+                bar.update(learner.clock, agent.ep_rew_mean)
+                if False in _all(callbacks, lambda c: c.on_iteration(agent)):
+                    break
+        if interrupt.received:
+            raise KeyboardInterrupt
     except FloatingPointError as error:
         raise FloatingPointError(
             f"{error}; iteration {learner.iteration}, {learner.clock} {learner.clock_unit}; last good checkpoint: "
@@ -32,7 +37,6 @@ def run(agent: Any, end: int, callbacks: Sequence[Callback], progress_bar: bool)
         ) from error
     finally:
         bar.close()
-        _all(callbacks, lambda c: c.on_training_end(agent))
 
 
 def _all(callbacks: Sequence[Callback], hook: Callable[[Callback], bool | None]) -> list[bool | None]:

@@ -230,7 +230,7 @@ class AgentContract:
         )
         agent.save(tmp_path / "a.pt")
         type(agent).load(tmp_path / "a.pt").save(tmp_path / "b.pt")
-        callback = CheckpointCallback(folder, every=1)
+        callback = CheckpointCallback(tmp_path / "second", every=1)
         loaded = type(agent).load(tmp_path / "b.pt")
         loaded.learn(until=3 * loaded.samples_per_iteration, callback=callback)
         assert callback.next == 10 * agent.samples_per_iteration

@@ -163,7 +163,11 @@ def test_latest_and_prune(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     for step in (5, 900, 10_000):
         checkpoint.save(checkpoint.checkpoint_path(tmp_path, step), {"step": step, "x": torch.ones(1000)})
-    (tmp_path / ".step_000000020000.pt.1.tmp").write_bytes(b"half")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".step_000000020000.pt.{dead.pid}.tmp").write_bytes(b"half")
+    living = tmp_path / f".step_000000020000.pt.{os.getppid()}.tmp"
+    living.write_bytes(b"of a writer that is at it")
     (tmp_path / "best.pt").write_bytes(b"not a step")
     assert checkpoint.latest(tmp_path) == tmp_path / "step_000000010000.pt"
     newest = bytearray((tmp_path / "step_000000010000.pt").read_bytes())
@@ -172,6 +176,8 @@ def test_latest_and_prune(tmp_path):
     with pytest.warns(UserWarning, match="step_000000010000.pt is damaged"):
         assert checkpoint.latest(tmp_path) == tmp_path / "step_000000000900.pt"
     checkpoint.prune(tmp_path, keep=2)
+    assert living.exists()
+    living.unlink()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["best.pt", "step_000000000900.pt", "step_000000010000.pt"]
     with pytest.raises(ValueError, match="keep: expected at least 1"):
         checkpoint.prune(tmp_path, keep=0)

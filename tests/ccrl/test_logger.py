@@ -75,7 +75,7 @@ def test_half_a_line_is_ignored_and_repaired(tmp_path):
     path = tmp_path / "progress.csv"
     path.write_text("step,a\n1,2\n2,3\n3,4.56")
     assert read_columns(path)["step"].tolist() == [1, 2]
-    CsvTable(path).write(3, {"a": 9})
+    CsvTable(path, resume_step=2).write(3, {"a": 9})
     assert path.read_text() == "step,a\n1,2\n2,3\n3,9\n"
 
 

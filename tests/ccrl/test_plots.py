@@ -56,7 +56,7 @@ def test_agents_are_compared_at_equal_steps(tmp_path):
 
 def test_repeated_and_empty_rows(tmp_path):
     folder = make_run(tmp_path, "A", "ppo", 0, [(0, 1.0), (10, 2.0), (10, 3.0)])
-    table = CsvTable(folder / "progress.csv")
+    table = CsvTable(folder / "progress.csv", resume_step=10)
     table.write(10, {"time/fps": 5.0})  # a row without the metric
     (curve,) = load_study([tmp_path]).curves
     assert curve.steps.tolist() == [0, 10]

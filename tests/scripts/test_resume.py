@@ -51,7 +51,7 @@ def test_the_command_line_resumes(tmp_path: Path) -> None:
     (whole,), (killed,) = ((tmp_path / name).iterdir() for name in ("whole", "killed"))
     steps = {int(row["step"]) for row in _rows(killed / "progress.csv")}
     assert steps == {256 * i for i in range(1, 6)}, "rows past the checkpoint must be there before the resume"
-    assert [path.name for path in (killed / "checkpoints").iterdir()] == ["step_000000000768.pt"]
+    assert [path.name for path in (killed / "checkpoints").glob("*.pt")] == ["step_000000000768.pt"]
     _python(ROOT / "scripts" / "train.py", "--resume", killed)
     for name in ("progress.csv", "eval.csv"):
         expected, got = _rows(whole / name), _rows(killed / name)

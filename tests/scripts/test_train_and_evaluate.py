@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import agents
 from ccrl.experiment.config import ConfigError
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.run import RunFolder
@@ -109,6 +110,8 @@ def test_flags_out_of_range_are_answered_with_their_name(flags: list[str], messa
 def test_a_run_that_cannot_begin_leaves_no_folder(tmp_path: Path, flags: list[str], message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         train.main(["ppo", "--run-root", str(tmp_path), *flags])
+    with pytest.raises(SystemExit):
+        train.main(["ppo", "--run-root", str(tmp_path), "--env", "CartPole-v1", "--activation", "rulu"])
     assert not list(tmp_path.iterdir())
 
 
@@ -266,3 +269,11 @@ def test_the_run_folder_says_why_a_run_cannot_be_resumed_exactly(tmp_path: Path)
     with pytest.warns(UserWarning, match="a resumed run starts fresh episodes"):
         run = train.main([*argv, *TINY, "--total-timesteps", "64", "--eval-every", "0"])
     assert "the state of CartPoleVectorEnv" in run.info["resume_note"]
+
+
+@pytest.mark.parametrize("name", sorted(agents.AGENTS))
+def test_the_defaults_in_the_help_are_ones_the_agent_accepts(name: str) -> None:
+    config = train.run_config(name)()
+    agent = agents.get_agent(name)(config.env, config.agent, env_kwargs=config.env_kwargs)
+    assert agent.num_timesteps == 0
+    agent.close()

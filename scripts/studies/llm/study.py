@@ -28,9 +28,9 @@ check_siblings("agents", "envs")
 
 import agents
 from ccrl.experiment.cells import complete
-from ccrl.experiment.checkpoint import write_atomic
 from ccrl.experiment.config import Options
 from ccrl.experiment.csv_table import read_rows
+from ccrl.experiment.files import write_atomic
 
 __all__ = ["METHODS", "Report", "Run", "interval", "main", "play", "warm_start"]
 
