@@ -18,7 +18,7 @@ from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree, resume_note
 from ccrl.buffer import RolloutBuffer
 from ccrl.data import Data, Field, tree_leaves, tree_map
 from ccrl.policies.actions import RandomActor
-from ccrl.stream import EpisodeStats, Stream, finish_rollout, finish_step
+from ccrl.stream import EpisodeStats, Stream, finish_rollout, finish_step, note
 
 __all__ = ["Actor", "Collector", "EpisodeStats", "Request"]
 
@@ -104,6 +104,8 @@ class Collector:
         """Valid environment steps of fresh episodes; with ``total_steps`` the agent's clock."""
         self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
         self.log: dict[str, Any] = {}
+        """Scalars that environments gave; the owner takes them away once per iteration."""
+        self._noted: dict[str, int] = {}
         self._told = False
         self.env_seconds = 0.0
         """Wall time spent in environments; the owner resets it."""
@@ -125,8 +127,7 @@ class Collector:
             raise ValueError(f"Collector: environments have no completions of prompts; ask for steps or episodes, got "
                              f"{request}")  # fmt: skip
         if request.steps is not None:
-            if self._stream.obs is None:
-                self._stream.begin(self.env.reset(seed=self.seed))
+            self._stream.start(self.seed, resumed=self.total_steps > 0)
             if isinstance(request.params, str) and request.params == "random":
                 policy = self._random(policy)
             data = self._roll(self._stream, policy, request.steps, self.generator, request.tag)
@@ -212,7 +213,7 @@ class Collector:
                 result = result._replace(final_obs=result.obs)
             buffer.write(t, out["action"], result, {k: out[name] for k, name in buffer.written.items()})
             if result.log:
-                self.log |= result.log
+                note(result.log, self.log, self._noted)
             if not manual and running is None and first is None:
                 continue
             # read back from the buffer: a reset may clear the flags in the tensors that step returned

@@ -13,7 +13,7 @@ from ccrl.buffer import RolloutBuffer
 from ccrl.data import Data
 from ccrl.returns import forward_scan
 
-__all__ = ["EpisodeStats", "Stream", "finish_rollout", "finish_step"]
+__all__ = ["EpisodeStats", "Stream", "finish_rollout", "finish_step", "note"]
 
 
 @dataclass
@@ -49,12 +49,37 @@ class Stream:
         for fact in (self.step, self.ended, self.returns):
             fact.zero_()
 
+    def start(self, seed: int, resumed: bool) -> None:
+        """Fresh episodes where none were begun, and where an evaluation has moved the only simulation of the process.
+
+        :param resumed: the training has begun before: random ages would give it short episodes once more.
+        """
+        if self.obs is None:
+            self.begin(self.env.reset(seed=seed))
+            if hasattr(self.env, "randomise_ages") and not resumed:
+                self.env.randomise_ages()
+        elif getattr(self.env, "interrupted", False):
+            self.begin(self.env.reset())
+            self.first.fill_(True)
+
     def restart(self) -> None:
         """Counters of new episodes where one ended."""
         self.step.masked_fill_(self.ended, 0)
         self.returns.masked_fill_(self.ended, 0.0)
         self.ended.fill_(False)
         self.restarts = False
+
+
+def note(new: dict[str, Any], log: dict[str, Any], counts: dict[str, int]) -> None:
+    """Add the scalars of a step to ``log``: means over the steps that had them, since somebody emptied it.
+
+    :param counts: kept between calls.
+    """
+    for key, value in new.items():
+        if isinstance(value, int | float | Tensor):
+            count = counts.get(key, 0) if key in log else 0
+            log[key] = value if count == 0 else log[key] + (value - log[key]) / (count + 1)
+            counts[key] = count + 1
 
 
 def finish_rollout(stream: Stream, buffer: RolloutBuffer, hidden: bool) -> tuple[Data, EpisodeStats]:

@@ -87,6 +87,9 @@ OWN = {
 """Tasks that are only ours, ``ccrl/<id>``: the module and the class, called with ``(num_envs, device=, autoreset_mode=,
 **options)``."""
 
+LAB_FAMILIES = ("isaac", "mjlab")
+"""Simulators whose tasks are made by ``envs.isaac``: what stands before the colon of an id."""
+
 BACKENDS = ("native", "sync", "async", "gymnasium")
 
 
@@ -103,8 +106,9 @@ def make(
     """``num_envs`` copies of an environment.
 
     Args:
-        id: Gymnasium's id (``"HalfCheetah-v5"``) or ours (``"ccrl/HalfCheetah-v5"``). ``"module:id"`` imports the
-            module first, which is how packages that register environments are loaded.
+        id: Gymnasium's id (``"HalfCheetah-v5"``), ours (``"ccrl/HalfCheetah-v5"``), or a simulator's
+            (``"isaac:Isaac-Ant-Direct"``, ``"mjlab:..."``, see ``envs.isaac``). ``"module:id"`` imports the module
+            first, which is how packages that register environments are loaded.
         num_envs: number of copies.
         device: where observations and rewards go. The native MuJoCo tasks simulate on the CPU and take no other.
         backend: ``"native"`` is ours; ``"sync"`` and ``"async"`` are Gymnasium's environments in one or in many
@@ -125,6 +129,15 @@ def make(
         autoreset_mode = as_autoreset_mode(autoreset_mode, where=id)
     if num_envs < 1:
         raise ValueError(f"num_envs: expected >= 1, got {num_envs}")
+    if id.partition(":")[0] in LAB_FAMILIES:
+        if backend is not None:
+            raise ValueError(f"{id}: expected backend=None, got {backend!r}")
+        from envs.isaac import make_lab
+
+        lab = make_lab(id, num_envs, device, autoreset_mode, env_kwargs)
+        if seed is not None:
+            lab.reset(seed=seed)
+        return lab
     module, _, name = id.rpartition(":")
     if module:
         registry.import_module(id)

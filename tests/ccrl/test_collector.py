@@ -138,17 +138,17 @@ def test_environment_time_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     assert collector.env_seconds == 7.0
 
 
-def test_log_entries_of_all_steps_are_kept() -> None:
+def test_log_entries_are_means_over_the_steps_that_had_them() -> None:
     class Logging(ClockEnv):
         count = 0
 
         def step(self, action: torch.Tensor) -> StepResult:
             self.count += 1
-            return super().step(action)._replace(log={f"env/{self.count}": float(self.count), "env/last": self.count})
+            return super().step(action)._replace(log={f"env/{self.count}": float(self.count), "env/every": self.count})
 
     collector = Collector(Logging(SCRIPT))
     collector.collect(Request(steps=3), policy())
-    assert collector.log == {"env/1": 1.0, "env/2": 2.0, "env/3": 3.0, "env/last": 3}
+    assert collector.log == {"env/1": 1.0, "env/2": 2.0, "env/3": 3.0, "env/every": 2.0}
 
 
 def test_policies_with_other_behaviour_columns_have_buffers_of_their_own() -> None:
