@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from agents.hdpo import HDPO
     from agents.mdpo import MDPO
     from agents.npg_igt import NPGIGT
+    from agents.offline.bc import BC
+    from agents.offline.iql import IQL
+    from agents.offline.rebrac import ReBRAC
+    from agents.offline.td3_bc import TD3BC
     from agents.orpo import ORPO
     from agents.ppo import PPO
     from agents.sac import SAC
@@ -31,13 +35,15 @@ if TYPE_CHECKING:
     from agents.td3 import TD3
 
 __all__ = [
-    "A2C", "AGENTS", "BAC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "MDPO", "METHODS", "NPGIGT", "ORPO", "PPO",
-    "QRDQN", "SAC", "TD3", "CrossQ", "DetaN", "Grouped", "SubPO", "get_agent", "get_method",
+    "A2C", "AGENTS", "BAC", "BC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "IQL", "MDPO", "METHODS", "NPGIGT",
+    "ORPO", "PPO", "QRDQN", "SAC", "TD3", "TD3BC", "CrossQ", "DetaN", "Grouped", "ReBRAC", "SubPO", "get_agent",
+    "get_method",
 ]  # fmt: skip
 
 AGENTS = {
     "a2c": ("agents.a2c", "A2C"),
     "bac": ("agents.bac", "BAC"),
+    "bc": ("agents.offline.bc", "BC"),
     "bpg": ("agents.bpg", "BPG"),
     "bpo": ("agents.bpo", "BPO"),
     "crossq": ("agents.crossq", "CrossQ"),
@@ -47,14 +53,17 @@ AGENTS = {
     "grouped": ("agents.grouped", "Grouped"),
     "harpg": ("agents.harpg", "HARPG"),
     "hdpo": ("agents.hdpo", "HDPO"),
+    "iql": ("agents.offline.iql", "IQL"),
     "mdpo": ("agents.mdpo", "MDPO"),
     "npg_igt": ("agents.npg_igt", "NPGIGT"),
     "orpo": ("agents.orpo", "ORPO"),
     "ppo": ("agents.ppo", "PPO"),
     "qr_dqn": ("agents.dqn", "QRDQN"),
+    "rebrac": ("agents.offline.rebrac", "ReBRAC"),
     "sac": ("agents.sac", "SAC"),
     "subpo": ("agents.subpo", "SubPO"),
     "td3": ("agents.td3", "TD3"),
+    "td3_bc": ("agents.offline.td3_bc", "TD3BC"),
 }
 """Command-line name -> module and class; those for language models are ``agents.llm.METHODS``."""
 

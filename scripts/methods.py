@@ -56,10 +56,11 @@ def methods() -> list[Method]:
     for slug in (*sorted(agents.AGENTS), *sorted(agents.METHODS)):
         cls = agents.get_agent(slug)
         text = slug in agents.METHODS
-        # the baselines share a page
-        pages = [f"docs/llm/{slug}.md", "docs/llm/baselines.md"] if text else [f"docs/{slug}.md"]
+        # baselines share a page
+        pages = [f"docs/llm/{slug}.md", "docs/llm/baselines.md"] if text else [f"docs/{slug}.md", "docs/offline.md"]
         page = next((p for p in pages if (ROOT / p).exists() and slug in (ROOT / p).read_text(encoding="utf-8")), None)
         command = f"llm --method {slug} --task TASK" if text else f"{slug} --env ID"
+        command += " --dataset DATASET" if hasattr(cls.Config, "dataset") else ""
         found.append(Method(slug, cls.paper, cls.slots(), page, f"python scripts/train.py {command}"))
     return found
 

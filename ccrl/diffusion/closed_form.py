@@ -14,7 +14,8 @@ __all__ = ["dsm_optimum", "gaussian_denoiser", "gaussian_score", "mixture_score"
 def gaussian_score(x: Tensor, mean: Tensor, covariance: Tensor, sigma: float | Tensor) -> Tensor:
     """``-(C + sigma^2 I)^-1 (x - m)`` of ``N(m, C)`` blurred with noise of ``sigma``; ``x [B, D]``, ``C [D, D]``."""
     blurred = covariance + torch.as_tensor(sigma).to(x) ** 2 * torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
-    return -torch.linalg.solve(blurred, (x - mean).unsqueeze(-1)).squeeze(-1)
+    found: Tensor = -torch.linalg.solve(blurred, (x - mean).unsqueeze(-1)).squeeze(-1)
+    return found
 
 
 def gaussian_denoiser(x: Tensor, mean: Tensor, covariance: Tensor, sigma: float | Tensor) -> Tensor:

@@ -42,13 +42,15 @@ class Denoiser(nn.Module):
 
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """``grad log p(x; sigma) = (D(x, sigma) - x) / sigma^2`` (their eq. 3)."""
-        return (self(x, sigma) - x) / _rows(sigma.expand(x.shape[0]).to(x), x).square()
+        found: Tensor = (self(x, sigma) - x) / _rows(sigma.expand(x.shape[0]).to(x), x).square()
+        return found
 
 
 def denoising_loss(denoiser: Denoiser, clean: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """``mean w(sigma) (D(x + sigma noise, sigma) - x)^2`` over everything, 0-d; one level ``sigma [B]`` per sample."""
     found = denoiser(clean + _rows(sigma, clean) * noise, sigma)
-    return (_rows(denoiser.weight(sigma), clean) * (found - clean).square()).mean()
+    loss: Tensor = (_rows(denoiser.weight(sigma), clean) * (found - clean).square()).mean()
+    return loss
 
 
 class ScoreModel(nn.Module):
@@ -71,7 +73,8 @@ def score_matching_loss(model: ScoreModel, clean: Tensor, noise: Tensor, sigma: 
     """Denoising score matching (Vincent 2011) weighted by ``sigma^2``: ``E ||sigma s(x + sigma noise, sigma) +
     noise||^2``, 0-d: the sum over dimensions, the mean over samples."""
     column = _rows(sigma, clean)
-    return (column * model(clean + column * noise, sigma) + noise).square().flatten(1).sum(1).mean()
+    loss: Tensor = (column * model(clean + column * noise, sigma) + noise).square().flatten(1).sum(1).mean()
+    return loss
 
 
 def _rows(value: Tensor, like: Tensor) -> Tensor:

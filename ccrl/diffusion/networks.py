@@ -1,4 +1,4 @@
-"""Networks ``(x, level) -> x``: perceptrons on vectors, a U-Net on sequences. ``level [B]`` is any number per sample."""
+"""Networks ``(x, level) -> x``: perceptrons on vectors, a U-Net on sequences; ``level [B]`` is a number per sample."""
 
 from __future__ import annotations
 

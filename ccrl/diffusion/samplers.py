@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -50,7 +51,7 @@ def sample(
     :raises ValueError: levels that do not fall, or settings that the solver does not read.
     """
     n = len(levels) - 1
-    if n < 1 or any(not (math.isfinite(a) and a > b >= 0.0) for a, b in zip(levels, levels[1:])):
+    if n < 1 or any(not (math.isfinite(a) and a > b >= 0.0) for a, b in itertools.pairwise(levels)):
         raise ValueError(f"sample: expected at least two levels that fall to >= 0, got {list(levels)}")
     if solver == "ddim" and churn is not None:
         raise ValueError("sample: expected churn=None with solver 'ddim', which adds noise by eta")

@@ -25,10 +25,13 @@ class Ensemble(nn.Module):
     """``n`` perceptrons ``[B, inputs] -> [n, B]`` with a scalar output, every layer one batched product for all.
 
     The last layer is a multiplication and a sum: a product with one column leaves a matrix unit idle.
-    Initialisation is that of ``nn.Linear``.
+    Initialisation is that of ``nn.Linear``. With ``layer_norm`` every activation is followed by a layer normalisation
+    (ReBRAC: Tarasov et al. 2023).
     """
 
-    def __init__(self, n: int, inputs: int, hidden: Sequence[int], activation: str = "relu") -> None:
+    def __init__(
+        self, n: int, inputs: int, hidden: Sequence[int], activation: str = "relu", layer_norm: bool = False
+    ) -> None:
         super().__init__()
         if n < 1 or activation not in ACTIVATIONS or any(size < 1 for size in (inputs, *hidden)):
             raise ValueError(
@@ -41,13 +44,19 @@ class Ensemble(nn.Module):
         for fan_in, fan_out in itertools.pairwise(sizes):
             self.weights.append(_uniform((n, fan_in, fan_out), fan_in))
             self.biases.append(_uniform((n, 1, fan_out), fan_in))
+        self.layer_norms = nn.ParameterList()
+        if layer_norm:
+            self.layer_norms.extend(torch.stack([torch.ones(n, 1, h), torch.zeros(n, 1, h)]) for h in hidden)
         self.last_weight, self.last_bias = _uniform((n, 1, sizes[-1]), sizes[-1]), _uniform((n, 1), sizes[-1])
 
     def forward(self, x: Tensor, first: int | None = None) -> Tensor:
         """:param first: only so many of them."""
         x = x.expand(self.last_bias[:first].shape[0], *x.shape)
-        for weight, bias in zip(self.weights, self.biases):
+        for i, (weight, bias) in enumerate(zip(self.weights, self.biases)):
             x = self.act(torch.baddbmm(bias[:first], x, weight[:first]))
+            if len(self.layer_norms):
+                scale, shift = self.layer_norms[i][:, :first]
+                x = nn.functional.layer_norm(x, x.shape[-1:]) * scale + shift
         return (x * self.last_weight[:first]).sum(-1) + self.last_bias[:first]
 
 

@@ -12,4 +12,4 @@ NOT_YET = {"grouped"}
 
 @pytest.mark.parametrize("name", sorted(AGENTS.keys() - NOT_YET))
 def test_fields(name: str) -> None:
-    assert settings_faults(get_agent(name).Config()) == []
+    assert settings_faults(get_agent(name).Config(), texts={"base", "dataset"}) == []

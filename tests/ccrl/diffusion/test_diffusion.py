@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -54,7 +55,7 @@ def test_a_denoiser_is_what_its_coefficients_say_and_its_score_is_tweedies() -> 
             return 0.5 * x + level.view(-1, 1)
 
     denoiser, x = Denoiser(Half()), torch.tensor([[2.0], [-1.0]], dtype=F64)
-    # sigma 1: .5 * 2 + .7071068 * (.5 * .7071068 * 2 + 0) = 1.5; sigma .5: .8 * -1 + .4472136 (.5 * -.8944272 - .1732868)
+    # sigma 1: .5 * 2 + .7071068 * (.5 * .7071068 * 2 + 0) = 1.5; sigma .5: -.8 + .4472136 (.5 * -.8944272 - .1732868)
     found = denoiser(x, torch.tensor([1.0, 0.5], dtype=F64))
     torch.testing.assert_close(found, torch.tensor([[1.5], [-0.8 - 0.2 - 0.4472136 * 0.1732868]], dtype=F64), atol=1e-7,
                                rtol=0)  # fmt: skip
@@ -129,7 +130,7 @@ def test_samples_have_the_right_spread() -> None:
             assert spread(n, churn=Churn(), predict_from="unchurned") == pytest.approx(quirk, abs=0.03)
     # ancestral: x' = x (k + (1 - k) / (1 + s^2)) + sqrt(s'^2 - k s'^2) eps with k = (s' / s)^2
     variance, levels = 6400.0, karras_levels(64)
-    for s, t in zip(levels, levels[1:]):
+    for s, t in itertools.pairwise(levels):
         k = (t / s) ** 2
         variance = variance * (k + (1 - k) / (1 + s * s)) ** 2 + t * t * (1 - k)
     assert spread(64, solver="ddim", eta=1.0) == pytest.approx(math.sqrt(variance), abs=0.02)
@@ -188,7 +189,7 @@ def test_settings_that_would_do_nothing_are_refused() -> None:
             sample(unit, x, levels, **options)  # type: ignore[arg-type]
 
 
-# -- scores -------------------------------------------------------------------------------------------------------------
+# -- scores -----------------------------------------------------------------------------------------------------------
 
 
 def test_gaussian_scores_by_hand() -> None:

@@ -38,7 +38,7 @@ def columns(count: int = 10) -> dict[str, np.ndarray]:
     }
 
 
-# -- the flat form ---------------------------------------------------------------------------------------------------
+# -- the flat form ----------------------------------------------------------------------------------------------------
 
 
 def test_rows_without_a_successor_are_left_out() -> None:
@@ -106,7 +106,7 @@ def test_missing_columns_and_empty_sets() -> None:
         from_arrays({k: v[:0] for k, v in columns().items()})
 
 
-# -- files -----------------------------------------------------------------------------------------------------------
+# -- files ------------------------------------------------------------------------------------------------------------
 
 
 def test_own_episodes_in_npz_and_parquet(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_ogbench_files(tmp_path: Path) -> None:
     assert single.episode.tolist() == [0, 0, 1, 2, 2, 2]
 
 
-# -- windows ---------------------------------------------------------------------------------------------------------
+# -- windows ----------------------------------------------------------------------------------------------------------
 
 
 def test_windows_of_policy_guided_diffusion() -> None:
@@ -283,7 +283,7 @@ def test_draws_of_windows_are_consecutive_rows_of_one_episode() -> None:
         windows.sample(Batching(size=4), None)
 
 
-# -- scores ----------------------------------------------------------------------------------------------------------
+# -- scores -----------------------------------------------------------------------------------------------------------
 
 
 def test_normalised_scores() -> None:

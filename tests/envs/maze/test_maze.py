@@ -13,13 +13,13 @@ from envs.maze.point import MAPS, integrate
 
 class TestUMaze(EnvContract):
     env = PointMaze
-    options = {"max_episode_steps": 12}  # noqa: RUF012
+    options = {"max_episode_steps": 12}
     time_limit = 12
 
 
 class TestMediumById(EnvContract):
     env = "ccrl/PointMazeMedium-v0"
-    options = {"max_episode_steps": 9, "dense": True}  # noqa: RUF012
+    options = {"max_episode_steps": 9, "dense": True}
     time_limit = 9
 
 
