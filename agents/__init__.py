@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from agents.grouped import Grouped
     from agents.harpg import HARPG
     from agents.hdpo import HDPO
-    from agents.mdpo import MDPO
+    from agents.mdpo import MDPO, OffPolicyMDPO
     from agents.npg_igt import NPGIGT
     from agents.offline.bc import BC
     from agents.offline.iql import IQL
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "A2C", "AGENTS", "BAC", "BC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "IQL", "MDPO", "METHODS", "NPGIGT",
-    "ORPO", "PPO", "QRDQN", "SAC", "TD3", "TD3BC", "CrossQ", "DetaN", "Grouped", "ReBRAC", "SubPO", "get_agent",
-    "get_method",
+    "ORPO", "PPO", "QRDQN", "SAC", "TD3", "TD3BC", "CrossQ", "DetaN", "Grouped", "OffPolicyMDPO", "ReBRAC", "SubPO",
+    "get_agent", "get_method",
 ]  # fmt: skip
 
 AGENTS = {
@@ -55,6 +55,7 @@ AGENTS = {
     "hdpo": ("agents.hdpo", "HDPO"),
     "iql": ("agents.offline.iql", "IQL"),
     "mdpo": ("agents.mdpo", "MDPO"),
+    "mdpo_off_policy": ("agents.mdpo", "OffPolicyMDPO"),
     "npg_igt": ("agents.npg_igt", "NPGIGT"),
     "orpo": ("agents.orpo", "ORPO"),
     "ppo": ("agents.ppo", "PPO"),

@@ -104,9 +104,9 @@ def discount(batch: Data, config: OffPolicyConfig) -> Tensor:
     return one * batch["power"] if "power" in batch else one
 
 
-def mean_term(name: str, loss: Loss, *want: str, stats: Any = None) -> Term:
+def mean_term(name: str, loss: Loss, *want: str, coef: float = 1.0, stats: Any = None) -> Term:
     """A mean over the batch of a loss without ratio and advantage, of these forward outputs."""
-    return Term(name, loss, aggregates.mean, want=frozenset(want), advantage=None, stats=stats)
+    return Term(name, loss, aggregates.mean, want=frozenset(want), advantage=None, coef=coef, stats=stats)
 
 
 def rows(tree: Tree) -> Tree:

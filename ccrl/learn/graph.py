@@ -50,7 +50,15 @@ class CycleGraphs:
         self._flat: dict[tuple[str, int], Tensor] = {}
 
     def step(self, phases: tuple[Phase, ...], averages: tuple[Polyak, ...], batch: Data, ctx: Context) -> Stats:
-        """One gradient step in place; its statistics."""
+        """One gradient step in place; its statistics. Averages that are copies follow the graph: they are rare, and a
+        graph of their own would be compiled for each."""
+        stats = self._step(phases, tuple(a for a in averages if a.tau < 1.0), batch, ctx)
+        for average in averages:
+            if average.tau == 1.0:
+                ctx.bank.refresh(average.version, prefixes=average.prefixes)
+        return stats
+
+    def _step(self, phases: tuple[Phase, ...], averages: tuple[Polyak, ...], batch: Data, ctx: Context) -> Stats:
         key = (*map(id, phases), -1, *map(id, averages))
         if key not in self._steps:
             run = self._build((phases, averages), batch, ctx)

@@ -12,7 +12,7 @@ from agents import BPO, MDPO, PPO, QRDQN, SAC, TD3, CrossQ
 from agents.bpo import BPOConfig
 from agents.crossq import CrossQConfig
 from agents.dqn import QRDQNConfig
-from agents.mdpo import MDPOConfig
+from agents.mdpo import MDPOConfig, OffPolicyMDPO, OffPolicyMDPOConfig
 from agents.ppo import PPOConfig
 from agents.sac import SACConfig
 from agents.td3 import TD3Config
@@ -82,6 +82,11 @@ class TestTD3(TestSAC):
 class TestCrossQ(TestSAC):
     agent = CrossQ
     config = CrossQConfig(critic_hidden=(8,), actor_every=2, warm_up=3, **REPLAY)
+
+
+class TestOffPolicyMDPO(TestSAC):
+    agent = OffPolicyMDPO
+    config = OffPolicyMDPOConfig(tsallis=1.4, reference_every=3, **REPLAY)
 
 
 class TestQRDQN(AgentContract):

@@ -31,12 +31,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qr_dqn": REPLAY,
     "sac": REPLAY,
     "td3": REPLAY,
+    "mdpo_off_policy": REPLAY,
     "crossq": REPLAY | {"critic_hidden": (8,)},
     "grouped": {"n_groups": 2, "group_size": 4, "n_steps": 32},
 }
 OFFLINE = ("bc", "iql", "rebrac", "td3_bc")
 ENVS = {"bpo": "Pendulum-v1", "hdpo": "ccrl/InventoryOneStoreLost-v0"}
-ENVS |= dict.fromkeys(("sac", "td3", "crossq", *OFFLINE), "Pendulum-v1")
+ENVS |= dict.fromkeys(("sac", "td3", "crossq", "mdpo_off_policy", *OFFLINE), "Pendulum-v1")
 
 
 @contextmanager
