@@ -102,7 +102,8 @@ class CycleGraphs:
             for (average, updater, _), flat in zip(moves, targets):
                 named |= {f"versions.{average.version}.{k}": v for k, v in updater.views(flat).items()}
             batch = torch.func.functional_call(whole, named, (batch,))
-            rows, after = [], list[Any]()
+            rows: list[Tensor] = []
+            after: list[Any] = []
             for phase, update, state, lr in zip(phases, pure, states, rates):
                 new, row = update.step(state, lr, tuple(batch[c] for c in update.columns), moved)
                 moved = moved | _flat(phase).views(new.flat) | new.buffers
@@ -123,7 +124,7 @@ class CycleGraphs:
         steps.__code__ = steps.__code__.replace()  # compiled code is cached by code object
         options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
         options["cpp_wrapper"] = like["valid"].device.type == "cpu"
-        graph = torch.compile(steps, dynamic=False, options=options)
+        graph = torch.compile(steps, dynamic=False, fullgraph=True, options=options)
         targets = [flat for _, _, flat in moves]
         buffers = [_buffer_pairs(a, ctx) for a in averages]
 

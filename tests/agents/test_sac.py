@@ -170,26 +170,3 @@ def test_wrong_action_spaces_are_refused() -> None:
             SAC(SpacesEnv(BOX, actions), num_envs=2)
     with pytest.raises(ValueError, match="tau"):
         SAC(SpacesEnv(BOX, BOX), num_envs=2, tau=0.0)
-
-
-def test_compiled_steps_are_the_eager_ones() -> None:
-    from ccrl.updaters import can_compile
-
-    if not can_compile()[0]:
-        pytest.skip("no C++ compiler")
-
-    def train(compile: str) -> SAC:
-        agent = SAC(
-            "Pendulum-v1", hidden=(8,), learning_starts=5, batch_size=8, rounds=20, actor_every=2, compile=compile,
-            buffer_size=100,
-        )  # fmt: skip
-        return agent.learn(20)
-
-    eager, compiled = train("off"), train("on")
-    assert compiled.learner.cycle.compiled  # type: ignore[attr-defined]
-    for module in (lambda a: a.policy, lambda a: a.ctx.bank.policy("target")):
-        for name, value in module(eager).state_dict().items():
-            torch.testing.assert_close(module(compiled).state_dict()[name], value, rtol=1e-5, atol=1e-5, msg=name)
-    assert {k for k in eager.scalars if k.startswith("train/")} == {
-        k for k in compiled.scalars if k.startswith("train/")
-    }

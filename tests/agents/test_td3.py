@@ -107,7 +107,7 @@ def test_compiled_steps_are_the_eager_ones(cls: Any) -> None:
         pytest.skip("no C++ compiler")
 
     def train(compile: str) -> Any:
-        wide = {"critic_hidden": (8,), "warm_up": 5, "actor_every": 2} if cls is CrossQ else {}
+        wide = {"critic_hidden": (8,), "warm_up": 5, "actor_every": 1} if cls is CrossQ else {}
         agent = cls(
             "Pendulum-v1", hidden=(8,), learning_starts=5, batch_size=8, rounds=20, compile=compile, buffer_size=100,
             **wide,
@@ -116,5 +116,8 @@ def test_compiled_steps_are_the_eager_ones(cls: Any) -> None:
 
     eager, compiled = train("off"), train("on")
     assert compiled.learner.cycle.compiled
-    for name, value in eager.policy.state_dict().items():
-        torch.testing.assert_close(compiled.policy.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
+    versions = [lambda a: a.policy, *([lambda a: a.ctx.bank.policy("target")] if cls is TD3 else [])]
+    for version in versions:
+        for name, value in version(eager).state_dict().items():
+            torch.testing.assert_close(version(compiled).state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
+    assert eager.scalars.keys() == compiled.scalars.keys()
