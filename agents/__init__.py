@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from agents.mdpo import MDPO, OffPolicyMDPO
     from agents.npg_igt import NPGIGT
     from agents.offline.bc import BC
+    from agents.offline.cdsa import CDSA
     from agents.offline.iql import IQL
     from agents.offline.rebrac import ReBRAC
     from agents.offline.td3_bc import TD3BC
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from agents.td3 import TD3
 
 __all__ = [
-    "A2C", "AGENTS", "BAC", "BC", "BPG", "BPO", "DBQPG", "DQN", "HARPG", "HDPO", "IQL", "MDPO", "METHODS", "NPGIGT",
-    "ORPO", "PPO", "QRDQN", "SAC", "TD3", "TD3BC", "CrossQ", "DetaN", "Grouped", "OffPolicyMDPO", "ReBRAC", "SubPO",
-    "get_agent", "get_method",
+    "A2C", "AGENTS", "BAC", "BC", "BPG", "BPO", "CDSA", "DBQPG", "DQN", "HARPG", "HDPO", "IQL", "MDPO", "METHODS",
+    "NPGIGT", "ORPO", "PPO", "QRDQN", "SAC", "TD3", "TD3BC", "CrossQ", "DetaN", "Grouped", "OffPolicyMDPO", "ReBRAC",
+    "SubPO", "get_agent", "get_method",
 ]  # fmt: skip
 
 AGENTS = {
@@ -46,6 +47,7 @@ AGENTS = {
     "bc": ("agents.offline.bc", "BC"),
     "bpg": ("agents.bpg", "BPG"),
     "bpo": ("agents.bpo", "BPO"),
+    "cdsa": ("agents.offline.cdsa", "CDSA"),
     "crossq": ("agents.crossq", "CrossQ"),
     "dbqpg": ("agents.dbqpg", "DBQPG"),
     "detan": ("agents.detan", "DetaN"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 __all__ = ["Denoiser", "ScoreModel", "denoising_loss", "score_matching_loss"]
@@ -79,4 +78,4 @@ def score_matching_loss(model: ScoreModel, clean: Tensor, noise: Tensor, sigma: 
 
 def _rows(value: Tensor, like: Tensor) -> Tensor:
     """``[B]`` as ``[B, 1, ...]``."""
-    return torch.as_tensor(value).reshape(-1, *[1] * (like.dim() - 1))
+    return value.reshape(-1, *[1] * (like.dim() - 1))

@@ -6,7 +6,7 @@ from ccrl.offline.dataset import DataError, Dataset
 from ccrl.offline.load import load_dataset
 from ccrl.offline.minari import load_minari, write_minari
 from ccrl.offline.ogbench import load_ogbench
-from ccrl.offline.scores import D4RL_SCORES, normalised_score, reference_scores
+from ccrl.offline.scores import D4RL_SCORES, normalised_score, reference_scores, tail_mean, value_at_risk
 from ccrl.offline.windows import Windows, select_windows, valid_windows
 
 __all__ = [
@@ -25,6 +25,8 @@ __all__ = [
     "qlearning_rows",
     "reference_scores",
     "select_windows",
+    "tail_mean",
     "valid_windows",
+    "value_at_risk",
     "write_minari",
 ]

@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["D4RL_SCORES", "normalised_score", "reference_scores"]
+__all__ = ["D4RL_SCORES", "normalised_score", "reference_scores", "tail_mean", "value_at_risk"]
 
 Number = TypeVar("Number", float, NDArray[np.float64])
 
@@ -52,3 +52,19 @@ def normalised_score(returns: Number, scores: tuple[float, float] | str) -> Numb
     if not high > low:
         raise ValueError(f"normalised_score: expected the expert's return above the random one, got {low} and {high}")
     return 100.0 * (returns - low) / (high - low)
+
+
+def value_at_risk(returns: NDArray[np.float64], q: float) -> float:
+    """The lower ``q``-quantile of returns, one of them (no interpolation); higher is better."""
+    return float(np.quantile(np.asarray(returns, dtype=np.float64), q, method="lower"))
+
+
+def tail_mean(returns: NDArray[np.float64], q: float) -> float:
+    """CVaR: the mean of the worst ``ceil(q M)`` of ``M`` returns; higher is better.
+
+    :raises ValueError: ``q`` outside (0, 1], or no returns.
+    """
+    rows = np.sort(np.asarray(returns, dtype=np.float64))
+    if not 0.0 < q <= 1.0 or not len(rows):
+        raise ValueError(f"tail_mean: expected q in (0, 1] and at least one return, got {q} and {len(rows)}")
+    return float(rows[: int(np.ceil(q * len(rows)))].mean())

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 import torch
 
 import agents
+from ccrl.policies import MLPPolicy
 
 BATCHES = {"num_envs": 4, "n_steps": 16, "batch_size": 32, "n_epochs": 2}
 REPLAY = {"num_envs": 4, "rounds": 4, "learning_starts": 8, "buffer_size": 200, "batch_size": 8}
@@ -35,7 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "crossq": REPLAY | {"critic_hidden": (8,)},
     "grouped": {"n_groups": 2, "group_size": 4, "n_steps": 32},
 }
-OFFLINE = ("bc", "iql", "rebrac", "td3_bc")
+PENDULUM = gymnasium.spaces.Box(-8, 8, (3,)), gymnasium.spaces.Box(-2, 2, (1,))
+OFFLINE = ("bc", "cdsa", "iql", "rebrac", "td3_bc")
 ENVS = {"bpo": "Pendulum-v1", "hdpo": "ccrl/InventoryOneStoreLost-v0"}
 ENVS |= dict.fromkeys(("sac", "td3", "crossq", "mdpo_off_policy", *OFFLINE), "Pendulum-v1")
 
@@ -78,7 +81,8 @@ def test_control(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         rows = np.ones((64, 3), np.float32)
         np.savez(tmp_path / "a.npz", obs=rows, action=rows[:, :1], reward=rows[:, 0], terminated=rows[:, 0] * 0)
         settings = {"dataset": str(tmp_path / "a.npz"), "batch_size": 8, "updates": 8, "compile": "off"} | settings
-    learns_elsewhere(cls(ENVS.get(name, "CartPole-v1"), cls.Config(**settings)), 64)
+    options = {"policy": MLPPolicy(*PENDULUM, hidden=(8,))} if name == "cdsa" else {}
+    learns_elsewhere(cls(ENVS.get(name, "CartPole-v1"), cls.Config(**settings), **options), 64)
 
 
 @pytest.mark.parametrize("name", sorted(agents.METHODS))
