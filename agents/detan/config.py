@@ -32,9 +32,9 @@ class DetaNConfig(Settings):
         "cvar"
     )
     """This is the objective whose utility the network is trained for, and which evaluation reports by default."""
-    level: float | None = None
+    level: Annotated[float, Above(0, 1)] | None = None
     """The level tau in (0, 1] of cvar and mean_cvar; unset, it is 0.1. With cvar it does not change the training."""
-    mean_weight: float | None = None
+    mean_weight: Unit | None = None
     """The weight in [0, 1] of the mean in mean_cvar; unset, it is 0.5."""
     target: Finite = 0.0
     """The return that target aims at, or the threshold that optimistic counts gains from."""
@@ -42,7 +42,7 @@ class DetaNConfig(Settings):
     """Homeostasis begins with these deviations of its variables from their set-points."""
     bounds: tuple[Finite, ...] = ()
     """Returns of soft_constraints should be at least these."""
-    trade_off: float | None = None
+    trade_off: Positive | None = None
     """Every unit below a bound costs so many units of the first return, which has none then; unset, all have one."""
     stock_low: tuple[Finite, ...] = (-10.0,)
     """Training draws stocks uniformly from here (one number for all coordinates, or one for each)."""

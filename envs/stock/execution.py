@@ -45,7 +45,7 @@ class OrderExecution(TorchEnv):
         num_envs: int = 1,
         *,
         horizon: Count = 5,
-        impact: Positive = 0.5,
+        impact: Positive = 1.0,
         rise: Positive = 0.2,
         fall: Positive = 1.0,
         crash: Unit = 0.1,
