@@ -266,8 +266,8 @@ def test_resume_is_exact(tmp_path):
     [
         ({"objective": "target", "level": 0.5}, "level: the objective target has none"),
         ({"objective": "cvar", "target": 1.0}, "target: the objective cvar has none"),
-        ({"objective": "cvar", "level": 0.0}, "tau"),
-        ({"objective": "mean_cvar", "mean_weight": 2.0}, "weight"),
+        ({"objective": "cvar", "level": 0.0}, "level: expected"),
+        ({"objective": "mean_cvar", "mean_weight": 2.0}, "mean_weight: expected"),
         ({"objective": "homeostasis"}, "deviation"),
         ({"objective": "homeostasis", "deviation": (0.0, 0.0), "kappa": 1.0}, "kappa"),
         ({"objective": "risky"}, "expected one of"),
