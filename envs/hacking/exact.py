@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -37,16 +38,28 @@ class ExactTask:
     start: int
     gamma: float
 
+    @functools.cached_property
+    def reachable(self) -> Tensor:
+        """Numbers of the states that can be reached from the start, sorted."""
+        found = torch.zeros(len(self.successor), dtype=torch.bool)
+        found[self.start] = True
+        while not bool(found[self.successor[found]].all()):
+            found[self.successor[found]] = True
+        return found.nonzero().squeeze(1)
+
     def occupancy(self, policy: Tensor) -> Tensor:
-        """``mu`` of ``policy [S, A]`` (rows sum to 1) by one linear solve, differentiable."""
-        states, actions = self.successor.shape
-        origin = torch.arange(states).unsqueeze(1).expand(states, actions)
+        """``mu`` of ``policy [S, A]`` (rows sum to 1) by one linear solve over the reachable states, differentiable."""
+        states, rows = len(self.reachable), self.reachable
+        place = torch.zeros(len(self.successor), dtype=torch.int64)
+        place[rows] = torch.arange(states)
+        to, chosen = place[self.successor[rows]], policy[rows]
+        origin = torch.arange(states).unsqueeze(1).expand_as(to)
         flow = torch.zeros(states, states, dtype=policy.dtype)
-        flow = flow.index_put((origin.flatten(), self.successor.flatten()), policy.flatten(), accumulate=True)
+        flow = flow.index_put((origin.flatten(), to.flatten()), chosen.flatten(), accumulate=True)
         first = torch.zeros(states, dtype=policy.dtype)
-        first[self.start] = 1.0 - self.gamma
+        first[place[self.start]] = 1.0 - self.gamma
         visits: Tensor = torch.linalg.solve(torch.eye(states, dtype=policy.dtype) - self.gamma * flow.T, first)
-        return visits.unsqueeze(1) * policy
+        return torch.zeros_like(policy).index_copy(0, rows, visits.unsqueeze(1) * chosen)
 
     def greedy(self, reward: Tensor, tolerance: float = 1e-9) -> Tensor:
         """The optimal policy for ``reward [S, A]``, uniform over actions whose values are equal up to ``tolerance``."""

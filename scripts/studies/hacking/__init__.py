@@ -1,0 +1,1 @@
+"""ORPO against reward hacking (docs/orpo.md)."""

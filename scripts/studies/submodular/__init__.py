@@ -1,0 +1,1 @@
+"""SubPO on coverage tasks (docs/subpo.md)."""
