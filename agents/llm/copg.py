@@ -21,7 +21,7 @@ formed: the square form is the within-prompt variance of ``R_beta`` over ``beta`
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -55,6 +55,7 @@ Form = Literal["square", "bilinear", "policy_gradient"]
 class CoPGConfig(MethodConfig):
     """The paper's settings for language models are unknown; these are for small ones."""
 
+    unread: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     group_size: Count = 4
     """Every behaviour policy gives this many completions to a prompt."""
     beta: Positive = 0.5

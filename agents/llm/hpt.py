@@ -80,6 +80,9 @@ class HPTConfig(MethodConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.clip and (self.clip_low, self.clip_high) != (0.2, 0.2):
+            raise ValueError(f"clip_low, clip_high: expected 0.2 and 0.2 with clip=False (nothing is clipped), got "
+                             f"{self.clip_low} and {self.clip_high}")  # fmt: skip
         if self.kl_coef:
             raise ValueError(f"kl_coef: expected 0 (the method has no reference policy), got {self.kl_coef}")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,9 @@ PositiveOrInf = Annotated[float, Range(0.0, above=True, also=(math.inf,))]
 
 @dataclass(frozen=True)
 class MHPOConfig(MethodConfig):
-    """The paper's settings. ``clip_low`` and ``clip_high`` are not read: nothing is clipped."""
+    """The paper's settings; nothing is clipped."""
 
+    unread: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     bound: PositiveOrInf = 1.5
     """c: the modulated log-ratio stays within -c and c; with inf it is the log-ratio."""
     shape_up: Positive = 1.5

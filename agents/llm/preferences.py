@@ -35,6 +35,7 @@ __all__ = ["DPO", "IPO", "SFT"]
 class PreferenceConfig(MethodConfig):
     """What methods on pairs share."""
 
+    unread: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     pairs: Literal["samples", "demonstrations"] = "samples"
     """A pair is a group's best and worst sample, or the task's demonstration and the group's worst sample."""
 
@@ -182,6 +183,7 @@ class SFTConfig(MethodConfig):
     """Every prompt's demonstration once per iteration."""
 
     imitates: ClassVar[bool] = True  # type: ignore[misc]
+    unread: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     group_size: Count = 1
 
     def __post_init__(self) -> None:

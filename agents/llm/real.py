@@ -14,7 +14,7 @@ advantage, no clip. Works on control episodes too; their scores are no labels, s
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,9 @@ __all__ = ["REAL", "Labels", "REALConfig", "REALRecipe", "anchored", "bce", "gro
 
 @dataclass(frozen=True)
 class REALConfig(MethodConfig):
-    """The released settings. ``batch_size`` counts prompts; ``clip_low`` and ``clip_high`` are not read."""
+    """The released settings. ``batch_size`` counts prompts."""
 
+    unread: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     tau: Positive = 0.5
     """The logits have this temperature: gradient weights stay below 1 / tau."""
     comparison: Literal["anchored", "bce", "product"] = "anchored"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
 from ccrl.estimators.terms import Aggregate, Loss, Ratio, Term
 from ccrl.estimators.updates import Updater
-from ccrl.settings import Count, Finite, Natural, Nonnegative, Range, Settings
+from ccrl.settings import ConfigError, Count, Finite, Natural, Nonnegative, Range, Settings
 
 __all__ = ["Aggregation", "ClipHigh", "ClipLow", "Method", "MethodConfig", "Parts", "Recipe"]
 
@@ -58,6 +58,18 @@ class MethodConfig(Settings):
     """Token losses are averaged over all tokens (token_mean, DAPO), over each sequence's tokens and then sequences
     (sequence_mean_token_mean, GRPO), summed over tokens and averaged over sequences (sequence_mean), or that divided by
     the length cap (fixed, Dr. GRPO)."""
+
+    unread: ClassVar[tuple[str, ...]] = ()
+    """Settings of this class that the method does not read: another value than the default would do nothing."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for f in fields(self):
+            if f.name in self.unread and getattr(self, f.name) != f.default:
+                raise ConfigError(
+                    f"{f.name}: expected {f.default!r} ({type(self).__name__} does not read it), got "
+                    f"{getattr(self, f.name)!r}"
+                )
 
     @property
     def imitates(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import unittest
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from ccrl.llm import trl, verl
 from ccrl.llm.hosted import INSTEAD, Host, build_hosted
 from ccrl.packages import require
 from ccrl.testing.ragged_task import RaggedTask
+from ccrl.testing.settings_contract import settings_faults
 
 __all__ = ["RaggedTask", "RecipeContract"]
 
@@ -80,6 +81,8 @@ class RecipeContract:
     """Host -> settings with which it does take the recipe."""
     on_policy: ClassVar[Aggregate | None] = None
     """On the policy that sampled, the gradient is REINFORCE's with the same advantages and this aggregation."""
+    texts: ClassVar[Collection[str]] = ()
+    """Settings that may hold any text, as names of reward components do; others of type ``str`` are choices."""
     exceptions: ClassVar[Mapping[str, str]] = {}
     """Name of a test -> why it does not hold for this method."""
 
@@ -176,6 +179,10 @@ class RecipeContract:
         assert all(p.grad is None for version in bank.names() for p in bank.policy(version).parameters())
 
     # -- settings and hosts -------------------------------------------------------------------------------------------
+
+    def test_settings_are_checked_and_say_what_they_do(self) -> None:
+        """Wrong types, NaN and numbers outside a range are refused; every flag has a sentence."""
+        assert settings_faults(self.method.Config(), self.texts) == []
 
     def test_defaults_are_the_published_ones(self) -> None:
         """Every setting that the method adds or changes says here where its default comes from."""

@@ -197,6 +197,7 @@ def test_settings_that_do_not_fit_the_task(options: dict[str, Any], word: str) -
 
 class TestGDPOContract(RecipeContract):
     method = GDPO
+    texts = ("condition",)
     published = {
         "weights": (),
         "conditioned": (),

@@ -65,6 +65,14 @@ def test_a_method_of_somebody_else(tmp_path: Path) -> None:
         LLM.of(MINE).load(tmp_path / "agent.pt", env=RaggedTask())
 
 
+@pytest.mark.parametrize("name", ["copg", "dpo", "ipo", "mhpo", "real", "sft", "hpt"])
+def test_settings_that_would_do_nothing_are_refused(name: str) -> None:
+    config = get_method(name).Config
+    with pytest.raises(ValueError, match=r"clip_low.*: expected 0\.2 .*got 0\.1"):
+        config(clip_low=0.1)
+    assert config(clip_low=0.2).clip_high == 0.2
+
+
 @pytest.mark.parametrize(
     ("name", "match"),
     [
