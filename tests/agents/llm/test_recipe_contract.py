@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from agents.llm import METHODS
+from agents.llm.agent import LLMMethod
 from agents.llm.baselines import GRPO, DrGRPO
 from agents.llm.preferences import SFT
 from ccrl.data import Data
 from ccrl.estimators import aggregates
 from ccrl.estimators.base import Stage
-from ccrl.estimators.recipe import Recipe
-from ccrl.estimators.terms import Aggregate, Loss
+from ccrl.estimators.recipe import MethodConfig, Recipe
+from ccrl.estimators.terms import Aggregate, LogRatio, Loss, Outputs, Term
+from ccrl.settings import Positive
 from ccrl.testing.recipe_contract import RecipeContract
 
 EQUAL = "test_equal_rewards_have_no_gradient"
@@ -156,3 +158,44 @@ def test_every_method_has_a_contract() -> None:
     for where in METHODS.values():
         name = where.partition(":")[2]
         assert f"(RecipeContract):\n    method = {name}\n" in text, f"{name}: no contract tests"
+
+
+# -- a method that reads hidden states ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class NearConfig(MethodConfig):
+    """Tokens whose hidden state is large weigh less."""
+
+    scale: Positive = 2.0
+    """A token weighs exp(-|h| / scale), |h| the root mean square of its hidden state."""
+
+
+class NearRecipe(Recipe):
+    """A weight from the forward pass of the loss."""
+
+    def terms(self) -> tuple[Term, ...]:
+        whole, scale = self.loss(), self.config.scale
+
+        def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+            size = evaluation["hidden"].detach().square().mean(-1).sqrt()
+            return whole(level, advantage, evaluation, batch) * torch.exp(-size / scale)
+
+        return (self.policy_term(loss, want=frozenset({"log_prob", "hidden"})), *self.penalties())
+
+
+NEAR = LLMMethod(
+    "near", "nobody", NearConfig, NearRecipe, {"loss": "clip, weighted by hidden states"}, {"n_prompts": 5}
+)
+
+
+class TestNearContract(RecipeContract):
+    method = NEAR
+    published = {"scale": 2.0, "n_prompts": 5}
+    model = "tiny"
+    matters = (({}, {"scale": 0.5}),)
+    refused = {"trl": "wants ['hidden']", "verl": "wants ['hidden']"}
+    exceptions = {
+        "test_finite_differences": "the weight is detached: the value has another slope",
+        "test_trains_and_resumes_on_a_bandit": "a table has no hidden states",
+    }
