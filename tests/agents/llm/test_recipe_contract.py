@@ -160,7 +160,7 @@ def test_every_method_has_a_contract() -> None:
         assert f"(RecipeContract):\n    method = {name}\n" in text, f"{name}: no contract tests"
 
 
-# -- a method that reads hidden states ------------------------------------------------------------------------------------
+# -- a method that reads hidden states -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
