@@ -102,6 +102,8 @@ class Collector:
         """Valid environment steps of continued streams."""
         self.fresh_steps = 0
         """Valid environment steps of fresh episodes; with ``total_steps`` the agent's clock."""
+        self.processes = 1
+        """Of the training, each with a collector; their steps are counted together."""
         self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
         self.log: dict[str, Any] = {}
         """Scalars that environments gave; the owner takes them away once per iteration."""
@@ -132,7 +134,8 @@ class Collector:
                 policy = self._random(policy)
             data = self._roll(self._stream, policy, request.steps, self.generator, request.tag)
             dummies = self.env.autoreset_mode == AutoresetMode.NEXT_STEP
-            self.total_steps += int(data["valid"].sum()) if dummies else request.steps * self.env.num_envs
+            count = int(data["valid"].sum()) if dummies else request.steps * self.env.num_envs
+            self.total_steps += count * self.processes
             return data
         if request.episodes is None or request.horizon is None:
             raise ValueError(f"Collector: expected a request with steps or episodes, got {request}")

@@ -6,6 +6,7 @@ python scripts/train.py ppo --env Hopper-v5 --config my.yaml        # flags win 
 python scripts/train.py --resume runs/HalfCheetah-v5__mdpo__0__...  # continues bit for bit; also after Ctrl-C
 python scripts/train.py llm --method grpo --task arithmetic         # a language model on a text task
 python scripts/train.py grouped --method grpo --env CartPole-v1     # the same recipe on a control task
+torchrun --nproc-per-node 2 scripts/train.py ppo --num-envs 8       # two processes of 8 environments each, one training
 python scripts/train.py my_package.my_module:MyAgent --env my_package.envs:MyEnv     # of your own, also text tasks
 """
 
@@ -42,6 +43,7 @@ from ccrl.experiment.files import FolderInUseError, WriteError
 from ccrl.experiment.logger import Logger, digits
 from ccrl.experiment.run import RunFolder
 from ccrl.settings import Count, Natural, Settings
+from scripts.group import Group, check_number
 
 __all__ = ["TrainConfig", "Training", "build", "main", "prepare", "run_config", "timed", "train"]
 
@@ -144,6 +146,8 @@ class Training:
     eval_env: Any
     owner: Any
     """Holds the run folder for this process."""
+    group: Group | None = None
+    """The processes of this training, where there are several."""
 
     def __call__(self) -> RunFolder:
         """Train, and print the end. ``SystemExit`` with how to go on, after Ctrl-C or SIGTERM and where the disk takes
@@ -190,6 +194,8 @@ class Training:
         mean, count = agent.ep_rew_mean, len(agent.episodes)
         score = "no episode ended" if mean is None else f"mean return of the last {count} episodes {digits(mean)}"
         print(f"[ccrl] {agent.num_timesteps:,} steps, {score}; run folder: {run.path}", flush=True)
+        if self.group is not None:
+            self.group.processes.close()
         return run
 
 
@@ -202,29 +208,42 @@ def build(
     :param trust: names ``module:name`` in the folder that may import, see ``ccrl.registry.stored``.
     """
     torch.set_num_threads(config.torch_threads)
-    cls = agents.get_agent(agent_name)
+    cls, group = agents.get_agent(agent_name), Group.join(config)
     if resume is None:
         config = replace(config, env_kwargs=absolute_files(config.env_kwargs))
-        agent = cls(config.env, config.agent, seed=config.seed, device=config.device, env_kwargs=config.env_kwargs)
-        eval_env = _eval_env(cls, config)
+        own = config if group is None else group.own(config)
+        agent = cls(own.env, own.agent, seed=own.seed, device=own.device, env_kwargs=own.env_kwargs)
+        if group is not None:
+            group.enter(agent, restored=False)
+            if not group.lead:
+                return group.follow(own, group.open(None), agent)
+        eval_env = _eval_env(cls, own)
         # last of all: the folder of a run that could not begin would only be in the way
         run = RunFolder.create(config.run_root, config.env, agent_name, config.seed, config)
         _note_resume(run, agent)
-        return Training(config, run, agent, None, eval_env, run.own())
+        if group is not None:
+            group.open(run)
+        return Training(own, run, agent, None, eval_env, run.own(), group)
     run = RunFolder.open(resume)
+    check_number(run)
+    own = config if group is None else group.own(config)
+    if group is not None and not group.lead:
+        agent = _restore(cls, run, own, trust, group)
+        done = "finished" in run.info and agent.num_timesteps >= own.total_timesteps
+        return (lambda: run) if done else group.follow(own, run, agent)
     owner = run.own()  # first: the run may still be at it
     try:
-        agent = _restore(cls, run, config, trust)
+        agent = _restore(cls, run, own, trust, group)
         step = agent.num_timesteps
         if "finished" in run.info and step >= config.total_timesteps:
             print(f"[ccrl] {run.path} is finished: {step:,} of {config.total_timesteps:,} steps. To train on, raise "
                   f"total_timesteps in {run.config_file} and resume it again", flush=True)  # fmt: skip
             owner.release()
             return lambda: run
-        eval_env = _eval_env(cls, config)
+        eval_env = _eval_env(cls, own)
         run.record_resume(step)
         _note_resume(run, agent)
-        return Training(config, run, agent, step, eval_env, owner)
+        return Training(own, run, agent, step, eval_env, owner, group)
     except BaseException:
         owner.release()
         raise
@@ -252,9 +271,9 @@ def absolute_files(options: dict[str, Any]) -> dict[str, Any]:
     return {k: str(Path(v).resolve()) if isinstance(v, str) and Path(v).is_file() else v for k, v in options.items()}
 
 
-def _restore(cls: type[Any], run: RunFolder, config: Any, trust: Collection[str]) -> Any:
+def _restore(cls: type[Any], run: RunFolder, config: Any, trust: Collection[str], group: Group | None = None) -> Any:
     """The agent of the newest checkpoint; ``config.yaml`` must still say of it what the checkpoint does."""
-    path = checkpoint.latest(run.checkpoints)
+    path = checkpoint.latest(run.checkpoints) if group is None else group.checkpoint(run)
     if path is None:
         raise FileNotFoundError(f"{run.path}: expected a checkpoint to resume from, found none; start a new run")
     agent = cls.load(path, device=config.device, trust=trust, restore_rng=True)
@@ -264,6 +283,8 @@ def _restore(cls: type[Any], run: RunFolder, config: Any, trust: Collection[str]
         pairs = ", ".join(f"{k}: expected {saved.get(k)!r}, got {mine.get(k)!r}" for k in different)
         raise configs.ConfigError(f"{run.config_file} was changed since {path.name} ({pairs}); a run keeps these "
                                   "settings: put them back, or start a new run")  # fmt: skip
+    if group is not None:
+        group.enter(agent, restored=True)
     return agent
 
 

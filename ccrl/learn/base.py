@@ -126,6 +126,8 @@ class Learner(ABC):
         """Of the last iteration, for loggers and callbacks."""
         self.healthy = True
         """False inside an iteration and after one that failed: such a state is not for a checkpoint."""
+        self.processes: Any = None
+        """``ccrl.learn.parallel.Processes``, where the training has several."""
         self._began = (time.perf_counter(), 0)
         self.state = StateRegistry()
         self.state.register("policy", policy)
@@ -164,6 +166,10 @@ class Learner(ABC):
         """Forward outputs that terms may want."""
         found: frozenset[str] = self.policy.outputs()  # type: ignore[operator]
         return found
+
+    def agree(self, flag: bool) -> bool:
+        """Whether a process of the training says so: all of them stop after the same iteration."""
+        return flag if self.processes is None else bool(self.processes.any(flag))
 
     # -- the training --------------------------------------------------------------------------------------------------
 

@@ -23,10 +23,10 @@ def run(agent: Any, end: int, callbacks: Sequence[Callback], progress_bar: bool)
     learner, bar = agent.learner, ProgressBar(end, agent.num_timesteps, progress_bar)
     try:
         with DeferredSignals(signal.SIGINT) as interrupt, running(callbacks, agent):
-            while learner.clock < end and not agent.finished and not interrupt.received:
+            while learner.clock < end and not agent.finished and not learner.agree(bool(interrupt.received)):
                 learner.iterate()
                 bar.update(learner.clock, agent.ep_rew_mean)
-                if False in _all(callbacks, lambda c: c.on_iteration(agent)):
+                if learner.agree(False in _all(callbacks, lambda c: c.on_iteration(agent))):
                     break
         if interrupt.received:
             raise KeyboardInterrupt

@@ -80,7 +80,7 @@ class RolloutLearner(Learner):
 
     @property
     def samples_per_iteration(self) -> int:
-        return self._samples
+        return self._samples * (1 if self.processes is None else self.processes.size)
 
     def phases(self) -> tuple[Phase, ...]:
         return self.estimator.phases()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,8 @@ class RunningNorm(nn.Module):
     def __init__(self, shape: tuple[int, ...], clip: float = 10.0, eps: float = 1e-8) -> None:
         super().__init__()
         self.clip, self.eps = clip, eps
+        self.merge: Callable[[Tensor], Tensor] | None = None
+        """Sums over the processes of a training, where there are several."""
         self.register_buffer("mean", torch.zeros(shape, dtype=torch.float64))
         self.register_buffer("var", torch.ones(shape, dtype=torch.float64))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
@@ -40,10 +44,11 @@ class RunningNorm(nn.Module):
         rows = x.reshape(-1, *self.mean.shape).double()
         kept = torch.ones(rows.shape[0], device=x.device) if valid is None else valid.reshape(-1)
         keep = (kept > 0).view(-1, *(1,) * self.mean.dim())
-        n = (kept > 0).sum().double()
+        n, merge = (kept > 0).sum().double(), self.merge or _itself
+        n, first = merge(n), merge(torch.where(keep, rows, 0.0).sum(0))
         safe = n.clamp_min(1.0)
-        mean = torch.where(keep, rows, 0.0).sum(0) / safe
-        var = torch.where(keep, rows - mean, 0.0).square().sum(0) / safe
+        mean = first / safe
+        var = merge(torch.where(keep, rows - mean, 0.0).square().sum(0)) / safe
         total = self.count + n
         delta, share = mean - self.mean, n / total.clamp_min(1.0)
         merged = self.var * (1.0 - share) + var * share + delta.square() * share * (1.0 - share)
@@ -52,3 +57,7 @@ class RunningNorm(nn.Module):
         self.count.copy_(total)
         self.shift.copy_(self.mean)
         self.scale.copy_((self.var + self.eps).rsqrt())
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
