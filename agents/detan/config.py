@@ -19,7 +19,19 @@ from ccrl.distributional import (
     SoftConstraints,
     TargetReturn,
 )
-from ccrl.settings import Above, Activation, Compile, Count, Finite, Natural, Nonnegative, Positive, Settings, Unit
+from ccrl.settings import (
+    Above,
+    Activation,
+    Compile,
+    Count,
+    Finite,
+    Natural,
+    Nonnegative,
+    Positive,
+    Settings,
+    TimeLimit,
+    Unit,
+)
 
 __all__ = ["DetaNConfig"]
 
@@ -62,6 +74,8 @@ class DetaNConfig(Settings):
     """Trainings per iteration; logs and callbacks come once per iteration."""
     gamma: Annotated[float, Above(0, 1)] = 0.99
     """The discount of the return and of the stock."""
+    time_limit: TimeLimit = "bootstrap"
+    """At a time limit the target network's law goes on (bootstrap), or the task ends (terminal: biased)."""
     buffer_size: Count = 100_000
     """The ring keeps this many transitions."""
     batch_size: Count = 512

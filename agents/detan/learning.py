@@ -72,7 +72,7 @@ class DetaNCycle(Cycle):
         chosen = theta[torch.arange(len(theta), device=theta.device), best]  # [B, N] or [B, N, m]
         chosen = chosen.reshape(*draw.shape, *chosen.shape[1:])
         lead = (*draw.shape, *[1] * (chosen.dim() - 2))
-        discount = draw.discount(self._config.gamma).view(lead)
+        discount = draw.discount(self._config.gamma, self._config.time_limit).view(lead)
         reward = draw["vector_reward"].to(chosen.dtype).unsqueeze(2)
         # a masked successor may be anything
         later = torch.where(discount > 0, chosen, torch.zeros_like(chosen))

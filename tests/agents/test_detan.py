@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import envs
-from agents import DetaN
+from agents import MDPO, PPO, DetaN
 from agents.detan import DetaNConfig, StockPolicy, energy_loss
 from ccrl.batched_env import AutoresetMode
 from ccrl.data import Batching, Data
@@ -22,9 +22,45 @@ from ccrl.distributional import (
     TargetReturn,
     law_of,
 )
-from ccrl.testing import ClockEnv, Episode
+from ccrl.testing import AgentContract, ClockEnv, Episode
+from ccrl.wrappers import StockEnv
 
 F = torch.float64
+
+
+class TestContract(AgentContract):
+    """Without the tests that predict from the environment's own observations: this agent's have a stock."""
+
+    agent = DetaN
+    config = DetaNConfig(
+        num_envs=2, n_steps=15, rounds=1, learning_starts=10, updates=2, batch_size=8, buffer_size=100, hidden=(8,),
+        n_quantiles=4, target_every=3, compile="off",
+    )  # fmt: skip
+    env_id = "CartPole-v1"
+    test_predict_takes_one_observation_or_a_batch = None
+    test_predict_takes_dict_observations = None
+    test_predict_takes_discrete_observations = None
+    test_predict_repeats_only_when_deterministic = None
+    test_predict_hands_the_state_through = None
+    test_sb3_evaluates_it = None
+    test_a_loaded_agent_acts_alike = None
+
+
+def test_predict_takes_observations_with_a_stock(tmp_path):
+    made = agent()
+    made.learn(until=24)
+    obs = {"obs": np.eye(5, dtype=np.float32)[:3], "stock": np.array([-3.0, 0.0, 2.0], np.float32),
+           "time": np.zeros((3, 1), np.float32)}  # fmt: skip
+    several, state = made.predict(obs, deterministic=True)
+    assert (several.shape, state) == ((3,), None)
+    assert made.predict({k: v[1] for k, v in obs.items()}, deterministic=True)[0] == several[1]
+    many = {k: np.repeat(v, 50, 0) for k, v in obs.items()}
+    assert not np.array_equal(made.predict(many)[0], made.predict(many)[0]), "exploration"
+    made.save(tmp_path / "a.pt")
+    assert np.array_equal(DetaN.load(tmp_path / "a.pt").predict(many, deterministic=True)[0],
+                          made.predict(many, deterministic=True)[0])  # fmt: skip
+
+
 TINY = {
     "num_envs": 2, "rounds": 4, "batch_size": 16, "learning_starts": 8, "hidden": (8,), "n_quantiles": 4,
     "buffer_size": 200, "target_every": 3, "compile": "off",
@@ -284,3 +320,16 @@ def test_wrong_settings_are_refused(settings, message):
 def test_continuous_actions_are_refused():
     with pytest.raises(ValueError, match="Discrete"):
         agent("Pendulum-v1")
+
+
+@pytest.mark.parametrize("cls", [PPO, MDPO])
+def test_policy_gradients_learn_from_the_shaped_rewards(cls):
+    """Their returns are those of the objective: f(c_0 + G) - f(c_0), the stock in the observation."""
+    env = StockEnv(envs.make("ccrl/OrderExecution-v0", 4), 1.0, 0.5, objective=CVaR(0.5))
+    size = {"batch_size": 20} if cls is PPO else {"critic_batch_size": 20}
+    made = cls(env, num_envs=4, n_steps=10, gamma=1.0, hidden=(8,), compile="off", **size)
+    made.learn(until=80)
+    # c_0 = .5 is never used up by gains, so f(c_0) = 0 and what is earned is a shortfall
+    assert made.ep_rew_mean <= 0.0
+    last = env.stock - env.start
+    assert bool(last.isfinite().all())
