@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -37,6 +38,8 @@ class OffPolicyConfig(Settings):
     """Actions are uniform and nothing is learnt before this many environment steps."""
     buffer_size: Count = 1_000_000
     """The replay memory holds this many transitions; later ones overwrite the oldest."""
+    buffer_folder: str | None = None
+    """The replay memory is memory-mapped files in this folder, which is overwritten; unset, it is in memory."""
     batch_size: Count = 256
     """A gradient step reads this many transitions, drawn with replacement."""
     gamma: Unit = 0.99
@@ -78,6 +81,14 @@ class ActorCriticReplayConfig(OffPolicyConfig):
 class OffPolicyAgent(Agent):
     """Builds replay learners."""
 
+    def before_learning(self) -> None:
+        if self.num_timesteps == 0:
+            ring: ReplayBuffer = self.learner.ring  # type: ignore[attr-defined]
+            where = self.config.buffer_folder or "memory"
+            print(
+                f"[ccrl] replay: {ring.capacity:,} transitions, {ring.nbytes / 2**20:,.0f} MiB in {where}", flush=True
+            )
+
     def updater(self, policy: nn.Module, prefix: str, **options: Any) -> FlatUpdater:
         """Adam on the parameters whose names start with ``prefix``."""
         options = {"lr": self.config.learning_rate, "eps": self.config.adam_eps} | options
@@ -90,7 +101,10 @@ class OffPolicyAgent(Agent):
         returns = None
         if c.n_step_returns > 1:
             returns = NStepReturns(c.n_step_returns, c.gamma, c.num_envs, *spaces, device=self.device)
-        ring = ReplayBuffer(c.buffer_size, *spaces, fields=NStepReturns.fields if returns else (), device=self.device)
+        ring = ReplayBuffer(
+            c.buffer_size, *spaces, fields=NStepReturns.fields if returns else (), device=self.device,
+            folder=None if c.buffer_folder is None else Path(c.buffer_folder),
+        )  # fmt: skip
         return ReplayLearner(
             self.collector, policy, cycle, updaters, ring, batch_size=c.batch_size, n_steps=c.n_steps,
             updates=c.updates, learning_starts=c.learning_starts, rounds=c.rounds, returns=returns, seed=self.seed,

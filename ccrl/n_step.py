@@ -70,6 +70,8 @@ class NStepReturns:
             for target, source in zip(tree_leaves(kept), tree_leaves(tree, kept)):
                 target[slot].copy_(source[t])
         self._reward[slot].zero_()
+        if "t" in data:  # fresh episodes, as after a resume without the environment's state: nothing goes on into them
+            self._age.masked_fill_(valid & (data["t"][t] == 0), 0)
         active = (self._age > 0) & valid
         active[slot] = valid
         power = self.gamma ** self._age.to(self._reward.dtype)
@@ -104,6 +106,8 @@ class NStepReturns:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         own = {"obs": self._obs, "action": self._action, "reward": self._reward, "age": self._age}
+        if state["reward"].shape != self._reward.shape:
+            return  # another number of environments: their episodes are fresh
         for name, tree in own.items():
             for target, source in zip(tree_leaves(tree), tree_leaves(state[name], tree)):
                 target.copy_(source)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import torch
 from torch import Generator, Tensor
 
+from ccrl import segments
 from ccrl.batched_env import Tree
 from ccrl.buffer import space_like
 from ccrl.data import Batching, Data, Field, tree_columns, tree_leaves
@@ -28,7 +31,8 @@ class ReplayBuffer:
 
     :param capacity: transitions kept; the oldest are overwritten.
     :param fields: further per-step columns to keep, by the names they have in the rollout.
-    :raises ValueError: if ``capacity < 1`` or a field is per sequence.
+    :param folder: the columns are memory-mapped files in it, a cache: a checkpoint holds rows of its own. None: memory.
+    :raises ValueError: if ``capacity < 1``, a field is per sequence, or ``folder`` is given for another device.
     """
 
     def __init__(
@@ -39,12 +43,17 @@ class ReplayBuffer:
         *,
         fields: tuple[Field, ...] = (),
         device: torch.device | str = "cpu",
+        folder: Path | None = None,
     ) -> None:
         if capacity < 1:
             raise ValueError(f"ReplayBuffer: expected capacity >= 1, got {capacity}")
         if any(f.per != "step" for f in fields):
             raise ValueError("ReplayBuffer: a ring of steps has no per-sequence columns; declare the field per step")
-        device, rows = torch.device(device), (capacity + 1,)
+        if folder is not None and torch.device(device).type != "cpu":
+            raise ValueError(f"ReplayBuffer: a memory map needs device 'cpu', got {device}; drop folder")
+        # of a memory map only the shapes are made here
+        target, rows = torch.device(device), (capacity + 1,)
+        device = torch.device("meta") if folder is not None else target
         columns: dict[str, Tree] = {
             "obs": space_like(observation_space, rows, device),
             "action": space_like(action_space, rows, device),
@@ -56,13 +65,22 @@ class ReplayBuffer:
         }
         for f in fields:
             columns[f.name] = torch.zeros((*rows, *f.shape), dtype=f.dtype, device=device)
-        self._allocate(columns, capacity, device)
+        self._allocate(columns if folder is None else _mapped(columns, folder), capacity, target)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory, or disk, that the columns take when the ring is full."""
+        return sum(x.nbytes for column in self._columns.values() for x in tree_leaves(column))
 
     def _allocate(self, columns: dict[str, Tree], capacity: int, device: torch.device) -> None:
         self.capacity, self.device = capacity, device
         self._columns = columns
         self._position = torch.zeros((), dtype=torch.int64, device=device)
         self._size = torch.zeros((), dtype=torch.int64, device=device)
+        self._total = torch.zeros((), dtype=torch.int64, device=device)
+        """Rows that ever came; row i is at slot i % capacity."""
+        self._segments: dict[Path, list[dict[str, Any]]] = {}
+        """Files of the last checkpoint by folder: rows [start, stop) each."""
         self._empty = True
 
     @classmethod
@@ -115,6 +133,8 @@ class ReplayBuffer:
             raise ValueError(f"ReplayBuffer.replace: missing columns {sorted(missing)}, got {sorted(rows)}")
         self._position.zero_()
         self._size.zero_()
+        self._total.zero_()
+        self._segments = {}
         count = _tensor(rows["reward"]).shape[0]
         self._write({k: rows[k] for k in self._columns}, torch.ones(count, dtype=torch.bool, device=self.device))
 
@@ -135,6 +155,7 @@ class ReplayBuffer:
         added = order[-1]
         self._position.copy_((self._position + added) % self.capacity)
         self._size.copy_((self._size + added).clamp_max(self.capacity))
+        self._total.add_(added)
         self._empty = False
 
     # -- drawing ------------------------------------------------------------------------------------------------------
@@ -157,22 +178,45 @@ class ReplayBuffer:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything held, as copies."""
-        columns = tree_columns(self._columns, torch.clone)
-        return {"columns": columns, "position": self._position.clone(), "size": self._size.clone()}
+        """The rows held, oldest first, as copies; inside ``segments.into`` the names of files that hold them."""
+        total, size = int(self._total), len(self)
+        state: dict[str, Any] = {"capacity": self.capacity, "total": total}
+        folder = segments.target()
+        if folder is None:
+            return state | {"rows": self._rows(total - size, total)}
+        kept = [s for s in self._segments.get(folder, []) if s["stop"] > total - size]
+        start = max(kept[-1]["stop"] if kept else 0, total - size)
+        if start < total:
+            name = segments.write(folder, f"rows_{start:012d}_{total:012d}", self._rows(start, total))
+            kept.append({"name": name, "start": start, "stop": total})
+        self._segments = {folder: kept}
+        return state | {"segments": [s | {"first": max(s["start"], total - size)} for s in kept]}
+
+    def _rows(self, start: int, stop: int) -> dict[str, Tree]:
+        """Rows by their number since the beginning."""
+        slots = torch.arange(start, stop, device=self.device) % self.capacity
+        return tree_columns(self._columns, lambda x: x.index_select(0, slots))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """:raises ValueError: if columns or the capacity differ."""
-        if state["columns"].keys() != self._columns.keys():
-            raise ValueError(f"ReplayBuffer: expected columns {sorted(self.names)}, got {sorted(state['columns'])}")
-        for name, target in self._columns.items():
-            for old, new in zip(tree_leaves(target), tree_leaves(state["columns"][name], target), strict=True):
-                if old.shape != new.shape:
-                    raise ValueError(f"ReplayBuffer: {name!r}: expected {tuple(old.shape)}, got {tuple(new.shape)}")
-                old.copy_(new)
-        self._position.copy_(state["position"])
-        self._size.copy_(state["size"])
-        self._empty = len(self) == 0
+        if state["capacity"] != self.capacity:
+            raise ValueError(f"ReplayBuffer: expected a capacity of {self.capacity}, got {state['capacity']}")
+        rows, total = state["rows"], int(state["total"])
+        if rows and rows.keys() != self._columns.keys():
+            raise ValueError(f"ReplayBuffer: expected columns {sorted(self.names)}, got {sorted(rows)}")
+        size = _tensor(rows["reward"]).shape[0] if rows else 0
+        slots = torch.arange(total - size, total, device=self.device) % self.capacity
+        for name in rows:
+            target = self._columns[name]
+            for old, new in zip(tree_leaves(target), tree_leaves(rows[name], target), strict=True):
+                if old.shape[1:] != new.shape[1:]:
+                    raise ValueError(f"ReplayBuffer: {name!r}: expected rows {tuple(old.shape[1:])}, got "
+                                     f"{tuple(new.shape[1:])}")  # fmt: skip
+                old.index_copy_(0, slots, new.to(old.device))
+        self._total.fill_(total)
+        self._position.fill_(total % self.capacity)
+        self._size.fill_(size)
+        self._empty, self._segments = size == 0, {}
 
 
 class Mixture:
@@ -196,6 +240,19 @@ class Mixture:
             raise ValueError(f"Mixture: expected Batching.size {total} (the sum of the counts), got {spec.size}")
         draws = [ring._draw(count, generator) for ring, count in self.counts.items()]
         return _batch({k: _concatenate([d[k] for d in draws]) for k in draws[0]}, spec, relabel)
+
+
+def _mapped(columns: dict[str, Tree], folder: Path) -> dict[str, Tree]:
+    """Zeros of these shapes in files of ``folder``, one per column; files that are there are overwritten."""
+    folder.mkdir(parents=True, exist_ok=True)
+    count = itertools.count()
+
+    def make(x: Tensor) -> Tensor:
+        path = folder / f"column_{next(count):03d}.map"
+        path.unlink(missing_ok=True)
+        return torch.from_file(str(path), shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
+
+    return tree_columns(columns, make)
 
 
 def _size(spec: Batching) -> int:

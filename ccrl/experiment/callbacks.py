@@ -15,6 +15,7 @@ from ccrl.experiment import checkpoint
 from ccrl.experiment.evaluation import EvalLog, evaluate_agent
 from ccrl.experiment.files import Owner
 from ccrl.experiment.logger import Logger
+from ccrl.experiment.saved import prune_segments, save_segmented
 from ccrl.signals import DeferredSignals
 
 __all__ = [
@@ -175,9 +176,10 @@ class CheckpointCallback(_Periodic):
                 "written of them"
             )
         path = checkpoint.checkpoint_path(self.folder, agent.num_timesteps)
-        agent.save(path)
+        save_segmented(agent, path)
         self._saved_at, agent.last_checkpoint = agent.num_timesteps, path
         checkpoint.prune(self.folder, self.keep)
+        prune_segments(self.folder)
 
 
 def _parameters(agent: Any) -> dict[str, Tensor]:

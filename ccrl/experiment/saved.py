@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ccrl import registry
+from ccrl import registry, segments
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
 
-__all__ = ["SavedAgent", "check_options", "load_agent", "save_agent"]
+__all__ = ["SavedAgent", "check_options", "load_agent", "prune_segments", "save_agent", "save_segmented"]
+
+REPLAY = "replay"
+"""Folder of segments, beside checkpoints."""
 
 A = TypeVar("A")
 
@@ -38,6 +41,23 @@ def save_agent(agent: Any, path: str | Path) -> None:
         "env_kwargs": agent.env_kwargs, "policy": _name_of(agent.own_policy),
     }  # fmt: skip
     checkpoint.save(path, {**header, "state": agent.state_dict()})
+
+
+def save_segmented(agent: Any, path: Path) -> None:
+    """``agent.save``, with rows of replay memories in segments beside the file, each written once."""
+    with segments.into(path.parent / REPLAY):
+        agent.save(path)
+
+
+def prune_segments(folder: Path) -> None:
+    """Delete the segments that no checkpoint in ``folder`` needs."""
+    if not (folder / REPLAY).is_dir():
+        return
+    needed: set[str] = set()
+    for path in folder.glob("*.pt"):
+        with suppress(checkpoint.CheckpointError):  # damaged: it needs nothing any more
+            needed |= segments.names(checkpoint.load(path))
+    segments.prune(folder / REPLAY, needed)
 
 
 def _name_of(policy: Any) -> str | None:
@@ -90,7 +110,8 @@ def read_agent(
             raise ValueError(f"{path}: expected an environment of {config.num_envs} copies, got {copies}")
         config, other = dataclasses.replace(config, num_envs=copies), True
     kwargs = saved["env_kwargs"] if isinstance(here, str) and not (other and isinstance(env, str)) else {}
-    return SavedAgent(Path(path), config, here, kwargs, saved["seed"], saved["state"], other)
+    state = segments.resolve(saved["state"], Path(path).parent / REPLAY)
+    return SavedAgent(Path(path), config, here, kwargs, saved["seed"], state, other)
 
 
 @contextmanager

@@ -132,12 +132,12 @@ def test_the_ring_keeps_true_successors_and_only_terminations_end_the_value() ->
     env = ClockEnv([[Episode(0, 3)], [Episode(100, 2, "truncate")]], action_space=BOX)
     agent = SAC(env, num_envs=2, learning_starts=1_000, hidden=(4,), rounds=12, buffer_size=24)
     agent.learn(24)
-    columns = agent.learner.ring.state_dict()["columns"]  # type: ignore[attr-defined]
-    obs, following = columns["obs"][:-1, 0], columns["next_obs"][:-1, 0]
+    columns = agent.learner.ring.state_dict()["rows"]  # type: ignore[attr-defined]
+    obs, following = columns["obs"][:, 0], columns["next_obs"][:, 0]
     assert torch.equal(following, obs + 1), "a reset observation became a successor"
-    assert torch.equal(columns["alive"][:-1], (obs != 2).float()), "a time limit is not a termination"
+    assert torch.equal(columns["alive"], (obs != 2).float()), "a time limit is not a termination"
     assert agent.n_updates == 0, "learning has not started"
-    seen = columns["action"][:-1].tanh()
+    seen = columns["action"].tanh()
     assert float(seen.abs().max()) > 0.5, "actions of the warm-up are uniform"
 
 
@@ -159,7 +159,7 @@ def test_images_and_privileged_critics(case: str) -> None:
         assert policy.actor.net[0].weight.shape[1] == 2, "the actor sees the privileged group"
         assert policy.critic.net.weights[0].shape[1] == 5 + 2
     else:
-        assert agent.learner.ring.state_dict()["columns"]["obs"]["image"].dtype == torch.uint8  # type: ignore[attr-defined]
+        assert agent.learner.ring.state_dict()["rows"]["obs"]["image"].dtype == torch.uint8  # type: ignore[attr-defined]
         assert policy.actor.encoders["image"] is not policy.critic.encoders["image"]
 
 

@@ -195,7 +195,7 @@ def test_state_round_trip_through_a_safe_file() -> None:
         b.add(transitions(torch.arange(10.0, 13).view(3, 1, 1)))
     spec = Batching(size=32)
     assert other.sample(spec, generator())["obs"].tolist() == buffer.sample(spec, generator())["obs"].tolist()
-    with pytest.raises(ValueError, match=r"expected \(8, 1\), got \(6, 1\)"):
+    with pytest.raises(ValueError, match=r"capacity of 7, got 5"):
         ring(7).load_state_dict(buffer.state_dict())
 
 
