@@ -38,7 +38,7 @@ class OffPolicyConfig(Settings):
     """Actions are uniform and nothing is learnt before this many environment steps."""
     buffer_size: Count = 1_000_000
     """The replay memory holds this many transitions; later ones overwrite the oldest."""
-    buffer_folder: str | None = None
+    buffer_folder: Path | None = None
     """The replay memory is memory-mapped files in this folder, which is overwritten; unset, it is in memory."""
     batch_size: Count = 256
     """A gradient step reads this many transitions, drawn with replacement."""
@@ -103,7 +103,7 @@ class OffPolicyAgent(Agent):
             returns = NStepReturns(c.n_step_returns, c.gamma, c.num_envs, *spaces, device=self.device)
         ring = ReplayBuffer(
             c.buffer_size, *spaces, fields=NStepReturns.fields if returns else (), device=self.device,
-            folder=None if c.buffer_folder is None else Path(c.buffer_folder),
+            folder=c.buffer_folder,
         )  # fmt: skip
         return ReplayLearner(
             self.collector, policy, cycle, updaters, ring, batch_size=c.batch_size, n_steps=c.n_steps,
