@@ -152,9 +152,10 @@ def run(seeds: list[int]) -> list[Measurement]:
     free = {"clip_low": 1.0, "clip_high": math.inf}
     no_clip = [_variances(GRPO, s, **free)[0] for s in seeds]
     clipped = [_variances(GRPO, s)[0] for s in seeds]
-    slow = [_variances(R2VPO, s, dual_rate=1.0)[0] for s in seeds]
-    fast = [_variances(R2VPO, s, dual_rate=5.0) for s in seeds]
-    replay = [_variances(R2VPO, s, replay=2)[1] for s in seeds]
+    rollout = {"dual_every": "rollout"}  # as the reference run
+    slow = [_variances(R2VPO, s, dual_rate=1.0, **rollout)[0] for s in seeds]
+    fast = [_variances(R2VPO, s, dual_rate=5.0, **rollout) for s in seeds]
+    replay = [_variances(R2VPO, s, replay=2, **rollout)[1] for s in seeds]
     rows += [
         Measurement("ModSum: V, updates 1-20, no clip", "0.37-0.41 (reference run)", (0.30, math.inf),
                     tuple(mean(v[:20]) for v in no_clip)),
