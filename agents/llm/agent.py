@@ -243,7 +243,7 @@ class LLM(Agent):
     @torch.no_grad()
     def pass_at(self, ks: Sequence[int], questions: int = 64, samples: int = 16, seed: int = 0) -> dict[str, float]:
         """``pass@k`` (first component at least 1) of ``samples`` completions of each of ``questions`` test questions,
-        their mean score, entropy per token (nats) and length. Decided by ``seed``; training does not move it."""
+        their mean reward, entropy per token (nats) and length. Decided by ``seed``; training does not move it."""
         collector = self._collector(seed, (Field("entropy"),))
         prompts = collector.test_prompts(questions, seed)
         question = torch.arange(len(prompts), device=self.device).repeat_interleave(samples)

@@ -63,7 +63,7 @@ class DrGRPOConfig(MethodConfig):
 
 
 class DrGRPORecipe(Recipe):
-    """Centred scores."""
+    """Centred rewards."""
 
     def stages(self) -> tuple[Stage, ...]:
         return (GroupBaseline(single="zero"),)

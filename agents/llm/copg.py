@@ -244,4 +244,4 @@ CoPG = LLMMethod(
         "aggregate": "mean over pairs",
     },
 )
-"""Off-policy alignment on scores: contrasts between completions of one prompt."""
+"""Off-policy alignment on rewards: contrasts between completions of one prompt."""

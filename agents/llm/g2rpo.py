@@ -1,6 +1,6 @@
 """G2RPO - Gaussian GRPO (OpenVLThinkerV2; Hu et al. 2026, arXiv 2604.08539).
 
-    reward  R = score + w_len trapezoid_task(length)
+    reward  R = reward + w_len trapezoid_task(length)
     rank    p_i = (rank(R_i) - 1/2) / G, rank 1 the smallest of the group
     A_i     = mean of Phi^-1(p) over the ranks of the rewards equal to R_i  (optimal transport to N(0, 1))
     loss    = -min(rho A, clip(rho) A), mean over each sequence's tokens, then over sequences
@@ -105,7 +105,7 @@ def per_kind(rows: tuple[tuple[float, ...], ...], kind: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LengthReward:
-    """``shaped_episode_reward`` ``[N]``: the score plus ``coef`` times the trapezoid of the number of valid steps."""
+    """``shaped_episode_reward`` ``[N]``: the reward plus ``coef`` times the trapezoid of the number of valid steps."""
 
     bounds: tuple[tuple[float, float, float, float], ...]
     coef: float = 1.0

@@ -63,8 +63,8 @@ class BoundedGroupTarget:
     threshold: Literal["quantile", "median"] = "quantile"
 
     def __call__(self, data: Data) -> Data:
-        score, group = data["episode_reward"], data["group"]
-        advantage = GroupBaseline(scale="std", eps=1e-6, single="keep").advantages(score, group)
+        reward, group = data["episode_reward"], data["group"]
+        advantage = GroupBaseline(scale="std", eps=1e-6, single="keep").advantages(reward, group)
         if self.threshold == "median":
             # the z-score is affine in the reward, so its median is the reward's in the same units
             target = bounded_target(

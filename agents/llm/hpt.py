@@ -120,15 +120,15 @@ class Mix:
     config: HPTConfig
 
     def __call__(self, data: Data) -> Data:
-        c, score, group, valid = self.config, data["episode_reward"], data["group"], data["valid"]
-        shown = data["demonstration"] > 0 if "demonstration" in data else torch.zeros_like(score, dtype=torch.bool)
-        right = (data["reward_components"][:, 0] if "reward_components" in data else score) >= 1.0
+        c, reward, group, valid = self.config, data["episode_reward"], data["group"], data["valid"]
+        shown = data["demonstration"] > 0 if "demonstration" in data else torch.zeros_like(reward, dtype=torch.bool)
+        right = (data["reward_components"][:, 0] if "reward_components" in data else reward) >= 1.0
         groups, on, off = Groups(group), ~shown, shown & (valid.sum(0) > 0)
         n, solved = groups.sum(on), groups.sum(on & right)
         weight = c.coefficients(solved, n)
         weight = torch.where(groups.sum(off).unsqueeze(1) > 0, weight, weight.new_tensor((1.0, 0.0, 0.0)))
-        weight = weight[groups.index].to(score.dtype)
-        advantage = self.advantages(score, group, on, off)
+        weight = weight[groups.index].to(reward.dtype)
+        advantage = self.advantages(reward, group, on, off)
         rows = {"on_weight": weight[:, 0] * on, "off_weight": weight[:, 1] * off, "sft_weight": weight[:, 2] * off}
         data = data.derive_sequence(**rows, verified=right).derive(advantage=advantage * (valid > 0))
         data = data.take(torch.stack(list(rows.values())).any(0).nonzero().squeeze(-1))
@@ -141,15 +141,15 @@ class Mix:
             sft_weight=data["sft_weight"] * imitated,
         )  # fmt: skip
 
-    def advantages(self, score: Tensor, group: Tensor, on: Tensor, off: Tensor) -> Tensor:
+    def advantages(self, reward: Tensor, group: Tensor, on: Tensor, off: Tensor) -> Tensor:
         """``[N]``: of samples against samples (with luffy against the demonstration too), of demonstrations against
         both; 0 on empty demonstrations."""
-        union, result = on | off, torch.zeros_like(score)
-        among_all = GroupBaseline(scale="std").advantages(score[union], group[union])
+        union, result = on | off, torch.zeros_like(reward)
+        among_all = GroupBaseline(scale="std").advantages(reward[union], group[union])
         result[union] = among_all
         if self.config.mixture != "luffy":
             alone = GroupBaseline(scale="std" if self.config.std else None, single="keep")
-            result[on] = alone.advantages(score[on], group[on])
+            result[on] = alone.advantages(reward[on], group[on])
         return result
 
     @staticmethod

@@ -8,7 +8,7 @@ GRPO's clip is replaced by a smooth bounded map of the log-ratio times an asymme
     d loss / d log pi = -A M(r),  M(r) = exp(psi - zeta) sech^2(log(r) / c) <= e^c
 
 ``zeta(1)`` is not 0: on policy the gradient is ``exp(-zeta(1))`` (0.265 with the defaults) times GRPO's. Works on
-tokens and on the steps of control episodes alike: it reads log-probabilities and scores.
+tokens and on the steps of control episodes alike: it reads log-probabilities and rewards.
 """
 
 from __future__ import annotations

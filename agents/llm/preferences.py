@@ -85,22 +85,22 @@ class PreferenceRecipe(Recipe):
 
     def pairs(self, rollouts: list[Data]) -> Data:
         """The members of the pairs side by side, ``preferred`` ``[N]`` +1 or -1; without any pair one group of 0."""
-        score = rollouts[0]["episode_reward"]
-        data, rank = rollouts[0], score
+        reward = rollouts[0]["episode_reward"]
+        data, rank = rollouts[0], reward
         if len(rollouts) > 1:
             data = concatenate(rollouts, same_prompts=True)
-            score, shown = data["episode_reward"], (data["demonstration"] > 0) & (data["valid"] > 0).any(0)
+            reward, shown = data["episode_reward"], (data["demonstration"] > 0) & (data["valid"] > 0).any(0)
             # a demonstration is the best whatever the samples score; a prompt without one makes no pair
-            rank = torch.where(shown, torch.inf, score)
+            rank = torch.where(shown, torch.inf, reward)
             rank = torch.where((data["demonstration"] > 0) & ~shown, -torch.inf, rank)
         best, worst = best_and_worst(rank, data["group"])
-        good = score[best] > score[worst]
+        good = reward[best] > reward[worst]
         if len(rollouts) > 1:
             good &= shown[best]
         columns = torch.stack([best[good], worst[good]], 1).flatten()
-        sign = torch.tensor([1.0, -1.0], device=score.device).repeat(columns.shape[0] // 2)
+        sign = torch.tensor([1.0, -1.0], device=reward.device).repeat(columns.shape[0] // 2)
         if not columns.numel():
-            columns, sign = torch.zeros_like(data["group"][:2]), torch.zeros_like(score[:2])
+            columns, sign = torch.zeros_like(data["group"][:2]), torch.zeros_like(reward[:2])
         return data.take(columns).derive_sequence(preferred=sign)
 
     def stages(self) -> tuple[Stage, ...]:
@@ -218,4 +218,4 @@ SFT = LLMMethod(
     {"n_prompts": 128},
 )
 """Supervised fine-tuning on the task's demonstrations. The clock counts demonstrations; nothing is sampled, so
-there is no training score: evaluate."""
+there is no training reward: evaluate."""

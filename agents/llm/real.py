@@ -8,7 +8,7 @@ A right completion is a positive example, a wrong one a negative, and its length
     |d L_k / d s_i| < 1 / tau,  falling in s_i where right, rising where wrong
 
 The 1 is an anchor of logit 0: right completions are pushed above what they were, wrong ones below. There is no
-advantage, no clip. Works on control episodes too; their scores are no labels, so take ``labels="group_mean"``.
+advantage, no clip. Works on control episodes too; their rewards are no labels, so take ``labels="group_mean"``.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ class Labels:
     rule: str = "binary"
 
     def __call__(self, data: Data) -> Data:
-        score = data["episode_reward"]
+        reward = data["episode_reward"]
         if self.rule == "group_mean":
-            right = GroupBaseline(single="zero").advantages(score, data["group"]) > 0
-            return data.derive_sequence(label=right.to(score.dtype))
-        label = torch.where((score == 0) | (score == 1), score, torch.full_like(score, -1.0))
+            right = GroupBaseline(single="zero").advantages(reward, data["group"]) > 0
+            return data.derive_sequence(label=right.to(reward.dtype))
+        label = torch.where((reward == 0) | (reward == 1), reward, torch.full_like(reward, -1.0))
         return data.derive_sequence(label=label)
 
 

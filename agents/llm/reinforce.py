@@ -5,7 +5,7 @@
     rloo       R - mean of the other members            -           -A log pi     sum over tokens, sequence mean
     ppo_llm    reward to go - group's mean, whitened    token       clip          token mean
 
-with ``R = score - kl_coef * sum_t (log pi_old - log ref)`` (k1; per token in PPO).
+with ``R = reward - kl_coef * sum_t (log pi_old - log ref)`` (k1; per token in PPO).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ __all__ = ["PPO", "REINFORCE", "RLOO", "RewardKLRecipe"]
 
 
 class RewardKLRecipe(Recipe):
-    """``kl_coef`` times k1 is subtracted from the score; as a loss k1 would have no expected gradient."""
+    """``kl_coef`` times k1 is subtracted from the reward; as a loss k1 would have no expected gradient."""
 
     @property
     def reward_column(self) -> str:
@@ -62,7 +62,7 @@ class REINFORCERecipe(RewardKLRecipe):
         return (*self.shaping(), self.advantage)
 
     def advantage(self, data: Data) -> Data:
-        """``advantage`` ``[T, N]``; equal scores give 0 with the baseline, whatever the rounding of their mean."""
+        """``advantage`` ``[T, N]``; equal rewards give 0 with the baseline, whatever the rounding of their mean."""
         advantage = data[self.reward_column]
         if self.config.baseline == "batch":
             differ = (advantage != advantage[0]).any()
@@ -133,7 +133,7 @@ class PPOConfig(MethodConfig):
 
 
 class PPORecipe(RewardKLRecipe):
-    """Token rewards (k1 at every token, the score at the last), summed to the end of the sequence."""
+    """Token rewards (k1 at every token, the reward at the last), summed to the end of the sequence."""
 
     def stages(self) -> tuple[Stage, ...]:
         return (self.advantage, *((Standardise(),) if self.config.whiten else ()))

@@ -1,6 +1,6 @@
 """RiskPO: Risk-based Policy Optimization (Ren et al. 2025, arXiv 2510.00911; code RTkenny/RiskPO).
 
-Rewards of ``B`` questions are summed to bundle scores, and the mean is replaced by a mixture of quantile bands:
+Rewards of ``B`` questions are summed to bundle rewards, and the mean is replaced by a mixture of quantile bands:
 
     J    = (1 + omega) int_0^alpha F^-1(u) du + int_alpha^beta F^-1(u) du
     A(R) = -(1 + omega) (q_a - R)^+ + clip(R, q_a, q_b) - q_b,       grad J = E[A(R) grad log pi]
@@ -54,7 +54,7 @@ class RiskPOConfig(MethodConfig):
     """B: a bundle has this many questions, fewer where the rollout has fewer. Prompts that do not fill a bundle are
     dropped, at random."""
     quantiles: Literal["track", "bundle"] = "track"
-    """Quantiles are kept between iterations (track, the paper), or are those of the scores of the same B questions
+    """Quantiles are kept between iterations (track, the paper), or are those of the rewards of the same B questions
     (bundle: what the released trainer falls back to)."""
     quantile_lr: Nonnegative = 0.1
     """The tracked quantiles move with this step size."""
@@ -65,7 +65,7 @@ class RiskPOConfig(MethodConfig):
     natural: bool = False
     """With form released, the band from alpha to beta is shifted so that its advantage is 0 from q_b on."""
     standardise: bool = False
-    """Advantages are divided by the deviation of the scores of the same B questions (released)."""
+    """Advantages are divided by the deviation of the rewards of the same B questions (released)."""
     credit: Literal["uniform", "std", "sum_mean", "score"] = "uniform"
     """A member gets all the bundle's advantage (uniform), that over its question's deviation (std), by how far it is
     above its question's mean (sum_mean), or half of it if right and one and a half if not (score)."""
@@ -83,7 +83,7 @@ class RiskPOConfig(MethodConfig):
 
 
 def bundled(data: Data, size: int, generator: Generator | None) -> Data:
-    """Every column in one bundle: ``bundle_reward`` ``[N]`` its sum of scores, ``bundle`` ``[N]`` its number, and
+    """Every column in one bundle: ``bundle_reward`` ``[N]`` its sum of rewards, ``bundle`` ``[N]`` its number, and
     ``questions`` ``[N]`` the number of the set of ``size`` questions that it is of. A set of groups of ``G`` has ``G``
     bundles. Groups that do not fill a set are left out.
 
@@ -117,41 +117,41 @@ def bundled(data: Data, size: int, generator: Generator | None) -> Data:
 
 
 def bundle_rewards(data: Data) -> Tensor:
-    """``[M]`` float64: one score per bundle."""
+    """``[M]`` float64: one reward per bundle."""
     return Groups(data["bundle"]).mean(data["bundle_reward"])
 
 
 def _per_set(data: Data) -> Tensor:
-    """``[sets, G]`` float64: the scores of the bundles of each set of questions, in the order of their numbers."""
+    """``[sets, G]`` float64: the rewards of the bundles of each set of questions, in the order of their numbers."""
     return bundle_rewards(data).view(int(data["questions"].max()) + 1, -1)
 
 
 # -- advantage ------------------------------------------------------------------------------------------------------
 
 
-def risk_advantage(score: Tensor, low: Tensor, high: Tensor, omega: float) -> Tensor:
+def risk_advantage(reward: Tensor, low: Tensor, high: Tensor, omega: float) -> Tensor:
     """``A(R)`` of the paper at quantiles ``low <= high``."""
-    return -(1.0 + omega) * (low - score).clamp_min(0.0) + score.clamp(low, high) - high
+    return -(1.0 + omega) * (low - reward).clamp_min(0.0) + reward.clamp(low, high) - high
 
 
 def released_advantage(
-    score: Tensor, low: Tensor, high: Tensor, alpha: float, beta: float, weight: float = 1.5, natural: bool = False
+    reward: Tensor, low: Tensor, high: Tensor, alpha: float, beta: float, weight: float = 1.5, natural: bool = False
 ) -> Tensor:
     """``(w cvar + rvar) / (w + 1)``, both bands divided by their widths."""
-    band = score.clamp(low, high) - (high if natural else low)
-    tail = -(low - score).clamp_min(0.0)
+    band = reward.clamp(low, high) - (high if natural else low)
+    tail = -(low - reward).clamp_min(0.0)
     return (weight * tail / (alpha + 1e-6) + band / (beta - alpha + 1e-6)) / (weight + 1.0)
 
 
-def credit(mode: str, score: Tensor, group: Tensor, bundle: Tensor) -> Tensor:
-    """``[N]``: what share of its bundle's advantage a response gets, from scores, groups (questions) and bundles
+def credit(mode: str, reward: Tensor, group: Tensor, bundle: Tensor) -> Tensor:
+    """``[N]``: what share of its bundle's advantage a response gets, from rewards, groups (questions) and bundles
     ``[N]``."""
     if mode == "uniform":
-        return torch.ones_like(score, dtype=torch.float64)
+        return torch.ones_like(reward, dtype=torch.float64)
     if mode == "score":
-        return torch.where(score >= 1.0, 0.5, 1.5).double()
+        return torch.where(reward >= 1.0, 0.5, 1.5).double()
     groups = Groups(group)
-    above = score.double() - groups.mean(score)[groups.index]
+    above = reward.double() - groups.mean(reward)[groups.index]
     if mode == "std":
         std = (groups.sum(above.square()) / (groups.count - 1.0).clamp_min(1.0)).sqrt()[groups.index]
         return torch.where(std > 1e-3, 1.0 / std, 1.0)
@@ -161,9 +161,9 @@ def credit(mode: str, score: Tensor, group: Tensor, bundle: Tensor) -> Tensor:
     return torch.where(some, above / torch.where(some, total, 1.0), 1.0 / members)
 
 
-def track(quantiles: Tensor, levels: Tensor, score: Tensor, lr: float) -> Tensor:
-    """One step of stochastic approximation of the quantiles ``[K]`` at ``levels`` ``[K]``, from scores ``[M]``."""
-    below = (score.unsqueeze(0) < quantiles.unsqueeze(1)).double().mean(1)
+def track(quantiles: Tensor, levels: Tensor, reward: Tensor, lr: float) -> Tensor:
+    """One step of stochastic approximation of the quantiles ``[K]`` at ``levels`` ``[K]``, from rewards ``[M]``."""
+    below = (reward.unsqueeze(0) < quantiles.unsqueeze(1)).double().mean(1)
     return quantiles + lr * (levels - below)
 
 
@@ -193,22 +193,22 @@ class RiskPORecipe(Recipe):
 
     def advantage(self, data: Data) -> Data:
         """``advantage`` ``[T, N]`` and ``sequence_advantage`` ``[N]``."""
-        c, score = self.config, data["bundle_reward"].double()
+        c, reward = self.config, data["bundle_reward"].double()
         low, high = self.current(data)
         if c.form == "paper":
-            found = risk_advantage(score, low, high, c.omega)
+            found = risk_advantage(reward, low, high, c.omega)
         else:
-            found = released_advantage(score, low, high, c.alpha, c.beta, c.band_weight, c.natural)
+            found = released_advantage(reward, low, high, c.alpha, c.beta, c.band_weight, c.natural)
         if c.standardise:
             table = _per_set(data)
-            # released: divides by 1e-6 where the scores are equal
+            # released: divides by 1e-6 where the rewards are equal
             constant = table.amax(1) == table.amin(1)
             found = found / torch.where(constant, 1.0, table.std(1) + 1e-6)[data["questions"]]
         found = found * credit(c.credit, data["episode_reward"], data["group"], data["bundle"])
         return per_step(data.derive_sequence(sequence_advantage=found.to(data["episode_reward"].dtype)), found)
 
     def current(self, data: Data) -> tuple[Tensor, Tensor]:
-        """The quantiles that this rollout's scores are compared with, 0-d or ``[N]``; trackers that have crossed are
+        """The quantiles that this rollout's rewards are compared with, 0-d or ``[N]``; trackers that have crossed are
         put in order."""
         if self.config.quantiles == "bundle":
             found = torch.quantile(_per_set(data), self.levels, dim=1)[:, data["questions"]]
@@ -227,12 +227,12 @@ class RiskPORecipe(Recipe):
 
     def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         """The trackers move after they were used: to the first rollout's quantiles, then step by step."""
-        scores = bundle_rewards(data["on"])
-        moved = track(self.quantiles, self.levels, scores, self.config.quantile_lr)
-        self.quantiles.copy_(torch.where(self.started, moved, torch.quantile(scores, self.levels)))
+        rewards = bundle_rewards(data["on"])
+        moved = track(self.quantiles, self.levels, rewards, self.config.quantile_lr)
+        self.quantiles.copy_(torch.where(self.started, moved, torch.quantile(rewards, self.levels)))
         self.started.fill_(True)
         stats |= {
-            "bundle_reward": scores.mean(), "quantile_low": self.quantiles[0].clone(),
+            "bundle_reward": rewards.mean(), "quantile_low": self.quantiles[0].clone(),
             "quantile_high": self.quantiles[1].clone(),
             "ignored_share": (data["on"]["sequence_advantage"] == 0).double().mean(),
         }  # fmt: skip
@@ -252,4 +252,4 @@ RiskPO = LLMMethod(
     },
     {"n_prompts": 20},
 )
-"""Risk-based Policy Optimization (Ren et al. 2025): low quantiles of the scores of bundles of questions."""
+"""Risk-based Policy Optimization (Ren et al. 2025): low quantiles of the rewards of bundles of questions."""

@@ -208,7 +208,7 @@ def _try(trial: HostedRecipe, host: Host) -> None:
     """Fills in ``columns`` and ``computed``."""
     while True:
         try:
-            # equal scores last: methods that sample until scores differ, or replay, show themselves
+            # equal rewards last: methods that sample until rewards differ, or replay, show themselves
             for equal in (False, True):
                 trial.columns = _iteration(trial, _made_up(host, trial.computed, equal))
             return
@@ -244,15 +244,15 @@ def _made_up(host: Host, computed: frozenset[str], equal: bool) -> Data:
     valid = torch.ones(steps, count)
     valid[1:, 0] = 0.0
     last, carry = episode_masks(valid)
-    scores = torch.ones(count, len(host.components))
+    parts = torch.ones(count, len(host.components))
     if not equal:
-        scores[::2] = 0.0
-    score = scores.sum(1)
+        parts[::2] = 0.0
+    total = parts.sum(1)
     ids = torch.zeros(steps, count, dtype=torch.int64)
     columns: dict[str, Tensor] = {
-        "valid": valid, "present": valid, "action": ids, "reward": score * last, "carry": carry, "episode_reward":
-        score,
-        "reward_components": scores, "group": torch.arange(count) // host.group_size, "length": valid.sum(0).long(),
+        "valid": valid, "present": valid, "action": ids, "reward": total * last, "carry": carry,
+        "episode_reward": total,
+        "reward_components": parts, "group": torch.arange(count) // host.group_size, "length": valid.sum(0).long(),
         "prompt": torch.zeros(count, 1, dtype=torch.int64), "prompt_valid": torch.ones(count, 1),
         "demonstration": torch.zeros(count),
     }  # fmt: skip

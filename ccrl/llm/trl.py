@@ -50,7 +50,7 @@ def grpo_trainer(recipe: Callable[[Any, Any], Estimator], config: Any) -> type[A
 
     Of ``config`` only what the recipe reads counts: number of prompts, step size, epochs, sampling and minibatches are
     those of TRL's ``args``. Whole-batch statistics are over one generation batch. Recipes that skip an update (no
-    group with different scores) take a step of gradient 0. In evaluation the loss is TRL's own.
+    group with different rewards) take a step of gradient 0. In evaluation the loss is TRL's own.
 
     :raises ImportError: without TRL, naming what to install.
     """
@@ -112,19 +112,19 @@ class RecipeTrainer(_Trainer):  # type: ignore[misc]
         rewards = self._rewards * self.reward_weights.to(self._rewards)
         scored = ~rewards.isnan().all(1)
         # what no reward function could score is compared with nothing: its group's mean, and not trained on
-        scores = rewards.nan_to_num(0.0).view(-1, self.num_generations, rewards.shape[1])
-        some = scored.view(-1, self.num_generations, 1).to(scores.dtype)
-        mean = (scores * some).sum(1, keepdim=True) / some.sum(1, keepdim=True).clamp_min(1.0)
-        scores = torch.where(some > 0, scores, mean).flatten(0, 1)
+        parts = rewards.nan_to_num(0.0).view(-1, self.num_generations, rewards.shape[1])
+        some = scored.view(-1, self.num_generations, 1).to(parts.dtype)
+        mean = (parts * some).sum(1, keepdim=True) / some.sum(1, keepdim=True).clamp_min(1.0)
+        parts = torch.where(some > 0, parts, mean).flatten(0, 1)
         data = self._tokens(out)
         valid = data["valid"] * scored
         last, carry = episode_masks(valid)
-        score, count = scores.sum(1), scores.shape[0]
+        total, count = parts.sum(1), parts.shape[0]
         columns = dict(data) | {
-            "valid": valid, "reward": last * score, "carry": carry, "episode_reward": score, "reward_components":
-            scores,
+            "valid": valid, "reward": last * total, "carry": carry, "episode_reward": total,
+            "reward_components": parts,
             "group": torch.arange(count, device=valid.device) // self.num_generations,
-            "length": data["present"].sum(0).long(), "demonstration": torch.zeros_like(score),
+            "length": data["present"].sum(0).long(), "demonstration": torch.zeros_like(total),
         }  # fmt: skip
         if self.beta != 0.0:
             columns["host_ref_log_prob"] = out["ref_per_token_logps"].t()

@@ -88,13 +88,13 @@ class VerlAdvantage:
             raise ValueError("index: expected the prompts' uids (bs,), got None: completions are compared in groups")
         valid = response_mask.t().to(token_level_rewards.dtype)
         reward = torch.where(valid > 0, token_level_rewards.t(), torch.zeros_like(valid))
-        score = reward.sum(0)
+        total = reward.sum(0)
         group = torch.as_tensor(np.unique(np.asarray(index), return_inverse=True)[1].reshape(-1))
         carry = episode_masks(valid)[1]
         columns: dict[str, Tensor] = {
-            "valid": valid, "present": valid, "reward": reward, "carry": carry, "episode_reward": score,
-            "reward_components": score.unsqueeze(1), "group": group.to(valid.device),
-            "length": valid.sum(0).long(), "demonstration": torch.zeros_like(score),
+            "valid": valid, "present": valid, "reward": reward, "carry": carry, "episode_reward": total,
+            "reward_components": total.unsqueeze(1), "group": group.to(valid.device),
+            "length": valid.sum(0).long(), "demonstration": torch.zeros_like(total),
         }  # fmt: skip
         data = Data(
             columns, sequence=frozenset({"episode_reward", "reward_components", "group", "length", "demonstration"})

@@ -72,7 +72,7 @@ class RecipeContract:
     """What the invariants are tested on: a table of logits, or tiny (a Llama, needs transformers) for a recipe that
     reads ``hidden``."""
     graded: ClassVar[bool] = True
-    """Whether it takes scores other than 0 and 1."""
+    """Whether it takes rewards other than 0 and 1."""
     matters: ClassVar[Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]] = ()
     """Pairs of settings, the usual and others: another gradient on the same rollout."""
     refused: ClassVar[Mapping[str, str]] = {}
@@ -137,8 +137,8 @@ class RecipeContract:
         agent = self.made()
         prepared = self.prepared(agent, self.collected(agent, moved=False))
         phase, batch = _batches(agent, prepared)[0]
-        score = Term("score", losses.weighted_ratio, aggregate, ratios.plain)
-        expected = phase.updater.gradient((score,), batch).mean.clone()
+        reinforce = Term("reinforce", losses.weighted_ratio, aggregate, ratios.plain)
+        expected = phase.updater.gradient((reinforce,), batch).mean.clone()
         assert expected.abs().max() > 1e-3
         _close(_gradient(phase, batch, phase.terms[:1]), expected)
 
@@ -342,12 +342,12 @@ def _longer(data: Data) -> Data:
 
 
 def _rewarded(data: Data, value: float) -> Data:
-    """All sequences score the same, in the first component."""
-    scores = torch.zeros_like(data["reward_components"])
-    scores[:, 0] = value
+    """All sequences are rewarded alike, in the first component."""
+    components = torch.zeros_like(data["reward_components"])
+    components[:, 0] = value
     reward = torch.zeros_like(data["reward"])
     reward[data["length"] - 1, torch.arange(data.shape[1])] = value
-    return _with(data, reward_components=scores, episode_reward=scores.sum(1), reward=reward)
+    return _with(data, reward_components=components, episode_reward=components.sum(1), reward=reward)
 
 
 def _noise(agent: Any, seed: int) -> Tensor:
