@@ -131,7 +131,15 @@ def _on_ray(specs: list[Any], out: Path) -> Iterator[tuple[Any, int]]:
 
 def _launch(spec: dict[str, Any], out: str, cores: int) -> int:
     """One run in a process of its own: its exit status."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--run", json.dumps(spec), out, str(cores)]
+    command = [
+        sys.executable,
+        str(Path(__file__).resolve().with_name("cli.py")),
+        "benchmark",
+        "--run",
+        json.dumps(spec),
+        out,
+        str(cores),
+    ]
     # The open pipe tells the run that this process lives: a killed study must not leave runs behind, which would
     # write into the folders that the next call resumes.
     with subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:

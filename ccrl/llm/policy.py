@@ -103,8 +103,10 @@ def model_positions(model: nn.Module) -> int | None:
 
 
 def check_positions(positions: int | None, prompt: int, completion: int, which: str) -> None:
-    """:raises ValueError: a prompt and a completion of so many tokens are more than ``positions``; the last token of a
-    completion is never read."""
+    """Refuse a model with too few positions; the last token of a completion is never read.
+
+    :raises ValueError: a prompt and a completion of so many tokens are more than ``positions``.
+    """
     if positions is not None and prompt + completion - 1 > positions:
         raise ValueError(f"model: expected at least {prompt + completion - 1} positions for {which} ({prompt} tokens) "
                          f"and completions of up to {completion} tokens, got a model with {positions}; lower "

@@ -1,0 +1,51 @@
+"""Sphinx's settings. scripts/docs.py builds the site, from a copy of this folder with the generated pages in it."""
+
+import sys
+from importlib.metadata import version as installed
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+project = "ccrl"
+version = release = installed("ccrl")
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.napoleon",
+]
+exclude_patterns = ["_templates", "conf.py"]
+templates_path = ["_templates"]
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_theme = "furo"
+html_title = f"ccrl {release}"
+html_copy_source = False
+html_show_copyright = False
+myst_heading_anchors = 4
+myst_enable_extensions = ["colon_fence"]
+autosummary_generate = True
+autosummary_ignore_module_all = False
+autodoc_typehints = "signature"
+suppress_warnings = [
+    "ref.python",  # a short name that two classes have, in a docstring: either link is as good
+    "misc.highlighting_failure",
+]
+
+
+def literal_blocks(app, what, name, obj, options, lines):
+    """Indented blocks of docstrings (equations, examples) are literal, as their writers meant them."""
+    if type(obj).__name__ == "builtin_function_or_method":
+        lines.clear()  # a field whose default is torch.tanh is not torch.tanh
+    found, previous = [], ""
+    for number, line in enumerate(lines):
+        indented = line.startswith("    ") and number and not lines[number - 1].strip()
+        if indented and previous and not previous.startswith((" ", "*", "-", ":")) and not previous.endswith("::"):
+            found += ["::", ""]
+        found.append(line)
+        previous = line if line.strip() else previous
+    lines[:] = found
+
+
+def setup(app):
+    app.connect("autodoc-process-docstring", literal_blocks, priority=400)  # before napoleon reads sections

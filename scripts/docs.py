@@ -1,0 +1,256 @@
+"""Build the documentation site: the pages of docs/, and what is generated from the code.
+
+    python scripts/docs.py                    # build/site/html/index.html (extra docs)
+    python scripts/docs.py --unrolled ppo sac # unrolled pages of these agents only
+
+Warnings are errors, and every local link of the finished pages must lead to a page and an anchor that are there.
+"""
+
+from __future__ import annotations
+
+import html.parser
+import os
+import re
+import shutil
+import subprocess
+import sys
+import urllib.parse
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import tyro
+
+from ccrl.packages import ROOT, check_siblings, require
+
+check_siblings("agents", "envs")
+
+import agents
+from scripts.methods import Method, methods
+from scripts.unrolled import page as unrolled_page
+
+__all__ = ["Options", "broken_links", "main", "stage", "verdict"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The site."""
+
+    out: Path = Path("build/site")
+    """Folder of the staged source and of html/."""
+    unrolled: tuple[str, ...] = ("all",)
+    """Agents that get a page of one traced iteration; all: those that train on a small task."""
+    jobs: int = 2
+    """Processes of Sphinx."""
+
+
+def verdict(text: str) -> str:
+    """What a page says after ``Verdict:``, on one line; empty if it says nothing."""
+    found = re.search(r"^(?:\*\*)?Verdict(?:\*\*)?:(?:\*\*)? *(.*?)(?:\n\n|\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    return " ".join(found[1].split()) if found else ""
+
+
+def stage(source: Path, unrolled: Iterable[str]) -> None:
+    """Write everything that Sphinx reads into the folder ``source``."""
+    shutil.rmtree(source, ignore_errors=True)
+    shutil.copytree(ROOT / "docs", source, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("CHANGELOG", "CONTRIBUTING"):
+        text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
+        (source / f"{name.lower()}.md").write_text(text.replace("](docs/", "]("), encoding="utf-8")
+    for path in (source / "figures").glob("*.md"):
+        title = "" if path.read_text("utf-8").startswith("# ") else f"# {path.stem}\n\n"
+        path.write_text(f"---\norphan: true\n---\n\n{title}{path.read_text('utf-8')}", encoding="utf-8")
+    found = methods()
+    pages = {m.page.removeprefix("docs/"): [] for m in found if m.page}  # type: dict[str, list[Method]]
+    for m in found:
+        if m.page:
+            pages[m.page.removeprefix("docs/")].append(m)
+    evidence = {page: verdict((source / page).read_text("utf-8")) for page in pages}
+    written = _unrolled(source / "unrolled", [m.slug for m in found if m.slug in agents.AGENTS], tuple(unrolled))
+    for page, of in pages.items():
+        path = source / page
+        title, rest = path.read_text("utf-8").split("\n", 1)
+        head = "\n".join(_header(m, evidence[page], len(of) > 1, m.slug in written, page) for m in of)
+        path.write_text(f"{title}\n\n{head}\n{rest}", encoding="utf-8")
+    (source / "methods.md").write_text(_methods(found, pages, evidence), encoding="utf-8")
+    (source / "evidence.md").write_text(
+        (source / "evidence.md").read_text("utf-8") + "\n" + _evidence(pages, evidence), encoding="utf-8"
+    )
+    (source / "api.md").write_text(_API, encoding="utf-8")
+    _leftover(source, set(pages))
+    for path in source.rglob("*.md"):
+        text = path.read_text("utf-8")
+        path.write_text(_outside_links(text, path.relative_to(source)), encoding="utf-8")
+
+
+_API = """# API reference
+
+Every public name, with its signature; shapes and units are in the docstrings. `T` is time, `N` parallel
+columns, `B` a minibatch.
+
+```{eval-rst}
+.. autosummary::
+   :toctree: api
+   :recursive:
+
+   ccrl
+   envs
+   agents
+```
+"""
+
+
+def _header(method: Method, says: str, shared: bool, unrolled: bool, page: str) -> str:
+    lines = [f":::{{admonition}} {method.slug if shared else 'At a glance'}", f"* Paper: {method.paper}"]
+    lines += ["* Slots: " + "; ".join(f"{k} = {v}" for k, v in method.slots.items())] if method.slots else []
+    lines += [f"* Command: `{method.command}`"]
+    if not shared:
+        lines += [f"* Status: {method.status}", f"* Verdict: {says or 'none stated on this page'}"]
+    if unrolled:
+        lines += [f"* [Every function of one iteration]({'../' * page.count('/')}unrolled/{method.slug}.md)"]
+    return "\n".join([*lines, ":::", ""])
+
+
+def _methods(found: list[Method], pages: dict[str, list[Method]], evidence: dict[str, str]) -> str:
+    lines = ["# Methods", "", "| method | paper | verdict |", "|---|---|---|"]
+    for m in found:
+        page = (m.page or "").removeprefix("docs/")
+        name = f"[{m.slug}]({page})" if page else m.slug
+        lines.append(f"| {name} | {m.paper} | {_short(evidence.get(page, ''))} |")
+    return "\n".join(lines) + "\n\n" + _toctree(pages) + "\n" + _toctree(["unrolled"])
+
+
+def _evidence(pages: dict[str, list[Method]], evidence: dict[str, str]) -> str:
+    lines = ["| page | methods | verdict |", "|---|---|---|"]
+    for page, of in pages.items():
+        says = evidence[page].replace("|", "\\|") or "none stated"
+        says = re.sub(r"\]\((?!https?:)", f"]({os.path.dirname(page) + '/' if '/' in page else ''}", says)
+        lines.append(f"| [{Path(page).stem}]({page}) | {', '.join(m.slug for m in of)} | {says} |")
+    return "\n".join(lines) + "\n"
+
+
+def _short(says: str) -> str:
+    """The first words of a verdict, without links."""
+    plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", says).replace("|", "\\|").replace("`", "").replace("*", "")
+    return plain if len(plain) < 110 else plain[:100].rsplit(" ", 1)[0] + " ..."
+
+
+def _toctree(pages: Iterable[str], caption: str = "") -> str:
+    option = f":caption: {caption}\n" if caption else ""
+    return f"```{{toctree}}\n:hidden:\n{option}\n" + "\n".join(p.removesuffix(".md") for p in pages) + "\n```\n"
+
+
+def _unrolled(folder: Path, slugs: list[str], wanted: tuple[str, ...]) -> set[str]:
+    folder.mkdir()
+    written = set()
+    for slug in slugs if wanted == ("all",) else wanted:
+        try:
+            text = unrolled_page(slug)
+        except (ValueError, ImportError) as error:  # needs a data set or a simulator of its own
+            print(f"[site] no unrolled page of {slug}: {error}", flush=True)
+            continue
+        (folder / f"{slug}.md").write_text(text, encoding="utf-8")
+        written.add(slug)
+    listed = "\n".join(f"* [{slug}](unrolled/{slug}.md)" for slug in sorted(written))
+    text = ("# Unrolled source\n\nOne iteration of each agent on one page: every function that ran, in the order in "
+            f"which it first ran.\n\n{listed}\n\n")  # fmt: skip
+    (folder.parent / "unrolled.md").write_text(text + _toctree(f"unrolled/{s}" for s in sorted(written)), "utf-8")
+    return written
+
+
+def _leftover(source: Path, known: set[str]) -> None:
+    """Pages that no list names go under "More" of the start page, so that none is lost."""
+    index = (source / "index.md").read_text("utf-8")
+    listed = {
+        line.strip() for block in re.findall(r"```\{toctree\}(.*?)```", index, re.DOTALL) for line in block.split("\n")
+    }
+    pages = {p.relative_to(source).as_posix() for p in source.rglob("*.md")}
+    rest = sorted(
+        p for p in pages - known - {"index.md", "unrolled.md"}
+        if p.removesuffix(".md") not in listed and not p.startswith(("figures/", "unrolled/", "_"))
+    )  # fmt: skip
+    if rest:
+        (source / "index.md").write_text(f"{index}\n{_toctree(rest, 'More')}", encoding="utf-8")
+
+
+def _outside_links(text: str, page: Path) -> str:
+    """Links to files outside docs/ as links to their source or API page, or as plain text."""
+    up = "../" * (len(page.parts) - 1)
+
+    def replace(match: re.Match[str]) -> str:
+        label, target = match[1], match[2]
+        path = (ROOT / "docs" / page.parent / target.split("#")[0]).resolve()
+        if not path.is_relative_to(ROOT) or path.is_relative_to(ROOT / "docs"):
+            return match[0]
+        if not path.exists():
+            raise ValueError(f"docs/{page}: expected a file at {target}, found none")
+        name = path.relative_to(ROOT).as_posix()
+        shown = re.sub(r"`([^`]*)`", r"<code>\1</code>", label)
+        if name.split("/")[0] not in ("ccrl", "agents", "envs") or path.suffix not in ("", ".py"):
+            return label
+        module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        return f'<a href="{up}api/{module}.html">{shown}</a>'
+
+    return re.sub(r"\[([^\]\n]+)\]\(((?:\.\./)[^)\s]+)\)", replace, text)
+
+
+class _Links(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.links: set[str] = set()
+        self.anchors: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for key, value in attrs:
+            if key in ("href", "src") and value:
+                self.links.add(value)
+            elif key == "id" and value:
+                self.anchors.add(value)
+
+
+def broken_links(folder: Path) -> list[str]:
+    """Local links of the HTML pages under ``folder`` that lead nowhere, as ``page: link``."""
+    read: dict[Path, _Links] = {}
+    for path in sorted(folder.rglob("*.html")):
+        read[path] = _Links()
+        read[path].feed(path.read_text(encoding="utf-8"))
+    broken = []
+    for path, parsed in read.items():
+        for link in sorted(parsed.links):
+            parts = urllib.parse.urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / urllib.parse.unquote(parts.path)).resolve() if parts.path else path.resolve()
+            anchors = read[target].anchors if target in read else None
+            missing = parts.fragment and anchors is not None and urllib.parse.unquote(parts.fragment) not in anchors
+            if not target.exists() or missing:
+                broken.append(f"{path.relative_to(folder)}: {link}")
+    return broken
+
+
+def main(options: Options) -> Path:
+    """Build, check, and return the start page.
+
+    :raises SystemExit: a warning of Sphinx, or a broken link.
+    """
+    require("sphinx", "docs")
+    source, out = (options.out / "source").resolve(), (options.out / "html").resolve()
+    stage(source, options.unrolled)
+    shutil.rmtree(out, ignore_errors=True)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-j", str(options.jobs)]
+    if subprocess.run(
+        [*command, "-d", str(options.out / "doctrees"), str(source), str(out)], env=environment
+    ).returncode:
+        sys.exit("error: the site has warnings (above)")
+    if broken := broken_links(out):
+        sys.exit("error: links that lead nowhere:\n" + "\n".join(broken))
+    print(f"[site] {out / 'index.html'}")
+    return out / "index.html"
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))

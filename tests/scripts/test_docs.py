@@ -1,0 +1,28 @@
+from pathlib import Path
+
+import pytest
+
+from scripts.docs import _outside_links, broken_links, verdict
+
+
+def test_a_verdict_is_one_line():
+    assert verdict("# A\n\nVerdict: **partly**. It\nlearns.\n\nMore.\n") == "**partly**. It learns."
+    assert verdict("# A\n") == ""
+
+
+def test_links_out_of_the_folder():
+    text = "[`agents/ppo.py`](../agents/ppo.py), [speed](speed.md), [lab](../scripts/plot.py)"
+    assert _outside_links(text, Path("x.md")) == (
+        '<a href="api/agents.ppo.html"><code>agents/ppo.py</code></a>, [speed](speed.md), lab'
+    )
+    assert 'href="../api/agents.llm.html"' in _outside_links("[a](../../agents/llm)", Path("llm/x.md"))
+    with pytest.raises(ValueError, match=r"docs/x.md: expected a file at ../agents/nothing.py"):
+        _outside_links("[a](../agents/nothing.py)", Path("x.md"))
+
+
+def test_broken_links(tmp_path):
+    (tmp_path / "a.html").write_text(
+        '<a href="b.html#here">1</a><a href="b.html#gone">2</a><a href="c.html">3</a><a href="https://x.org/d">4</a>'
+    )
+    (tmp_path / "b.html").write_text('<p id="here"></p><img src="missing.png">')
+    assert broken_links(tmp_path) == ["a.html: b.html#gone", "a.html: c.html", "b.html: missing.png"]
