@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from agents.offline.bc import BC
     from agents.offline.cdsa import CDSA
     from agents.offline.iql import IQL
+    from agents.offline.pgd import PGD
     from agents.offline.rebrac import ReBRAC
     from agents.offline.td3_bc import TD3BC
     from agents.orpo import ORPO
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "A2C", "AGENTS", "BAC", "BC", "BPG", "BPO", "CDSA", "DBQPG", "DQN", "HARPG", "HDPO", "IQL", "MDPO", "METHODS",
-    "NPGIGT", "ORPO", "PPO", "QRDQN", "SAC", "TD3", "TD3BC", "CrossQ", "DetaN", "Grouped", "OffPolicyMDPO", "ReBRAC",
-    "SubPO", "get_agent", "get_method",
+    "NPGIGT", "ORPO", "PGD", "PPO", "QRDQN", "SAC", "TD3", "TD3BC", "CrossQ", "DetaN", "Grouped", "OffPolicyMDPO",
+    "ReBRAC", "SubPO", "get_agent", "get_method",
 ]  # fmt: skip
 
 AGENTS = {
@@ -60,6 +61,7 @@ AGENTS = {
     "mdpo_off_policy": ("agents.mdpo", "OffPolicyMDPO"),
     "npg_igt": ("agents.npg_igt", "NPGIGT"),
     "orpo": ("agents.orpo", "ORPO"),
+    "pgd": ("agents.offline.pgd", "PGD"),
     "ppo": ("agents.ppo", "PPO"),
     "qr_dqn": ("agents.dqn", "QRDQN"),
     "rebrac": ("agents.offline.rebrac", "ReBRAC"),

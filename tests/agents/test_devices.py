@@ -38,7 +38,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "grouped": {"n_groups": 2, "group_size": 4, "n_steps": 32},
 }
 PENDULUM = gymnasium.spaces.Box(-8, 8, (3,)), gymnasium.spaces.Box(-2, 2, (1,))
-OFFLINE = ("bc", "cdsa", "iql", "rebrac", "td3_bc")
+OFFLINE = ("bc", "cdsa", "iql", "pgd", "rebrac", "td3_bc")
 ENVS = {"bpo": "Pendulum-v1", "hdpo": "ccrl/InventoryOneStoreLost-v0"}
 ENVS |= dict.fromkeys(("sac", "td3", "crossq", "mdpo_off_policy", *OFFLINE), "Pendulum-v1")
 
@@ -81,6 +81,9 @@ def test_control(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
         rows = np.ones((64, 3), np.float32)
         np.savez(tmp_path / "a.npz", obs=rows, action=rows[:, :1], reward=rows[:, 0], terminated=rows[:, 0] * 0)
         settings = {"dataset": str(tmp_path / "a.npz"), "batch_size": 8, "updates": 8, "compile": "off"} | settings
+    if name == "pgd":
+        settings |= {"window": 4, "trajectories": 2, "generated": 3, "sampling_steps": 2, "denoiser_steps": 2,
+                     "denoiser_features": 8, "regenerate_every": 64, "real_rows": 2}  # fmt: skip
     options = {"policy": MLPPolicy(*PENDULUM, hidden=(8,))} if name == "cdsa" else {}
     learns_elsewhere(cls(ENVS.get(name, "CartPole-v1"), cls.Config(**settings), **options), 64)
 
