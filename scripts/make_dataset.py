@@ -1,0 +1,339 @@
+"""Make data sets for offline agents, from our own agents and controllers, on this machine.
+
+python scripts/make_dataset.py maze --maze u_maze --steps 100000 --out data/u_maze.npz
+python scripts/make_dataset.py maze --maze medium --steps 1000000 --out minari:mine/pointmaze-medium-v0
+python scripts/make_dataset.py corridor --out data/corridor.npz
+python scripts/make_dataset.py pendulum --gain 0.3 --noise 0.5 --steps 10000 --out data/pendulum.npz
+python scripts/make_dataset.py agent --env Hopper-v5 --steps 100000 --out data/hopper-random.npz            # random
+python scripts/make_dataset.py agent --checkpoint runs/.../best.pt --steps 100000 --out data/hopper-expert.npz
+python scripts/make_dataset.py replay --checkpoint runs/.../checkpoints/step_100000.pt --out data/hopper-replay.npz
+
+Files are ``.npz`` (``ccrl.offline.load_npz``) or, with ``minari:ID``, data sets that Minari opens (extra ``offline``).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import gymnasium
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from ccrl.packages import check_siblings
+
+check_siblings("agents", "envs")
+
+import agents
+import envs
+from ccrl.batched_env import AutoresetMode, BatchedEnv
+from ccrl.experiment import checkpoint
+from ccrl.offline import Dataset, from_arrays, write_minari
+from ccrl.policies import RandomActor
+from ccrl.settings import Count, Finite, Natural, Nonnegative, Settings
+from envs.maze import HazardCorridor, PointMaze, Waypoints, cautious_action
+
+__all__ = ["Agent", "Corridor", "Maze", "Pendulum", "Replay", "collect", "main", "write"]
+
+Act = Callable[[Tensor], Tensor]
+LQR_GAIN = (1.8125, 9.9361, 1.8642, 1.7557)
+"""Of InvertedPendulum-v5: the discrete regulator on finite differences, Q = diag(1, 1, .1, .1), R = .1."""
+
+
+@dataclass(frozen=True)
+class Common(Settings):
+    """What every command has."""
+
+    out: str = "data/dataset.npz"
+    """The data set is written to this .npz file, or as minari:ID under Minari's root."""
+    seed: Natural = 0
+    """Environments and noise have this seed; evaluation uses others."""
+
+
+@dataclass(frozen=True)
+class Maze(Common):
+    """A controller that walks to random targets in one endless run (D4RL's recipe): a time-out at each new target,
+    rewards for the fixed goal."""
+
+    maze: Literal["u_maze", "medium", "large"] = "u_maze"
+    """The maze has this map."""
+    dense: bool = False
+    """The reward is exp(-distance); else 1 within 0.5 of the goal."""
+    steps: Count = 100_000
+    """So many transitions are written (rounded down to a multiple of num_envs)."""
+    num_envs: Count = 50
+    """So many points walk side by side."""
+    noise: Nonnegative = 0.5
+    """The controller's actions get normal noise of this standard deviation."""
+    reference: Count = 100
+    """The scores of reference, of random actions and of the controller, are means of this many episodes."""
+
+    def make(self) -> Dataset:
+        env = PointMaze(self.num_envs, maze=self.maze, dense=self.dense)
+        generator = torch.Generator().manual_seed(self.seed)
+        limit, walk = env.max_episode_steps, Waypoints(env)
+        assert limit is not None
+        state = env.initial(generator, self.num_envs)
+        target, age = self._targets(env, generator), torch.zeros(self.num_envs, dtype=torch.int64)
+        rows: list[tuple[Tensor, ...]] = []
+        for _ in range(max(1, self.steps // self.num_envs)):
+            noise = self.noise * torch.randn((self.num_envs, 2), generator=generator)
+            action = (walk(state, target) + noise).clamp(-1.0, 1.0)
+            following, reward, _ = env.transition(state, action, None)
+            age = age + 1
+            new = (torch.linalg.vector_norm(following[:, :2] - target, dim=-1) <= 0.5) | (age >= limit)
+            rows.append((state, action, reward, following, torch.zeros_like(new), new))
+            target = torch.where(new.unsqueeze(-1), self._targets(env, generator), target)
+            age, state = age * ~new, following
+        return _joined(rows, self.out, self._scores())
+
+    def _targets(self, env: PointMaze, generator: torch.Generator) -> Tensor:
+        cell = torch.randint(len(env.free), (self.num_envs,), generator=generator)
+        return env.free[cell].float()
+
+    def _scores(self) -> tuple[float, float]:
+        env = PointMaze(self.reference, maze=self.maze, dense=self.dense)
+        walk = Waypoints(env)
+        goal = env.goal.expand(self.reference, 2)
+        return mean_return(env, uniform(env, self.seed), self.seed), mean_return(
+            env, lambda o: walk(o, goal), self.seed
+        )
+
+
+@dataclass(frozen=True)
+class Corridor(Common):
+    """Half speed through the middle of the hazard corridor, with noise."""
+
+    episodes: Count = 300
+    """So many episodes of 100 steps are written."""
+    noise: Nonnegative = 0.3
+    """Actions get normal noise of this standard deviation."""
+
+    def make(self) -> Dataset:
+        env, generator = HazardCorridor(self.episodes), torch.Generator().manual_seed(self.seed)
+
+        def act(obs: Tensor) -> Tensor:
+            noise = self.noise * torch.randn((len(obs), 2), generator=generator)
+            return (cautious_action(obs) + noise).clamp(-1.0, 1.0)
+
+        return collect(env, act, 100 * self.episodes, self.seed, self.out)
+
+
+@dataclass(frozen=True)
+class Pendulum(Common):
+    """InvertedPendulum-v5 by its linear regulator, scaled down and with noise: tiers without training."""
+
+    gain: Finite = 0.3
+    """The regulator's gain is multiplied by this number; 1 balances."""
+    noise: Nonnegative = 0.5
+    """Actions get normal noise of this standard deviation."""
+    steps: Count = 10_000
+    """At least so many transitions are written, in whole episodes."""
+    num_envs: Count = 10
+    """So many pendulums swing side by side."""
+
+    def make(self) -> Dataset:
+        env, generator = envs.make("InvertedPendulum-v5", self.num_envs), torch.Generator().manual_seed(self.seed)
+        gain = self.gain * torch.tensor(LQR_GAIN)
+
+        def act(obs: Tensor) -> Tensor:
+            noise = self.noise * torch.randn((len(obs), 1), generator=generator)
+            return (obs @ gain).unsqueeze(-1).add(noise).clamp(-3.0, 3.0)
+
+        return collect(env, act, self.steps, self.seed, self.out)
+
+
+@dataclass(frozen=True)
+class Agent(Common):
+    """Episodes of a trained agent, or of random actions."""
+
+    checkpoint: Path | None = None
+    """The agent of this checkpoint acts; unset, uniform random actions do."""
+    env: str | None = None
+    """The environment is this id; unset, that of the checkpoint."""
+    steps: Count = 100_000
+    """At least so many transitions are written, in whole episodes."""
+    num_envs: Count = 10
+    """So many environments run side by side."""
+    deterministic: bool = False
+    """The agent's mode acts; else its actions are drawn, as in D4RL."""
+
+    def make(self) -> Dataset:
+        if self.checkpoint is None:
+            if self.env is None:
+                raise ValueError("expected env or checkpoint, got neither")
+            env = envs.make(self.env, self.num_envs)
+            return collect(env, uniform(env, self.seed), self.steps, self.seed, self.out)
+        agent = _load(self.checkpoint)
+        env = envs.make(self.env or agent.env_id, self.num_envs, **agent.env_kwargs)
+        torch.manual_seed(self.seed)
+        return collect(env, lambda o: agent.act(o, self.deterministic), self.steps, self.seed, self.out)
+
+
+@dataclass(frozen=True)
+class Replay(Common):
+    """The whole replay memory of an off-policy agent's checkpoint, oldest rows first: the tier medium-replay."""
+
+    checkpoint: Path = Path("checkpoint.pt")
+    """The memory is in this checkpoint."""
+
+    def make(self) -> Dataset:
+        agent = _load(self.checkpoint)
+        ring = getattr(agent.learner, "ring", None)
+        if ring is None:
+            raise ValueError(f"{self.checkpoint}: expected an agent with a replay memory, got {agent.name}")
+        count, start = len(ring), int(ring._position) if len(ring) == ring.capacity else 0
+        order = (start + torch.arange(count)) % ring.capacity
+        found = {k: ring._columns[k][order] for k in ("obs", "next_obs", "reward", "terminated", "truncated")}
+        with torch.no_grad():
+            action = agent.policy.to_env(ring._columns["action"][order])
+        columns = {k: v.cpu().numpy() for k, v in (found | {"action": action}).items()}
+        # rows of several environments take turns: where the next row is another episode's, one ends in the file
+        goes_on = (columns["next_obs"][:-1] == columns["obs"][1:]).all(-1)
+        ended = columns["terminated"] | columns["truncated"]
+        episode = np.cumsum(np.r_[False, ended[:-1] | ~goes_on])
+        return from_arrays(columns | {"episode": episode}, self.out)
+
+
+Command = Maze | Corridor | Pendulum | Agent | Replay
+
+
+def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Dataset:
+    """Whole episodes of at least ``steps`` transitions, episode after episode.
+
+    What was executed is stored: actions are clipped to the space.
+    """
+    if env.autoreset_mode != AutoresetMode.SAME_STEP:
+        raise ValueError(f"{name}: expected an environment that resets in the same step, got {env.autoreset_mode}")
+    space: Any = env.single_action_space
+    obs, kept = env.reset(seed=seed), 0
+    now: list[list[tuple[Any, ...]]] = [[] for _ in range(env.num_envs)]
+    done: list[list[tuple[Any, ...]]] = []
+    with torch.no_grad():
+        while kept < steps:
+            action = act(obs)  # type: ignore[arg-type]
+            if isinstance(space, gymnasium.spaces.Box):
+                action = action.clamp(*(torch.as_tensor(x).to(action) for x in (space.low, space.high)))
+            result = env.step(action)
+            parts = (
+                obs,
+                action,
+                result.reward,
+                result.final_obs,
+                result.terminated,
+                result.truncated & ~result.terminated,
+            )
+            columns = [np.array(x.cpu().numpy()) for x in parts]  # type: ignore[union-attr]
+            for i in range(env.num_envs):
+                now[i].append(tuple(c[i] for c in columns))
+                if columns[4][i] or columns[5][i]:
+                    done.append(now[i])
+                    kept += len(now[i])
+                    now[i] = []
+            obs = result.obs
+    names = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
+    flat = {k: np.stack([row[j] for e in done for row in e]) for j, k in enumerate(names)}
+    return from_arrays(flat | {"episode": np.repeat(np.arange(len(done)), [len(e) for e in done])}, name)
+
+
+def uniform(env: BatchedEnv, seed: int) -> Act:
+    """Uniform random actions."""
+    generator = torch.Generator().manual_seed(seed + 1)
+
+    class Plain:
+        distribution = None
+
+        def to_env(self, action: Tensor) -> Tensor:
+            return action
+
+    actor = RandomActor(env.single_action_space, Plain())
+    return lambda obs: actor.act(obs, actor.draw_noise(len(obs), generator, env.device))["action"]
+
+
+def mean_return(env: PointMaze, act: Act, seed: int) -> float:
+    """The mean return of one episode per copy; episodes end by the time limit alone."""
+    obs, total = env.reset(seed=seed + 1_000), torch.zeros(env.num_envs)
+    for _ in range(env.max_episode_steps or 0):
+        result = env.step(act(obs))  # type: ignore[arg-type]
+        obs, total = result.obs, total + result.reward
+    return float(total.mean())
+
+
+def write(data: Dataset, out: str, env_id: str | None) -> str:
+    """Write ``data`` to an ``.npz`` file or as ``minari:ID`` (which needs the environment's id)."""
+    if not out.startswith("minari:"):
+        path = Path(out).with_suffix(".npz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez_compressed(path, **data.columns())
+        return str(path)
+    if env_id is None:
+        raise ValueError(f"out: expected a file, got {out}; Minari stores an environment, of which there is no id here")
+    ends = np.r_[data.starts[1:], len(data)]
+    episodes = []
+    for start, end in zip(data.starts, ends):
+        rows = slice(start, end)
+        truncated = data.truncated[rows].copy()
+        truncated[-1] |= not data.terminated[end - 1]  # the end of the recording
+        episodes.append({
+            "obs": np.concatenate([data.obs[rows], data.next_obs[end - 1 : end]]), "action": data.action[rows],
+            "reward": data.reward[rows], "terminated": data.terminated[rows], "truncated": truncated,
+        })  # fmt: skip
+    write_minari(
+        out.removeprefix("minari:"), episodes, gymnasium.make(env_id), scores=data.scores,
+        algorithm_name="scripts/make_dataset.py", description=f"{len(data)} transitions made by ccrl",
+    )  # fmt: skip
+    return out
+
+
+def main(config: Command) -> Dataset:
+    """Make and write; print what was made."""
+    data = config.make()
+    where = write(data, config.out, _environment(config))
+    returns = data.returns()
+    print(
+        f"[ccrl] {where}: {len(data):,} transitions, {len(returns)} episodes, mean return {returns.mean():.1f}, "
+        f"{int(data.terminated.sum())} terminals, {int(data.truncated.sum())} time-outs, scores {data.scores}"
+    )
+    return data
+
+
+def _joined(rows: list[tuple[Tensor, ...]], name: str, scores: tuple[float, float]) -> Dataset:
+    """Copies one after another, each in its own time."""
+    names = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
+    columns = {k: torch.stack(part, 1).flatten(0, 1).numpy() for k, part in zip(names, zip(*rows))}
+    steps, copies = len(rows), len(rows[0][0])
+    ended = columns["truncated"].reshape(copies, steps).copy()
+    ended[:, -1] = True
+    return from_arrays(columns | {"episode": np.cumsum(np.r_[False, ended.reshape(-1)[:-1]])}, name, scores)
+
+
+def _load(path: Path) -> Any:
+    return agents.get_agent(checkpoint.load(path)["agent"]).load(path)
+
+
+def _environment(config: Command) -> str | None:
+    if isinstance(config, Maze):
+        return "ccrl/PointMaze" + {"u_maze": "U", "medium": "Medium", "large": "Large"}[config.maze] + "-v0"
+    if isinstance(config, Corridor):
+        return "ccrl/HazardCorridor-v0"
+    if isinstance(config, Pendulum):
+        return "InvertedPendulum-v5"
+    if isinstance(config, Agent) and config.env is not None:
+        return config.env
+    found: str | None = None if config.checkpoint is None else checkpoint.load(config.checkpoint)["env"]
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Command, description=__doc__))  # type: ignore[arg-type]
+    except (ValueError, OSError, ImportError, checkpoint.CheckpointError) as failure:
+        sys.exit(f"error: {failure}")

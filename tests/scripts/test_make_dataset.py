@@ -1,0 +1,94 @@
+"""Data sets from controllers and agents: exact rows, files that load, sets that Minari opens, training on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from agents.sac import SAC
+from ccrl.offline import load_dataset
+from scripts import make_dataset as script
+from scripts import train
+
+
+def test_the_maze_recipe(tmp_path: Path) -> None:
+    """One endless walk per point: the successor of a time-out is the next row, and rewards are for the fixed goal."""
+    out = str(tmp_path / "u.npz")
+    made = script.main(script.Maze(out=out, steps=4000, num_envs=10, reference=10))
+    data = load_dataset(out)
+    assert len(data) == len(made) == 4000
+    np.testing.assert_array_equal(data.obs, made.obs)
+    assert not data.terminated.any()
+    walks = data.obs.reshape(10, 400, 4), data.next_obs.reshape(10, 400, 4)
+    np.testing.assert_array_equal(walks[0][:, 1:], walks[1][:, :-1])
+    near = np.linalg.norm(data.next_obs[:, :2] - [1.0, 1.0], axis=-1) <= 0.5
+    assert data.reward.tolist() == near.astype(float).tolist()
+    assert 0.02 < data.reward.mean() < 0.3
+    assert data.truncated.sum() > 20
+    assert made.scores is not None
+    low, high = made.scores
+    assert low < 80 < 180 < high
+    again = script.main(script.Maze(out=out, steps=4000, num_envs=10, reference=10))
+    np.testing.assert_array_equal(again.action, made.action)
+
+
+def test_corridor_and_pendulum(tmp_path: Path) -> None:
+    corridor = script.main(script.Corridor(out=str(tmp_path / "c.npz"), episodes=20))
+    assert len(corridor) == 2000
+    assert 4.0 < corridor.returns().mean() < 5.5
+    bad = script.main(script.Pendulum(out=str(tmp_path / "p.npz"), gain=0.3, steps=2000))
+    assert 20 < bad.returns().mean() < 60
+    good = script.main(script.Pendulum(out=str(tmp_path / "g.npz"), gain=1.0, noise=0.0, steps=1000, num_envs=2))
+    assert good.returns().tolist() == [1000.0] * 2
+    assert good.truncated.sum() == 2
+
+
+def test_minari_opens_what_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    made = script.main(script.Maze(out="minari:mine/u-v0", steps=1000, num_envs=5, reference=5))
+    source = minari.load_dataset("mine/u-v0", download=False)
+    assert source.total_steps == 1000
+    data = load_dataset("minari:mine/u-v0")
+    np.testing.assert_array_equal(data.next_obs, made.next_obs)
+    assert data.scores == pytest.approx(made.scores)
+    env = source.recover_environment()
+    assert env.observation_space.shape == (4,)
+
+
+def test_agents_and_replay_memories(tmp_path: Path) -> None:
+    random = script.main(script.Agent(out=str(tmp_path / "r.npz"), env="Pendulum-v1", steps=300, num_envs=2))
+    assert len(random) == 400
+    assert random.truncated.sum() == 2
+    assert random.returns().max() < -500
+    agent = SAC(
+        "Pendulum-v1", num_envs=2, hidden=(8,), learning_starts=50, buffer_size=300, batch_size=8, compile="off"
+    )
+    agent.learn(400)
+    agent.save(tmp_path / "a.pt")
+    own = script.main(script.Agent(out=str(tmp_path / "o.npz"), checkpoint=tmp_path / "a.pt", steps=200, num_envs=1))
+    assert len(own) == 200
+    assert np.abs(own.action).max() <= 2.0
+    replay = script.main(script.Replay(out=str(tmp_path / "m.npz"), checkpoint=tmp_path / "a.pt"))
+    assert len(replay) == 300
+    assert np.abs(replay.action).max() <= 2.0
+    same = replay.episode[1:] == replay.episode[:-1]
+    np.testing.assert_array_equal(replay.next_obs[:-1][same], replay.obs[1:][same])
+    with pytest.raises(ValueError, match="expected env or checkpoint"):
+        script.main(script.Agent(out=str(tmp_path / "x.npz")))
+
+
+def test_a_run_on_a_data_set_is_trained_evaluated_and_resumed(tmp_path: Path) -> None:
+    out = str(tmp_path / "u.npz")
+    script.main(script.Maze(out=out, steps=500, num_envs=5, reference=2))
+    run = train.main([
+        "td3_bc", "--env", "ccrl/PointMazeU-v0", "--dataset", out, "--total-timesteps", "40", "--updates", "20",
+        "--batch-size", "8", "--hidden", "8", "--compile", "off", "--eval-every", "20", "--eval-episodes", "2",
+        "--checkpoint-every", "20", "--run-root", str(tmp_path / "runs"), "--no-progress", "--no-tensorboard",
+    ])  # fmt: skip
+    assert run.info["finished"]["step"] == 40
+    text = (run.path / "config.yaml").read_text().replace("total_timesteps: 40", "total_timesteps: 60")
+    (run.path / "config.yaml").write_text(text)
+    assert train.main(["--resume", str(run.path)]).info["finished"]["step"] == 60
