@@ -24,8 +24,9 @@ class Execution(NamedTuple):
 
 
 class OrderExecution(TorchEnv):
-    """Sell one unit of an asset within ``horizon`` steps. The action in [0, 1] is the share of what is left that is
-    sold now, at a cost ``impact * sold^2``; what remains ``x`` is carried over the step and earns the price's move:
+    """Sell one unit of an asset within ``horizon`` steps. With k steps left the action a in [0, 1] sells the share
+    ``a^(log2 k)`` of what is left, from nothing to everything; 1/2 sells equal parts, ``1 / k``. A sale costs
+    ``impact * sold^2``; what remains ``x`` is carried over the step and earns the price's move:
 
         R_{t+1} = x_{t+1} Z_{t+1} - impact * sold_t^2
 
@@ -64,7 +65,8 @@ class OrderExecution(TorchEnv):
     def transition(self, state: Any, action: Tensor, noise: Any) -> tuple[Tensor, Tensor, Tensor]:
         t, left = state.unbind(1)
         last = t + 1.0 >= self.horizon
-        sold = torch.where(last, left, left * action[:, 0].clamp(0.0, 1.0))
+        power = torch.log2((self.horizon - t).clamp_min(1.0))
+        sold = torch.where(last, left, left * action[:, 0].clamp(0.0, 1.0) ** power)
         after = left - sold
         move = torch.where(noise < self.crash, -self.fall, self.rise)
         return torch.stack((t + 1.0, after), 1), after * move - self.impact * sold**2, last

@@ -206,8 +206,8 @@ def play_tail(cell: dict[str, Any]) -> Rows:
         return StockEnv(env, 1.0, start, objective=objective) if risky else env
 
     agent = PPO(
-        made(16, uniform, CVaR(1.0)), num_envs=16, n_steps=64, gamma=1.0, batch_size=256, n_epochs=10, seed=seed,
-        learning_rate=1e-3, squash=True, log_std_init=-1.0, anneal_lr=True, compile="off",
+        made(256, uniform, CVaR(1.0)), num_envs=256, n_steps=20, gamma=1.0, gae_lambda=1.0, batch_size=1280, n_epochs=4,
+        seed=seed, learning_rate=3e-4, squash=True, log_std_init=-1.0, compile="off",
     )  # fmt: skip
     agent.learn(int(cell["steps"]))
 

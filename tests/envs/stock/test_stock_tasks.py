@@ -115,6 +115,16 @@ def test_execution_by_hand():
     assert torch.allclose(second.reward, torch.full((2000,), -0.125))
 
 
+def test_half_an_action_sells_equal_parts():
+    env = OrderExecution(1, horizon=5)
+    env.reset(seed=0)
+    left = [float(env.step(torch.full((1, 1), 0.5)).obs[0, 1]) for _ in range(4)]
+    assert left == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    env.reset(seed=0)
+    assert float(env.step(torch.zeros(1, 1)).obs[0, 1]) == 1.0
+    assert float(env.step(torch.ones(1, 1)).obs[0, 1]) == 0.0
+
+
 def test_mean_optimum_of_two_steps_in_closed_form():
     """mean of Z = m: max over x of x m - impact ((1 - x)^2 + x^2): x = 1/2 + m / (4 impact) = .54 for m = .08."""
     env = OrderExecution(horizon=2, impact=0.5)
