@@ -15,7 +15,7 @@ A group of one has advantage 0: it is compared with nothing. The reference's KL 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,9 +26,9 @@ from ccrl.data import Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.outcomes import OverlongPenalty, SequenceAdvantage, informative
-from ccrl.estimators.recipe import Aggregation, ClipHigh, ClipLow, MethodConfig, Parts, Recipe
+from ccrl.estimators.recipe import Aggregation, ClipHigh, ClipLow, MethodConfig, Recipe
 from ccrl.estimators.rollouts import concatenate
-from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
+from ccrl.estimators.stages import GroupBaseline, with_episode_reward
 from ccrl.estimators.terms import Loss, Term
 from ccrl.settings import Count, Positive, Unit
 
@@ -96,25 +96,20 @@ class DAPOConfig(MethodConfig):
 class DAPORecipe(Recipe):
     """Dynamic sampling and the length penalty before GRPO's advantages."""
 
-    def __init__(self, config: Any, parts: Parts) -> None:
-        super().__init__(config, parts)
-        # a zero gradient would still move Adam's moments
-        self._phases = tuple(replace(phase, skip=self._idle) for phase in self._phases)
-
     def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
         """Rollouts of the usual size, until the groups whose outcomes differ fill one of them."""
         if not have:
             return [self.parts.request]
         if len(have) >= self.config.max_tries:
             return []
-        found = sum(_count(data["group"][informative(data)]) for data in map(_scored, have.values()))
+        found = sum(_count(data["group"][informative(data)]) for data in map(with_episode_reward, have.values()))
         if found >= _count(have["on"]["group"]):
             return []
         return [replace(self.parts.request, tag=f"on{len(have)}")]
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
         """Of all rollouts as many informative groups as the first one has groups; without any, no update."""
-        joined = _scored(concatenate(list(have.values())) if len(have) > 1 else have["on"])
+        joined = with_episode_reward(concatenate(list(have.values())) if len(have) > 1 else have["on"])
         if self.config.max_tries > 1:
             kept = informative(joined)
             wanted = torch.unique(joined["group"][kept])[: _count(have["on"]["group"])]
@@ -123,7 +118,7 @@ class DAPORecipe(Recipe):
                 joined = joined.take(columns)
         return super().prepare({"sampled": have["on"], "on": joined}, ctx)
 
-    def _idle(self, data: Data, ctx: Context) -> bool:
+    def idle(self, data: Data, ctx: Context) -> bool:
         # without an informative group the length penalty would be all there is to learn from
         return not bool((informative(data) if self.config.max_tries > 1 else data["advantage"]).any())
 
@@ -133,10 +128,6 @@ class DAPORecipe(Recipe):
             return super().stages()  # a control episode may be long for a good reason
         penalty = OverlongPenalty(limit, max(1, round(c.overlong_share * limit)), c.overlong_floor)
         return penalty, GroupBaseline("shaped_episode_reward", scale="std", single="zero")
-
-
-def _scored(data: Data) -> Data:
-    return data if "episode_reward" in data else EpisodeReturn()(data)
 
 
 def _count(group: Tensor) -> int:

@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +33,8 @@ from ccrl.estimators import ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.outcomes import SequenceAdvantage
-from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
-from ccrl.estimators.rollouts import evaluate_columns
-from ccrl.estimators.stages import EpisodeReturn
+from ccrl.estimators.recipe import MethodConfig, Recipe
+from ccrl.estimators.stages import with_episode_reward
 from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.settings import Above, Count
 from ccrl.updaters import Stats
@@ -171,11 +170,6 @@ class D3SRecipe(Recipe):
 
     fields = (Field("entropy"),)
 
-    def __init__(self, config: Any, parts: Parts) -> None:
-        super().__init__(config, parts)
-        # a zero gradient would still move Adam's moments
-        self._phases = tuple(replace(phase, skip=_nothing_to_learn) for phase in self._phases)
-
     def stages(self) -> tuple[Stage, ...]:
         return (*super().stages(), SequenceAdvantage())
 
@@ -187,14 +181,11 @@ class D3SRecipe(Recipe):
         """``sampled``: all rollouts with their advantages; ``on``: what is left, ``response`` ``[T, N]`` its ``valid``
         before tokens were dropped. The reference evaluates no more than that."""
         c, progress = self.config, float(ctx.progress)
-        data = have["on"] if "episode_reward" in have["on"] else EpisodeReturn()(have["on"])
+        data = with_episode_reward(have["on"])
         for stage in self._prepared:
             data = stage(data)
         kept = keep_rollouts(data["sequence_advantage"], data["group"], c.rollouts(progress), c.batch_share)
-        left = data.take(kept)
-        if "entropy" not in left:  # the policy is still the one that sampled
-            found = evaluate_columns(self.parts.policy, left, frozenset({"entropy"}), c.microbatch or None)
-            left = left.derive(entropy=found["entropy"])
+        left = self.with_entropy(data.take(kept))
         valid, entropy = left["valid"], left["entropy"]
         if bool(((entropy < -1e-3) & (valid > 0)).any()):
             raise ValueError(
@@ -204,6 +195,9 @@ class D3SRecipe(Recipe):
         tokens = keep_tokens(left["advantage"], entropy, valid, c.tokens(progress), c.token_pool)
         left = _replaced(left.derive(response=valid), {"valid": tokens})
         return have | {"sampled": data, "on": self.start(left, ctx)}
+
+    def idle(self, data: Data, ctx: Context) -> bool:
+        return not bool(data["advantage"].any())
 
     def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         """What was kept, and of how many prompts: the selection across prompts prefers lone successes and failures."""
@@ -219,12 +213,8 @@ class D3SRecipe(Recipe):
             "useful_kept": (after != 0).float().mean(),
             "advantage_variance_sampled": before.var(correction=0),
             "advantage_variance_kept": after.var(correction=0),
-            "skipped": torch.tensor(float(_nothing_to_learn(left, ctx))),
+            "skipped": torch.tensor(float(self.idle(left, ctx))),
         }
-
-
-def _nothing_to_learn(data: Data, ctx: Context) -> bool:
-    return not bool(data["advantage"].any())
 
 
 D3S = LLMMethod(

@@ -27,7 +27,6 @@ from agents.llm.agent import LLMMethod
 from ccrl.data import Data, Field
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.recipe import Aggregation, MethodConfig, Recipe
-from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.settings import Nonnegative, Range
 
 __all__ = ["EMPG", "EMPGConfig", "EMPGRecipe", "ModulateSteps", "Steps", "find_steps", "modulate"]
@@ -145,12 +144,7 @@ class EMPGRecipe(Recipe):
     fields = (Field("entropy"),)
 
     def start(self, data: Data, ctx: Context) -> Data:
-        """Samplers of tokens store ``entropy``; where none did, the policy is still the one that sampled."""
-        data = super().start(data, ctx)
-        if "entropy" in data:
-            return data
-        found = evaluate_columns(self.parts.policy, data, frozenset({"entropy"}), self.config.microbatch or None)
-        return data.derive(entropy=found["entropy"])
+        return self.with_entropy(super().start(data, ctx))
 
     def stages(self) -> tuple[Stage, ...]:
         return (*super().stages(), ModulateSteps(self.config))

@@ -23,16 +23,13 @@ from agents.llm.agent import LLMMethod
 from ccrl.data import Data
 from ccrl.estimators.balance import balanced_target
 from ccrl.estimators.base import Stage
-from ccrl.estimators.losses import bounded_target, ratio_stats
+from ccrl.estimators.losses import bounded_target, cut_ratio, ratio_stats
 from ccrl.estimators.recipe import MethodConfig, Recipe
 from ccrl.estimators.stages import GroupBaseline, GroupThreshold
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
 from ccrl.settings import Above, Positive
 
 __all__ = ["GBPO", "BoundedGroupTarget", "GBPOConfig", "GBPORecipe", "bounded_regression"]
-
-LARGEST = 20.0
-"""Log-ratios are cut there: the exponential of a larger one overflows, and such a token has no information left."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,7 @@ class BoundedGroupTarget:
 
 def bounded_regression(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``|(rho - rho*) A|`` with the column ``ratio_target``."""
-    return ((_ratio(level) - batch["ratio_target"]) * advantage).abs()
-
-
-def _ratio(level: LogRatio) -> Tensor:
-    return level.log_ratio.clamp(-LARGEST, LARGEST).exp()
+    return ((cut_ratio(level) - batch["ratio_target"]) * advantage).abs()
 
 
 class GBPORecipe(Recipe):
@@ -105,7 +98,7 @@ class GBPORecipe(Recipe):
     def _stats(self, level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
         c = self.config
         found: dict[str, Tensor] = ratio_stats(c.clip_low, c.clip_high)(level, advantage, evaluation, batch)  # type: ignore[assignment]
-        informative = torch.where(advantage != 0, (_ratio(level) - batch["ratio_target"]).abs(), 0.0)
+        informative = torch.where(advantage != 0, (cut_ratio(level) - batch["ratio_target"]).abs(), 0.0)
         return found | {"target_gap": informative}
 
 

@@ -5,7 +5,8 @@
 
 Pairs are made online, one per prompt: the best and the worst of a group's samples (``pairs="samples"``), or the task's
 demonstration and the worst sample (``pairs="demonstrations"``). Prompts whose completions score alike make none, and an
-iteration without pairs changes nothing. Pairs of samples may be control episodes of one start (``agents/grouped.py``).
+iteration without pairs changes nothing. A pair is a group of two columns told apart by the column ``preferred`` ``[N]``
+(+1, -1); a group without a pair has 0. Pairs of samples may be control episodes of one start (``agents/grouped.py``).
 """
 
 from __future__ import annotations
@@ -14,21 +15,91 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from agents.llm.agent import LLMMethod
 from ccrl.collect import Request
-from ccrl.data import Data
+from ccrl.data import Data, masked
 from ccrl.estimators import losses, ratios
 from ccrl.estimators.base import Context, Stage
-from ccrl.estimators.preferences import best_and_worst, dpo, ipo, pair, per_pair
-from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
+from ccrl.estimators.recipe import MethodConfig, Recipe
 from ccrl.estimators.rollouts import concatenate
-from ccrl.estimators.stages import EpisodeReturn
-from ccrl.estimators.terms import Loss, Term
+from ccrl.estimators.stages import with_episode_reward
+from ccrl.estimators.terms import LogRatio, Loss, Outputs, Ratio, Term
 from ccrl.settings import Count, Positive
 
-__all__ = ["DPO", "IPO", "SFT"]
+__all__ = ["DPO", "IPO", "SFT", "best_and_worst", "dpo", "ipo", "pair", "per_pair"]
+
+
+# -- pairs ----------------------------------------------------------------------------------------------------------
+
+
+def pair(mean: bool = False) -> Ratio:
+    """A pair's log-ratio ``(logp_w - ref_w) - (logp_l - ref_l)`` on the column of the preferred sequence, ``[1, B]``,
+    not valid elsewhere; log-probabilities are summed over tokens, or averaged with ``mean`` (TRL's IPO)."""
+
+    def ratio(evaluation: Outputs, batch: Data) -> LogRatio:
+        valid, group = batch["valid"], batch["group"]
+        # a padded column repeats a member of a pair: without valid rows it is in none
+        sign = batch["preferred"].to(valid.dtype) * (valid > 0).any(0)
+        count = valid.sum(0).clamp_min(1.0) if mean else torch.ones_like(sign)
+        partners = (group.unsqueeze(0) == group.unsqueeze(1)).to(valid.dtype)
+
+        def signed(log_prob: Tensor) -> Tensor:
+            total = masked(log_prob, valid).sum(0)
+            return ((sign * total / count) @ partners).unsqueeze(0)
+
+        whole = (sign > 0) & ((sign < 0).to(valid.dtype) @ partners > 0)
+        return LogRatio(
+            signed(evaluation["log_prob"]), signed(batch["ref_log_prob"]), whole.to(valid.dtype).unsqueeze(0)
+        )
+
+    return ratio
+
+
+def dpo(beta: float) -> Loss:
+    """``-log sigmoid(beta D)`` of a pair's log-ratio ``D`` (Rafailov et al. 2023, eq. 7)."""
+
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+        return -F.logsigmoid(beta * level.log_ratio)
+
+    return loss
+
+
+def ipo(tau: float) -> Loss:
+    """``(D - 1 / (2 tau))^2`` (Azar et al. 2023, eq. 17): a margin to reach, not one to grow for ever."""
+
+    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+        return (level.log_ratio - 0.5 / tau).square()
+
+    return loss
+
+
+def per_pair(valid: Tensor, batch: Data) -> Tensor:
+    """Mean over the pairs of the batch."""
+    return valid / batch["n_groups"]
+
+
+def best_and_worst(reward: Tensor, group: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns ``[P]`` int64 of the highest and of the lowest reward ``[N]`` of every group ``[N]`` where they differ.
+    Among equals the first counts: samples of one prompt are exchangeable."""
+    order = reward.argsort(stable=True)
+    descending = reward.argsort(stable=True, descending=True)
+    worst = _first_of_groups(order, group)
+    best = _first_of_groups(descending, group)
+    differ = reward[best] > reward[worst]
+    return best[differ], worst[differ]
+
+
+def _first_of_groups(order: Tensor, group: Tensor) -> Tensor:
+    """Of the columns in ``order`` the first of every group, groups ascending."""
+    by_group = order[group[order].argsort(stable=True)]
+    _, counts = torch.unique(group, return_counts=True)
+    return by_group[counts.cumsum(0) - counts]
+
+
+# -- the methods ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -61,9 +132,8 @@ class PreferenceRecipe(Recipe):
     mean: bool = False
     """Whether log-probabilities are averaged over tokens."""
 
-    def __init__(self, config: Any, parts: Parts) -> None:
-        super().__init__(config, parts)
-        self._phases = tuple(replace(phase, skip=_no_pair) for phase in self._phases)
+    def idle(self, data: Data, ctx: Context) -> bool:
+        return not bool(data["preferred"].any())
 
     @property
     def wants_reference(self) -> bool:
@@ -79,7 +149,7 @@ class PreferenceRecipe(Recipe):
         return [Request(tag="demonstrations", counts=ones, source="on", demonstrations=True)]
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
-        on = have["on"] if "episode_reward" in have["on"] else EpisodeReturn()(have["on"])
+        on = with_episode_reward(have["on"])
         rollouts = [on, *(data for tag, data in have.items() if tag != "on")]
         return super().prepare({"sampled": on, "on": self.pairs(rollouts)}, ctx)
 
@@ -109,10 +179,6 @@ class PreferenceRecipe(Recipe):
     def terms(self) -> tuple[Term, ...]:
         term = Term("preference_loss", self.loss(), per_pair, pair(self.mean), advantage=None, stats=_margin)
         return (term, *self.penalties())
-
-
-def _no_pair(data: Data, ctx: Context) -> bool:
-    return not bool(data["preferred"].any())
 
 
 def _margin(level: Any, advantage: Tensor, evaluation: Any, batch: Data) -> dict[str, Tensor]:

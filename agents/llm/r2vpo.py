@@ -25,6 +25,7 @@ from agents.llm.agent import LLMMethod
 from ccrl.data import Data
 from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.base import Context
+from ccrl.estimators.losses import cut_ratio
 from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
 from ccrl.estimators.rollouts import concatenate, evaluate_columns
 from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
@@ -32,9 +33,6 @@ from ccrl.settings import Natural, Nonnegative, Positive
 from ccrl.updaters import Stats
 
 __all__ = ["R2VPO", "R2VPOConfig", "R2VPORecipe", "RolloutRing", "dual_step", "lagrangian", "ratio_variance"]
-
-LARGEST = 20.0
-"""Log-ratios are cut there: the square of a larger ratio overflows."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +73,17 @@ def dual_step(dual: Tensor, variance: Tensor, budget: float, rate: float, larges
 
 def ratio_variance(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
     """``(r - 1)^2``, about 1 and not about the batch's mean ratio: that would hide a drift of all ratios."""
-    return (_ratio(level) - 1.0).square()
+    return (cut_ratio(level) - 1.0).square()
 
 
 def lagrangian(dual: Callable[[], Tensor], budget: float) -> Loss:
     """``-r A + lambda ((r - 1)^2 - budget)`` with the current lambda (0-d), which no gradient reaches."""
 
     def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        r = _ratio(level)
+        r = cut_ratio(level)
         return -r * advantage + dual() * ((r - 1.0).square() - budget)
 
     return loss
-
-
-def _ratio(level: LogRatio) -> Tensor:
-    return level.log_ratio.clamp(-LARGEST, LARGEST).exp()
 
 
 class RolloutRing(nn.Module):

@@ -30,7 +30,7 @@ from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups, per_step
 from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
-from ccrl.estimators.stages import EpisodeReturn
+from ccrl.estimators.stages import with_episode_reward
 from ccrl.estimators.terms import Term
 from ccrl.settings import Count, Nonnegative, Unit
 from ccrl.updaters import Stats
@@ -185,8 +185,7 @@ class RiskPORecipe(Recipe):
 
     def start(self, data: Data, ctx: Context) -> Data:
         """The generator decides the bundles; then ``episode_reward`` and ``ref_log_prob`` as everywhere."""
-        data = data if "episode_reward" in data else EpisodeReturn()(data)
-        return super().start(bundled(data, self.config.bundle, ctx.generator), ctx)
+        return super().start(bundled(with_episode_reward(data), self.config.bundle, ctx.generator), ctx)
 
     def stages(self) -> tuple[Stage, ...]:
         return (self.advantage,)

@@ -17,8 +17,8 @@ from ccrl.estimators.terms import LogRatio, Loss, Number, Outputs, Term
 from ccrl.policies.distributions import Distribution
 
 __all__ = [
-    "bounded_ratio", "bounded_target", "capped_weight", "check_trainable", "cispo", "clip", "closed_form_kl", "k1",
-    "k2", "k3", "k3_plus", "median_loss", "modulated_ratio", "neg_entropy", "neg_log_prob", "ratio_stats",
+    "bounded_ratio", "bounded_target", "capped_weight", "check_trainable", "cispo", "clip",
+    "closed_form_kl", "cut_ratio", "k1", "k2", "k3", "k3_plus", "median_loss", "modulated_ratio", "neg_entropy", "neg_log_prob", "ratio_stats",
     "sigmoid_gate", "value_loss", "weighted_ratio",
 ]  # fmt: skip
 
@@ -34,6 +34,12 @@ def weighted_ratio(level: LogRatio, advantage: Tensor, evaluation: Outputs, batc
 def modulated_ratio(column: str) -> Loss:
     """``-M * A * ratio`` with a float mask column ``M`` (Lv et al. 2025, the unified estimator's surrogate)."""
     return lambda level, advantage, evaluation, batch: -batch[column] * advantage * level.ratio
+
+
+def cut_ratio(level: LogRatio) -> Tensor:
+    """The ratio with its logarithm cut at +-20: beyond, exponentials and their squares overflow float32, and such a
+    token has no information left."""
+    return level.log_ratio.clamp(-20.0, 20.0).exp()
 
 
 def neg_log_prob(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:

@@ -20,7 +20,7 @@ from ccrl.data import Batching, Data, Unit, masked
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Estimator, Phase, Stage
 from ccrl.estimators.rollouts import evaluate_columns
-from ccrl.estimators.stages import EpisodeReturn, GroupBaseline
+from ccrl.estimators.stages import GroupBaseline, with_episode_reward
 from ccrl.estimators.terms import Aggregate, Loss, Ratio, Term
 from ccrl.estimators.updates import Updater
 from ccrl.settings import ConfigError, Count, Finite, Natural, Nonnegative, Range, Settings
@@ -121,7 +121,8 @@ class Recipe(Estimator):
         self._prepared = self.stages()
         size: int | Literal["full"] = config.batch_size or "full"
         batching = Batching(self.unit, size, config.n_epochs, config.microbatch or None)
-        self._phases = (Phase("policy", self.terms(), batching, parts.updater),)
+        skip = None if type(self).idle is Recipe.idle else self.idle
+        self._phases = (Phase("policy", self.terms(), batching, parts.updater, skip=skip),)
 
     @property
     def parts(self) -> Parts:
@@ -140,6 +141,11 @@ class Recipe(Estimator):
     def terms(self) -> tuple[Term, ...]:
         """The surrogate."""
         return (self.policy_term(self.loss()), *self.penalties())
+
+    def idle(self, data: Data, ctx: Context) -> bool:
+        """Override: whether prepared data have nothing to learn from. The update is then left out: a zero gradient
+        would still move Adam's moments."""
+        return False
 
     # -- what recipes compose -----------------------------------------------------------------------------------------
 
@@ -191,14 +197,21 @@ class Recipe(Estimator):
 
     def start(self, data: Data, ctx: Context) -> Data:
         """``episode_reward`` where the rollout has none (control tasks), ``ref_log_prob`` where the recipe wants it."""
-        if "episode_reward" not in data:
-            data = EpisodeReturn()(data)
+        data = with_episode_reward(data)
         if self.wants_reference:
             reference = ctx.bank.policy("ref") if self.parts.reference is None else self.parts.reference(ctx)
             columns = self.config.microbatch or None
             found = evaluate_columns(reference, data, frozenset({"log_prob"}), columns)["log_prob"]
             data = data.derive(ref_log_prob=masked(found, data["valid"]))
         return data
+
+    def with_entropy(self, data: Data) -> Data:
+        """``entropy`` ``[T, N]`` of the policy that sampled: samplers of tokens store it (``fields``); where none did,
+        the policy still is the one."""
+        if "entropy" in data:
+            return data
+        found = evaluate_columns(self.parts.policy, data, frozenset({"entropy"}), self.config.microbatch or None)
+        return data.derive(entropy=found["entropy"])
 
     def phases(self) -> tuple[Phase, ...]:
         return self._phases

@@ -18,7 +18,16 @@ from ccrl.estimators.groups import Groups
 from ccrl.policies.normaliser import RunningNorm
 from ccrl.returns import discounted_sum, forward_scan, gae
 
-__all__ = ["EpisodeReturn", "Gae", "GroupBaseline", "GroupThreshold", "RewardNorm", "Standardise", "Values"]
+__all__ = [
+    "EpisodeReturn",
+    "Gae",
+    "GroupBaseline",
+    "GroupThreshold",
+    "RewardNorm",
+    "Standardise",
+    "Values",
+    "with_episode_reward",
+]
 
 ValueFn = Callable[[Tree], Tensor]
 
@@ -116,6 +125,11 @@ class EpisodeReturn:
     def __call__(self, data: Data) -> Data:
         reward = masked(data[self.reward], data["valid"])
         return data.derive_sequence(episode_reward=discounted_sum(reward, self.gamma, data["carry"])[0])
+
+
+def with_episode_reward(data: Data) -> Data:
+    """With ``episode_reward`` ``[N]``: as it is where a verifier gave one, else the episodes' returns."""
+    return data if "episode_reward" in data else EpisodeReturn()(data)
 
 
 @dataclass(frozen=True)

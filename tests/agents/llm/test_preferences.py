@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from agents.llm.agent import LLM, LLMMethod
-from agents.llm.preferences import DPO, IPO, SFT
+from agents.llm.preferences import DPO, IPO, SFT, best_and_worst, dpo, ipo, pair, per_pair
 from ccrl.data import Batching, Data
-from ccrl.estimators.preferences import best_and_worst, dpo, ipo, pair, per_pair
 from ccrl.estimators.terms import Loss, Term, surrogate
 from ccrl.testing.recipe_contract import RaggedTask
 
