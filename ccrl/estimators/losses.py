@@ -17,9 +17,9 @@ from ccrl.estimators.terms import LogRatio, Loss, Number, Outputs, Term
 from ccrl.policies.distributions import Distribution
 
 __all__ = [
-    "bounded_ratio", "bounded_target", "capped_weight", "check_trainable", "cispo", "clip",
-    "closed_form_kl", "cut_ratio", "k1", "k2", "k3", "k3_plus", "median_loss", "modulated_ratio", "neg_entropy", "neg_log_prob", "ratio_stats",
-    "sigmoid_gate", "value_loss", "weighted_ratio",
+    "bounded_ratio", "bounded_target", "capped_weight", "check_trainable", "cispo", "clip", "closed_form_kl",
+    "cut_ratio", "k1", "k2", "k3", "k3_plus", "median_loss", "modulated_ratio", "neg_entropy", "neg_log_prob",
+    "ratio_stats", "sigmoid_gate", "value_loss", "weighted_ratio",
 ]  # fmt: skip
 
 
