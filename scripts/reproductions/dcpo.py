@@ -40,7 +40,7 @@ def entropy_slope(temperature: float) -> float:
 def _run(method: LLMMethod, seed: int, **options: float) -> tuple[float, float]:
     """Entropy (nats per token) and reward, means over the last 20 updates, both exact."""
     found = []
-    config = method.Settings(**modsum_shape(learning_rate=0.05, n_epochs=4, **options))
+    config = method.Settings(**modsum_shape(learning_rate=0.05, n_epochs=4, weight_decay=0.0, **options))
     train(method, make_task("modsum"), config, UPDATES, seed, partial_sums, lambda a: found.append(exact(a.policy)))
     return mean(x.entropy for x in found[-20:]), mean(x.reward for x in found[-20:])
 
