@@ -1,0 +1,64 @@
+"""Where ``scripts/tune.py`` looks for settings: one entry per setting, kept by every agent that has the setting.
+
+A file of an agent may say more: a ``search`` of its ``Config``, a ``ClassVar`` mapping of the same form, is laid over
+these entries (None takes one out).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["SPACE", "space_of"]
+
+SPACE: dict[str, dict[str, Any]] = {
+    "learning_rate": {"around": 30},
+    "gamma": {"choice": [0.9, 0.95, 0.98, 0.99, 0.995, 0.999]},
+    "gae_lambda": {"choice": [0.8, 0.9, 0.95, 0.98, 1.0]},
+    "n_steps": {"choice": [32, 64, 128, 256, 512]},
+    "batch_size": {"choice": [32, 64, 128, 256, 512]},
+    "n_epochs": {"choice": [1, 4, 10, 20]},
+    "clip_range": {"choice": [0.1, 0.2, 0.3]},
+    "ent_coef": {"choice": [0.0, 1e-4, 1e-3, 1e-2]},
+    "max_grad_norm": {"choice": [0.3, 0.5, 1.0, 5.0]},
+    "normalise_obs": {"choice": [False, True]},
+    "normalise_reward": {"choice": [False, True]},
+    "tau": {"choice": [0.001, 0.005, 0.02]},
+    "group_size": {"choice": [4, 8, 16]},
+    "clip_high": {"choice": [0.1, 0.2, 0.28, 0.4]},
+}
+"""Setting -> one of ``around`` (log-uniform from default / a to default * a), ``log`` and ``uniform`` ([low, high]),
+``choice`` (a list)."""
+
+
+def space_of(config: type[Any], only: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+    """The entries for the settings that ``config`` has and has switched on, with ``around`` made ``log``.
+
+    A setting that is None by default is off and stays so: a number would change what the method is. So does an entropy
+    coefficient that is a word.
+
+    :param only: names, if not all of them are searched.
+    :raises ValueError: a name in ``only`` that is not there to be searched, or nothing to search.
+    """
+    space: dict[str, dict[str, Any] | None] = {**SPACE, **getattr(config, "search", {})}
+    default = config()
+    known = {f.name: getattr(default, f.name) for f in dataclasses.fields(config)}
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in space.items():
+        value = known.get(name)
+        if entry is None or value is None or isinstance(value, str):
+            continue
+        found[name] = _ranged(entry, value)
+    if missing := set(only) - found.keys():
+        raise ValueError(f"only: expected some of {', '.join(found)}, got {', '.join(sorted(missing))}")
+    found = {name: entry for name, entry in found.items() if not only or name in only}
+    if not found:
+        raise ValueError(f"{config.__name__} has no setting in agents.search.SPACE; give it a `search` of its own")
+    return found
+
+
+def _ranged(entry: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    if "around" in entry:
+        return {"log": [default / entry["around"], default * entry["around"]]}
+    return dict(entry)

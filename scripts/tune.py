@@ -1,0 +1,263 @@
+"""Tune an agent's settings with Optuna (extra tune); the same command again goes on with the trials that are left.
+
+python scripts/tune.py ppo --env CartPole-v1 --total-timesteps 50000 --trials 40 --jobs 2 --out results/tune
+python scripts/tune.py grpo --env arithmetic --total-timesteps 2000 --trials 20 --out results/tune_grpo
+python scripts/train.py ppo --config results/tune/best.yaml
+
+A trial trains on ``--seeds`` and is worth the mean of their last evaluations: raw returns, never normalised ones. The
+first seed's evaluations decide whether a trial is broken off. Several processes may run the same command at once: the
+database ``OUT/study.db`` is shared. In the end OUT has ``best.yaml``, ``trials.csv``, ``budget.csv`` (the expected
+score of the best of k trials) and ``importance.png``.
+
+The value of the best trial is too high by the luck it was chosen for: report it on seeds that tuning has not seen, with
+the number of trials and steps that ``best.yaml`` names.
+"""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+if __package__ in (None, ""):
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import tyro
+import yaml
+
+from ccrl.packages import check_siblings, require
+
+check_siblings("agents", "envs")
+
+import agents
+import envs
+from agents.search import space_of
+from ccrl.experiment import config as configs
+from ccrl.experiment.evaluation import evaluate_agent
+from ccrl.settings import Count, Natural, Settings
+from ccrl.stats import score_at_budget
+
+__all__ = ["Options", "main", "suggest", "train_once"]
+
+
+@dataclass(frozen=True)
+class Options(Settings):
+    """A search."""
+
+    agent: Annotated[str, tyro.conf.Positional]
+    """Agent or method, as train.py takes it."""
+    env: str
+    """Environment id, or text task."""
+    out: Path
+    """Folder of the study."""
+    total_timesteps: Count = 50_000
+    """Every training takes this many steps (completions)."""
+    trials: Count = 40
+    """The study ends with this many trials, those that were broken off or failed included; with several
+    processes the trials under way when it is reached come on top."""
+    jobs: Count = 1
+    """This many processes run trials at a time."""
+    seeds: tuple[Natural, ...] = (1000,)
+    """Every trial trains on these; keep them apart from the seeds that results are reported on."""
+    evaluations: Count = 5
+    """Evaluations per training; pruning looks at each."""
+    eval_episodes: Count = 10
+    """Episodes (test questions) per evaluation, deterministic."""
+    sampler: Literal["tpe", "random", "cmaes"] = "tpe"
+    """How settings are proposed; budget.csv is exact for random alone."""
+    pruner: Literal["median", "none"] = "median"
+    """Trials below the median of the others at an evaluation are broken off, or none is."""
+    only: tuple[str, ...] = ()
+    """Settings to search; none named: all of agents/search.py that the agent has."""
+    config: Path | None = None
+    """YAML of fixed settings, as train.py takes it; a trial's are laid over it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.seeds:
+            raise ValueError("seeds: expected at least one, got none")
+
+
+def suggest(trial: Any, space: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """A trial's settings."""
+    found: dict[str, Any] = {}
+    for name, entry in space.items():
+        ((kind, values),) = entry.items()
+        if kind == "choice":
+            found[name] = trial.suggest_categorical(name, values)
+        elif kind in ("log", "uniform"):
+            found[name] = trial.suggest_float(name, *values, log=kind == "log")
+        else:
+            raise ValueError(f"{name}: expected around, log, uniform or choice, got {kind}")
+    return found
+
+
+def train_once(options: Options, settings: dict[str, Any], seed: int, report: Any = None) -> float:
+    """Train, evaluate ``options.evaluations`` times, and return the last raw return; ``report(return, number)`` is
+    called with each."""
+    cls = agents.get_agent(options.agent)
+    overlay = configs.load_yaml(options.config) if options.config else {}
+    config = configs.from_dict(cls.Config, {**(overlay.get("agent") or {}), **settings})
+    env_kwargs = overlay.get("env_kwargs") or {}
+    agent = cls(options.env, config, seed=seed, env_kwargs=env_kwargs)
+    if agent.samples_per_iteration > options.total_timesteps:
+        agent.close()  # it would train on more than the others, and win
+        raise ValueError(f"expected at most {options.total_timesteps} samples per iteration, the whole training, got "
+                         f"{agent.samples_per_iteration}; lower n_steps or num_envs")  # fmt: skip
+    # another seed's environments; language models draw their test questions themselves
+    text = getattr(cls, "text", False)
+    eval_env = None if text else envs.make(options.env, options.eval_episodes, **env_kwargs)
+    value, done = float("nan"), 0
+
+    def watch(trained: Any) -> None:
+        nonlocal value, done
+        due = trained.num_timesteps * options.evaluations // options.total_timesteps
+        if due > done:
+            done = due
+            found = evaluate_agent(trained, eval_env, options.eval_episodes, seed=10_000 + seed)
+            value = float(found.returns.mean())
+            if report is not None:
+                report(value, done)
+
+    try:
+        agent.learn(until=options.total_timesteps, callback=watch)
+    finally:
+        agent.close()
+        if eval_env is not None:
+            eval_env.close()
+    return value
+
+
+def _study(options: Options, worker: int = 0) -> Any:
+    optuna = require("optuna", "tune")
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    # a killed process leaves a trial that runs for ever; its heart stops, and the next process calls it failed
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{options.out.resolve() / 'study.db'}", heartbeat_interval=30, grace_period=120,
+        engine_kwargs={"connect_args": {"timeout": 60}},
+    )  # fmt: skip
+    study = optuna.create_study(
+        study_name=f"{options.agent}__{options.env}__{options.total_timesteps}", direction="maximize", storage=storage,
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5) if options.pruner == "median"
+        else optuna.pruners.NopPruner(),
+    )  # fmt: skip
+    samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler,
+                "cmaes": optuna.samplers.CmaEsSampler}  # fmt: skip
+    # not the seed alone: a study that goes on would propose its first trials again
+    study.sampler = samplers[options.sampler](seed=options.seeds[0] + 10_000 * worker + len(study.trials))
+    return study
+
+
+def _finished(study: Any) -> list[Any]:
+    return [t for t in study.trials if t.state.is_finished()]
+
+
+def _work(options: Options, worker: int) -> None:
+    """Run trials until the study has enough."""
+    optuna = require("optuna", "tune")
+    torch.set_num_threads(1)
+    study, space = _study(options, worker), space_of(agents.get_agent(options.agent).Config, options.only)
+
+    def objective(trial: Any) -> float:
+        settings, values = suggest(trial, space), []
+        for number, seed in enumerate(options.seeds):
+
+            def report(value: float, step: int, first: bool = number == 0) -> None:
+                if first:
+                    trial.report(value, step)
+                    if trial.should_prune():
+                        raise optuna.TrialPruned
+
+            values.append(train_once(options, settings, seed, report))
+        return sum(values) / len(values)
+
+    def stop(study: Any, trial: Any) -> None:
+        print(f"[tune] trial {trial.number}: {trial.state.name.lower()} {trial.value or ''} {trial.params}", flush=True)
+        if len(_finished(study)) >= options.trials:
+            study.stop()
+
+    if len(_finished(study)) < options.trials:
+        # settings that do not fit together, or that diverge, are failed trials and not the end of the study
+        study.optimize(objective, callbacks=[stop], catch=(ValueError, FloatingPointError))
+
+
+def _write(options: Options) -> Path:
+    """The study's files; the path of best.yaml."""
+    optuna = require("optuna", "tune")
+    study = _study(options)
+    state, trials = optuna.trial.TrialState, _finished(study)
+    whole = [t for t in trials if t.state == state.COMPLETE]
+    if not whole:
+        raise ValueError(f"{options.out}: expected a trial that ended, got {len(trials)} that failed or were broken "
+                         "off; look at the messages above, or narrow the space with --only")  # fmt: skip
+    names = sorted({name for t in trials for name in t.params})
+    with (options.out / "trials.csv").open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["trial", "state", "value", *names])
+        for t in trials:
+            writer.writerow([t.number, t.state.name, t.value, *(t.params.get(name) for name in names)])
+    curve = score_at_budget([t.value for t in whole])
+    with (options.out / "budget.csv").open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows([["trials", "expected best"], *enumerate(curve, start=1)])
+    overlay = configs.load_yaml(options.config) if options.config else {}
+    best = {**overlay, "env": options.env, "total_timesteps": options.total_timesteps}
+    best["agent"] = {**(overlay.get("agent") or {}), **study.best_params}
+    head = (
+        f"# {options.agent} on {options.env}: trial {study.best_trial.number}, return {study.best_value:.6g} on seeds "
+        f"{' '.join(map(str, options.seeds))} (chosen on these: report it on others).\n# Budget: {len(trials)} trials "
+        f"({len(whole)} whole) of {options.total_timesteps:,} x {len(options.seeds)}, sampler {options.sampler}.\n"
+        f"#   python scripts/train.py {options.agent} --config {options.out / 'best.yaml'}\n"
+    )
+    (options.out / "best.yaml").write_text(head + yaml.safe_dump(best, sort_keys=False), encoding="utf-8")
+    _plot_importance(study, options, len(whole))
+    return options.out / "best.yaml"
+
+
+def _plot_importance(study: Any, options: Options, whole: int) -> None:
+    """Which settings decide whether a trial is among the better ones (PED-ANOVA, Watanabe et al. 2023)."""
+    from matplotlib.figure import Figure
+
+    optuna = require("optuna", "tune")
+    if whole < 4 or len({t.value for t in study.trials if t.value is not None}) < 2:
+        return
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    found = optuna.importance.get_param_importances(study, evaluator=evaluator)
+    figure = Figure(figsize=(5.6, 0.6 + 0.32 * len(found)), layout="constrained")
+    axis = figure.subplots()
+    axis.barh(list(found)[::-1], list(found.values())[::-1], color="#0072B2")
+    axis.set_title(f"{options.agent} on {options.env}: importance of settings, {whole} trials", fontsize=9)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(options.out / "importance.png", dpi=150)
+
+
+def main(options: Options) -> Path:
+    """Run the trials that are left, write the files, and return the path of ``best.yaml``.
+
+    :raises ValueError: no trial ended, or nothing to search.
+    """
+    space_of(agents.get_agent(options.agent).Config, options.only)
+    options.out.mkdir(parents=True, exist_ok=True)
+    _study(options)  # the database is there before workers open it
+    if options.jobs == 1:
+        _work(options, 0)
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+            for future in [pool.submit(_work, options, worker) for worker in range(options.jobs)]:
+                future.result()
+    path = _write(options)
+    print(path.read_text(encoding="utf-8"))
+    return path
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Options, description=__doc__))
+    except (ValueError, ImportError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,77 @@
+import csv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from agents import get_agent
+from agents.search import space_of
+from ccrl.experiment import config as configs
+from scripts import train
+from scripts.tune import Options, _study, main, train_once
+
+pytest.importorskip("optuna")
+
+TINY = {"total_timesteps": 512, "evaluations": 2, "eval_episodes": 2, "sampler": "random"}
+
+
+def fixed(path: Path, **settings: object) -> Path:
+    path.write_text(yaml.safe_dump({"agent": settings}))
+    return path
+
+
+def test_a_study_resumes_and_its_best_settings_train(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = fixed(tmp_path / "small.yaml", num_envs=4, compile="off", hidden=[8])
+    options = {**TINY, "config": small, "only": ("learning_rate", "n_epochs")}
+    main(Options("ppo", "CartPole-v1", Path("study"), trials=2, **options))
+    first = [t.params for t in _study(Options("ppo", "CartPole-v1", Path("study"), **options)).trials]
+    best = main(Options("ppo", "CartPole-v1", Path("study"), trials=5, **options))
+    rows = list(csv.DictReader(Path("study/trials.csv").read_text().splitlines()))
+    assert len(rows) == 5
+    assert len({row["learning_rate"] for row in rows}) == 5  # a study that goes on proposes others
+    assert [float(row["learning_rate"]) for row in rows[:2]] == [p["learning_rate"] for p in first]
+    values = {float(row["learning_rate"]): float(row["value"]) for row in rows if row["state"] == "COMPLETE"}
+    found = yaml.safe_load(best.read_text())
+    assert values[found["agent"]["learning_rate"]] == max(values.values())
+    config = configs.parse(train.run_config("ppo"), [], best)
+    assert (config.total_timesteps, config.agent.num_envs, config.agent.hidden) == (512, 4, (8,))
+    last = list(csv.DictReader(Path("study/budget.csv").read_text().splitlines()))[-1]
+    assert float(last["expected best"]) == max(values.values())
+
+
+def test_a_language_model_is_tuned(tmp_path):
+    small = fixed(tmp_path / "small.yaml", model="tabular", n_prompts=2)
+    options = Options("grpo", "arms", tmp_path, total_timesteps=32, evaluations=1, eval_episodes=1, trials=1,
+                      config=small, only=("learning_rate",))  # fmt: skip
+    assert "learning_rate" in yaml.safe_load(main(options).read_text())["agent"]
+
+
+def test_a_trial_must_not_train_longer_than_the_others(tmp_path):
+    options = Options(
+        "a2c", "CartPole-v1", tmp_path, total_timesteps=100, config=fixed(tmp_path / "c.yaml", num_envs=64)
+    )
+    with pytest.raises(ValueError, match=r"at most 100 samples per iteration.* got 320"):
+        train_once(options, {}, 0)
+
+
+def test_spaces_of_every_agent():
+    for name in ("ppo", "bpg", "sac", "mdpo", "grpo"):
+        space = space_of(get_agent(name).Config)
+        low, high = space["learning_rate"]["log"]
+        assert low < get_agent(name).Config().learning_rate < high
+    assert "clip_range" not in space_of(get_agent("a2c").Config)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: space_of(get_agent("ppo").Config, ("learning_rat",)), "only: expected some of .*got learning_rat"),
+        (lambda: Options("ppo", "CartPole-v1", Path("x"), trials=0), "trials"),
+        (lambda: Options("ppo", "CartPole-v1", Path("x"), seeds=()), "at least one"),
+        (lambda: Options("ppo", "CartPole-v1", Path("x"), sampler="grid"), "sampler"),
+    ],
+)
+def test_bad_settings(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
