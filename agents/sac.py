@@ -19,13 +19,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from agents.off_policy import ActorCriticReplayConfig, OffPolicyAgent, discount, mean_term, rows
+from agents.on_policy import check_unused
 from ccrl.data import Batching, Data
 from ccrl.estimators import q_losses
 from ccrl.estimators.base import Context, Phase
-from ccrl.estimators.terms import LogRatio, Outputs
 from ccrl.learn import Cycle, Learner, Polyak
 from ccrl.policies import ActorQ
 from ccrl.settings import Count, Finite, Positive, Unit
@@ -51,6 +49,11 @@ class SACConfig(ActorCriticReplayConfig):
     actor_every: Count = 1
     """The actor and the temperature are updated at every so many gradient steps of the critics."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alpha_learning_rate is None:
+            check_unused(self, "the temperature is fixed", "target_entropy")
+
 
 class SACCycle(Cycle):
     """Critic, actor, temperature."""
@@ -65,7 +68,7 @@ class SACCycle(Cycle):
         whole, every = Batching(size=config.batch_size), config.actor_every
         target = -float(policy.n_out) if config.target_entropy is None else config.target_entropy
         critic = mean_term("critic_loss", q_losses.squared_td, "q")
-        actor = mean_term("actor_loss", q_losses.soft_actor(), "new_q", "new_log_prob", stats=_log_prob)
+        actor = mean_term("actor_loss", q_losses.soft_actor(), "new_q", "new_log_prob", stats=q_losses.mean_log_prob)
         alpha = mean_term("alpha_loss", q_losses.temperature(target), "log_alpha")
         phases = [Phase("critic", (critic,), whole, updaters["critic"])]
         phases += [Phase("actor", (actor,), whole, updaters["actor"], every=every)]
@@ -88,10 +91,6 @@ class SACCycle(Cycle):
 
     def phases(self) -> tuple[Phase, ...]:
         return self._phases
-
-
-def _log_prob(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Outputs:
-    return {"mean_log_prob": evaluation["new_log_prob"]}
 
 
 class SAC(OffPolicyAgent):

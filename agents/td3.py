@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from agents.off_policy import ActorCriticReplayConfig, OffPolicyAgent, discount, mean_term, rows
+from agents.on_policy import check_unused
 from ccrl.data import Batching, Data
 from ccrl.estimators import q_losses
 from ccrl.estimators.base import Context, Phase
@@ -48,6 +49,11 @@ class TD3Config(ActorCriticReplayConfig):
     """The target actor's noise is clipped to plus or minus this number, in the same units."""
     actor_every: Count = 2
     """The actor is updated, and the targets move, at every so many gradient steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_noise == 0:
+            check_unused(self, "the target actor has no noise", "target_noise_clip")
 
 
 class TD3Cycle(Cycle):

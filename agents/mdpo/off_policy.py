@@ -104,7 +104,7 @@ class OffPolicyMDPOCycle(Cycle):
         )
         loss = q_losses.mirror_descent_actor(SQUASHED, c.coefficient, c.entropy, c.tsallis, c.critic)
         want = ("new_q1" if c.critic == "q1" else "new_q", "new_log_prob", "new_action")
-        actor = [mean_term("actor_loss", loss, *want, stats=_log_prob)]
+        actor = [mean_term("actor_loss", loss, *want, stats=q_losses.mean_log_prob)]
         if c.regulariser:
             actor += [mean_term("spread", spread, "new_mean", "new_log_std", coef=c.regulariser)]
         critic = mean_term("critic_loss", q_losses.squared_td, "q")
@@ -140,10 +140,6 @@ class OffPolicyMDPOCycle(Cycle):
 
     def phases(self) -> tuple[Phase, ...]:
         return self._phases
-
-
-def _log_prob(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Outputs:
-    return {"mean_log_prob": evaluation["new_log_prob"]}
 
 
 class OffPolicyMDPO(OffPolicyAgent):

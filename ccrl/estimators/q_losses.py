@@ -17,8 +17,10 @@ from ccrl.estimators.terms import LogRatio, Loss, Outputs
 from ccrl.policies.distributions import Reparameterised
 
 __all__ = [
+    "deterministic_actor",
     "huber",
     "log_q",
+    "mean_log_prob",
     "mirror_descent_actor",
     "quantile_huber",
     "quantile_loss",
@@ -43,6 +45,11 @@ def soft_actor(reduce: Literal["min", "mean"] = "min") -> Loss:
         return batch["alpha"] * evaluation["new_log_prob"] - value
 
     return loss
+
+
+def mean_log_prob(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Outputs:
+    """``log pi`` at the policy's own sample, as a term's statistic: what ``temperature`` reads."""
+    return {"mean_log_prob": evaluation["new_log_prob"]}
 
 
 def temperature(target_entropy: float) -> Loss:

@@ -168,5 +168,7 @@ def test_wrong_action_spaces_are_refused() -> None:
     for actions in (spaces.Discrete(2), spaces.Box(-np.inf, np.inf, (2,)), flat):
         with pytest.raises(ValueError, match=r"action space: expected .*, got"):
             SAC(SpacesEnv(BOX, actions), num_envs=2)
+    with pytest.raises(ValueError, match="target_entropy: the temperature is fixed"):
+        SAC(SpacesEnv(BOX, BOX), num_envs=2, alpha_learning_rate=None, target_entropy=-3.0)
     with pytest.raises(ValueError, match="tau"):
         SAC(SpacesEnv(BOX, BOX), num_envs=2, tau=0.0)
