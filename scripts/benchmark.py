@@ -34,9 +34,12 @@ from ccrl.packages import check_siblings, require
 check_siblings("agents", "envs")
 
 import envs
+from ccrl import registry
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
 from ccrl.experiment.csv_table import read_columns
+from ccrl.experiment.logger import digits
+from ccrl.settings import Count, Natural, Settings
 from scripts import benchmark_sb3 as sb3
 from scripts import train
 from scripts.benchmark_study import Spec, Study
@@ -45,27 +48,29 @@ __all__ = ["Options", "main"]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Settings):
     """A study from a file, or from flags."""
 
     out: Path
-    """Folder of the run folders."""
+    """The run folders are made in this folder."""
     study: Path | None = None
-    """YAML file with a study; then no agents, envs, seeds and total_timesteps here."""
+    """The study is in this YAML file; then no agents, envs, seeds and total_timesteps here."""
     agents: tuple[str, ...] = ()
-    """Names of ours (train.py lists them), sb3:ppo, sb3:sac, sb3-contrib:trpo, ..."""
+    """These agents train: names of ours (train.py lists them), module:Class, sb3:ppo, sb3:sac, sb3-contrib:trpo,
+    ..."""
     envs: tuple[str, ...] = ()
-    """Environment ids."""
-    seeds: tuple[int, ...] = ()
-    """Seeds."""
-    total_timesteps: int | None = None
-    """Environment steps of each run."""
-    evals: int = 20
-    """Evaluations per run (a study file names its own)."""
-    jobs: int = 1
-    """Runs at a time, each a process with one torch thread and its share of the cores for the simulator."""
+    """They train on these environments, of language models text tasks."""
+    seeds: tuple[Natural, ...] = ()
+    """The runs have these seeds."""
+    total_timesteps: Count | None = None
+    """Each run takes so many units of its agent's clock (environment steps, completions)."""
+    evals: Natural = 20
+    """Each run is evaluated so many times (a study file names its own)."""
+    jobs: Count = 1
+    """So many runs go at a time, each a process with one torch thread and its share of the cores for the
+    simulator."""
     ray: bool = False
-    """Run on a Ray cluster (or one started here); out must be a folder that its machines share."""
+    """Runs go to a Ray cluster (or one started here); out must be a folder that its machines share."""
 
 
 def load(options: Options) -> Any:
@@ -85,8 +90,6 @@ def load(options: Options) -> Any:
 def main(options: Options) -> int:
     """Run what is left of the study; returns the number of runs that failed."""
     specs = load(options).specs()
-    if options.jobs < 1:
-        raise configs.ConfigError(f"jobs: expected >= 1, got {options.jobs}")
     out = options.out.resolve()
     found = [spec.find(out) for spec in specs]
     left = [spec for spec, run in zip(specs, found) if run is None or "finished" not in run.info]
@@ -160,14 +163,15 @@ def _run(values: dict[str, Any], out: Path, cores: int) -> int:
     resumed = old is not None and not spec.foreign and checkpoint.latest(old.checkpoints) is not None
     try:
         if old is not None and not resumed:
+            old.own().release()  # of a run that is still at it
             # kept, but no longer a run: plots would count it
             old.info_file.rename(old.path / "abandoned.json")
         if resumed:
-            train.train(
-                spec.agent,
-                configs.from_dict(train.run_config(spec.agent, spec.values["agent"]), old.config()),
-                old.path,
-            )
+            # what is built comes from the study; find() has seen that the folder says the same
+            values = old.config() | {name: spec.values[name] for name in ("env", "agent")}
+            config = configs.from_dict(train.run_config(spec.agent, spec.values["agent"]), values)
+            with registry.stored(str(old.path), spec.trust):
+                train.train(spec.agent, config, old.path, spec.trust)
         else:
             _train(spec, root, cores)
     except BaseException as error:
@@ -212,15 +216,16 @@ def _summary(spec: Any, out: Path, code: int) -> str:
         return f"FAILED ({info.get('error', last[0] if last else f'exit status {code}')}); log in {where}"
     done = info["finished"]
     mean = math.nan if done["ep_rew_mean"] is None else done["ep_rew_mean"]
-    scores = [f"training return {mean:.1f}"]
+    scores = [f"training return {digits(mean)}"]
     if (run.path / "eval.csv").exists():
         last = read_columns(run.path / "eval.csv")
-        scores += [f"evaluation {last['eval/mean_reward'][-1]:.1f} ({last['eval_stochastic/mean_reward'][-1]:.1f} "
-                   "stochastic)"]  # fmt: skip
+        kinds = (digits(float(last[f"{kind}/mean_reward"][-1])) for kind in ("eval", "eval_stochastic"))
+        scores.append("evaluation {} ({} stochastic)".format(*kinds))
     return f"{', '.join(scores)}, {done['steps_per_second']:,.0f} steps/s, {done['seconds']:.0f} s"
 
 
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # module:Class of the folder one works in; last, so that it shadows nothing
     if sys.argv[1:2] == ["--run"]:
         sys.exit(_run(json.loads(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])))
     try:

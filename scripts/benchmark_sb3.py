@@ -26,6 +26,7 @@ from ccrl.experiment.callbacks import EvalCallback
 from ccrl.experiment.config import ConfigError
 from ccrl.experiment.logger import Logger
 from ccrl.experiment.run import RunFolder
+from ccrl.settings import Count, Natural, Settings
 
 __all__ = ["SB3Config", "algorithm", "check", "is_sb3", "model_arguments", "run"]
 
@@ -34,24 +35,24 @@ ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
 
 
 @dataclass(frozen=True)
-class SB3Config:
+class SB3Config(Settings):
     """One run of an SB3 algorithm."""
 
     env: str
-    """Environment id, as in train.py: where we have a native environment, SB3 trains on that one."""
-    total_timesteps: int
-    """Environment steps."""
-    seed: int = 0
-    """Seed."""
-    eval_every: int = 0
-    """Environment steps between evaluations; 0: none."""
-    eval_episodes: int = 10
-    """Episodes per evaluation, deterministic and stochastic each."""
+    """The environment has this id, as in train.py: where we have a native environment, SB3 trains on that one."""
+    total_timesteps: Count
+    """Training takes this many environment steps."""
+    seed: Natural = 0
+    """The run has this seed."""
+    eval_every: Natural = 0
+    """The model is evaluated every so many environment steps; 0 never evaluates."""
+    eval_episodes: Count = 10
+    """An evaluation plays this many episodes, deterministic and stochastic each."""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Constructor options of the environment, under Gymnasium's names."""
+    """These constructor options go to the environment, under Gymnasium's names."""
     agent: dict[str, Any] = field(default_factory=dict)
-    """SB3's argument names, or ours where they say the same: num_envs, hidden, activation, adam_eps, orthogonal,
-    log_std_init."""
+    """These are SB3's argument names, or ours where they say the same: num_envs, hidden, activation, adam_eps,
+    orthogonal, log_std_init."""
 
 
 def is_sb3(agent: str) -> bool:

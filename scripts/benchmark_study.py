@@ -21,10 +21,15 @@ from ccrl.packages import check_siblings
 
 check_siblings("agents", "envs")
 
-import envs
+import agents
+import envs  # noqa: F401  (registers its ids)
+from ccrl import registry
+from ccrl.batched_env import resolve_env
 from ccrl.experiment import config as configs
 from ccrl.experiment.config import ConfigError
 from ccrl.experiment.run import RunFolder, find_runs
+from ccrl.llm.task import resolve_task
+from ccrl.settings import Count, Natural, Settings
 from scripts import benchmark_sb3 as sb3
 from scripts import train
 
@@ -32,40 +37,40 @@ __all__ = ["Entry", "Spec", "Study"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class Entry(Settings):
     """Agents times environments times seeds times the values of a sweep."""
 
     agents: tuple[str, ...]
-    """Names of ours, or sb3:NAME and sb3-contrib:NAME."""
+    """These agents train: names of ours, module:Class, sb3:NAME and sb3-contrib:NAME."""
     envs: tuple[str, ...]
-    """Environment ids."""
-    total_timesteps: int
-    """Environment steps of each run."""
-    seeds: tuple[int, ...] | None = None
-    """None: the study's."""
+    """They train on these environments, of language models text tasks."""
+    total_timesteps: Count
+    """Each run takes so many units of its agent's clock (environment steps, completions)."""
+    seeds: tuple[Natural, ...] | None = None
+    """The runs have these seeds; None takes the study's."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Agent to settings, laid over the study's."""
+    """Settings by agent are laid over the study's."""
     sweep: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    """Setting to the values it takes, one run each (all combinations of several)."""
+    """Each setting here takes these values, one run each (all combinations of several)."""
     env_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Constructor options of the environments."""
+    """These constructor options go to the environments."""
 
 
 @dataclass(frozen=True)
-class Study:
+class Study(Settings):
     """All runs of a study and how they are evaluated."""
 
     entries: tuple[Entry, ...]
-    """What to run."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """Seeds of every entry that names none."""
-    evals: int = 20
-    """Evaluations per run, evenly spaced; 0: none."""
-    eval_episodes: int = 10
-    """Episodes per evaluation, deterministic and stochastic each."""
+    """These entries are run."""
+    seeds: tuple[Natural, ...] = (0, 1, 2, 3, 4)
+    """Entries that name no seeds have these."""
+    evals: Natural = 20
+    """Each run is evaluated so many times, evenly spaced; 0 never evaluates."""
+    eval_episodes: Count = 10
+    """An evaluation plays this many episodes, deterministic and stochastic each."""
     settings: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Agent to settings: fields of the agent's config, or for SB3's its argument names or ours (num_envs, hidden, ...).
-    What is not named keeps the agent's default."""
+    """Settings by agent are fields of the agent's config, or for SB3's its argument names or ours (num_envs, hidden,
+    ...). What is not named keeps the agent's default."""
 
     def specs(self) -> list[Spec]:
         """Every run once, all of the first seed before the second: a study that is stopped is balanced.
@@ -83,11 +88,12 @@ class Study:
         return sorted(found, key=lambda spec: spec.order)
 
     def _of(self, entry: Entry) -> Iterator[Spec]:
-        if entry.total_timesteps < 1 or self.evals < 0 or self.eval_episodes < 1:
-            got = f"{entry.total_timesteps}, {self.evals} and {self.eval_episodes}"
-            raise ConfigError(f"expected total_timesteps >= 1, evals >= 0 and eval_episodes >= 1, got {got}")
-        for env in entry.envs:
-            envs.make(env, 1, **entry.env_kwargs).close()
+        kinds = {agent: sb3.is_sb3(agent) or not train.is_text(agents.get_agent(agent)) for agent in entry.agents}
+        for env, plays in itertools.product(entry.envs, sorted(set(kinds.values()))):
+            if plays:
+                resolve_env(env, 1, **entry.env_kwargs).close()
+            else:
+                resolve_task(env, **entry.env_kwargs)
         seeds = self.seeds if entry.seeds is None else entry.seeds
         combinations = list(itertools.product(*entry.sweep.values()))
         for (k, seed), env, agent, values in itertools.product(
@@ -127,6 +133,12 @@ class Spec:
     def foreign(self) -> bool:
         """Whether SB3 trains it."""
         return sb3.is_sb3(self.agent)
+
+    @property
+    def trust(self) -> list[str]:
+        """What the study names by module: it may import, whatever a run folder says besides."""
+        names = [self.agent, *configs.flatten(self.values).values()]
+        return [name for name in names if isinstance(name, str) and registry.is_module_name(name)]
 
     def root(self, out: Path) -> Path:
         """Folder of the runs that differ in environment and seed alone."""

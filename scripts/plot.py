@@ -21,26 +21,29 @@ import tyro
 
 from ccrl.experiment import plots
 from ccrl.experiment.curves import load_study
+from ccrl.settings import Range, Settings, Unit
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(Settings):
+    """What to draw, and how."""
+
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Run folders, or folders with runs anywhere below them."""
+    """These are run folders, or folders with runs anywhere below them."""
     out: Path
-    """Path and first part of the names of the files to write."""
+    """The names of the files to write begin with this path."""
     metric: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "rollout/ep_rew_mean"
-    """Tag in progress.csv or eval.csv."""
+    """The curves show this tag of progress.csv or eval.csv."""
     title: str | None = None
-    """Title of the figures."""
+    """The figures have this title."""
     by: str | None = None
-    """Key of config.yaml whose values are drawn as separate agents, for sweeps."""
-    fractions: tuple[float, ...] = (0.5, 0.75, 0.9)
-    """Thresholds of the sample-efficiency table, on the way from the lowest start to the best final score."""
+    """The values of this key of config.yaml are drawn as separate agents, for sweeps."""
+    fractions: tuple[Unit, ...] = (0.5, 0.75, 0.9)
+    """The sample-efficiency table has these thresholds, on the way from the lowest start to the best final score."""
     thresholds: dict[str, float] | None = None
-    """Thresholds in raw units for some envs: --thresholds Hopper-v5 2000 Walker2d-v5 3000."""
-    points: int = 200
-    """Grid points of a curve."""
+    """Some envs have thresholds in raw units: --thresholds Hopper-v5 2000 Walker2d-v5 3000."""
+    points: Annotated[int, Range(2)] = 200
+    """A curve has this many grid points."""
 
 
 def main(options: Options, command: str = "") -> list[Path]:

@@ -51,7 +51,7 @@ def write(folder: Path, **changes: object) -> benchmark.Options:
         ({"settings": {"mdpo": {}}}, "expected agents of the study .ppo., got .'mdpo'"),
         ({"sweep": {"inner_steps": [1]}}, "agent.inner_steps: unknown key"),
         ({"agents": ["ppo", "ppo"]}, "twice in the study"),
-        ({"total_timesteps": 0}, "total_timesteps >= 1"),
+        ({"total_timesteps": 0}, "total_timesteps: expected >= 1"),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused_before_anything_runs(changes: dict[str, object], message: str) -> None:
@@ -100,7 +100,7 @@ def test_a_run_shorter_than_its_number_of_evaluations_is_evaluated() -> None:
     (spec,) = study(evals=0).specs()
     assert spec.config().eval_every == 0
     for wrong in ({"eval_episodes": 0}, {"evals": -1}, {"total_timesteps": 0}):
-        with pytest.raises(ConfigError, match="total_timesteps >= 1, evals >= 0 and eval_episodes >= 1"):
+        with pytest.raises(ConfigError, match=": expected >= "):
             broken_study(**wrong).specs()
 
 
