@@ -28,6 +28,8 @@ class DetaN(Agent):
     """Distributional stock-augmented network."""
 
     name = "detan"
+    example_env = "CartPole-v1"
+    """What the command line offers: an id that this agent accepts."""
     paper = "Avila Pires et al. 2025, arXiv 2501.13028"
     Config = DetaNConfig
     rewards_key: ClassVar[str] = "rewards"
