@@ -40,8 +40,6 @@ class LabEnv:
     :raises ValueError: an action space that is no Box, or ``clip_actions`` that is not above 0.
     """
 
-    resume_note = "a simulator's state cannot be saved"
-
     def __init__(
         self,
         env: Any,
@@ -71,6 +69,7 @@ class LabEnv:
         self.single_observation_space: Box | Dict = spaces[self._keys[0]] if self._single else Dict(spaces)
         self._final: Tree = _map(torch.clone, self._tree(obs))
         self._obs: Tree | None = None
+        self._wrote: dict[str, Any] = {}
         self._over = torch.zeros(2, self.num_envs, dtype=torch.bool, device=self.device)
 
     @property
@@ -114,7 +113,9 @@ class LabEnv:
         if bool(mask.any()):
             rows = mask.nonzero().squeeze(-1)
             old = _map(torch.clone, self._obs)  # the reset may write the very buffers
-            new = self._tree(_groups(self._sim.call(self._sim.env.reset, env_ids=rows)[0]))
+            obs, extras = self._sim.call(self._sim.env.reset, env_ids=rows)
+            self._wrote = self._sim.fresh_log(extras)
+            new = self._tree(_groups(obs))
             self._obs = _where(mask, new, old)  # noise is drawn anew for the others, too
             self._over &= ~mask
         return self._obs
@@ -148,7 +149,9 @@ class LabEnv:
         if self.provides_final_obs:
             # of all rows; those that are not over are left from an earlier step
             final = self._tree(_groups(extras["final_obs"])) if "final_obs" in extras else self._final
-        return StepResult(self._obs, reward, terminated, truncated, final, self._sim.fresh_log(extras))
+        # a reset that was asked for is logged with the step after it
+        log, self._wrote = self._wrote | self._sim.fresh_log(extras), {}
+        return StepResult(self._obs, reward, terminated, truncated, final, log)
 
     def close(self) -> None:
         self._sim.close()

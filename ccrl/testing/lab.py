@@ -39,7 +39,7 @@ class FakeLab:
     The habits: every returned tensor is a buffer that the next step overwrites; ``extras`` is one object for ever, its
     ``log`` stays as the last reset left it, and so do rows of ``final_obs`` that did not end; observations, starts and
     noise are drawn from the global random streams, which ``reset(seed=...)`` seeds; with ``auto_reset`` off nothing
-    waits for a reset; a second environment may be refused.
+    waits for a reset, and a step throws the log of the last reset away; a second environment may be refused.
     """
 
     _open: ClassVar[int] = 0
@@ -78,6 +78,8 @@ class FakeLab:
         return self._observe(), self.extras
 
     def step(self, action: Tensor) -> tuple[Any, Tensor, Tensor, Tensor, dict[str, Any]]:
+        if not self.cfg.auto_reset:
+            self.extras["log"] = {}
         self.x += 0.1 * action[:, 0] + 0.01 * torch.randn(self.num_envs)
         self.episode_length_buf += 1
         self._terminated.copy_(self.x.abs() > 2.0)

@@ -80,6 +80,9 @@ def make_isaac(
 
     def close() -> None:
         _open.clear()
+        context = require("isaaclab.sim", "isaac").SimulationContext
+        if context.instance() is not None:  # else the next simulation of this process is refused
+            context.clear_instance()
         stack.close()
 
     with streams_kept(torch.device(device)):

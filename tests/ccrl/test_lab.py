@@ -106,11 +106,11 @@ def test_unbounded_actions_are_clipped_only_on_demand():
         make(clip_actions=0.0)
 
 
-@pytest.mark.parametrize("fresh", [True, False])
-def test_the_log_is_the_mean_over_steps_with_resets(fresh):
+@pytest.mark.parametrize("settings", [{"fresh_log": True}, {"fresh_log": False}, {"auto_reset": False}])
+def test_the_log_is_the_mean_over_steps_with_resets(settings):
     """Two copies end at different steps: the mean is over those two. A log that is left over from an earlier reset
     does not count again."""
-    env = make(2, fresh_log=fresh, random_ages=False)
+    env = make(2, random_ages=False, **settings)
     policy = MLPPolicy(env.single_observation_space, env.single_action_space, hidden=(4,))
     collector = Collector(env, seed=0)
     collector.collect(Request(steps=1), policy)

@@ -75,6 +75,8 @@ def lab(monkeypatch):
         seen.append("ended")
 
     module(monkeypatch, "isaaclab.app", launch_simulation=launch)
+    context = types.SimpleNamespace(instance=lambda: context, clear_instance=lambda: seen.append("cleared"))
+    module(monkeypatch, "isaaclab.sim", SimulationContext=context)
     module(monkeypatch, "isaaclab_tasks")
     module(monkeypatch, "isaaclab_tasks.utils.parse_cfg",
            parse_env_cfg=lambda task, device, num_envs: Cfg(num_envs=num_envs, compute_final_obs=False))  # fmt: skip
@@ -94,9 +96,9 @@ def test_an_id_is_trained_and_evaluated_in_the_one_simulation(lab):
     assert lab == ["launched"]
     evaluation.close()
     agent.close()
-    assert lab == ["launched", "ended"]
+    assert lab == ["launched", "cleared", "ended"]
     envs.make(f"isaac:{TASK}", 2).close()
-    assert lab == ["launched", "ended"] * 2
+    assert lab == ["launched", "cleared", "ended"] * 2
 
 
 def test_a_second_simulation_is_refused_in_words(lab):
