@@ -20,7 +20,8 @@ BOUND = 0.999
 class Codec:
     """Between rows of a data set and channels of a denoiser: ``D = S + A + 2``.
 
-    :param mean: ``[D]``. :param std: ``[D]``, 1 where a channel is constant.
+    :param mean: ``[D]``. :param std: ``[D]``, 1 where a channel is constant; of a constant ``done`` 0, so that
+        whatever is generated there decodes to that constant.
     """
 
     mean: Tensor
@@ -33,7 +34,9 @@ class Codec:
         """Statistics of columns ``obs [M, S], action [M, A]`` (in [-1, 1]), ``reward [M], terminated [M]``."""
         x = _channels(rows).double()
         std = x.std(0, correction=0)
+        constant = std[-1] == 0.0
         mean, std = x.mean(0).float(), torch.where(std > 0, std, 1.0).float()
+        std[-1] = torch.where(constant, 0.0, std[-1])
         return cls(mean, std, rows["obs"].shape[-1], rows["action"].shape[-1])
 
     @property
@@ -43,7 +46,7 @@ class Codec:
 
     def encode(self, rows: Mapping[str, Tensor]) -> Tensor:
         """``[..., D]`` from columns ``[..., ...]``."""
-        return (_channels(rows) - self.mean) / self.std
+        return (_channels(rows) - self.mean) / torch.where(self.std > 0, self.std, 1.0)
 
     def observation(self, x: Tensor) -> Tensor:
         """Raw observations ``[..., S]``."""
