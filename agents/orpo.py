@@ -253,6 +253,7 @@ class ORPO(PPO):
     name = "orpo"
     paper = "Laidlaw, Singhal, Dragan 2025, arXiv 2403.03185"
     Config = ORPOConfig
+    example_env = "ccrl/Tomato-v0"
 
     def __init__(self, env: Any, config: Any = None, *, reference: nn.Module | None = None, **options: Any) -> None:
         self._reference = None if reference is None else reference.state_dict()

@@ -17,8 +17,9 @@ __all__ = ["PointGoal", "RewardModel", "point_goal"]
 
 
 class PointGoal(TorchEnv):
-    """A point in ``[-2, 2]^2`` that moves by at most 0.1 per axis and step and is paid for being near ``(0.5, 0.5)``:
-    ``exp(-|x - goal|^2 / (2 * 0.3^2))``. The observation is its position; it starts within 0.1 of the origin."""
+    """A point in ``[-2, 2]^2`` that moves by at most 0.1 per axis and step, on a hill that ends at a cliff: the reward
+    is ``exp(-|x - (0.8, 0.8)|^2 / (2 * 0.5^2))``, and 0 beyond ``x_1 + x_2 = 1.3``, where the top would be. The
+    observation is its position; it starts within 0.1 of the origin."""
 
     id = "ccrl/PointGoal-v0"
     default_max_episode_steps = 50
@@ -38,12 +39,13 @@ class PointGoal(TorchEnv):
     @staticmethod
     def true_reward(position: Tensor) -> Tensor:
         """``[N]`` from positions ``[N, 2]``."""
-        return torch.exp(-(position - 0.5).square().sum(1) / (2.0 * 0.3**2))
+        hill = torch.exp(-(position - 0.8).square().sum(1) / (2.0 * 0.5**2))
+        return torch.where(position.sum(1) <= 1.3, hill, torch.zeros_like(hill))
 
     @staticmethod
     def reference(obs: Tensor, noise: Tensor) -> Tensor:
-        """Actions ``[N, 2]`` of the reference, which goes to the goal and shakes: ``2 (goal - x) + noise / 2``, a
-        Gaussian policy whose mean is linear."""
+        """Actions ``[N, 2]`` of the reference, which goes to ``(0.5, 0.5)``, a safe place, and shakes: ``2 (0.5 - x) +
+        noise / 2``, a Gaussian policy whose mean is linear. It hardly ever falls, so that few labels show the cliff."""
         return 2.0 * (0.5 - obs) + 0.5 * noise
 
 

@@ -3,7 +3,7 @@
     python scripts/studies/submodular grid --out results/submodular       # 10 x 10 coverage, 19 moves
     python scripts/studies/submodular items --out results/submodular      # 7 x 15, items of six groups, 39 moves
     python scripts/studies/submodular large --out results/submodular      # 30 x 30 coverage, 79 moves
-    python scripts/studies/submodular design --out results/submodular     # 30 x 30, D-optimal design, 39 moves (extra gp)
+    python scripts/studies/submodular design --out results/submodular     # 30 x 30, D-optimal design (extra gp)
     python scripts/studies/submodular point --out results/submodular      # a point with inertia, clipped surrogate
     python scripts/studies/submodular ant --out results/submodular        # MuJoCo's Ant: hours
 
