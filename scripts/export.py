@@ -31,6 +31,7 @@ from ccrl import registry
 from ccrl.experiment import checkpoint
 from ccrl.experiment.run import RunFolder
 from ccrl.policies.export import Deployed, Format, export, largest_difference
+from ccrl.settings import Settings
 
 __all__ = ["ExportConfig", "main"]
 
@@ -39,7 +40,7 @@ SUFFIX = {"onnx": ".onnx", "torchscript": ".ts"}
 
 
 @dataclass(frozen=True)
-class ExportConfig:
+class ExportConfig(Settings):
     """What to export and where to."""
 
     run: Annotated[Path, tyro.conf.Positional]
@@ -71,7 +72,7 @@ def main(config: ExportConfig) -> Path:
         cls = agents.get_agent(run.info["agent"])
         if getattr(cls, "text", False):
             raise ValueError(f"export: expected a policy that reads observations, got the language model of {run.path}")
-        agent = cls.load(path)
+        agent = cls.load(path, trust=config.trust)
     try:
         deployed = Deployed(agent.policy, agent.env.single_observation_space)
     finally:
@@ -80,7 +81,11 @@ def main(config: ExportConfig) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"ccrl": ccrl.__version__, "agent": agent.name, "env": agent.env_id, "step": agent.num_timesteps}
     export(deployed, out, config.format, facts)
-    gap = largest_difference(deployed, out, config.format)
+    try:
+        gap = largest_difference(deployed, out, config.format)
+    except ValueError:
+        out.unlink()
+        raise
     if not gap <= TOLERANCE:
         out.unlink()
         raise RuntimeError(f"export: expected actions within {TOLERANCE:g} of the policy's, got {gap:g}; not written")

@@ -119,18 +119,33 @@ def export(deployed: Deployed, path: Path, format: Format, facts: Mapping[str, A
 
 def largest_difference(deployed: Deployed, path: Path, format: Format, rows: int = 64, seed: int = 1) -> float:
     """The largest ``|file - policy| / max(1, |policy|)`` over all outputs, on inputs that were not traced with and of
-    another batch size."""
+    another batch size.
+
+    :raises ValueError: the file does not run on them: the policy's own code holds the batch size as a number.
+    """
     examples = deployed.examples(rows, seed)
     with torch.no_grad():
         expected = deployed(*examples)
-        if format == "torchscript":
-            found = torch.jit.load(str(path))(*examples)  # type: ignore[no-untyped-call]
-        else:
-            session = require("onnxruntime", "export").InferenceSession(str(path), providers=["CPUExecutionProvider"])
-            feed = {name: x.numpy() for name, x in zip(deployed.inputs, examples)}
-            found = [torch.from_numpy(x) for x in session.run(deployed.outputs, feed)]
+        try:
+            found = _run(deployed, path, format, examples)
+        except Exception as error:  # each runtime has its own
+            raise ValueError(
+                f"export: expected a file that takes {rows} rows as well as the 3 it was traced with, got one that "
+                "does not: the policy's code turns the batch size into a Python number; keep it in tensors"
+            ) from error
+    if any(a.shape != b.shape for a, b in zip(found, expected)):
+        shapes = [tuple(a.shape) for a in found]
+        raise ValueError(f"export: expected outputs of {rows} rows, got {shapes}; keep the batch size in tensors")
     gaps = [(a.double() - b.double()).abs() / b.double().abs().clamp_min(1.0) for a, b in zip(found, expected)]
     return max(float(gap.max()) for gap in gaps)
+
+
+def _run(deployed: Deployed, path: Path, format: Format, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    if format == "torchscript":
+        return list(torch.jit.load(str(path))(*inputs))  # type: ignore[no-untyped-call]
+    session = require("onnxruntime", "export").InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feed = {name: x.numpy() for name, x in zip(deployed.inputs, inputs)}
+    return [torch.from_numpy(x) for x in session.run(deployed.outputs, feed)]
 
 
 def _describe(x: Tensor) -> dict[str, Any]:

@@ -125,3 +125,19 @@ def test_exporting_leaves_the_policy_alone(tmp_path):
     assert policy.training
     assert all(p.requires_grad for p in policy.parameters())
     assert policy.values(torch.zeros(2, 5)).shape == (2,)
+
+
+@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+def test_a_policy_that_knows_its_batch_size_is_refused(format, tmp_path):
+    if format == "onnx":
+        pytest.importorskip("onnxruntime")
+
+    class Counting(MLPPolicy):
+        def act(self, obs, noise, state=None, first=None):
+            out = super().act(obs, noise)
+            return out | {"action": out["action"] + torch.zeros(len(obs.tolist()), 1)}
+
+    deployed = Deployed(Counting(BOX, UNIT, hidden=(4,)), BOX)
+    export(deployed, tmp_path / "file", format, {})
+    with pytest.raises(ValueError, match="keep it in tensors"):
+        largest_difference(deployed, tmp_path / "file", format)
