@@ -22,7 +22,7 @@ check_siblings("agents", "envs")
 
 import agents
 
-__all__ = ["Method", "Options", "main", "methods"]
+__all__ = ["Entry", "Options", "main", "methods"]
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Method:
+class Entry:
     """One agent."""
 
     slug: str
@@ -50,7 +50,7 @@ class Method:
         return "undocumented" if self.page is None else "documented"
 
 
-def methods() -> list[Method]:
+def methods() -> list[Entry]:
     """Every agent in the order of its name, those for language models after the others."""
     found = []
     for slug in (*sorted(agents.AGENTS), *sorted(agents.METHODS)):
@@ -61,11 +61,11 @@ def methods() -> list[Method]:
         page = next((p for p in pages if (ROOT / p).exists() and slug in (ROOT / p).read_text(encoding="utf-8")), None)
         command = f"llm --method {slug} --task TASK" if text else f"{slug} --env ID"
         command += " --dataset DATASET" if hasattr(cls.Config, "dataset") else ""
-        found.append(Method(slug, cls.paper, cls.slots(), page, f"python scripts/train.py {command}"))
+        found.append(Entry(slug, cls.paper, cls.slots(), page, f"python scripts/train.py {command}"))
     return found
 
 
-def table(found: list[Method], format: str) -> str:
+def table(found: list[Entry], format: str) -> str:
     """Markdown, or plain text with a line per slot."""
     if format == "markdown":
         lines = ["| method | paper | slots | status | command |", "|---|---|---|---|---|"]
