@@ -25,7 +25,7 @@ html_show_copyright = False
 myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
 autosummary_generate = True
-autosummary_ignore_module_all = False
+autosummary_ignore_module_all = True  # __all__ of a package names no modules, and they would have no page
 autodoc_typehints = "signature"
 suppress_warnings = [
     "ref.python",  # a short name that two classes have, in a docstring: either link is as good

@@ -189,7 +189,8 @@ def _outside_links(text: str, page: Path) -> str:
             raise ValueError(f"docs/{page}: expected a file at {target}, found none")
         name = path.relative_to(ROOT).as_posix()
         shown = re.sub(r"`([^`]*)`", r"<code>\1</code>", label)
-        if name.split("/")[0] not in ("ccrl", "agents", "envs") or path.suffix not in ("", ".py"):
+        is_module = path.suffix == ".py" or (path / "__init__.py").exists()
+        if name.split("/")[0] not in ("ccrl", "agents", "envs") or not is_module:
             return label
         module = name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         return f'<a href="{up}api/{module}.html">{shown}</a>'
