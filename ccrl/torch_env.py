@@ -23,6 +23,8 @@ Array = Any
 
 _MEMORY = ("state", "steps", "terminated", "truncated", "obs")
 _NO_LIMIT = 2**62
+_NOISE_STREAM = 7_368_787
+"""Added to the seed for the noise of steps."""
 
 
 class TorchEnv:
@@ -85,6 +87,8 @@ class TorchEnv:
         self._limit = _NO_LIMIT if limit is None else min(limit, _NO_LIMIT)
         self._generator = torch.Generator(self.device)
         self._generator.seed()
+        self._noise_generator = torch.Generator(self.device)
+        self._noise_generator.seed()
         self._advance: Callable[..., tuple[tuple[Array, ...], Array, Array | None]] = self._whole_step
         if compile:
             self._advance = torch.compile(self._whole_step, fullgraph=True, dynamic=False)
@@ -137,6 +141,9 @@ class TorchEnv:
             raise ValueError(f"{self.name}: the first reset starts every copy; call reset() without a mask once")
         if seed is not None:
             self._generator.manual_seed(seed)
+            # a stream apart: a collector seeded alike would otherwise draw its exploration from the very numbers that
+            # decide what happens, and correlated noise biases every estimate of a gradient
+            self._noise_generator.manual_seed(seed + _NOISE_STREAM)
         state = self.initial(self._generator, self.num_envs)
         steps = self._inward(torch.zeros(self.num_envs, dtype=torch.int64, device=self.device))
         # copied, because an observation can be the state itself, which callers must not be able to change
@@ -170,7 +177,7 @@ class TorchEnv:
         rows = self._action_inward(action.detach())
         disabled = self.autoreset_mode == AutoresetMode.DISABLED
         fresh = self._memory[0] if disabled else self.initial(self._generator, self.num_envs)
-        noise = self.draw_noise(self._generator, self.num_envs)
+        noise = self.draw_noise(self._noise_generator, self.num_envs)
         if not self._checked:
             self._check_transition(self._memory[0], rows, noise)
             self._checked = True
@@ -196,7 +203,8 @@ class TorchEnv:
         if not self._memory:
             raise RuntimeError(f"{self.name}: there is no state before the first reset()")
         values = {name: _map(lambda x: self._outward(x).clone(), x) for name, x in zip(_MEMORY, self._memory)}
-        return values | {"generator": self._generator.get_state()}
+        streams = {"generator": self._generator, "noise_generator": self._noise_generator}
+        return values | {name: stream.get_state() for name, stream in streams.items()}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
         """Continue from ``state_dict()`` of an environment of the same task, size and types.
@@ -214,6 +222,7 @@ class TorchEnv:
             _map(lambda x: self._inward(x.to(self.device, copy=True)), values[name]) for name in _MEMORY
         )
         self._generator.set_state(values["generator"].cpu())
+        self._noise_generator.set_state(values["noise_generator"].cpu())
 
     # How arrays go in and out; a subclass that computes with other arrays overrides these.
 

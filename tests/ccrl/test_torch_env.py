@@ -47,6 +47,16 @@ class TestWalk(EnvContract):
         return Walk(num_envs, autoreset_mode=autoreset_mode)
 
 
+def test_noise_is_independent_of_a_collectors_with_the_same_seed():
+    """Normal numbers of a generator seeded alike have a correlation of -.33 with its uniform ones."""
+    env = Walk(4096)
+    before = env.reset(seed=0)["x"].flatten().clone()
+    noise = env.step(torch.zeros(4096, dtype=torch.int64)).final_obs["x"].flatten() - before + 0.5
+    for draw in (torch.rand, torch.randn):
+        exploration = draw(4096, generator=torch.Generator().manual_seed(0))
+        assert abs(float(torch.corrcoef(torch.stack([noise, exploration]))[0, 1])) < 0.08  # five standard deviations
+
+
 class TestWalkLimit(EnvContract):
     time_limit = 5
     independent_copies = True
