@@ -1,13 +1,14 @@
 """Sphinx's settings. scripts/docs.py builds the site, from a copy of this folder with the generated pages in it."""
 
 import sys
-from importlib.metadata import version as installed
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import ccrl
+
 project = "ccrl"
-version = release = installed("ccrl")
+version = release = ccrl.__version__
 extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
@@ -42,7 +43,11 @@ def literal_blocks(app, what, name, obj, options, lines):
         indented = line.startswith("    ") and number and not lines[number - 1].strip()
         if indented and previous and not previous.startswith((" ", "*", "-", ":")) and not previous.endswith("::"):
             found += ["::", ""]
-        found.append(line)
+        if line.startswith("|"):  # a table as Markdown writes it
+            found += [] if previous.startswith("|") else ["::", ""]
+            found.append(f"    {line}")
+        else:
+            found.append(line)
         previous = line if line.strip() else previous
     lines[:] = found
 

@@ -29,7 +29,7 @@ from ccrl.packages import ROOT, check_siblings, require
 check_siblings("agents", "envs")
 
 import agents
-from scripts.methods import Method, methods
+from scripts.methods import Entry, methods
 from scripts.unrolled import page as unrolled_page
 
 __all__ = ["Options", "broken_links", "main", "stage", "verdict"]
@@ -49,8 +49,13 @@ class Options:
 
 def verdict(text: str) -> str:
     """What a page says after ``Verdict:``, on one line; empty if it says nothing."""
-    found = re.search(r"^(?:\*\*)?Verdict(?:\*\*)?:(?:\*\*)? *(.*?)(?:\n\n|\Z)", text, flags=re.DOTALL | re.MULTILINE)
-    return " ".join(found[1].split()) if found else ""
+    found = re.search(
+        r"^(\*\*)?Verdict(?:\*\*)?:(?:\*\*(?= ))? *(.*?)(?:\n\n|\Z)", text, flags=re.DOTALL | re.MULTILINE
+    )
+    if found is None:
+        return ""
+    says = " ".join(found[2].split())
+    return f"**{says}" if says.count("**") % 2 else says  # of **Verdict: holds** the first stars
 
 
 def stage(source: Path, unrolled: Iterable[str]) -> None:
@@ -64,7 +69,7 @@ def stage(source: Path, unrolled: Iterable[str]) -> None:
         title = "" if path.read_text("utf-8").startswith("# ") else f"# {path.stem}\n\n"
         path.write_text(f"---\norphan: true\n---\n\n{title}{path.read_text('utf-8')}", encoding="utf-8")
     found = methods()
-    pages = {m.page.removeprefix("docs/"): [] for m in found if m.page}  # type: dict[str, list[Method]]
+    pages = {m.page.removeprefix("docs/"): [] for m in found if m.page}  # type: dict[str, list[Entry]]
     for m in found:
         if m.page:
             pages[m.page.removeprefix("docs/")].append(m)
@@ -103,7 +108,7 @@ columns, `B` a minibatch.
 """
 
 
-def _header(method: Method, says: str, shared: bool, unrolled: bool, page: str) -> str:
+def _header(method: Entry, says: str, shared: bool, unrolled: bool, page: str) -> str:
     lines = [f":::{{admonition}} {method.slug if shared else 'At a glance'}", f"* Paper: {method.paper}"]
     lines += ["* Slots: " + "; ".join(f"{k} = {v}" for k, v in method.slots.items())] if method.slots else []
     lines += [f"* Command: `{method.command}`"]
@@ -114,7 +119,7 @@ def _header(method: Method, says: str, shared: bool, unrolled: bool, page: str) 
     return "\n".join([*lines, ":::", ""])
 
 
-def _methods(found: list[Method], pages: dict[str, list[Method]], evidence: dict[str, str]) -> str:
+def _methods(found: list[Entry], pages: dict[str, list[Entry]], evidence: dict[str, str]) -> str:
     lines = ["# Methods", "", "| method | paper | verdict |", "|---|---|---|"]
     for m in found:
         page = (m.page or "").removeprefix("docs/")
@@ -123,7 +128,7 @@ def _methods(found: list[Method], pages: dict[str, list[Method]], evidence: dict
     return "\n".join(lines) + "\n\n" + _toctree(pages) + "\n" + _toctree(["unrolled"])
 
 
-def _evidence(pages: dict[str, list[Method]], evidence: dict[str, str]) -> str:
+def _evidence(pages: dict[str, list[Entry]], evidence: dict[str, str]) -> str:
     lines = ["| page | methods | verdict |", "|---|---|---|"]
     for page, of in pages.items():
         says = evidence[page].replace("|", "\\|") or "none stated"

@@ -7,6 +7,8 @@ from scripts.docs import _outside_links, broken_links, verdict
 
 def test_a_verdict_is_one_line():
     assert verdict("# A\n\nVerdict: **partly**. It\nlearns.\n\nMore.\n") == "**partly**. It learns."
+    assert verdict("# A\n\n**Verdict: holds**: on six tasks.\n") == "**holds**: on six tasks."
+    assert verdict("# A\n\n**Verdict:** on six tasks.\n") == "on six tasks."
     assert verdict("# A\n") == ""
 
 
