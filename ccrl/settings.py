@@ -76,6 +76,8 @@ class Range:
         """``value``; raises :class:`ConfigError` with ``name`` where it is outside."""
         if isinstance(value, bool) or not isinstance(value, Real):
             raise ConfigError(f"{name}: expected {self}, got {value!r} ({type(value).__name__})")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ConfigError(f"{name}: expected {self}, of 64 bits, got {value!r}")
         if value not in self:
             finite = "" if math.isfinite(value) or self.also or "finite" in str(self) else " and finite"
             raise ConfigError(f"{name}: expected {self}{finite}, got {value!r}")

@@ -15,6 +15,7 @@ from gymnasium import Space, spaces
 from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, StepResult, Tree, as_autoreset_mode, check_device
+from ccrl.settings import Count, checked
 
 __all__ = ["Array", "TorchEnv"]
 
@@ -63,22 +64,18 @@ class TorchEnv:
     single_action_space: Space[Any]
     provides_final_obs: bool
 
+    @checked
     def __init__(
         self,
-        num_envs: int = 1,
+        num_envs: Count = 1,
         *,
         device: torch.device | str = "cpu",
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
-        max_episode_steps: int | None = None,
+        max_episode_steps: Count | None = None,
         compile: bool = False,
     ) -> None:
         self.name = self.id or type(self).__name__
         limit = self.default_max_episode_steps if max_episode_steps is None else max_episode_steps
-        if num_envs < 1 or (limit is not None and limit < 1):
-            raise ValueError(
-                f"{self.name}: num_envs and max_episode_steps must be at least 1, got num_envs={num_envs}, "
-                f"max_episode_steps={limit}"
-            )
         self.num_envs = num_envs
         self.device = check_device(device)
         self.autoreset_mode = as_autoreset_mode(autoreset_mode, where=self.name)

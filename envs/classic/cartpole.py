@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from ccrl.settings import checked
 from envs.classic.base import Array, ClassicEnv
 
 GRAVITY, FORCE, DT = 9.8, 10.0, 0.02
@@ -27,6 +28,7 @@ class CartPole(ClassicEnv):
     default_max_episode_steps = 500
     uniforms = 4
 
+    @checked
     def __init__(self, num_envs: int = 1, *, sutton_barto_reward: bool = False, **options: Any) -> None:
         super().__init__(num_envs, **options)
         high = np.array([2 * MAX_X, np.inf, 2 * MAX_ANGLE, np.inf], dtype=np.float32)

@@ -14,6 +14,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from ccrl.settings import Count, Unit, checked
 from envs.classic.base import Array, ClassicEnv
 from envs.classic.exact import Exact, Params, as_theta
 
@@ -34,9 +35,8 @@ class Bandit(Exact, ClassicEnv):
     uniforms = 1
     gamma = 1.0
 
+    @checked
     def __init__(self, num_envs: int = 1, *, kind: Literal["linear", "quadratic"] = "linear", **options: Any) -> None:
-        if kind not in ("linear", "quadratic"):
-            raise ValueError(f"{self.id}: kind must be 'linear' or 'quadratic', got {kind!r}")
         super().__init__(num_envs, **options)
         self.single_observation_space = spaces.Box(0.0, 1.0, (1,), np.float32)
         self.single_action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
@@ -80,9 +80,8 @@ class LQR(Exact, ClassicEnv):
     noises = 2
     start_mean, start_variance, noise_variance, action_cost = 0.3, 0.001, 0.01, 0.1
 
-    def __init__(self, num_envs: int = 1, *, horizon: int = 20, gamma: float = 1.0, **options: Any) -> None:
-        if horizon < 1 or not 0.0 <= gamma <= 1.0:
-            raise ValueError(f"{self.id}: expected horizon >= 1 and gamma in [0, 1], got {horizon} and {gamma}")
+    @checked
+    def __init__(self, num_envs: int = 1, *, horizon: Count = 20, gamma: Unit = 1.0, **options: Any) -> None:
         super().__init__(num_envs, **options)
         self.single_observation_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
         self.single_action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)

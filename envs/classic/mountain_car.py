@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from ccrl.settings import Finite, checked
 from envs.classic.base import Array, ClassicEnv
 
 MIN_POSITION, MAX_POSITION, MAX_SPEED, SLOPE = -1.2, 0.6, 0.07, 0.0025
@@ -24,7 +25,8 @@ class MountainCar(ClassicEnv):
     uniforms = 1
     goal_position = 0.5
 
-    def __init__(self, num_envs: int = 1, *, goal_velocity: float = 0.0, **options: Any) -> None:
+    @checked
+    def __init__(self, num_envs: int = 1, *, goal_velocity: Finite = 0.0, **options: Any) -> None:
         super().__init__(num_envs, **options)
         high = np.array([MAX_POSITION, MAX_SPEED], dtype=np.float32)
         low = np.array([MIN_POSITION, -MAX_SPEED], dtype=np.float32)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
+from ccrl.settings import Finite, checked
 from envs.classic.base import Array, ClassicEnv
 
 MAX_SPEED, MAX_TORQUE, DT, MASS, LENGTH = 8.0, 2.0, 0.05, 1.0, 1.0
@@ -25,7 +26,8 @@ class Pendulum(ClassicEnv):
     default_max_episode_steps = 200
     uniforms = 2
 
-    def __init__(self, num_envs: int = 1, *, g: float = 10.0, **options: Any) -> None:
+    @checked
+    def __init__(self, num_envs: int = 1, *, g: Finite = 10.0, **options: Any) -> None:
         super().__init__(num_envs, **options)
         high = np.array([1.0, 1.0, MAX_SPEED], dtype=np.float32)
         self.single_observation_space = spaces.Box(-high, high, dtype=np.float32)

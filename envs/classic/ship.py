@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 
+from ccrl.settings import Count, checked
 from envs.classic.base import Array, ClassicEnv
 
 __all__ = ["ShipSteering"]
@@ -38,9 +39,8 @@ class ShipSteering(ClassicEnv):
     field = 150.0
     gate = ((100.0, 120.0), (120.0, 100.0))
 
-    def __init__(self, num_envs: int = 1, *, substeps: int = 3, **options: Any) -> None:
-        if substeps < 1:
-            raise ValueError(f"{self.id}: substeps must be at least 1, got {substeps}")
+    @checked
+    def __init__(self, num_envs: int = 1, *, substeps: Count = 3, **options: Any) -> None:
         super().__init__(num_envs, **options)
         high = np.array([self.field, self.field, math.pi, MAX_TURN], dtype=np.float32)
         low = np.array([0.0, 0.0, -math.pi, -MAX_TURN], dtype=np.float32)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from ccrl.settings import Count, Natural, Positive, Range, Unit, checked
 from envs.classic.base import Array, ClassicEnv
 from envs.classic.exact import Exact, Params
 
@@ -37,6 +38,7 @@ class TabularMDP(Exact, ClassicEnv):
     uniforms = 1
     noises = 1
 
+    @checked
     def __init__(
         self,
         num_envs: int = 1,
@@ -44,8 +46,8 @@ class TabularMDP(Exact, ClassicEnv):
         transition: Any,
         reward: Any,
         start: Any,
-        gamma: float,
-        horizon: int | None = None,
+        gamma: Unit,
+        horizon: Count | None = None,
         terminal: Sequence[bool] | None = None,
         **options: Any,
     ) -> None:
@@ -159,16 +161,17 @@ class RandomMDP(TabularMDP):
 
     id = "ccrl/RandomMDP-v0"
 
+    @checked
     def __init__(
         self,
         num_envs: int = 1,
         *,
-        states: int = 5,
-        actions: int = 3,
-        concentration: float = 0.3,
-        gamma: float = 0.9,
-        horizon: int = 15,
-        mdp_seed: int = 7,
+        states: Count = 5,
+        actions: Count = 3,
+        concentration: Positive = 0.3,
+        gamma: Unit = 0.9,
+        horizon: Count = 15,
+        mdp_seed: Natural = 7,
         **options: Any,
     ) -> None:
         rng = np.random.default_rng(mdp_seed)
@@ -187,9 +190,10 @@ class RandomWalk(TabularMDP):
     id = "ccrl/RandomWalk-v0"
     default_max_episode_steps = 2000
 
-    def __init__(self, num_envs: int = 1, *, states: int = 10, gamma: float = 0.99, **options: Any) -> None:
-        if states < 2:
-            raise ValueError(f"{self.id}: expected at least 2 states, got {states}")
+    @checked
+    def __init__(
+        self, num_envs: int = 1, *, states: Annotated[int, Range(2)] = 10, gamma: Unit = 0.99, **options: Any
+    ) -> None:
         transition = np.zeros((states, 2, states))
         for s in range(states):
             transition[s, 0, min(s + 1, states - 1)] = transition[s, 1, max(s - 1, 0)] = 1.0

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from ccrl.inventory.functional_env import Network
+from ccrl.settings import Count, Nonnegative, Unit, checked
 from envs.inventory.demand import Demand, Normal, Poisson, Recorded, load_series, synthetic_series
 
 __all__ = ["TASKS", "Task", "make_task"]
@@ -111,15 +112,17 @@ class Task:
         return self.horizons or (RECORDED_HORIZONS if isinstance(self.demand, Recorded) else SYNTHETIC_HORIZONS)
 
 
-def one_store_lost(lead_time: int = 4, underage: float = 9.0, mean: float = 5.0) -> Task:
+@checked
+def one_store_lost(lead_time: Count = 4, underage: Nonnegative = 9.0, mean: Nonnegative = 5.0) -> Task:
     """One store, Poisson demand, lost sales. Published: lead time 1 to 4, underage 4, 9, 19, 39."""
     return Task(
         "one_store_lost", _store(lead_time), Poisson((mean,)), (1.0,), (underage,), lost=True, random_stock=True
     )
 
 
+@checked
 def one_store_backlogged(
-    lead_time: int = 4, underage: float = 9.0, mean: float = 5.0, std: float = 1.6, clip: bool = True
+    lead_time: Count = 4, underage: Nonnegative = 9.0, mean: Nonnegative = 5.0, std: Nonnegative = 1.6, clip: bool = True
 ) -> Task:
     """One store, normal demand (``clip``: cut at zero), backlogged. Published: lead time 1, 4, 7, 10, 15, 20, underage
     4, 9, 19, 39."""
@@ -127,7 +130,8 @@ def one_store_backlogged(
     return Task("one_store_backlogged", _store(lead_time), demand, (1.0,), (underage,), lost=False, random_stock=True)
 
 
-def serial_system(lead_time: int = 4, underage: float = 9.0) -> Task:
+@checked
+def serial_system(lead_time: Count = 4, underage: Nonnegative = 9.0) -> Task:
     """Two echelons, a warehouse and a store in a row, backlogged. Published: store lead time 1 to 4, underage 4, 9, 19,
     39."""
     net = Network(2, 1, 1, ((0, 1), (1, 2), (2, 3), (-1, 0)), (4, 3, lead_time, 2))
@@ -135,8 +139,9 @@ def serial_system(lead_time: int = 4, underage: float = 9.0) -> Task:
     return Task("serial_system", net, demand, (0.1, 0.2, 0.5, 1.0), (underage,), lost=False, random_stock=True)
 
 
+@checked
 def transshipment_backlogged(
-    stores: int = 3, lead_time: int = 2, underage: float = 4.0, correlation: float = 0.5
+    stores: Count = 3, lead_time: Count = 2, underage: Nonnegative = 4.0, correlation: Unit = 0.5
 ) -> Task:
     """A warehouse that cannot keep stock allocates what arrives; backlogged. Published: 3, 5, 10 stores, store lead
     time 2 or 6, underage 4 or 9, correlation 0 or 0.5."""
@@ -146,7 +151,8 @@ def transshipment_backlogged(
     return Task("transshipment_backlogged", net, demand, costs, (underage,) * stores, lost=False, random_stock=True)
 
 
-def one_warehouse_lost_demand(stores: int = 5, correlation: float = 0.5) -> Task:
+@checked
+def one_warehouse_lost_demand(stores: Count = 5, correlation: Unit = 0.5) -> Task:
     """One warehouse and stores that differ in demand, costs and lead time (2 or 3); lost sales. Published: 3, 5, 10,
     20, 30, 50 stores."""
     leads = np.random.RandomState(SEEDS["lead time"]).randint(2, 4, stores)
@@ -179,9 +185,10 @@ def many_warehouses_lost_demand() -> Task:
     )
 
 
+@checked
 def one_store_real_data(
     series: Recorded | str | Path | None = None,
-    count: int = 1024,
+    count: Count = 1024,
     horizons: dict[str, tuple[int, int, int]] | None = None,
     prices: float | Sequence[float] | None = None,
     lead_times: int | Sequence[int] | None = None,
@@ -216,9 +223,10 @@ def one_store_real_data(
     )  # fmt: skip
 
 
+@checked
 def many_warehouses_real_data(
     series: Recorded | str | Path | None = None,
-    count: int = 288,
+    count: Count = 288,
     horizons: dict[str, tuple[int, int, int]] | None = None,
 ) -> Task:
     """Three warehouses and 21 stores with recorded demand of a product per scenario; lost sales, profit. The network,

@@ -5,9 +5,10 @@ MjData's arrays as ``[N, ...]`` tensors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import gymnasium
 import mujoco
@@ -15,7 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MujocoTask", "State", "model_path", "within"]
+from ccrl.settings import Count, Nonnegative, Range, Settings
+
+__all__ = ["Bound", "MujocoTask", "State", "model_path", "within"]
 
 ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 
@@ -67,7 +70,11 @@ class _Rows(State):
         return value
 
 
-class MujocoTask:
+Bound = Annotated[float, Range(also=(math.inf, -math.inf))]
+"""One end of a range that may be open."""
+
+
+class MujocoTask(Settings):
     """One environment: its MJCF file, observation, reward, termination and reset.
 
     A subclass is a dataclass whose fields are the constructor options; it sets ``xml_file`` and ``frame_skip`` and
@@ -78,9 +85,9 @@ class MujocoTask:
     xml_file: str | Path
     """A ``Path``, or a string that starts with ``.``, ``/`` or ``~``, is a file; any other string names one of the
     MJCF files that ship with Gymnasium."""
-    frame_skip: int
+    frame_skip: Count
     """Simulation steps per environment step."""
-    reset_noise_scale: float
+    reset_noise_scale: Nonnegative
     """Half width of the uniform noise the inherited ``reset`` adds to the initial positions and velocities."""
 
     fields: tuple[str, ...] = ()

@@ -328,7 +328,7 @@ def test_ship_substeps(substeps):
     """Straight ahead: .6 per sub-step."""
     env = ShipSteering(1, dtype=F64, substeps=substeps)
     close(sail(env, (50.0, 40.0, 0.0, 0.0)).obs[0, :2].double(), vector(50 + 0.6 * substeps, 40.0), atol=1e-5)
-    with pytest.raises(ValueError, match="substeps must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="substeps: expected >= 1, got 0"):
         ShipSteering(1, substeps=0)
 
 

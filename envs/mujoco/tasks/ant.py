@@ -10,7 +10,8 @@ import mujoco
 import torch
 from torch import Tensor
 
-from envs.mujoco.task import MujocoTask, State
+from ccrl.settings import Count, Nonnegative
+from envs.mujoco.task import Bound, MujocoTask, State
 
 __all__ = ["Ant"]
 
@@ -21,22 +22,23 @@ class Ant(MujocoTask):
     forces. Observation ``[N, 105]``: qpos without x and y, qvel, contact forces on the 13 moving bodies."""
 
     xml_file: str = "ant.xml"
-    frame_skip: int = 5
+    frame_skip: Count = 5
     forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 0.5
     contact_cost_weight: float = 5e-4
     healthy_reward: float = 1.0
     main_body: int | str = 1
     terminate_when_unhealthy: bool = True
-    healthy_z_range: tuple[float, float] = (0.2, 1.0)
-    contact_force_range: tuple[float, float] = (-1.0, 1.0)
-    reset_noise_scale: float = 0.1
+    healthy_z_range: tuple[Bound, Bound] = (0.2, 1.0)
+    contact_force_range: tuple[Bound, Bound] = (-1.0, 1.0)
+    reset_noise_scale: Nonnegative = 0.1
     exclude_current_positions_from_observation: bool = True
     include_cfrc_ext_in_observation: bool = True
 
     camera: ClassVar = {"distance": 4.0, "trackbodyid": 1}
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.contact_forces = self.include_cfrc_ext_in_observation or self.contact_cost_weight != 0
         self.fields = ("xpos", "cfrc_ext") if self.contact_forces else ("xpos",)
 

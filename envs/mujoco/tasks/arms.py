@@ -10,6 +10,7 @@ import mujoco
 import torch
 from torch import Tensor
 
+from ccrl.settings import Count
 from envs.mujoco.task import MujocoTask, State
 
 __all__ = ["Pusher", "Reacher"]
@@ -36,7 +37,7 @@ class Reacher(Arm):
     position, joint speeds, vector from the target to the fingertip."""
 
     xml_file: str = "reacher.xml"
-    frame_skip: int = 2
+    frame_skip: Count = 2
     reward_dist_weight: float = 1.0
     reward_control_weight: float = 1.0
 
@@ -72,7 +73,7 @@ class Pusher(Arm):
     of the arm's tip, of the object and of the goal."""
 
     xml_file: str = "pusher_v5.xml"
-    frame_skip: int = 5
+    frame_skip: Count = 5
     reward_near_weight: float = 0.5
     reward_dist_weight: float = 1.0
     reward_control_weight: float = 0.1

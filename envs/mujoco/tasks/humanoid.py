@@ -11,7 +11,8 @@ import mujoco
 import torch
 from torch import Tensor
 
-from envs.mujoco.task import MujocoTask, State, within
+from ccrl.settings import Count, Nonnegative
+from envs.mujoco.task import Bound, MujocoTask, State, within
 
 __all__ = ["Humanoid", "HumanoidStandup"]
 
@@ -26,6 +27,7 @@ class HumanoidBody(MujocoTask):
     include_cfrc_ext_in_observation: bool
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         names = ("cinert", "cvel", "qfrc_actuator", "cfrc_ext")
         self.observed = tuple(name for name in names if getattr(self, f"include_{name}_in_observation"))
         self.fields = (*self.observed, "cfrc_ext")
@@ -40,7 +42,7 @@ class HumanoidBody(MujocoTask):
         return torch.cat(parts, 1)
 
     @staticmethod
-    def contact_cost(state: State, weight: float, bounds: tuple[float, float]) -> Tensor:
+    def contact_cost(state: State, weight: float, bounds: tuple[Bound, Bound]) -> Tensor:
         """``weight * |contact forces|^2``, clipped to ``bounds``: ``[N]``."""
         return (weight * state.cfrc_ext.flatten(1).square().sum(1)).clamp_(*bounds)
 
@@ -51,15 +53,15 @@ class Humanoid(HumanoidBody):
     ``[N, 348]``: qpos without x and y, qvel, and cinert, cvel, qfrc_actuator, cfrc_ext of the moving bodies."""
 
     xml_file: str = "humanoid.xml"
-    frame_skip: int = 5
+    frame_skip: Count = 5
     forward_reward_weight: float = 1.25
     ctrl_cost_weight: float = 0.1
     contact_cost_weight: float = 5e-7
-    contact_cost_range: tuple[float, float] = (-math.inf, 10.0)
+    contact_cost_range: tuple[Bound, Bound] = (-math.inf, 10.0)
     healthy_reward: float = 5.0
     terminate_when_unhealthy: bool = True
-    healthy_z_range: tuple[float, float] = (1.0, 2.0)
-    reset_noise_scale: float = 1e-2
+    healthy_z_range: tuple[Bound, Bound] = (1.0, 2.0)
+    reset_noise_scale: Nonnegative = 1e-2
     exclude_current_positions_from_observation: bool = True
     include_cinert_in_observation: bool = True
     include_cvel_in_observation: bool = True
@@ -101,12 +103,12 @@ class HumanoidStandup(HumanoidBody):
     Gymnasium 1.4 documents ``uph_cost_weight`` but does not read it; here it weighs the height."""
 
     xml_file: str = "humanoidstandup.xml"
-    frame_skip: int = 5
+    frame_skip: Count = 5
     uph_cost_weight: float = 1.0
     ctrl_cost_weight: float = 0.1
     impact_cost_weight: float = 0.5e-6
-    impact_cost_range: tuple[float, float] = (-math.inf, 10.0)
-    reset_noise_scale: float = 1e-2
+    impact_cost_range: tuple[Bound, Bound] = (-math.inf, 10.0)
+    reset_noise_scale: Nonnegative = 1e-2
     exclude_current_positions_from_observation: bool = True
     include_cinert_in_observation: bool = True
     include_cvel_in_observation: bool = True

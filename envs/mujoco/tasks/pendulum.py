@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ccrl.settings import Count, Nonnegative
 from envs.mujoco.task import MujocoTask, State
 
 __all__ = ["InvertedDoublePendulum", "InvertedPendulum"]
@@ -18,8 +19,8 @@ class InvertedPendulum(MujocoTask):
     """Reward 1 while the pole is within 0.2 rad of upright. Observation ``[N, 4]``: qpos, qvel."""
 
     xml_file: str = "inverted_pendulum.xml"
-    frame_skip: int = 2
-    reset_noise_scale: float = 0.01
+    frame_skip: Count = 2
+    reset_noise_scale: Nonnegative = 0.01
 
     camera: ClassVar = {"distance": 2.04}
 
@@ -41,9 +42,9 @@ class InvertedDoublePendulum(MujocoTask):
     Observation ``[N, 9]``: cart position, sines and cosines of the angles, qvel and the cart's constraint force."""
 
     xml_file: str = "inverted_double_pendulum.xml"
-    frame_skip: int = 5
+    frame_skip: Count = 5
     healthy_reward: float = 10.0
-    reset_noise_scale: float = 0.1
+    reset_noise_scale: Nonnegative = 0.1
 
     fields = ("site_xpos", "qfrc_constraint")
     camera: ClassVar = {"distance": 4.1225, "lookat": (0.0, 0.0, 0.1225)}

@@ -10,7 +10,8 @@ import mujoco
 import torch
 from torch import Tensor
 
-from envs.mujoco.task import MujocoTask, State
+from ccrl.settings import Count, Nonnegative
+from envs.mujoco.task import Bound, MujocoTask, State
 
 __all__ = ["HalfCheetah", "Hopper", "Swimmer", "Walker2d"]
 
@@ -41,10 +42,10 @@ class Swimmer(Runner):
     """Three links in a viscous fluid. Observation ``[N, 8]``: qpos without x and y, qvel."""
 
     xml_file: str = "swimmer.xml"
-    frame_skip: int = 4
+    frame_skip: Count = 4
     forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 1e-4
-    reset_noise_scale: float = 0.1
+    reset_noise_scale: Nonnegative = 0.1
     exclude_current_positions_from_observation: bool = True
 
     free_coordinates: ClassVar = 2
@@ -56,10 +57,10 @@ class HalfCheetah(Runner):
     """Observation ``[N, 17]``: qpos without x, qvel. Never terminates."""
 
     xml_file: str = "half_cheetah.xml"
-    frame_skip: int = 5
+    frame_skip: Count = 5
     forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 0.1
-    reset_noise_scale: float = 0.1
+    reset_noise_scale: Nonnegative = 0.1
     exclude_current_positions_from_observation: bool = True
 
     camera: ClassVar = {"distance": 4.0, "trackbodyid": 1}
@@ -77,14 +78,14 @@ class Walker2d(Runner):
     """A two-legged runner that has to stay upright. Observation ``[N, 17]``: qpos without x, qvel clipped to ±10."""
 
     xml_file: str = "walker2d_v5.xml"
-    frame_skip: int = 4
+    frame_skip: Count = 4
     forward_reward_weight: float = 1.0
     ctrl_cost_weight: float = 1e-3
     healthy_reward: float = 1.0
     terminate_when_unhealthy: bool = True
-    healthy_z_range: tuple[float, float] = (0.8, 2.0)
-    healthy_angle_range: tuple[float, float] = (-1.0, 1.0)
-    reset_noise_scale: float = 5e-3
+    healthy_z_range: tuple[Bound, Bound] = (0.8, 2.0)
+    healthy_angle_range: tuple[Bound, Bound] = (-1.0, 1.0)
+    reset_noise_scale: Nonnegative = 5e-3
     exclude_current_positions_from_observation: bool = True
 
     camera: ClassVar = {"trackbodyid": 2, "distance": 4.0, "lookat": (0.0, 0.0, 1.15), "elevation": -20.0}
@@ -119,9 +120,9 @@ class Hopper(Walker2d):
     """A one-legged runner. Observation ``[N, 11]``: qpos without x, qvel clipped to ±10."""
 
     xml_file: str = "hopper.xml"
-    healthy_state_range: tuple[float, float] = (-100.0, 100.0)
-    healthy_z_range: tuple[float, float] = (0.7, float("inf"))
-    healthy_angle_range: tuple[float, float] = (-0.2, 0.2)
+    healthy_state_range: tuple[Bound, Bound] = (-100.0, 100.0)
+    healthy_z_range: tuple[Bound, Bound] = (0.7, float("inf"))
+    healthy_angle_range: tuple[Bound, Bound] = (-0.2, 0.2)
 
     camera: ClassVar = {"trackbodyid": 2, "distance": 3.0, "lookat": (0.0, 0.0, 1.15), "elevation": -20.0}
 

@@ -325,12 +325,12 @@ def test_a_period_compiles():
 def test_bad_input():
     with pytest.raises(ValueError, match="no inventory task 'serial'; expected one of one_store_lost"):
         make_task("serial")
-    with pytest.raises(ValueError, match="integers of at least 1"):
+    with pytest.raises(ValueError, match="lead_time: expected >= 1, got 0"):
         make_task("one_store_lost", lead_time=0)
     with pytest.raises(TypeError, match="one_store_lost: expected options among lead_time, underage, mean, got lead"):
         make_task("one_store_lost", lead=2)
     for underage in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="finite and not negative"):
+        with pytest.raises(ValueError, match="underage: expected >= 0, got -1.0"):
             make_task("one_store_lost", underage=underage)
     with pytest.raises(ValueError, match="integers of at least 1"):
         make_task("one_store_lost", lead_time=2.5)
