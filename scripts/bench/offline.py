@@ -20,6 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ccrl.packages import check_siblings
+
+check_siblings("agents", "envs")
+
 from agents.offline.iql import IQL
 from agents.offline.td3_bc import TD3BC
 from ccrl.offline import Dataset, from_arrays
