@@ -122,7 +122,11 @@ def one_store_lost(lead_time: Count = 4, underage: Nonnegative = 9.0, mean: Nonn
 
 @checked
 def one_store_backlogged(
-    lead_time: Count = 4, underage: Nonnegative = 9.0, mean: Nonnegative = 5.0, std: Nonnegative = 1.6, clip: bool = True
+    lead_time: Count = 4,
+    underage: Nonnegative = 9.0,
+    mean: Nonnegative = 5.0,
+    std: Nonnegative = 1.6,
+    clip: bool = True,
 ) -> Task:
     """One store, normal demand (``clip``: cut at zero), backlogged. Published: lead time 1, 4, 7, 10, 15, 20, underage
     4, 9, 19, 39."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import gymnasium
 import numpy as np
@@ -19,6 +21,7 @@ from ccrl.offline import (
     load_dataset,
     load_minari,
     load_ogbench,
+    make_ogbench,
     normalised_score,
     qlearning_rows,
     reference_scores,
@@ -248,6 +251,19 @@ def test_ogbench_files(tmp_path: Path) -> None:
     single = load_ogbench(tmp_path / "b.npz")
     assert single.terminated.tolist() == [False, True, False, False, False, False]
     assert single.episode.tolist() == [0, 0, 1, 2, 2, 2]
+
+
+def test_ogbench_environments_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for the package: what is asked of it."""
+    asked: list[tuple[str, dict[str, object]]] = []
+    fake = ModuleType("ogbench")
+    fake.make_env_and_datasets = lambda name, **options: asked.append((name, options))  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ogbench", fake)
+    make_ogbench("pointmaze-medium-navigate-v0", width=64)
+    assert asked == [("pointmaze-medium-navigate-v0", {"env_only": True, "width": 64})]
+    monkeypatch.setitem(sys.modules, "ogbench", None)
+    with pytest.raises(ImportError, match=r"extra 'ogbench'"):
+        make_ogbench("x")
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------
