@@ -330,9 +330,9 @@ def test_bad_input():
     with pytest.raises(TypeError, match="one_store_lost: expected options among lead_time, underage, mean, got lead"):
         make_task("one_store_lost", lead=2)
     for underage in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match="underage: expected >= 0, got -1.0"):
+        with pytest.raises(ValueError, match="underage: expected >= 0"):
             make_task("one_store_lost", underage=underage)
-    with pytest.raises(ValueError, match="integers of at least 1"):
+    with pytest.raises(ValueError, match="lead_time: expected int, got 2.5"):
         make_task("one_store_lost", lead_time=2.5)
     with pytest.raises(ValueError, match="stores: expected at least 1"):
         make_task("transshipment_backlogged", stores=0)
