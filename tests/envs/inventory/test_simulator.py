@@ -332,11 +332,11 @@ def test_bad_input():
     for underage in (-1.0, float("nan")):
         with pytest.raises(ValueError, match="underage: expected >= 0"):
             make_task("one_store_lost", underage=underage)
-    with pytest.raises(ValueError, match="lead_time: expected int, got 2.5"):
+    with pytest.raises(ValueError, match=r"lead_time: expected int, got 2.5"):
         make_task("one_store_lost", lead_time=2.5)
-    with pytest.raises(ValueError, match="stores: expected at least 1"):
+    with pytest.raises(ValueError, match="stores: expected >= 1"):
         make_task("transshipment_backlogged", stores=0)
-    with pytest.raises(ValueError, match="correlation in \\[0, 1\\]"):
+    with pytest.raises(ValueError, match="correlation: expected a number in"):
         make_task("one_warehouse_lost_demand", correlation=2.0)
     task = make_task("one_store_lost")
     with pytest.raises(ValueError, match="expected one of train, dev, test, got 'valid'"):
