@@ -107,7 +107,7 @@ class Collector:
         self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
         self.log: dict[str, Any] = {}
         """Scalars that environments gave; the owner takes them away once per iteration."""
-        self._noted: dict[str, int] = {}
+        self._noted: dict[str, Any] = {}
         self._told = False
         self.env_seconds = 0.0
         """Wall time spent in environments; the owner resets it."""

@@ -70,14 +70,23 @@ class Stream:
         self.restarts = False
 
 
-def note(new: dict[str, Any], log: dict[str, Any], counts: dict[str, int]) -> None:
-    """Add the scalars of a step to ``log``: means over the steps that had them, since somebody emptied it.
+def note(new: dict[str, Any], log: dict[str, Any], counts: dict[str, Any]) -> None:
+    """Add the scalars of a step to ``log``: means over the steps that had them, since somebody emptied it. A NaN tensor
+    says that the step has none (no episode ended in it), without the host having to know.
 
     :param counts: kept between calls.
     """
     for key, value in new.items():
-        if isinstance(value, int | float | Tensor):
-            count = counts.get(key, 0) if key in log else 0
+        if isinstance(value, Tensor):
+            value = value if value.is_floating_point() else value.float()
+            if key not in log:
+                log[key], counts[key] = value, (~value.isnan()).to(value.dtype)
+                continue
+            old, count, known = log[key], counts[key], ~value.isnan()
+            mean = torch.where(count > 0, old + (value - old) / (count + 1.0), value)
+            log[key], counts[key] = torch.where(known, mean, old), count + known
+        elif isinstance(value, int | float):
+            count = counts[key] if key in log else 0
             log[key] = value if count == 0 else log[key] + (value - log[key]) / (count + 1)
             counts[key] = count + 1
 

@@ -43,7 +43,7 @@ class SetReward(RewardWrapper):
     """Pays marginal gains: step ``h`` gets ``F(s_{h+1} | s_0 .. s_h)``, so that a return is ``F(tau) - F({s_0})``.
 
     The first state of an episode is in the set before the first step; no action is paid for it. ``log`` of a step has
-    ``set_value``, the mean of ``F(tau)`` over the last finished episode of every copy (NaN before the first).
+    ``rollout/set_value``, the mean of ``F(tau)`` over the episodes that ended in it (NaN: none did).
 
     Args:
         env: what is wrapped; its own reward is dropped.
@@ -84,8 +84,7 @@ class SetReward(RewardWrapper):
         empty, first = self.function.initial(self.num_envs), self.element(obs)
         fresh = self.function.insert(empty, first) | {"set_value": self.function.gain(empty, first)}
         if not self.memory:
-            nothing = torch.full_like(fresh["set_value"], float("nan"))
-            self.memory = fresh | {"last_value": nothing}
+            self.memory = fresh
             return
         kept = {name: self.memory[name] for name in fresh}
         chosen = where_rows(where, fresh, kept)
@@ -94,7 +93,7 @@ class SetReward(RewardWrapper):
 
     def pay(self, obs: Tree, action: Tensor, successor: Tree, reward: Tensor, live: Tensor) -> Tensor:
         element = self.element(successor)
-        state = {name: x for name, x in self.memory.items() if name not in ("set_value", "last_value")}
+        state = {name: x for name, x in self.memory.items() if name != "set_value"}
         gain = self.function.gain(state, element)
         after = where_rows(live, self.function.insert(state, element), state)
         assert isinstance(after, dict)
@@ -105,5 +104,4 @@ class SetReward(RewardWrapper):
         return self.scale * gain
 
     def log(self, done: Tensor) -> dict[str, Any]:
-        self.memory["last_value"] = torch.where(done, self.memory["set_value"], self.memory["last_value"])
-        return {"rollout/set_value": self.memory["last_value"].nanmean()}
+        return {"rollout/set_value": self.memory["set_value"].masked_fill(~done, float("nan")).nanmean()}

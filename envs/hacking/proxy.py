@@ -21,8 +21,8 @@ Proxy = Callable[[Tree, Tensor, Tree], Tensor]
 class ProxyReward(RewardWrapper):
     """Pays ``proxy`` in place of the environment's own reward, which is the true one.
 
-    ``log`` of a step has ``rollout/true_return`` and ``rollout/proxy_return``: means over the last finished episode of
-    every copy (NaN before the first). ``memory`` has ``true`` and ``proxy`` ``[N]``, the rewards of the last step. No
+    ``log`` of a step has ``rollout/true_return`` and ``rollout/proxy_return``: means over the episodes that ended
+    in it (NaN: none did). ``memory`` has ``true`` and ``proxy`` ``[N]``, the rewards of the last step. No
     agent reads them.
 
     Args:
@@ -41,8 +41,7 @@ class ProxyReward(RewardWrapper):
         self.paid = paid
         self.proxy: Proxy = env.proxy if proxy is None else proxy  # type: ignore[attr-defined]
         zero = torch.zeros(self.num_envs, device=self.device)
-        sums = {"true_return": zero, "proxy_return": zero, "true": zero, "proxy": zero}
-        self.memory = sums | {"last_true": zero + float("nan"), "last_proxy": zero + float("nan")}
+        self.memory = {"true_return": zero, "proxy_return": zero, "true": zero, "proxy": zero}
 
     def begin(self, obs: Tree, where: Tensor) -> None:
         for name in ("true_return", "proxy_return"):
@@ -56,12 +55,8 @@ class ProxyReward(RewardWrapper):
         return rewards[self.paid]
 
     def log(self, done: Tensor) -> dict[str, Any]:
-        log = {}
-        for name in ("true", "proxy"):
-            last = torch.where(done, self.memory[f"{name}_return"], self.memory[f"last_{name}"])
-            self.memory[f"last_{name}"] = last
-            log[f"rollout/{name}_return"] = last.nanmean()
-        return log
+        names = ("true_return", "proxy_return")
+        return {f"rollout/{n}": self.memory[n].masked_fill(~done, float("nan")).nanmean() for n in names}
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from ccrl.batched_env import AutoresetMode, StepResult
 from ccrl.collect import Collector, Request
 from ccrl.data import Data, Field
 from ccrl.policies import MLPPolicy
+from ccrl.stream import note
 from ccrl.testing import ClockEnv, Episode
 
 SCRIPT = [
@@ -324,3 +325,18 @@ def test_what_only_language_models_have_is_refused(what: dict[str, Any]) -> None
         collector.collect(Request(counts=torch.ones(2)), policy())
     with pytest.raises(ValueError, match="belong to counts, got episodes"):
         Request(episodes=2, horizon=3, **what or {"prompts": object()})
+
+
+def test_steps_with_nothing_to_tell_are_left_out_of_a_logged_mean():
+    log, counts, nan = {}, {}, float("nan")
+    for value in (nan, 2.0, nan, 4.0, 6.0):
+        note({"ended": torch.tensor(value), "every": 1.0}, log, counts)
+    assert float(log["ended"]) == 4.0
+    assert log["every"] == 1.0
+    log.clear()  # read by the learner; the next mean starts anew
+    note({"ended": torch.tensor(3)}, log, counts)
+    note({"ended": torch.tensor(5)}, log, counts)
+    assert float(log["ended"]) == 4.0
+    log.clear()
+    note({"ended": torch.tensor(nan)}, log, counts)
+    assert log["ended"].isnan()

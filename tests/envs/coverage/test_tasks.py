@@ -38,8 +38,11 @@ def test_a_path_on_a_small_grid():
 
 def test_the_additive_reward_pays_every_visit():
     env = grid_coverage(size=(3, 3), max_episode_steps=4, paid="modular")
-    assert play(env, [1, 2, 0, 2]) == [4.0, 4.0, 4.0, 2.0]
-    assert float(env.memory["last_value"]) == 8.0, "4 + 2 + 2 + 0 + 0: F itself is logged, whatever is paid"
+    assert play(env, [1, 2, 0]) == [4.0, 4.0, 4.0]
+    result = env.step(torch.tensor([2]))
+    assert float(result.reward) == 2.0
+    assert float(result.log["rollout/set_value"]) == 8.0, "4 + 2 + 2 + 0 + 0: F itself is logged, whatever is paid"
+    assert bool(env.step(torch.tensor([2])).log["rollout/set_value"].isnan()), "nothing ended in this step"
 
 
 @pytest.mark.parametrize("observation", ["raw", "scaled", "history"])
