@@ -280,7 +280,7 @@ def _wrong(value: Any, hint: Any, where: str) -> ConfigError:
 def _fix(value: Any, hint: Any) -> str:
     if isinstance(value, str) and hint in (int, float, bool):
         return " Write it without quotes."
-    if hint is int and isinstance(value, float) and value.is_integer():
+    if hint is int and isinstance(value, float) and value.is_integer() and abs(value) < 2**63:
         return f" Write {int(value)}."
     if hint is str and isinstance(value, bool):  # compile: off
         return " Write the word in quotes: YAML takes on, off, yes and no for booleans."

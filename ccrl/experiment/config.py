@@ -155,7 +155,8 @@ def _build(cls: type[C], values: Mapping[str, Any], base: Any, where: str, requi
                 nested = _default(field)
                 if dataclasses.is_dataclass(nested) and hasattr(nested, str(key)):
                     hint = f" It is a key of {name!r}: write it, indented, below a line `{where}{name}:`."
-            raise ConfigError(f"{where}{key}: unknown key of {cls.__name__}.{hint} Known keys: {', '.join(fields)}.")
+            known = f"Expected some of {', '.join(fields)}."
+            raise ConfigError(f"{where}{key}: unknown key of {cls.__name__}.{hint} {known}")
     hints = hints_of(cast(Any, cls))
     arguments: dict[str, Any] = {}
     for name, field in fields.items():

@@ -40,12 +40,18 @@ class CsvTable:
                     f"{self.path}: expected no rows for a new run, got {len(rows)}, of another one up to step "
                     f"{rows[-1]['step']}; choose another folder, or continue that run (resume_step)"
                 )
-            kept = [row for row in rows if resume_step is None or int(row["step"]) <= resume_step]
+            kept = [row for i, row in enumerate(rows, 2) if resume_step is None or self._step(row, i) <= resume_step]
             self.columns = list(rows[0]) if rows else self.columns
             # Also without dropped rows: the last line may be half a line, and appending to it would spoil both.
             self._rewrite(kept)
         with writing(self.path):
             self._file = open(self.path, "a", newline="", encoding="utf-8")  # noqa: SIM115  (open for the run's life)
+
+    def _step(self, row: Mapping[str, str], line: int) -> int:
+        text = row.get("step")
+        if text is None or not text.isdecimal():
+            raise ValueError(f"{self.path}:{line}: expected a whole number in the column 'step', got {text!r}")
+        return int(text)
 
     def write(self, step: int, row: Mapping[str, Cell]) -> None:
         """Append one row. Floats are written so that they read back exactly."""
@@ -76,9 +82,20 @@ def _line(cells: list[Cell] | list[str]) -> str:
 
 
 def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
-    """All complete rows as text; the half line that a killed writer may leave is ignored."""
-    text = Path(path).read_text(encoding="utf-8")
-    return list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    """All complete rows as text; the half line that a killed writer may leave is ignored.
+
+    Raises:
+        ValueError: no text in UTF-8, or rows with more cells than the first line has names.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8")
+        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path}: expected a table as CSV in UTF-8, got a file that is none: {error}") from error
+    for line, row in enumerate(rows, 2):
+        if None in row:
+            raise ValueError(f"{path}:{line}: expected {len(row) - 1} cells, as the first line has, got more")
+    return rows
 
 
 def read_columns(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float64]]:

@@ -284,6 +284,8 @@ def _read(run: RunFolder, metric: str, seen: set[str]) -> tuple[Array, Array]:
         columns = read_columns(path) if path.exists() else {}
         seen |= columns.keys() - {"step"}
         if metric in columns:
+            if "step" not in columns or np.isnan(columns["step"]).any():
+                raise ValueError(f"{path}: expected a number in the column 'step' of every row; the file is damaged")
             kept = ~np.isnan(columns[metric])
             steps, values = columns["step"][kept], columns[metric][kept]
             # Of several rows with one step the last holds; np.unique keeps the first, so look from the end.

@@ -104,8 +104,15 @@ class RunFolder:
     @property
     def info(self) -> dict[str, Any]:
         """The contents of ``run.json``: ``env, agent, seed`` and what :func:`describe` returns."""
-        info: dict[str, Any] = json.loads(self.info_file.read_text(encoding="utf-8"))
-        return info
+        try:
+            info = json.loads(self.info_file.read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{self.info_file}: expected the JSON that a run writes, got: {error}") from error
+        missing = [name for name in ("env", "agent", "seed") if not isinstance(info, dict) or name not in info]
+        if missing or not isinstance(info["env"], str) or not isinstance(info["agent"], str):
+            raise ValueError(f"{self.info_file}: expected env, agent and seed of a run, got no {missing or 'texts'}")
+        found: dict[str, Any] = info
+        return found
 
     def config(self) -> dict[str, Any]:
         """The contents of ``config.yaml``, for ``config.from_dict``."""
@@ -122,7 +129,7 @@ class RunFolder:
     def record_resume(self, step: int) -> None:
         """Add to ``run.json`` that the run goes on from ``step`` now, by which versions and command."""
         info = self.info
-        info["resumes"].append({"step": step, **describe()})
+        info.setdefault("resumes", []).append({"step": step, **describe()})
         self._write(info)
 
     def record(self, **facts: Any) -> None:

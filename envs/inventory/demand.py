@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import math
 import warnings
 from dataclasses import dataclass
@@ -151,12 +152,15 @@ def load_series(path: str | Path) -> Recorded:
         return Recorded(demand, path.name, datetime.date.fromisoformat(first))
     if path.suffix != ".csv":
         raise ValueError(f"series: expected a .npz or .csv file, got {path.name}")
-    with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin their files with a mark
-        rows = csv.DictReader(file)
+    try:
+        text = path.read_bytes().decode("utf-8-sig")  # spreadsheets begin their files with a mark
+        rows = csv.DictReader(io.StringIO(text, newline=""))
         columns = set(rows.fieldnames or ())
         if not {"series", "week", "demand"} <= columns:
             raise ValueError(f"{path.name}: expected columns series, week, demand(, store), got {sorted(columns)}")
         table = [(row["series"], row.get("store") or "", row["week"], row["demand"]) for row in rows]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path.name}: expected a table as CSV in UTF-8, got a file that is none: {error}") from error
     return _from_table(table, path.name)
 
 

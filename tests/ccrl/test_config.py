@@ -123,7 +123,9 @@ def test_unknown_keys_name_near_matches():
         ConfigError, match=r"learning_rte: unknown key of Config. Did you mean learning_rate\?.* hidden,"
     ):
         from_dict(Config, {"learning_rte": 1.0})
-    with pytest.raises(ConfigError, match=r"adam.epz: unknown key of Adam. Did you mean eps\? Known keys: eps, betas"):
+    with pytest.raises(
+        ConfigError, match=r"adam.epz: unknown key of Adam. Did you mean eps\? Expected some of eps, betas"
+    ):
         from_dict(Config, {"adam": {"epz": 1.0}})
     with pytest.raises(ConfigError, match=r"extra.epz: unknown key of Adam"):
         from_dict(Config, {"extra": {"epz": 1.0}}, CHANGED)

@@ -1,0 +1,1 @@
+"""The inputs of ``scripts/fuzz.py``."""

@@ -1,0 +1,202 @@
+"""Files that are damaged, or are none: checkpoints and run folders, prompts, tables."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import random
+import shutil
+import tempfile
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccrl.packages import check_siblings
+
+check_siblings("agents", "envs")
+
+import agents
+from ccrl.batched_env import resolve_env
+from ccrl.experiment import checkpoint
+from ccrl.experiment.csv_table import CsvTable
+from ccrl.experiment.curves import load_study
+from scripts import evaluate, train
+from scripts.fuzzing.case import SIZES, Case
+
+__all__ = ["checkpoints", "csv", "jsonl"]
+
+
+# -- checkpoints and run folders --------------------------------------------------------------------------------------
+
+
+@cache
+def _trained() -> Path:
+    folder = Path(tempfile.mkdtemp(prefix="fuzz"))
+    argv = ["ppo", "--env", "CartPole-v1", "--total-timesteps", "32", "--num-envs", "2", "--n-steps", "8", "--hidden",
+            "4", "--n-epochs", "1", "--compile", "off", "--eval-every", "16", "--eval-episodes", "2", "--run-root",
+            str(folder), "--no-tensorboard", "--no-progress"]  # fmt: skip
+    return train.main(argv).path
+
+
+def _change(rng: random.Random, tree: Any) -> str:
+    """Change one place of nested mappings, in place; says which and how."""
+    path = ""
+    while True:
+        key = rng.choice(list(tree))
+        path += f"[{key!r}]"
+        if isinstance(tree[key], dict) and tree[key] and rng.random() < 0.8:
+            tree = tree[key]
+            continue
+        how = rng.choice(["removed", "renamed", "replaced"])
+        old = tree.pop(key)
+        if how == "renamed":
+            tree[f"{key}_"] = old
+        elif how == "replaced":
+            tree[key] = rng.choice([None, -1, math.nan, "x", [], {}, torch.zeros(3), "evilmod:X", 2**40])
+            how = f"is {tree[key]!r}"
+        return f"{path} {how}"
+
+
+def checkpoints(rng: random.Random, folder: Path) -> Case:
+    run = folder / "run"
+    shutil.copytree(_trained(), run)
+    newest = checkpoint.latest(run / "checkpoints")
+    assert newest is not None
+    how = rng.choice(["tree", "tree", "bytes", "cut", "foreign", "yaml", "json", "other"])
+    what = how
+    if how == "tree":
+        tree = torch.load(newest, weights_only=True)
+        what = _change(rng, tree)
+        torch.save(tree, newest)
+    elif how == "bytes":
+        data = bytearray(newest.read_bytes())
+        at = rng.randrange(len(data))
+        data[at] ^= 1 << rng.randrange(8)
+        newest.write_bytes(data)
+        what = f"a bit of byte {at}"
+    elif how == "cut":
+        size = rng.randrange(newest.stat().st_size)
+        newest.write_bytes(newest.read_bytes()[:size])
+        what = f"cut at {size}"
+    elif how == "foreign":
+        newest.write_bytes(rng.choice([b"", b"hello", pickle.dumps({"x": print}), bytes(1000)]))
+    elif how in ("yaml", "json"):
+        file = run / ("config.yaml" if how == "yaml" else "run.json")
+        lines = file.read_text().splitlines()
+        at = rng.randrange(len(lines))
+        lines[at] = rng.choice(["", "{", "\x00", lines[at][: len(lines[at]) // 2], lines[at].replace(": ", ": -"),
+                                "env: evilmod:X", "agent: 3"])  # fmt: skip
+        file.write_text("\n".join(lines))
+        what = f"line {at} of {file.name} is {lines[at]!r}"
+    else:
+        torch.save({"x": 1}, newest)
+    act = rng.choice(["resume", "evaluate", "load"])
+    made: list[Any] = []
+
+    def begin() -> None:
+        if act == "load":
+            made.append(agents.get_agent("ppo").load(newest))
+        elif act == "evaluate":
+            evaluate.main(evaluate.EvaluateConfig(run, episodes=2))
+        else:
+            settings = run / "config.yaml"
+            settings.write_text(settings.read_text().replace("total_timesteps: 32", "total_timesteps: 64"))
+            made.append(train.prepare(["--resume", str(run)]))
+
+    def go_on() -> None:
+        if act == "load":
+            made[0].learn(16)
+        elif act == "resume":
+            made[0]()
+
+    return Case(f"{act}, {what}", begin, go_on)
+
+
+# -- data files -------------------------------------------------------------------------------------------------------
+
+
+def jsonl(rng: random.Random, folder: Path) -> Case:
+    good = {"prompt": "ab=", "answer": "c", "demonstration": "c"}
+    rows: list[Any] = [json.dumps(good | {"prompt": f"{'ab'[i % 2]}{i}="}) for i in range(6)]
+    at = rng.randrange(len(rows))
+    bad = dict(good)
+    field = rng.choice(sorted(bad))
+    how = rng.choice(["value", "removed", "text", "bytes", "few", "long", "path", "option"])
+    if how == "value":
+        bad[field] = rng.choice([None, 1, 1.5, [], {}, True, "", "\ud800"])  # type: ignore[assignment]
+        rows[at] = json.dumps(bad)
+    elif how == "removed":
+        rows[at] = json.dumps({k: v for k, v in bad.items() if k != field})
+    elif how == "text":
+        rows[at] = rng.choice(["", "{", "[1]", "null", "1", '{"prompt": NaN}', "[" * 5000, '{"prompt": "x"} {}'])
+    elif how == "few":
+        rows = rows[: rng.randrange(3)]
+    elif how == "long":
+        rows[at] = json.dumps(bad | {field: "x" * rng.choice([100, 10_000])})
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8", errors="surrogatepass")
+    if how == "bytes":
+        path.write_bytes(path.read_bytes().replace(b"ab", rng.choice([b"\xff\xfe", b"\x00", b"\xe9"])))
+    given: Any = rng.choice([folder, folder / "none", "", 3, None]) if how == "path" else str(path)
+    options: dict[str, Any] = {"path": given}
+    if how == "option":
+        option = rng.choice(["reward", "components", "max_new_tokens", "test_path", "vocab"])
+        options[option] = rng.choice([None, 0, -1, "x", "json:no", "no_module:f", ["a", "a"], [], 3.5, "shutil"])
+    made: list[Any] = []
+
+    def begin() -> None:
+        cls = agents.get_agent("grpo")
+        sizes = {k: v for k, v in SIZES.items() if k in {f.name for f in fields(cls.Config) if f.init}}
+        made.append(cls("jsonl", cls.Config(**sizes), env_kwargs=options))
+
+    def go_on() -> None:
+        made[0].learn(4)
+        made[0].evaluate(None, 2, 0)
+
+    return Case(f"{how} {options if how in ('path', 'option') else rows[min(at, len(rows) - 1)][:60] if rows else ''}",
+                begin, go_on)  # fmt: skip
+
+
+def csv(rng: random.Random, folder: Path) -> Case:
+    run = folder / "run"
+    shutil.copytree(_trained(), run)
+    target = rng.choice(["progress.csv", "eval.csv", "demand.csv"])
+    path = run / target if target != "demand.csv" else folder / target
+    if target == "demand.csv":
+        rows = [f"{i},{week},{(i * week) % 7}" for i in range(2) for week in range(150)]
+        path.write_text("series,week,demand\n" + "\n".join(rows) + "\n")
+    lines = path.read_text().splitlines()
+    at, cell = rng.randrange(len(lines)), rng.choice(["", "x", "nan", "inf", "-1", "1e999", '"', "\x00", "1.5", "é"])
+    how = rng.choice(["cell", "line", "header", "empty", "bytes", "twice"])
+    if how == "cell":
+        cells = lines[at].split(",")
+        cells[rng.randrange(len(cells))] = cell
+        lines[at] = ",".join(cells)
+    elif how == "line":
+        lines[at] = rng.choice(["", ",", lines[at] + ",1,2,3", lines[at].split(",")[0]])
+    elif how == "header":
+        lines = lines[1:]
+    elif how == "empty":
+        lines = []
+    elif how == "twice":
+        lines = lines + lines
+    path.write_text("\n".join(lines) + "\n" if lines else "")
+    if how == "bytes":
+        path.write_bytes(path.read_bytes()[:20] + b"\xff\xfe" + path.read_bytes()[20:])
+
+    def begin() -> None:
+        if target == "demand.csv":
+            made = resolve_env("ccrl/InventoryOneStoreRecorded-v0", 2, series=str(path))
+            made.reset(seed=0)
+        elif rng.random() < 0.5:
+            load_study([run], "rollout/ep_rew_mean" if target == "progress.csv" else "eval/mean_reward").table()
+        else:
+            table = CsvTable(path, resume_step=16)
+            table.write(32, {"x": 1.0})
+            table.close()
+
+    return Case(f"{target} {how} line {at} {cell!r}", begin)
