@@ -266,6 +266,6 @@ NAMES = (
     *_PLAIN, "bpg1", "bpg2", "bpg2c", "bpg2s", "bac", "dbqpg", "nmpg", "npg_igt", "harpg", "nharpg", "storm",
     # the first five are above under their own names; hdpo differentiates its simulator and has no scores; the recipes
     # of grouped compare episodes from one start, which a lab's rollouts do not have
-    *(name for name in agents.AGENTS if name not in ("bac", "bpg", "dbqpg", "harpg", "npg_igt", "hdpo", "grouped")),
+    *(name for name in agents.AGENTS if name in ("a2c", "ppo", "mdpo", "bpo")),
 )  # fmt: skip
 """Estimators by name: from paths, Bayesian, momentum methods on a path, and the agents with surrogate losses."""

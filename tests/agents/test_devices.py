@@ -35,6 +35,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "td3": REPLAY,
     "mdpo_off_policy": REPLAY,
     "crossq": REPLAY | {"critic_hidden": (8,)},
+    "subpo": {"credit": "gae"},
+    "orpo": {"coef": 0.0},
     "grouped": {"n_groups": 2, "group_size": 4, "n_steps": 32},
 }
 PENDULUM = gymnasium.spaces.Box(-8, 8, (3,)), gymnasium.spaces.Box(-2, 2, (1,))

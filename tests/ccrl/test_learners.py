@@ -226,10 +226,10 @@ def test_a_cycle_is_targets_then_phases_then_averages() -> None:
     # a: 1, 2, 3, 4. The average before each step: 0, then halves of the way: .5, 1.25, 2.125
     assert float(learner.policy.a) == 4.0
     assert learner.cycle.seen == [0.0, 0.5, 1.25, 2.125]
-    # b at steps 0 and 2; the copy after step 3 has a = 3 and b = 2
+    # b at steps 2 and 4; the copy after step 3 has a = 3 and b = 1
     assert float(learner.policy.b) == 2.0
     copy = learner.ctx.bank.policy("copy")
-    assert (float(copy.a), float(copy.b)) == (3.0, 2.0)
+    assert (float(copy.a), float(copy.b)) == (3.0, 1.0)
     assert float(learner.ctx.bank.policy("target").b) == 0.0, "an average moves the parameters it names"
     assert learner.n_updates == 6
     assert float(stats["a"]) == pytest.approx(-1.5)  # the loss is minus a before the step: -(0 + 1 + 2 + 3) / 4
