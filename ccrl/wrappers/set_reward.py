@@ -78,7 +78,6 @@ class SetReward(RewardWrapper):
                 f"function, got a time limit of {self.max_episode_steps} steps ({states} states); raise the capacity"
             )
         self.function, self.paid, self.scale = function, paid, scale
-        self.id = getattr(env, "id", None)
         self.element: Callable[[Tree], Tensor] = env.element if element is None else element  # type: ignore[attr-defined]
 
     def begin(self, obs: Tree, where: Tensor) -> None:
