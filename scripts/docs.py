@@ -43,7 +43,7 @@ class Options:
     """Folder of the staged source and of html/."""
     unrolled: tuple[str, ...] = ("all",)
     """Agents that get a page of one traced iteration; all: those that train on a small task."""
-    jobs: int = 2
+    jobs: int = 1
     """Processes of Sphinx."""
 
 
@@ -248,10 +248,9 @@ def main(options: Options) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "sphinx", "-b", "html", "-q", "-W", "--keep-going", "-j", str(options.jobs)]
-    if subprocess.run(
-        [*command, "-d", str(options.out / "doctrees"), str(source), str(out)], env=environment
-    ).returncode:
-        sys.exit("error: the site has warnings (above)")
+    command += ["-d", str(options.out / "doctrees"), str(source), str(out)]
+    if (code := subprocess.run(command, env=environment).returncode) != 0:
+        sys.exit(f"error: Sphinx ended by signal {-code}" if code < 0 else "error: the site has warnings (above)")
     if broken := broken_links(out):
         sys.exit("error: links that lead nowhere:\n" + "\n".join(broken))
     print(f"[site] {out / 'index.html'}")
