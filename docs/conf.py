@@ -27,6 +27,7 @@ myst_heading_anchors = 4
 myst_enable_extensions = ["colon_fence"]
 autosummary_generate = True
 autosummary_ignore_module_all = True  # __all__ of a package names no modules, and they would have no page
+toc_object_entries = False  # every function in the sidebar of every page doubles the time of a build
 autodoc_typehints = "signature"
 suppress_warnings = [
     "ref.python",  # a short name that two classes have, in a docstring: either link is as good
