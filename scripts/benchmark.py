@@ -166,7 +166,7 @@ def _run(values: dict[str, Any], out: Path, cores: int) -> int:
             old.own().release()  # of a run that is still at it
             # kept, but no longer a run: plots would count it
             old.info_file.rename(old.path / "abandoned.json")
-        if resumed:
+        if resumed and old is not None:
             # what is built comes from the study; find() has seen that the folder says the same
             values = old.config() | {name: spec.values[name] for name in ("env", "agent")}
             config = configs.from_dict(train.run_config(spec.agent, spec.values["agent"]), values)

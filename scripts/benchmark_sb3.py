@@ -130,14 +130,14 @@ def run(agent: str, config: SB3Config, root: Path, timed: Any) -> RunFolder:
     from stable_baselines3.common.logger import KVWriter
     from stable_baselines3.common.logger import Logger as SB3Logger
 
-    class Writer(KVWriter):
+    class Writer(KVWriter):  # type: ignore[misc]
         def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
             numbers = {k: v for k, v in key_values.items() if isinstance(v, int | float | np.number)}
             logger.log(step, {k: float(v) for k, v in numbers.items()})
 
         def close(self) -> None: ...
 
-    class Evaluate(BaseCallback):
+    class Evaluate(BaseCallback):  # type: ignore[misc]
         # A rollout starts after the update on the one before: as our agents, evaluated with the new parameters.
         def _on_rollout_start(self) -> None:
             evaluation.on_iteration(learner)
@@ -156,7 +156,8 @@ def run(agent: str, config: SB3Config, root: Path, timed: Any) -> RunFolder:
     env = envs.make(config.env, num_envs, **config.env_kwargs)
     model = algorithm(agent)("MlpPolicy", as_vec_env(env), seed=config.seed, device="cpu", **arguments)
     model.set_logger(SB3Logger(str(folder.path), [Writer()]))
-    learner, evaluation, eval_env, callback = _Learner(model), None, None, None
+    learner, eval_env, callback = _Learner(model), None, None
+    evaluation: Any = None
     if config.eval_every:
         eval_env = envs.make(config.env, config.eval_episodes, **config.env_kwargs)
         evaluation = EvalCallback(eval_env, folder.path, config.eval_every, config.eval_episodes, logger=logger)

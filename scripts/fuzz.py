@@ -42,7 +42,7 @@ from ccrl.settings import Count, Natural, Settings
 __all__ = ["Kind", "Options", "Verdict", "main", "play"]
 
 Kind = Literal["settings", "options", "checkpoints", "jsonl", "csv", "gymnasium", "commands"]
-WORDS = re.compile("expect|did you mean|refused|must|need|no such", re.IGNORECASE)
+WORDS = re.compile("expect|did you mean|refused|must|need|no such|has no|is not finite", re.IGNORECASE)
 VERDICTS = ("clear", "late", "raw", "accepted", "hung")
 
 
@@ -102,6 +102,8 @@ def play(kind: Kind, seed: int, number: int, limit: int) -> Verdict:
     except SystemExit as error:
         text = " ".join((said.getvalue() if error.code == 2 else str(error.code)).split())
         verdict, answer = (verdict if verdict == "late" else "clear", text) if error.code else ("accepted", "")
+    except case.theirs as error:
+        verdict, answer = "accepted", f"the environment's own {type(error).__name__} is passed on"
     except BaseException as error:
         answer = f"{type(error).__name__}: {error}"
         in_words = isinstance(error, IN_WORDS) and WORDS.search(str(error))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -117,11 +117,13 @@ def _prepared(setting: Any, estimator: Any, scale: Callable[[Data, Data], Tensor
         estimator.fit(have, setting.ctx)
         with torch.no_grad():
             ready = estimator.prepare(have, setting.ctx)["on"]
-        got = estimator.gradient(setting.theta, ready, setting.ctx)
+        got: GradientEstimate = estimator.gradient(setting.theta, ready, setting.ctx)
         if scale is None:
             return got
         s = scale(data, ready).double()
-        return GradientEstimate(s * got.mean, covariance=lambda v: s * s * got.covariance(v))
+        covariance = got.covariance
+        assert covariance is not None
+        return GradientEstimate(s * got.mean, covariance=lambda v: s * s * covariance(v))
 
     return estimate
 
@@ -141,8 +143,8 @@ def _bpg(name: str, setting: Any, episodes: int) -> Estimate:
     p = setting.problem
     constant = 1e4 if name in ("bpg2c", "bpg2s") else 0.0
     config = BPGConfig(
-        num_envs=episodes, n_steps=p.horizon, gamma=p.gamma, model=int(name[3]), baseline=False, constant=constant,
-        **p.bpg,
+        num_envs=episodes, n_steps=p.horizon, gamma=p.gamma, model=2 if name[3] == "2" else 1,
+        baseline=False, constant=constant, **p.bpg,
     )  # fmt: skip
     estimator = BPGEstimator(config, AnalyticFisher(lambda: setting.fisher))
     if name != "bpg2s":
@@ -250,10 +252,11 @@ def _momentum(config: Any, estimator: Any, name: str, setting: Any, episodes: in
         k.zero_()
         direction = estimator(config, path[0])
         for theta in path:
-            points, have = direction.points(theta, ctx), {}
+            points = direction.points(theta, ctx)
+            have: dict[str, Data] = {}
             while requests := direction.plan(points, have, ctx):
                 for request in requests:
-                    have[request.tag] = collector.collect(request, ctx.bank.policy(request.params))
+                    have[request.tag] = collector.collect(request, cast(Any, ctx.bank.policy(request.params)))
             ready = direction.prepare(have, ctx)
             direction.step(theta, lambda tag: direction.gradient(points[tag], ready[tag], ctx), ready, ctx)  # noqa: B023
             k.add_(1.0)
@@ -264,8 +267,6 @@ def _momentum(config: Any, estimator: Any, name: str, setting: Any, episodes: in
 
 NAMES = (
     *_PLAIN, "bpg1", "bpg2", "bpg2c", "bpg2s", "bac", "dbqpg", "nmpg", "npg_igt", "harpg", "nharpg", "storm",
-    # the first five are above under their own names; hdpo differentiates its simulator and has no scores; the recipes
-    # of grouped compare episodes from one start, which a lab's rollouts do not have
-    *(name for name in agents.AGENTS if name in ("a2c", "ppo", "mdpo", "bpo")),
+    "a2c", "bpo", "mdpo", "ppo",
 )  # fmt: skip
 """Estimators by name: from paths, Bayesian, momentum methods on a path, and the agents with surrogate losses."""

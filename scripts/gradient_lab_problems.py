@@ -113,13 +113,15 @@ class ActorCritic(nn.Module):
 
     def values(self, obs: Tensor, head: str = "value") -> Tensor:
         """``[B]``."""
-        return design(self._features[0](obs)) @ self.critic["weight"]
+        found: Tensor = design(self._features[0](obs)) @ self.critic["weight"]
+        return found
 
     def outputs(self) -> frozenset[str]:
-        return self.actor.outputs() | frozenset(self.heads)
+        actors: frozenset[str] = self.actor.outputs()
+        return actors | frozenset(self.heads)
 
     def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
-        out = self.actor.evaluate(batch, want & self.actor.outputs())
+        out: dict[str, Tensor] = self.actor.evaluate(batch, want & self.actor.outputs())
         heads = [head for head in self.heads if head in want]
         if heads:
             out |= dict.fromkeys(heads, self.values(batch["obs"].flatten(0, 1)).reshape(batch.shape))
@@ -180,7 +182,8 @@ class Setting:
         keep = data["valid"].reshape(-1) > 0
         x = design(self.problem.features(data["obs"].flatten(0, 1)[keep]).double())
         gram = x.T @ x + 1e-3 * torch.eye(x.shape[1], dtype=x.dtype)
-        return torch.linalg.solve(gram, x.T @ target.reshape(-1)[keep].double())
+        found: Tensor = torch.linalg.solve(gram, x.T @ target.reshape(-1)[keep].double())
+        return found
 
     def _reference(self, env: BatchedEnv, batches: int) -> tuple[Tensor, Tensor]:
         """Mean over batches of the gradient with reward to go minus the critic, and its standard errors."""

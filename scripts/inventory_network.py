@@ -71,6 +71,8 @@ def main(config: NetworkConfig) -> list[Path]:
         raise FileNotFoundError(f"{config.run}: expected a run folder of hdpo with a checkpoint, or a checkpoint")
     agent = HDPO.load(path, trust=config.trust)
     env = agent.simulator.split(config.split)
+    if not isinstance(env, InventoryEnv):
+        raise ValueError(f"{config.run}: expected an inventory network of ours, got {type(env).__name__}")
     trace = play(agent, env, agent.scenarios(config.split, config.count, 10**6 + config.seed))
     name = env.task.name.replace("_", " ")
     title = config.title or f"{name}: {agent.config.policy}, best of {agent.iteration} epochs"

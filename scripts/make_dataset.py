@@ -272,7 +272,8 @@ def write(data: Dataset, out: str, env_id: str | None) -> str:
     if not out.startswith("minari:"):
         path = Path(out).with_suffix(".npz")
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.savez_compressed(path, **data.columns())
+        columns: dict[str, Any] = data.columns()
+        np.savez_compressed(path, **columns)
         return str(path)
     if env_id is None:
         raise ValueError(f"out: expected a file, got {out}; Minari stores an environment, of which there is no id here")

@@ -78,8 +78,8 @@ def table(found: list[Entry], format: str) -> str:
     blocks = []
     for m in found:
         width = max(map(len, m.slots), default=0)
-        slots = [f"    {k:<{width}}  {v}" for k, v in m.slots.items()]
-        blocks.append("\n".join([f"{m.slug}  ({m.status})  {m.paper}", *slots, f"    $ {m.command}"]))
+        filled = [f"    {k:<{width}}  {v}" for k, v in m.slots.items()]
+        blocks.append("\n".join([f"{m.slug}  ({m.status})  {m.paper}", *filled, f"    $ {m.command}"]))
     return "\n\n".join(blocks) + "\n"
 
 

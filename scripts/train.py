@@ -106,7 +106,8 @@ def run_config(agent: str, settings: Mapping[str, Any] | None = None) -> type[An
     """
     found = agents.get_agent(agent, settings)
     cls, base = found.Config, TextConfig if is_text(found) else TrainConfig
-    own: list[Any] = [("agent", tyro.conf.OmitArgPrefixes[cls], field(default_factory=cls))]
+    nested: Any = tyro.conf.OmitArgPrefixes
+    own: list[Any] = [("agent", nested[cls], field(default_factory=cls))]
     if example := getattr(found, "example_env", None):  # one that the agent accepts
         own.append(("env", str, field(default=example)))
     made = make_dataclass("RunConfig", own, bases=(base,), frozen=True)

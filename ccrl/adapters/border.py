@@ -37,6 +37,9 @@ class Border(gymnasium.Wrapper[Any, Any, Any, Any]):  # type: ignore[misc]
         self.index = index
         inner = env.unwrapped
         self.label = f"{type(inner).__name__} ({env.spec.id})" if env.spec is not None else type(inner).__name__
+        for name in ("observation_space", "action_space"):
+            if not isinstance(space := getattr(env, name, None), spaces.Space):
+                raise TypeError(f"{self.label}: expected a space of gymnasium.spaces as {name}, got {space!r}")
         if inner is not env:  # wrappers in between would fail at unpacking, without a name
             _probe(inner, "reset", functools.partial(_checked_reset, self.label))
             _probe(inner, "step", functools.partial(_checked_step, self.label))

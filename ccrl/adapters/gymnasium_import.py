@@ -227,7 +227,7 @@ def from_gymnasium(
         raise ValueError(f"num_envs: expected >= 1, got {num_envs}")
     if callable(make) and env_kwargs:
         raise ValueError(f"keyword arguments {sorted(env_kwargs)} need an id; a function takes none")
-    single = make if callable(make) else lambda: gymnasium.make(make, **env_kwargs)
+    single = make if callable(make) else lambda: _made(make, env_kwargs)
     vector = AsyncVectorEnv if asynchronous else SyncVectorEnv
     # The adapter copies once into its own buffers; a second copy inside the vector environment would be waste.
     mode = as_autoreset_mode(autoreset_mode, where="from_gymnasium")
@@ -241,3 +241,14 @@ def from_gymnasium(
     made = GymnasiumEnv(env, device=device)
     made._bordered = True
     return made
+
+
+def _made(id: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:
+    try:
+        return gymnasium.make(id, **options)
+    except (KeyError, IndexError, AttributeError, AssertionError) as error:  # said of options by environments
+        if not options:
+            raise
+        raise ValueError(
+            f"{id}: expected options that the environment takes, got {options}: {type(error).__name__}: {error}"
+        ) from error

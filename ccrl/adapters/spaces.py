@@ -30,9 +30,11 @@ def float32_space(space: Space[Any], *, where: str, nested: bool = False) -> Spa
 
     Raises:
         TypeError: a space that is not supported.
-        ValueError: a ``Discrete`` that does not start at 0.
+        ValueError: a ``Discrete`` that does not start at 0, or an empty ``Dict``.
     """
     if isinstance(space, spaces.Dict) and not nested:
+        if not space.spaces:
+            raise ValueError(f"{where}: expected at least one observation, got an empty Dict")
         return spaces.Dict({key: float32_space(leaf, where=where, nested=True) for key, leaf in space.spaces.items()})
     if isinstance(space, spaces.Discrete):
         if space.start != 0:  # policies encode 0 .. n - 1: other numbers would all look alike
@@ -56,7 +58,7 @@ def float32_space(space: Space[Any], *, where: str, nested: bool = False) -> Spa
 def check_action_space(space: Space[Any], *, where: str) -> None:
     """Raises:
     TypeError: neither ``Box`` of floating-point numbers nor ``Discrete``, ``MultiDiscrete`` or ``MultiBinary``.
-    ValueError: a ``Discrete`` or ``MultiDiscrete`` that does not start at 0.
+    ValueError: a ``Discrete`` or ``MultiDiscrete`` that does not start at 0, or a ``Box`` without numbers.
     """
     if not isinstance(space, (spaces.Box, *_INTEGERS)):
         raise TypeError(
@@ -69,6 +71,8 @@ def check_action_space(space: Space[Any], *, where: str) -> None:
             f"{where}: expected actions from a Box of floating-point numbers, got {space}; make the space Discrete, or "
             "a Box of float32 and round inside the environment"
         )
+    if isinstance(space, spaces.Box) and not np.prod(space.shape):
+        raise ValueError(f"{where}: expected an action of at least one number, got {space}")
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) and np.any(space.start):
         raise ValueError(f"{where}: expected an action space that starts at 0, got {space}")
 

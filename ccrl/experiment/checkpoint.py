@@ -15,7 +15,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -65,8 +65,8 @@ class FormatError(CheckpointError):
 def portable(tree: Any, where: str = "state") -> Any:
     """The same tree out of what ``torch.load(weights_only=True)`` accepts.
 
-    NumPy arrays become tensors, NumPy scalars Python numbers, mappings ``dict``, named tuples ``tuple``; tensors are
-    detached but keep their storage (views of one flat vector are stored once).
+    NumPy arrays become tensors, NumPy scalars Python numbers, mappings ``dict``, named tuples ``tuple``, paths text;
+    tensors are detached but keep their storage (views of one flat vector are stored once).
 
     Raises ``TypeError``, naming the place in the tree, for anything else: found here and not at the resume.
     """
@@ -79,6 +79,8 @@ def portable(tree: Any, where: str = "state") -> Any:
         return tree.item()
     if tree is None or type(tree) in (bool, int, float, complex, str, bytes, torch.dtype, torch.device):
         return tree
+    if isinstance(tree, PurePath):
+        return str(tree)
     if isinstance(tree, Mapping):
         return {_portable_key(key, where): portable(value, f"{where}[{key!r}]") for key, value in tree.items()}
     if isinstance(tree, list | tuple):

@@ -116,12 +116,14 @@ def evaluate(
 
 
 def evaluate_agent(
-    agent: Any, env: BatchedEnv, episodes: int = 10, seed: int = 0, deterministic: bool = True
+    agent: Any, env: BatchedEnv | None, episodes: int = 10, seed: int = 0, deterministic: bool = True
 ) -> EvalResult:
     """``evaluate`` with the agent's ``acting()`` or ``act``; or the agent's own
     ``evaluate(env, episodes, seed, deterministic)``, which agents have that do not play environments step by step."""
     own = getattr(agent, "evaluate", None)
     if own is None:
+        if env is None:
+            raise ValueError(f"evaluate: expected an environment to play {type(agent).__name__} in, got none")
         acting = agent.acting() if hasattr(agent, "acting") else agent.act
         return evaluate(acting, env, episodes, seed, deterministic)
     found: EvalResult = own(env, episodes, seed, deterministic)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, StepResult, as_autoreset_mode
 from ccrl.inventory.functional_env import Network, Split, State
+from ccrl.settings import Count, checked
 from envs.inventory.demand import Recorded
 from envs.inventory.simulator import InventoryEnv
 from envs.inventory.tasks import Task, make_task
@@ -48,20 +49,19 @@ class InventoryVector:
         TypeError: options for a task that is already built.
     """
 
+    @checked
     def __init__(
         self,
         task: str | Task,
-        num_envs: int = 1,
+        num_envs: Count = 1,
         *,
         device: torch.device | str = "cpu",
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         split: Split = "train",
-        max_episode_steps: int | None = None,
+        max_episode_steps: Count | None = None,
         id: str | None = None,
         **task_options: Any,
     ) -> None:
-        if num_envs < 1:
-            raise ValueError(f"num_envs: expected at least 1, got {num_envs}")
         if isinstance(task, Task) and task_options:
             raise TypeError(f"{task.name} is built already; expected no options, got {sorted(task_options)}")
         built = task if isinstance(task, Task) else make_task(task, **task_options)

@@ -21,6 +21,8 @@ class Case:
     what: str
     begin: Callable[[], Any]
     go_on: Callable[[], Any] = lambda: None
+    theirs: tuple[type[BaseException], ...] = ()
+    """Errors that are the user's own and are passed on as they are."""
 
 
 SIZES: dict[str, Any] = {

@@ -142,7 +142,7 @@ def jsonl(rng: random.Random, folder: Path) -> Case:
     if how == "bytes":
         path.write_bytes(path.read_bytes().replace(b"ab", rng.choice([b"\xff\xfe", b"\x00", b"\xe9"])))
     given: Any = rng.choice([folder, folder / "none", "", 3, None]) if how == "path" else str(path)
-    options: dict[str, Any] = {"path": given}
+    options: dict[str, Any] = {"path": given, "test_path": given}
     if how == "option":
         option = rng.choice(["reward", "components", "max_new_tokens", "test_path", "vocab"])
         options[option] = rng.choice([None, 0, -1, "x", "json:no", "no_module:f", ["a", "a"], [], 3.5, "shutil"])
@@ -151,6 +151,7 @@ def jsonl(rng: random.Random, folder: Path) -> Case:
     def begin() -> None:
         cls = agents.get_agent("grpo")
         sizes = {k: v for k, v in SIZES.items() if k in {f.name for f in fields(cls.Config) if f.init}}
+        sizes |= {"model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2, "max_new_tokens": 4}
         made.append(cls("jsonl", cls.Config(**sizes), env_kwargs=options))
 
     def go_on() -> None:

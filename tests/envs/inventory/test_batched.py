@@ -173,7 +173,7 @@ def test_agents_train_on_the_ids(name, task, options):
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match="at least 1, got 0"):
+    with pytest.raises(ValueError, match="num_envs: expected >= 1, got 0"):
         InventoryVector("one_store_lost", 0)
     with pytest.raises(ValueError, match="no inventory task"):
         InventoryVector("two_stores")
