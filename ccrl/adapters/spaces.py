@@ -30,7 +30,7 @@ def float32_space(space: Space[Any], *, where: str, nested: bool = False) -> Spa
 
     Raises:
         TypeError: a space that is not supported.
-        ValueError: a ``Discrete`` that does not start at 0, or an empty ``Dict``.
+        ValueError: a ``Discrete`` that does not start at 0, or a space without a number in it.
     """
     if isinstance(space, spaces.Dict) and not nested:
         if not space.spaces:
@@ -46,6 +46,8 @@ def float32_space(space: Space[Any], *, where: str, nested: bool = False) -> Spa
     if isinstance(space, spaces.MultiBinary) or (isinstance(space, spaces.MultiDiscrete) and not space.start.any()):
         return space
     if isinstance(space, spaces.Box):
+        if not np.prod(space.shape):
+            raise ValueError(f"{where}: expected an observation of at least one number, got {space}")
         if not np.issubdtype(space.dtype, np.floating):
             return space
         return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)

@@ -228,6 +228,8 @@ def check_keys(saved: Mapping[str, Any], own: Mapping[str, Any], where: str, dep
         where: what it is a state of, for the message.
         depth: how many levels of mappings are compared.
     """
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(f"{where}: expected a mapping, got {type(saved).__name__}; the file is damaged")
     faults = list(_different_keys(saved, own, "", depth))
     if faults:
         raise CheckpointError(f"{where}: expected the keys of this version, got a state with {', '.join(faults)}")

@@ -67,6 +67,12 @@ def _name_of(policy: Any) -> str | None:
     return f"{made.__module__}:{made.__qualname__}"
 
 
+HEADER: dict[str, Any] = {
+    "agent": str, "config": dict, "env": str | None, "seed": int, "env_kwargs": dict, "policy": str | None,
+    "state": dict,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SavedAgent:
     """A checkpoint of an agent, read and checked; nothing that it names is built yet."""
@@ -93,8 +99,10 @@ def read_agent(
     saved = checkpoint.load(path, map_location=device)
     if saved.get("agent") != cls.name:
         raise ValueError(f"{path}: expected a checkpoint of {cls.name}, got one of {saved.get('agent')!r}")
-    own = dict.fromkeys(("agent", "config", "env", "seed", "env_kwargs", "policy", "state"))
-    checkpoint.check_keys(saved, own, f"{path}")
+    checkpoint.check_keys(saved, HEADER, f"{path}")
+    for name, kinds in HEADER.items():
+        if not isinstance(saved[name], kinds):
+            raise checkpoint.CheckpointError(f"{path}: {name}: expected {kinds}, got {saved[name]!r}; it is damaged")
     checkpoint.check_keys(saved["config"], {f.name: None for f in dataclasses.fields(cls.Config)}, f"{path}: config")
     config = configs.from_dict(cls.Config, saved["config"])
     other = isinstance(env, str) and env.removeprefix("ccrl/") != (saved["env"] or "").removeprefix("ccrl/")
@@ -119,6 +127,19 @@ def _names_of(path: str | Path, trust: Collection[str], env: Any) -> Iterator[No
     own = [env] if isinstance(env, str) else []  # the caller wrote it
     with registry.stored(str(path), [*trust, *own]):
         yield
+
+
+@contextmanager
+def _fitting(path: str | Path) -> Iterator[None]:
+    """What does not fit into an object is said of the file, whatever the object says."""
+    try:
+        yield
+    except checkpoint.CheckpointError:
+        raise
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"{path}: expected the state of this agent, got one that does not fit: {type(error).__name__}: {error}"
+        ) from error
 
 
 def load_agent(
@@ -156,7 +177,9 @@ def load_agent(
         checkpoint.check_keys(state, own, f"{path}: state")
         mine, theirs = own["learner"], state["learner"]
         checkpoint.check_keys(theirs, mine, f"{path}: learner")
-        if different := checkpoint.different_shapes(theirs["policy"], agent.policy.state_dict()):
+        with _fitting(path):
+            different = checkpoint.different_shapes(theirs["policy"], agent.policy.state_dict())
+        if different:
             raise ValueError(
                 f"{path}: expected an environment with the spaces it was trained on, got {agent.spaces}; the policy's "
                 f"shapes (here, in the checkpoint): {different}"
@@ -171,9 +194,11 @@ def load_agent(
                 # what spans episodes is kept per copy of the environment
                 if getattr(value, "shape", None) != getattr(theirs["estimator"][name], "shape", None):
                     theirs["estimator"][name] = value
-        agent.load_state_dict(state)
+        with _fitting(path):
+            agent.load_state_dict(state)
     if restore_rng:
-        checkpoint.set_rng_state(state["rng"])
+        with _fitting(path):
+            checkpoint.set_rng_state(state["rng"])
     agent.last_checkpoint = Path(path)
     made: A = agent
     return made

@@ -409,3 +409,26 @@ def test_sb3_import_needs_no_sb3():
         env.reset(mask=torch.ones(2, dtype=torch.bool))
     with pytest.raises(TypeError, match="expected an SB3 VecEnv"):
         SB3Env(object())
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "message"),
+    [
+        ("action_space", gymnasium.spaces.Box(-1, 1, (0,)), "expected an action of at least one number"),
+        ("observation_space", gymnasium.spaces.Box(-1, 1, (0,)), "expected an observation of at least one number"),
+        ("observation_space", gymnasium.spaces.Dict({}), "expected at least one observation, got an empty Dict"),
+        ("action_space", None, r"expected a space of gymnasium\.spaces as action_space, got None"),
+    ],
+)
+def test_spaces_that_hold_nothing(name, space, message):
+    class Empty(gymnasium.Env):
+        observation_space, action_space = gymnasium.spaces.Box(-1, 1, (2,)), gymnasium.spaces.Discrete(2)
+
+    setattr(Empty, name, space)
+    with pytest.raises((ValueError, TypeError), match=message):
+        from_gymnasium(Empty, 2)
+
+
+def test_options_that_an_environment_does_not_take():
+    with pytest.raises(ValueError, match=r"FrozenLake-v1: expected options .*'map_name': '9x9'.*KeyError"):
+        from_gymnasium("FrozenLake-v1", 2, map_name="9x9")
