@@ -1,14 +1,19 @@
-"""Run the papers' small experiments and write the page that compares them with what is expected.
+"""Run the papers' small experiments, keep the number of every seed, and write the page that compares them with what is
+expected.
 
-python scripts/reproduce.py                       # all of them, 3 seeds
-python scripts/reproduce.py --papers bnpo mhpo --seeds 1 --page /tmp/page.md
+python scripts/reproduce.py                       # all of them, 5 seeds
+python scripts/reproduce.py --papers bnpo mhpo    # these two; the page keeps the others' numbers
+python scripts/reproduce.py --page-only           # the page again, from the numbers that are there
 """
 
 from __future__ import annotations
 
+import csv
 import importlib
+import io
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +23,7 @@ if __package__ in (None, ""):
 import torch
 import tyro
 
+from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.files import write_atomic
 from ccrl.packages import ROOT, check_siblings
 
@@ -25,7 +31,7 @@ check_siblings("agents", "envs")
 
 from scripts.reproductions import PAPERS, Measurement
 
-__all__ = ["Options", "main", "page"]
+__all__ = ["Options", "load", "main", "page", "save"]
 
 
 @dataclass(frozen=True)
@@ -33,52 +39,102 @@ class Options:
     """What to run."""
 
     papers: tuple[str, ...] = ()
-    """Slugs; none: all."""
-    seeds: int = 3
-    """Seeds 0, 1, ... of each experiment that draws random numbers."""
-    page: Path = ROOT / "docs" / "llm_reproductions.md"
-    """Where the page is written."""
+    """These papers' experiments run, by slug; none named: all."""
+    seeds: int = 5
+    """Experiments that draw random numbers run with the seeds 0, 1, ..., so many of them."""
+    results: Path = ROOT / "docs" / "figures" / "reproductions"
+    """Each paper's numbers are written to <slug>.csv in this folder; the page is made from all that are there."""
+    page: Path | None = None
+    """The page is written here; by default docs/llm_reproductions.md, or beside the results if those are elsewhere."""
+    page_only: bool = False
+    """Nothing runs; the page is made from the results."""
 
 
-def page(found: dict[str, list[Measurement]], seconds: dict[str, float], seeds: int) -> str:
-    """Markdown: one table per paper."""
-    total = sum(len(rows) for rows in found.values())
-    good = sum(row.agrees for rows in found.values() for row in rows)
+def save(path: Path, rows: list[Measurement], seconds: float) -> None:
+    """One line per number: text, range, the values of all seeds, and the seconds that the paper's run took."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["quantity", "expected", "low", "high", "values", "seconds"])
+    for row in rows:
+        values = " ".join(f"{v:.7g}" for v in row.values)
+        writer.writerow([row.quantity, row.expected, *(f"{x:.7g}" for x in row.accept), values, round(seconds)])
+    write_atomic(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def load(path: Path) -> tuple[list[Measurement], int]:
+    """What :func:`save` wrote: the numbers, and seconds."""
+    rows = read_rows(path)
+    found = [
+        Measurement(
+            row["quantity"],
+            row["expected"],
+            (float(row["low"]), float(row["high"])),
+            tuple(float(v) for v in row["values"].split()),
+        )
+        for row in rows
+    ]
+    return found, int(rows[0]["seconds"])
+
+
+def page(folder: Path) -> str:
+    """Markdown: what holds by kind of number, and one table per paper."""
+    found = {slug: load(folder / f"{slug}.csv") for slug in sorted(PAPERS) if (folder / f"{slug}.csv").exists()}
+    rows = [row for numbers, _ in found.values() for row in numbers]
+    count = Counter((row.kind, row.verdict) for row in rows)
+    total = Counter(row.kind for row in rows)
     lines = [
         "# The papers' small experiments", "",
-        f"Made by `python scripts/reproduce.py` ({seeds} seeds, one CPU thread): {good} of {total} numbers agree with "
-        "what is expected. Mean over seeds, with the standard error where there are several; exact results have one "
-        "value. Expected numbers are those of the paper where it says so, else of a formula or of a "
-        "[reference run](reference_runs.md), an independent implementation.",
+        "Made by `python scripts/reproduce.py` on one CPU thread; the number of every seed is in "
+        "`docs/figures/reproductions/`. Expected numbers "
+        "are the paper's where it says so, else of a formula or of a [reference run](reference_runs.md), an "
+        "independent implementation.", "",
+        "* An *identity* is computed without chance, and must hold.",
+        "* An *estimate* is the mean over seeds of a number with a known value; its range is that value's own "
+        "uncertainty.",
+        "* A *claim* is of a direction.", "",
+        "**yes**: the whole 95 % interval over seeds (Student's) lies in the range. **no**: all of it lies outside. "
+        "**open**: it crosses an end of the range, so these seeds cannot tell.", "",
+        "| | yes | open | no | all |", "|---|--:|--:|--:|--:|",
     ]  # fmt: skip
-    for slug, rows in found.items():
-        lines += ["", f"## {slug}: {PAPERS[slug]}", "", f"{seconds[slug]:.0f} s.", "",
-                  "| quantity | expected | measured | agrees |", "|---|---|---|---|"]  # fmt: skip
-        for row in rows:
-            error = f" +- {row.error:.2g}" if len(row.values) > 1 else ""
-            verdict = "yes" if row.agrees else "**no**"
-            lines.append(f"| {row.quantity} | {row.expected} | {row.mean:.5g}{error} | {verdict} |")
+    for kind in ("identity", "estimate", "claim"):
+        cells = [count[kind, verdict] for verdict in ("yes", "open", "no")]
+        lines.append(f"| {kind} | {' | '.join(map(str, cells))} | {total[kind]} |")
+    for slug, (numbers, seconds) in found.items():
+        seeds = max(len(row.values) for row in numbers)
+        lines += ["", f"## {slug}: {PAPERS[slug]}", "", f"{seeds} seeds, {seconds} s. "
+                  f"`python scripts/reproduce.py --papers {slug}`", "",
+                  "| quantity | expected | range | measured | kind | holds |", "|---|---|---|---|---|---|"]  # fmt: skip
+        for row in numbers:
+            verdict = row.verdict if row.verdict == "yes" else f"**{row.verdict}**"
+            low, high = row.interval
+            measured = f"{row.mean:.5g}" + (f" [{low:.4g}, {high:.4g}]" if len(row.values) > 1 else "")
+            span = f"{row.accept[0]:.5g} to {row.accept[1]:.5g}"
+            cells = [row.quantity, row.expected, span, measured, row.kind, verdict]
+            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def main(options: Options) -> dict[str, list[Measurement]]:
-    """Run, print, write the page; returns the measurements by slug."""
+    """Run, print, write; returns the measurements by slug."""
     unknown = set(options.papers) - set(PAPERS)
-    if unknown or options.seeds < 1:
-        sys.exit(f"expected papers among {sorted(PAPERS)} and seeds >= 1, got {sorted(unknown)}, {options.seeds}")
+    if unknown or options.seeds < 2:
+        sys.exit(f"expected papers among {sorted(PAPERS)} and seeds >= 2 (an interval needs two), got "
+                 f"{sorted(unknown)}, {options.seeds}")  # fmt: skip
     torch.set_num_threads(1)
     found: dict[str, list[Measurement]] = {}
-    seconds: dict[str, float] = {}
-    for slug in options.papers or sorted(PAPERS):
+    options.results.mkdir(parents=True, exist_ok=True)
+    for slug in () if options.page_only else options.papers or sorted(PAPERS):
         start = time.perf_counter()
         module = importlib.import_module(f"scripts.reproductions.{slug}")
         found[slug] = module.run(list(range(options.seeds)))
-        seconds[slug] = time.perf_counter() - start
+        save(options.results / f"{slug}.csv", found[slug], time.perf_counter() - start)
         for row in found[slug]:
-            print(f"{slug}: {row.quantity}: {row.mean:.5g} (expected {row.expected}): "
-                  f"{'agrees' if row.agrees else 'DIFFERS'}", flush=True)  # fmt: skip
-    text = page(found, seconds, options.seeds)
-    write_atomic(options.page, lambda file: file.write(text.encode()))
+            print(f"{slug}: {row.quantity}: {row.mean:.5g} (expected {row.expected}): {row.verdict}", flush=True)
+    docs = ROOT / "docs"
+    elsewhere = options.results / "llm_reproductions.md"
+    usual = docs / "llm_reproductions.md" if options.results == docs / "figures" / "reproductions" else elsewhere
+    text = page(options.results)
+    write_atomic(options.page or usual, lambda file: file.write(text.encode()))
     return found
 
 

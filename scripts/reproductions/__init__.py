@@ -1,12 +1,16 @@
 """The papers' small experiments, one module per paper with ``run(seeds) -> list[Measurement]``.
 
-``python scripts/reproduce.py`` runs them and writes ``docs/llm_reproductions.md``.
+``python scripts/reproduce.py`` runs them, writes their numbers to ``docs/figures/reproductions/`` and all papers'
+numbers to ``docs/llm_reproductions.md``.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
+
+from ccrl.stats import t_interval
 
 __all__ = ["PAPERS", "Measurement"]
 
@@ -30,29 +34,44 @@ PAPERS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One number of an experiment beside the one that is expected."""
+    """One number of an experiment beside the range that is expected."""
 
     quantity: str
     """What is measured, with its unit."""
     expected: str
     """The expected number, and where it is from (paper, formula, or docs/reference_runs.md)."""
     accept: tuple[float, float]
-    """The range that counts as agreement; infinite where one side is open."""
+    """The range that the number must lie in: the expected one's own uncertainty around it, or for a claim of direction
+    one end and infinity."""
     values: tuple[float, ...]
-    """One per seed; exact results have one."""
+    """One per seed; what is exact has one."""
+
+    @property
+    def kind(self) -> Literal["identity", "claim", "estimate"]:
+        """An identity is computed and must hold; a claim is of a direction; an estimate is of a number."""
+        if len(self.values) == 1:
+            return "identity"
+        return "claim" if math.inf in (-self.accept[0], self.accept[1]) else "estimate"
 
     @property
     def mean(self) -> float:
         return sum(self.values) / len(self.values)
 
     @property
-    def error(self) -> float:
-        """Standard error over seeds; nan with one."""
-        n = len(self.values)
-        if n < 2:
-            return math.nan
-        return math.sqrt(sum((v - self.mean) ** 2 for v in self.values) / (n - 1) / n)
+    def interval(self) -> tuple[float, float]:
+        """Student's 95 % interval of the mean over seeds; an identity is its own."""
+        if len(self.values) == 1:
+            return self.mean, self.mean
+        _, low, high = t_interval(self.values)
+        return float(low), float(high)
 
     @property
-    def agrees(self) -> bool:
-        return self.accept[0] <= self.mean <= self.accept[1]
+    def verdict(self) -> Literal["yes", "no", "open"]:
+        """``yes`` where the whole interval lies in the range, ``no`` where it lies outside, else ``open``: more seeds
+        would tell. A wide interval can then never pass for agreement."""
+        if not all(map(math.isfinite, self.values)):
+            return "no"
+        low, high = self.interval
+        if self.accept[0] <= low and high <= self.accept[1]:
+            return "yes"
+        return "no" if high < self.accept[0] or low > self.accept[1] else "open"

@@ -55,13 +55,13 @@ def run(seeds: list[int]) -> list[Measurement]:
     return [
         Measurement("slope of the entropy, T 1.2", "0.025262 (exact)", (0.025261, 0.025263), (entropy_slope(1.2),)),
         Measurement("slope of the entropy, T 0.8", "-0.032816 (exact)", (-0.032817, -0.032815), (entropy_slope(0.8),)),
-        Measurement("ModSum: entropy, GRPO", "0.42, 0.56 (reference run)", (0.0, 0.7), column(grpo, 0)),
+        Measurement("ModSum: entropy, GRPO", "0.42, 0.56 (reference run)", (0.35, 0.63), column(grpo, 0)),
         Measurement("ModSum: entropy, DCPO, target 1.0", "0.963, 0.977 (reference run): within 0.05 of 1", (0.95, 1.05),
                     column(one, 0)),
-        Measurement("ModSum: reward, DCPO, target 1.0", "0.995-0.997 (reference run)", (0.98, 1.0), column(one, 1)),
-        Measurement("ModSum: entropy, DCPO, target 1.5", "1.20, 1.25 (reference run)", (1.1, 1.5), column(more, 0)),
+        Measurement("ModSum: reward, DCPO, target 1.0", "0.995-0.997 (reference run)", (0.99, 1.0), column(one, 1)),
+        Measurement("ModSum: entropy, DCPO, target 1.5", "1.20, 1.25 (reference run)", (1.15, 1.3), column(more, 0)),
         Measurement("ModSum: entropy, DCPO, target 1.5, without rho", "0.38, 0.39 (reference run): it collapses",
-                    (0.0, 0.7), column(ablated, 0)),
+                    (0.3, 0.5), column(ablated, 0)),
         Measurement("ModSum: entropy, DCPO minus GRPO", "> 0 (paper)", (0.0, math.inf),
                     tuple(a[0] - b[0] for a, b in zip(one, grpo))),
     ]  # fmt: skip

@@ -89,7 +89,7 @@ EXPECTED = {
 }
 """Method -> P(correct), P(format) after 100 and after 200 updates: the ranges of three reference runs
 (docs/reference_runs.md)."""
-MARGIN = 0.05
+MARGIN = 0.03
 """Around those ranges: three seeds of a stochastic run."""
 
 
@@ -111,5 +111,5 @@ def run(seeds: list[int]) -> list[Measurement]:
     for better, worse in (("GDPO", "GRPO"), ("GRPO", "sum without deviation")):
         gap = tuple(a - b for a, b in zip(formats[better], formats[worse]))
         rows.append(Measurement(f"P(format) after 100 updates, {better} minus {worse}", "> 0.1 (paper: Figure 4)",
-                                (0.1, 1.0), gap))  # fmt: skip
+                                (0.1, math.inf), gap))  # fmt: skip
     return rows

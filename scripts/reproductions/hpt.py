@@ -6,6 +6,7 @@ prompts; probabilities of success and entropies are exact.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -108,26 +109,28 @@ def run(seeds: list[int]) -> list[Measurement]:
             Measurement(f"{name}: dead questions solved", f"{dead:.2f} ({source})", accept, values(name, "dead"))
         )
         expected = "0.97 (reference run, of the four methods in it)" if rest is None else f"{rest} (reference run)"
-        rows.append(Measurement(f"{name}: success on the rest", expected, (0.95, 1.0), values(name, "rest")))
+        near = 0.97 if rest is None else rest
+        accept_rest = (near - 0.01, near + 0.01)
+        rows.append(Measurement(f"{name}: success on the rest", expected, accept_rest, values(name, "rest")))
         if entropy is not None:
             # the claim: imitation leaves about one nat, reinforcement several
-            accept = (0.0, 1.5) if entropy < 2 else (0.85 * entropy, 1.15 * entropy)
+            accept = (0.9 * entropy, 1.1 * entropy)
             rows.append(
                 Measurement(
                     f"{name}: entropy on the rest, nats", f"{entropy} (reference run)", accept, values(name, "entropy")
                 )
             )
     diversity = tuple(h.entropy / g.entropy for h, g in zip(found["HPT gate 0"], found["GRPO"]))
-    rows.append(Measurement("HPT's entropy over GRPO's", "1 (reference run: 7.7 / 7.6)", (0.85, 1.15), diversity))
+    rows.append(Measurement("HPT's entropy over GRPO's", "1 (reference run: 7.7 / 7.6)", (0.95, 1.05), diversity))
     answers = tuple(h.distinct / s.distinct for h, s in zip(found["HPT gate 0"], found["SFT"]))
     rows.append(
-        Measurement("distinct right answers in 64 samples, HPT over SFT", "> 1 (claim)", (1.0, float("inf")), answers)
+        Measurement("distinct right answers in 64 samples, HPT over SFT", "> 1 (claim)", (1.0, math.inf), answers)
     )
     rows.append(
         Measurement(
             "HPT: imitated share, first 20 steps",
             "0.46-0.49 (reference run)",
-            (0.40, 0.55),
+            (0.44, 0.51),
             values("HPT gate 0", "first"),
         )
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -88,13 +90,13 @@ def _modsum(seeds: list[int]) -> list[Measurement]:
         for method, histories, final, area in (("REAL", ours, real, real_area), ("GRPO", theirs, grpo, grpo_area)):
             found += [
                 Measurement(f"ModSum, {name}: final reward of {method}", f"{final[0]:g}-{final[1]:g} (reference run)",
-                            (final[0] - 0.01, 1.0), tuple(h.final() for h in histories)),
+                            (final[0] - 0.005, min(final[1] + 0.005, 1.0)), tuple(h.final() for h in histories)),
                 Measurement(f"ModSum, {name}: mean reward of all updates, {method}",
-                            f"{area[0]:g}-{area[1]:g} (reference run)", (area[0] - 0.03, area[1] + 0.03),
+                            f"{area[0]:g}-{area[1]:g} (reference run)", (area[0] - 0.01, area[1] + 0.01),
                             tuple(h.area for h in histories)),
             ]  # fmt: skip
         found.append(Measurement(
-            f"ModSum, {name}: mean reward of all updates, REAL minus GRPO", "positive (reference run)", (0.0, 1.0),
+            f"ModSum, {name}: mean reward of all updates, REAL minus GRPO", "positive (reference run)", (0.0, math.inf),
             tuple(a.area - b.area for a, b in zip(ours, theirs)),
         ))  # fmt: skip
     return found

@@ -5,6 +5,7 @@ Tables share nothing between questions: an advantage in accuracy cannot show her
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -68,17 +69,17 @@ def run(seeds: list[int]) -> list[Measurement]:
 
     return [
         Measurement("entropy after 150 updates, RiskPO minus GRPO (nats)", "positive (paper); 1.09 (reference run)",
-                    (0.0, 3.0), gap(150, "entropy")),
+                    (0.0, math.inf), gap(150, "entropy")),
         Measurement("entropy after 300 updates, RiskPO minus GRPO (nats)", "positive (paper); 1.33 (reference run)",
-                    (0.0, 3.0), gap(300, "entropy")),
-        Measurement("entropy when the accuracy first is 0.9, RiskPO minus GRPO (nats)", "positive (paper)", (0.0, 3.0),
-                    tuple(matched(a) - matched(b) for a, b in zip(risk, grpo))),
+                    (0.0, math.inf), gap(300, "entropy")),
+        Measurement("entropy when the accuracy first is 0.9, RiskPO minus GRPO (nats)", "positive (paper)",
+                    (0.0, math.inf), tuple(matched(a) - matched(b) for a, b in zip(risk, grpo))),
         Measurement("hard questions after 300 updates, GRPO", "0.98 (reference run)",
-                    (0.95, 1.0), at(grpo, 300, "hard")),
+                    (0.96, 1.0), at(grpo, 300, "hard")),
         Measurement("hard questions after 300 updates, RiskPO", "0.23-0.26 (reference run, optimiser not noted)",
                     (0.2, 0.3), at(risk, 300, "hard")),
         Measurement("hard questions after 150 updates, RiskPO minus GRPO", "negative: shared credit (reference run)",
-                    (-1.0, 0.0), gap(150, "hard")),
+                    (-math.inf, 0.0), gap(150, "hard")),
         Measurement("hard questions after 600 updates, RiskPO", "0.97 (reference run)",
-                    (0.94, 1.0), at(risk, 600, "hard")),
+                    (0.95, 0.99), at(risk, 600, "hard")),
     ]  # fmt: skip

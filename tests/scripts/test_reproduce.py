@@ -16,11 +16,21 @@ from scripts.reproductions.tables import History
 def test_a_measurement_by_hand() -> None:
     row = Measurement("q", "2 (paper)", (1.5, 3.0), (1.0, 2.0, 6.0))
     assert row.mean == 3.0
-    assert row.error == pytest.approx(math.sqrt(7 / 3))  # deviations -2, -1, 3: variance 14 / 2, over three seeds
-    assert row.agrees, "the bounds belong to the range"
-    assert math.isnan(Measurement("q", "", (0.0, 1.0), (2.0,)).error)
-    for value, agrees in ((0.0, True), (1.0, True), (1.01, False), (-0.01, False), (math.nan, False)):
-        assert Measurement("q", "", (0.0, 1.0), (value,)).agrees is agrees
+    # deviations -2, -1, 3: standard error sqrt(14 / 2 / 3) = 1.5275; t of two degrees of freedom 4.3027: 6.572
+    assert row.interval == pytest.approx((3.0 - 6.5724, 3.0 + 6.5724), abs=1e-3)
+    assert (row.kind, row.verdict) == ("estimate", "open"), "three such seeds say nothing"
+    for value, verdict in ((0.0, "yes"), (1.0, "yes"), (1.01, "no"), (-0.01, "no"), (math.nan, "no")):
+        exact = Measurement("q", "", (0.0, 1.0), (value,))
+        assert (exact.kind, exact.verdict) == ("identity", verdict)
+
+
+def test_a_claim_needs_its_whole_interval() -> None:
+    claim = lambda *values: Measurement("q", "> 0", (0.0, math.inf), values)  # noqa: E731
+    assert claim(1.0, 1.1, 0.9).kind == "claim"
+    assert claim(1.0, 1.1, 0.9).verdict == "yes"  # 1 +- 4.303 * .0577
+    assert claim(1.0, 3.0, -0.5).verdict == "open"
+    assert claim(-1.0, -1.1, -0.9).verdict == "no"
+    assert claim(1.0, math.nan).verdict == "no"
 
 
 def test_final_and_area_of_a_history() -> None:
@@ -30,23 +40,44 @@ def test_final_and_area_of_a_history() -> None:
     assert history.area == 14.5
 
 
-def test_the_page_says_what_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_keeps_the_numbers_of_papers_that_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[int]] = []
 
     def run(seeds: list[int]) -> list[Measurement]:
         asked.append(seeds)
-        return [Measurement("exact", "1 (paper)", (1.0, 1.0), (1.0,)), Measurement("mean", "0", (-1, 1), (3.0, 1.0))]
+        return [
+            Measurement("exact |A|", "1 (paper)", (1.0, 1.0), (1.0,)),
+            Measurement("mean", "0", (-1, 1), (3.0, 3.1)),
+            Measurement("gap", "> 0", (0.0, math.inf), (2.0, float(len(asked)))),
+        ]
 
     monkeypatch.setattr(reproduce.importlib, "import_module", lambda name: types.SimpleNamespace(run=run))
-    target = tmp_path / "page.md"
-    found = reproduce.main(reproduce.Options(papers=("bnpo", "mhpo"), seeds=2, page=target))
+    page = tmp_path / "llm_reproductions.md"
+    assert list(reproduce.main(reproduce.Options(papers=("bnpo",), seeds=2, results=tmp_path))) == ["bnpo"]
+    first = page.read_text()
+    reproduce.main(reproduce.Options(papers=("mhpo",), seeds=2, results=tmp_path))
     assert asked == [[0, 1], [0, 1]]
-    assert list(found) == ["bnpo", "mhpo"]
-    text = target.read_text()
-    assert "(2 seeds, one CPU thread): 2 of 4 numbers agree" in text
+    text = page.read_text()
+    assert f"## bnpo: {PAPERS['bnpo']}" in first
     assert f"## bnpo: {PAPERS['bnpo']}" in text
-    assert "| exact | 1 (paper) | 1 | yes |" in text
-    assert "| mean | 0 | 2 +- 1 | **no** |" in text
+    assert f"## mhpo: {PAPERS['mhpo']}" in text
+    assert "| exact \\|A\\| | 1 (paper) | 1 to 1 | 1 | identity | yes |" in text
+    assert "| mean | 0 | -1 to 1 | 3.05 [2.415, 3.685] | estimate | **no** |" in text  # 12.706 * .05
+    assert "| identity | 2 | 0 | 0 | 2 |" in text
+    assert "| estimate | 0 | 0 | 2 | 2 |" in text
+    assert "| claim | 1 | 1 | 0 | 2 |" in text  # (2, 1) is open with two seeds, (2, 2) is not
+    page.unlink()
+    assert reproduce.main(reproduce.Options(page_only=True, results=tmp_path)) == {}
+    assert page.read_text() == text
+
+
+def test_numbers_read_back(tmp_path: Path) -> None:
+    rows = [
+        Measurement("a, b", "> 0 (paper)", (0.0, math.inf), (0.25, -1e-9)),
+        Measurement("c", "1", (1.0, 1.0), (1.0,)),
+    ]
+    reproduce.save(tmp_path / "x.csv", rows, 12.4)
+    assert reproduce.load(tmp_path / "x.csv") == (rows, 12)
 
 
 def test_every_paper_has_its_module() -> None:
@@ -54,7 +85,7 @@ def test_every_paper_has_its_module() -> None:
     assert all((folder / f"{slug}.py").is_file() for slug in PAPERS)
 
 
-@pytest.mark.parametrize("options", [{"papers": ("nobody",)}, {"seeds": 0}])
+@pytest.mark.parametrize("options", [{"papers": ("nobody",)}, {"seeds": 1}])
 def test_bad_input(options: dict, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"expected papers among .* and seeds >= 1"):
-        reproduce.main(reproduce.Options(**options, page=tmp_path / "page.md"))
+    with pytest.raises(SystemExit, match=r"expected papers among .* and seeds >= 2"):
+        reproduce.main(reproduce.Options(**options, results=tmp_path))
