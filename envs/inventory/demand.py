@@ -76,22 +76,33 @@ class Normal:
 
 @dataclass(frozen=True, eq=False)
 class Recorded:
-    """Recorded weekly demand, one scenario per series.
+    """Recorded demand, one scenario per series. A period is a week, or a day (``step_days=1``).
 
     Args:
-        series: ``[S, W, K]`` demand of ``S`` series in ``W`` weeks at ``K`` stores, finite and not negative.
+        series: ``[S, W, K]`` demand of ``S`` series in ``W`` periods at ``K`` stores, finite and not negative.
         source: where it comes from, in words; shown wherever the data is named.
-        first_day: first day of week 0 (a calendar feature is counted from it).
-        history: weeks that policies see, and that precede the first simulated week of every split.
+        first_day: first day of period 0 (calendar features are counted from it).
+        history: periods that policies see, and that precede the first simulated period of every split.
+        step_days: days of a period, 7 or 1.
+        products: names of the series; ``()``: numbers.
+        locations: names of the stores; ``()``: numbers.
+        features: ``[S, W', K, F]``, ``W' >= W``: what is known ahead of each period, such as planned promotions. Periods
+            beyond the last one given repeat :attr:`beyond`.
+        feature_names: names of the ``F`` features.
 
     Raises:
-        ValueError: another shape, nothing in it, or values that are negative or not finite.
+        ValueError: another shape, nothing in it, values that are negative or not finite, names that do not fit.
     """
 
     series: Tensor
     source: str
     first_day: datetime.date = datetime.date(2013, 1, 1)
     history: int = 16
+    step_days: int = 7
+    products: tuple[str, ...] = ()
+    locations: tuple[str, ...] = ()
+    features: Tensor | None = None
+    feature_names: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         bad = int((~(self.series.isfinite() & (self.series >= 0))).sum())
@@ -100,11 +111,51 @@ class Recorded:
                 f"{self.source}: expected demand [series, weeks, stores], finite and not negative, got shape "
                 f"{tuple(self.series.shape)} with {bad} other values; set returned goods to 0"
             )
+        count, periods, stores = self.series.shape
+        if (len(self.products) or count, len(self.locations) or stores) != (count, stores) or self.step_days not in (
+            1,
+            7,
+        ):
+            raise ValueError(
+                f"{self.source}: expected {count} products, {stores} locations and periods of 1 or 7 days, got "
+                f"{len(self.products)}, {len(self.locations)} and {self.step_days}"
+            )
+        if self.features is not None:
+            shape = tuple(self.features.shape)
+            if len(shape) != 4 or shape[0] != count or shape[1] < periods or shape[2:] != (
+                stores,
+                len(self.feature_names),
+            ):
+                raise ValueError(
+                    f"{self.source}: expected features [{count}, {periods} or more, {stores}, "
+                    f"{len(self.feature_names)}], one of them per name, got {shape}"
+                )
+            if not self.features.isfinite().all():
+                raise ValueError(f"{self.source}: expected finite features, got NaN or infinity among them")
 
     @property
     def mean(self) -> tuple[float, ...]:
         """Mean over series and weeks, per store."""
         return tuple(self.series.mean((0, 1)).tolist())
+
+    def product(self, index: int) -> str:
+        """The name of a series."""
+        return self.products[index] if self.products else str(index)
+
+    def location(self, index: int) -> str:
+        """The name of a store."""
+        return self.locations[index] if self.locations else f"store {index + 1}"
+
+    @property
+    def beyond(self) -> Tensor:
+        """``[S, 1, K, F]``: features of the periods that no plan covers. Promotions are taken to be over (0), anything
+        else stays as it is in the last period."""
+        assert self.features is not None
+        last = self.features[:, -1:].clone()
+        for index, name in enumerate(self.feature_names):
+            if name == "promotion" or name.startswith("promotion:"):
+                last[..., index] = 0.0
+        return last
 
 
 Demand = Poisson | Normal | Recorded

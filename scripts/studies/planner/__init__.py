@@ -1,0 +1,1 @@
+"""The planner's case: learnt orders against rules that are tuned per product, on held-out weeks."""
