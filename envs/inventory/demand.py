@@ -122,9 +122,15 @@ class Recorded:
             )
         if self.features is not None:
             shape = tuple(self.features.shape)
-            if len(shape) != 4 or shape[0] != count or shape[1] < periods or shape[2:] != (
-                stores,
-                len(self.feature_names),
+            if (
+                len(shape) != 4
+                or shape[0] != count
+                or shape[1] < periods
+                or shape[2:]
+                != (
+                    stores,
+                    len(self.feature_names),
+                )
             ):
                 raise ValueError(
                     f"{self.source}: expected features [{count}, {periods} or more, {stores}, "
