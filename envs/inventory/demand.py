@@ -86,8 +86,8 @@ class Recorded:
         step_days: days of a period, 7 or 1.
         products: names of the series; ``()``: numbers.
         locations: names of the stores; ``()``: numbers.
-        features: ``[S, W', K, F]``, ``W' >= W``: what is known ahead of each period, such as planned promotions. Periods
-            beyond the last one given repeat :attr:`beyond`.
+        features: ``[S, W', K, F]``, ``W' >= W``: what is known ahead of each period, such as planned promotions.
+            Periods beyond the last one given repeat :attr:`beyond`.
         feature_names: names of the ``F`` features.
 
     Raises:
