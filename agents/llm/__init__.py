@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["METHODS", "get_method"]
 
 METHODS = {
+    "adora": "agents.llm.adora:ADORA",
     "bnpo": "agents.llm.bnpo:BNPO",
     "cispo": "agents.llm.baselines:CISPO",
     "copg": "agents.llm.copg:CoPG",

@@ -18,6 +18,7 @@ from ccrl.llm.verl import bridge
 
 INSTEAD = "train it with the suite's own agent"
 REFERENCE = {"kl_coef": 0.1}
+WITHOUT_KL = {"kl_coef": 0.0}
 
 REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "copg": ({}, "compares completions of one group"),
@@ -31,6 +32,7 @@ REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
 }
 REFUSED_BY_VERL: dict[str, tuple[dict[str, Any], str]] = {
     **REFUSED_BY_TRL,
+    "adora": ({}, "compares with a reference policy"),
     "d3s": ({}, "wants \\['entropy'\\] of the policy"),
     "dcpo": ({}, "two temperatures"),
     "empg": ({}, "wants \\['entropy'\\] of the policy"),
@@ -68,7 +70,7 @@ def first_right(completions: list[str], **_: Any) -> list[float]:
 
 @pytest.mark.parametrize(("name", "options"), cases(REFUSED_BY_TRL, **OPTIONS, grpo=REFERENCE))
 def test_one_step_in_trl(make_trainer: Callable[..., Any], name: str, options: dict[str, Any]) -> None:
-    beta = options.get("kl_coef", 0.0)
+    beta = recipe(name, **options)[1].kl_coef
     trainer = make_trainer(
         grpo_trainer(*recipe(name, **options)), (first_right,), num_generations=4, max_completion_length=3,
         max_steps=1, prompts=2, beta=beta,
@@ -119,7 +121,7 @@ def test_the_other_temperature_is_the_models(make_trainer: Callable[..., Any]) -
 # -- verl -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "options"), cases(REFUSED_BY_VERL, dapo=OPTIONS["dapo"]))
+@pytest.mark.parametrize(("name", "options"), cases(REFUSED_BY_VERL, dapo=OPTIONS["dapo"], adora=WITHOUT_KL))
 def test_loss_and_gradient_in_verl(name: str, options: dict[str, Any]) -> None:
     """Rewards to advantages to loss, as verl's trainer and its actor do it: 2 prompts with 4 completions."""
     loss, advantage = bridge(*recipe(name, **options), max_length=3, group_size=4)
