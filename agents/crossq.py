@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -118,10 +118,11 @@ class CrossQCycle(SACCycle):
         self._phases, self.averages = (Phase("critic", (term,), critic.batching, critic.updater), *others), ()
 
     def targets(self, draw: Data, ctx: Context) -> Data:
-        action, log_prob = ctx.policy.draw(rows(draw["next_obs"]), draw["next_noise"][0])  # type: ignore[operator]
+        policy = cast(ActorQ, ctx.policy)
+        action, log_prob = policy.draw(rows(draw["next_obs"]), draw["next_noise"][0])
         found = {"next_action": action, "next_log_prob": log_prob}
         draw = draw.derive(factor=discount(draw, self.config), **{k: v.unsqueeze(0) for k, v in found.items()})
-        return draw.with_scalars(alpha=ctx.policy.alpha)
+        return draw.with_scalars(alpha=policy.alpha)
 
 
 class CrossQ(OffPolicyAgent):

@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 from agents.base import Agent
 from agents.llm import get_method
@@ -109,7 +109,7 @@ class Grouped(Agent):
     def __new__(cls, env: Any, config: Any = None, *, method: str | None = None, **options: Any) -> Self:
         """An agent of another method is of the class for it."""
         method = method or getattr(config, "method", cls.method)
-        return super().__new__(cls if method == cls.method else cls.of(method))  # type: ignore[arg-type]
+        return super().__new__(cls if method == cls.method else cast("type[Self]", cls.of(method)))
 
     def __init__(self, env: Any, config: Any = None, *, method: str | None = None, **options: Any) -> None:
         super().__init__(env, config, **options)

@@ -128,7 +128,7 @@ _POLICIES: dict[PolicyName, tuple[Callable[..., OrderPolicy], float | None, tupl
 """Name -> constructor, published learning rate, settings that it takes."""
 
 
-def published_rate(policy: str, network: Network) -> float:
+def published_rate(policy: PolicyName, network: Network) -> float:
     """Adam's step size as published; the vanilla network's depends on what it controls."""
     rate = _POLICIES[policy][1]
     if rate is not None:
@@ -216,12 +216,15 @@ class Best:
 class HDPOLearner(RolloutLearner):
     """One iteration is one epoch over the scenarios; then, when it is due, the score on the development scenarios."""
 
+    source: Scenarios
+
     def __init__(
         self, agent: HDPO, source: Scenarios, unrolled: Unrolled, estimator: Estimator, updaters: dict[str, Updater]
     ) -> None:
-        c = agent.config
+        c, policy = agent.config, unrolled.policy
+        assert isinstance(policy, OrderPolicy)
         super().__init__(
-            source, unrolled.policy, estimator, updaters, samples=c.n_train * source.periods, columns=c.n_train,
+            source, policy, estimator, updaters, samples=c.n_train * source.periods, columns=c.n_train,
             clock_unit="scenario periods", anneal=c.anneal_lr, seed=agent.seed, device=agent.device,
             remember=1,
         )  # fmt: skip
@@ -266,6 +269,7 @@ class HDPO(Agent):
     Config = HDPOConfig
     example_env = "ccrl/InventoryOneStoreLost-v0"
     """What the command line offers: an id that this agent accepts."""
+    learner: HDPOLearner
 
     def connect(self, env: str | FunctionalEnv) -> None:
         c = self.config

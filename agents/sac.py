@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 from agents.off_policy import ActorCriticReplayConfig, OffPolicyAgent, discount, mean_term, rows
 from agents.on_policy import check_unused
@@ -82,12 +83,12 @@ class SACCycle(Cycle):
         return draw.derive(noise=both[:n].unsqueeze(0), next_noise=both[n:].unsqueeze(0))
 
     def targets(self, draw: Data, ctx: Context) -> Data:
-        alpha, target = ctx.policy.alpha, ctx.bank.policy("target")
-        action, log_prob = ctx.policy.draw(rows(draw["next_obs"]), draw["next_noise"][0])  # type: ignore[operator]
-        soft = target.q(rows(draw["next_obs"]), action).amin(0) - alpha * log_prob  # type: ignore[operator]
+        policy, target = cast(ActorQ, ctx.policy), cast(ActorQ, ctx.bank.policy("target"))
+        action, log_prob = policy.draw(rows(draw["next_obs"]), draw["next_noise"][0])
+        soft = target.q(rows(draw["next_obs"]), action).amin(0) - policy.alpha * log_prob
         factor = discount(draw, self.config)
         y = draw["reward"] + (factor * soft).masked_fill(factor == 0, 0.0)  # 0 * NaN would be NaN
-        return draw.derive(target=y).with_scalars(alpha=alpha)
+        return draw.derive(target=y).with_scalars(alpha=policy.alpha)
 
     def phases(self) -> tuple[Phase, ...]:
         return self._phases

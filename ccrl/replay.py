@@ -116,6 +116,11 @@ class ReplayBuffer:
         """Columns of a draw, without the counts."""
         return frozenset(self._columns)
 
+    def rows(self) -> dict[str, Tree]:
+        """The transitions held ``[M, ...]`` by column, oldest first, as copies (waits for the device)."""
+        total = int(self._total)
+        return self._rows(total - len(self), total)
+
     # -- filling ------------------------------------------------------------------------------------------------------
 
     def add(self, data: Data) -> None:

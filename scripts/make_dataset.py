@@ -190,11 +190,10 @@ class Replay(Common):
         ring = getattr(agent.learner, "ring", None)
         if ring is None:
             raise ValueError(f"{self.checkpoint}: expected an agent with a replay memory, got {agent.name}")
-        count, start = len(ring), int(ring._position) if len(ring) == ring.capacity else 0
-        order = (start + torch.arange(count)) % ring.capacity
-        found = {k: ring._columns[k][order] for k in ("obs", "next_obs", "reward", "terminated", "truncated")}
+        rows = ring.rows()
+        found = {k: rows[k] for k in ("obs", "next_obs", "reward", "terminated", "truncated")}
         with torch.no_grad():
-            action = agent.policy.to_env(ring._columns["action"][order])
+            action = agent.policy.to_env(rows["action"])
         columns = {k: v.cpu().numpy() for k, v in (found | {"action": action}).items()}
         # rows of several environments take turns: where the next row is another episode's, one ends in the file
         goes_on = (columns["next_obs"][:-1] == columns["obs"][1:]).all(-1)

@@ -34,6 +34,9 @@ class DetaN(Agent):
     Config = DetaNConfig
     rewards_key: ClassVar[str] = "rewards"
     """Of Dict observations: the last step's reward vector, for objectives of vectors."""
+    objective: Objective
+    _low: Tensor
+    _high: Tensor
 
     def connect(self, env: Any) -> None:
         super().connect(env)
@@ -41,7 +44,9 @@ class DetaN(Agent):
         self._low, self._high = (x.to(self.device) for x in self.config.stock_range())
         self.env = self.with_stock(self.env)
         self.collector = Collector(self.env, seed=self.seed)
-        self._first = tree_map(torch.clone, self.env.reset(seed=self.seed))
+        first = tree_map(torch.clone, self.env.reset(seed=self.seed))
+        assert isinstance(first, dict)
+        self._first = first
 
     def with_stock(self, env: BatchedEnv, start: Any = None) -> StockEnv:
         """``env`` with stocks that begin at ``start``; None: uniform over the training range."""

@@ -62,6 +62,8 @@ def _settings(config: type[Any], defaults: tuple[tuple[str, Any], ...]) -> type[
 class LLMLearner(RolloutLearner):
     """Rollouts of completions; shapes change with every rollout, so updates are ordinary autograd."""
 
+    source: TokenCollector
+
     def __init__(
         self, agent: LLM, policy: nn.Module, estimator: Recipe, updater: ModuleUpdater, reference: Snapshot | None
     ) -> None:
@@ -87,12 +89,13 @@ class LLMLearner(RolloutLearner):
 
     def points(self) -> dict[str, Tensor]:
         # before plan is asked, so that a budget sees the prompts
-        self.ctx.prompts = self.source.draw(self._n_prompts)  # type: ignore[attr-defined]
+        self.ctx.prompts = self.source.draw(self._n_prompts)
         return {}
 
     def _log(self, data: Mapping[str, Any], stats: Stats, seconds: dict[str, float]) -> None:
         super()._log(data, stats, seconds)
         updater = self.updaters["policy"]
+        assert isinstance(updater, ModuleUpdater)
         if updater.skip_norm is not None or updater.skipped:  # of all updates so far those whose gradient was too large
             self.scalars["train/skipped_updates"] = updater.skipped
         if self.clock_unit == "demonstrations":
@@ -117,6 +120,7 @@ class LLM(Agent):
     method: ClassVar[Method]
     text: ClassVar[bool] = True
     """Trained on text tasks: there is no environment to build or to step."""
+    learner: LLMLearner
 
     @classmethod
     def of(cls, method: Method, name: str | None = None) -> type[LLM]:
@@ -129,7 +133,8 @@ class LLM(Agent):
     @classmethod
     @cache
     def _of(cls, method: Method, name: str) -> type[LLM]:
-        settings = _settings(method.Config, tuple(method.defaults.items()))
+        config: Any = method.Config
+        settings = _settings(config, tuple(method.defaults.items()))
         members = {"method": method, "name": name, "paper": method.paper, "Config": settings}
         return type(f"{cls.__name__}[{method.name}]", (cls,), members)
 
@@ -184,7 +189,7 @@ class LLM(Agent):
 
     def before_learning(self) -> None:
         """The supervised phase, once, and the reference: the policy that it leaves."""
-        warm, reference = self.learner.warm, self.learner.reference  # type: ignore[attr-defined]
+        warm, reference = self.learner.warm, self.learner.reference
         if bool(warm):
             return
         if self.config.warm_start_steps:
@@ -198,8 +203,7 @@ class LLM(Agent):
     @property
     def warm_started(self) -> bool:
         """Whether a supervised phase is all that it has behind it."""
-        warm = self.learner.warm  # type: ignore[attr-defined]
-        return bool(warm) and self.config.warm_start_steps > 0 and self.iteration == 0
+        return bool(self.learner.warm) and self.config.warm_start_steps > 0 and self.iteration == 0
 
     def warm_start(self, steps: int) -> float:
         """Maximum likelihood on demonstrations, which are drawn from a stream of their own; returns the last loss."""

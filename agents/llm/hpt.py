@@ -134,7 +134,7 @@ class Mix:
         data = data.take(torch.stack(list(rows.values())).any(0).nonzero().squeeze(-1))
         reinforced = (data["on_weight"] > 0) | (data["off_weight"] > 0)
         scale = self.scale(data["valid"], reinforced, sequences=c.rl_norm == "seq_mean")
-        scale = 1.0 if c.rl_norm == "len_const" else scale
+        scale = torch.ones_like(scale) if c.rl_norm == "len_const" else scale
         imitated = self.scale(data["valid"], data["sft_weight"] > 0)
         return data.derive_sequence(
             on_weight=data["on_weight"] * scale, off_weight=data["off_weight"] * scale,

@@ -24,7 +24,7 @@ from torch import Tensor
 from agents.llm.agent import LLMMethod
 from ccrl.data import Data
 from ccrl.estimators.recipe import Aggregation, MethodConfig, Recipe
-from ccrl.estimators.terms import LogRatio, Loss, Outputs, Term
+from ccrl.estimators.terms import Diagnostics, LogRatio, Loss, Outputs, Term
 from ccrl.settings import Positive, Range
 
 __all__ = ["MHPO", "Hazard", "MHPOConfig", "MHPORecipe", "modulated"]
@@ -82,7 +82,8 @@ class Hazard:
 
     @property
     def _at_one(self) -> float:
-        return (math.log(2.0) / self.scale_up) ** self.shape_up + (math.log(2.0) / self.scale_down) ** self.shape_down
+        up, down = math.log(2.0) / self.scale_up, math.log(2.0) / self.scale_down
+        return float(up**self.shape_up + down**self.shape_down)
 
 
 def modulated(hazard: Hazard) -> Loss:
@@ -111,7 +112,7 @@ class MHPORecipe(Recipe):
         return (term, *self.penalties())
 
 
-def _stats(hazard: Hazard) -> Loss:
+def _stats(hazard: Hazard) -> Diagnostics:
     def stats(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
         x = level.log_ratio
         psi = hazard.psi(x)

@@ -173,6 +173,7 @@ def track(quantiles: Tensor, levels: Tensor, reward: Tensor, lr: float) -> Tenso
 class RiskPORecipe(Recipe):
     """Bundles, tracked quantiles, the risk measure's advantage, a clipped sequence ratio."""
 
+    levels: Tensor
     quantiles: Tensor
     started: Tensor
 

@@ -150,7 +150,7 @@ class CorrectedPolicy(nn.Module):
 
     def _split(self) -> tuple[Tensor, ...]:
         """``[2, ...]`` each: of observation, action, displacement, action of the density."""
-        return self.statistics.split([self.width, self.n_out, self.width, self.n_out], -1)
+        return torch.split(self.statistics, [self.width, self.n_out, self.width, self.n_out], -1)
 
     def displacement(self, obs: Tensor, action: Tensor) -> Tensor:
         """``next_obs - obs`` that the forward model (or the simulator) foresees, ``[B, S]``."""
@@ -186,7 +186,7 @@ class CorrectedPolicy(nn.Module):
     def base_action(self, obs: Tree, noise: Tensor | None = None) -> Tensor:
         """What the base policy would do, inside the Box, ``[B, A]``."""
         base = self.base
-        action = base.to_env(base.act(obs, noise)["action"]) if hasattr(base, "act") else base(obs)
+        action: Tensor = base.to_env(base.act(obs, noise)["action"]) if hasattr(base, "act") else base(obs)
         return action.to(self.low.dtype).clamp(self.low, self.high)
 
     def correct(self, obs: Tensor, action: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

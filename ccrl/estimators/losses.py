@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ccrl.data import Data
 from ccrl.estimators import ratios
-from ccrl.estimators.terms import LogRatio, Loss, Number, Outputs, Term
+from ccrl.estimators.terms import Diagnostics, LogRatio, Loss, Number, Outputs, Term
 from ccrl.policies.distributions import Distribution
 
 __all__ = [
@@ -214,7 +214,7 @@ def median_loss(*, kappa: float = 0.5, temperature: Number = 1.0, head: str = "m
 # -- diagnostics ----------------------------------------------------------------------------------------------------
 
 
-def ratio_stats(low: Number, high: Number) -> Callable[[LogRatio, Tensor, Outputs, Data], dict[str, Tensor]]:
+def ratio_stats(low: Number, high: Number) -> Diagnostics:
     """SB3's ``approx_kl`` (k3) and ``clip_fraction`` for a term's ``stats``."""
 
     def stats(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:

@@ -16,7 +16,19 @@ from torch import Tensor
 
 from ccrl.data import Data, masked
 
-__all__ = ["Aggregate", "LogRatio", "Loss", "Number", "Outputs", "Ratio", "Term", "no_ratio", "statistics", "surrogate"]
+__all__ = [
+    "Aggregate",
+    "Diagnostics",
+    "LogRatio",
+    "Loss",
+    "Number",
+    "Outputs",
+    "Ratio",
+    "Term",
+    "no_ratio",
+    "statistics",
+    "surrogate",
+]
 
 Outputs = dict[str, Tensor]
 """Forward outputs of the policy on a batch, ``[T', B, ...]``; only what was asked for."""
@@ -53,6 +65,7 @@ def no_ratio(valid: Tensor) -> LogRatio:
 Ratio = Callable[[Outputs, Data], LogRatio]
 Loss = Callable[[LogRatio, Tensor, Outputs, Data], Tensor]
 Aggregate = Callable[[Tensor, Data], Tensor]
+Diagnostics = Callable[[LogRatio, Tensor, Outputs, Data], dict[str, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +83,7 @@ class Term:
     weight: str | None = None
     """Column multiplied into the per-element loss."""
     coef: Number = 1.0
-    stats: Callable[[LogRatio, Tensor, Outputs, Data], dict[str, Tensor]] | None = None
+    stats: Diagnostics | None = None
     """Diagnostics per element, averaged with the term's weights. What is logged describes the update: it is taken once
     after the phase, on all its data. Stops and ``after_minibatch`` see each minibatch's, taken before its step."""
 

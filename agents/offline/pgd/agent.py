@@ -158,13 +158,14 @@ class PGD(OfflineAgent):
         self.ring = self._empty_ring(learner.policy)
         made.state.register("rows", self.ring)
         if self.data is not None:
-            counts = {self.ring: c.batch_size - c.real_rows} | ({learner.source: c.real_rows} if c.real_rows else {})
-            made.source = Mixture(counts)
+            real: dict[ReplayBuffer, int] = {self.source: c.real_rows} if c.real_rows else {}
+            made.source = Mixture({self.ring: c.batch_size - c.real_rows} | real)
         return made
 
     def rows(self, data: Any, policy: OfflinePolicy) -> ReplayBuffer:
         full = super().rows(data, policy)
-        return ReplayBuffer.from_arrays({k: full._columns[k][:-1] for k in COLUMNS}, self.device)
+        held = full.rows()
+        return ReplayBuffer.from_arrays({k: held[k] for k in COLUMNS}, self.device)
 
     def _empty_ring(self, policy: Any) -> ReplayBuffer:
         """A ring with room for a generated set."""
@@ -224,7 +225,7 @@ class PGD(OfflineAgent):
         starts = select_windows(data.terminated, data.truncated | _ends(data), c.window, c.stride)
         windows = Windows(data, c.window, starts, self.device)
         codec = self.maker.take(Codec.of(rows))
-        encoded = codec.encode(rows)
+        encoded: Tensor = codec.encode(rows)
 
         def draw() -> Tensor:
             index = torch.randint(len(windows), (c.denoiser_batch,), generator=self.ctx.generator, device=self.device)
@@ -234,7 +235,7 @@ class PGD(OfflineAgent):
         return draw
 
     def _draw_transitions(self, rows: Mapping[str, Tensor]) -> Any:
-        encoded = self.maker.take(TransitionCodec.of(rows)).encode(rows)
+        encoded: Tensor = self.maker.take(TransitionCodec.of(rows)).encode(rows)
         size = (32 * self.config.denoiser_batch,)
 
         def draw() -> Tensor:
