@@ -5,7 +5,7 @@ Every factory takes 0-d tensors for numbers that a schedule moves; plain floats 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F

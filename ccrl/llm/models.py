@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -128,8 +128,9 @@ def fit_task(task: TextTask, model: str) -> TextTask:
                              f"HFVocabulary.from_folder({model!r})")  # fmt: skip
         more = [token for token in folder_ends(model) if 0 <= token < vocab.size and token not in vocab.ends]
         if more:
-            task = copy.copy(task)
-            task.vocab = vocab.with_ends(more)
+            longer: Any = copy.copy(task)
+            longer.vocab = vocab.with_ends(more)
+            return cast(TextTask, longer)
         return task
     if own is None:
         return task

@@ -89,11 +89,18 @@ class TextTask(Protocol):
     """Questions with verifiable answers."""
 
     name: str
-    vocab: Vocabulary
-    components: tuple[str, ...]
-    """Names of the reward's components; the first one is the success of pass@k: 1 is right, less is wrong."""
     max_new_tokens: int
     """Longest completion, end token (and replies) included."""
+
+    @property
+    def vocab(self) -> Vocabulary:
+        """The tokens."""
+        ...
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Names of the reward's components; the first one is the success of pass@k: 1 is right, less is wrong."""
+        ...
 
     def prompts(self, n: int, generator: Generator | None, split: Split = "train") -> Prompts:
         """``n`` questions, decided by the state of ``generator`` (a CPU generator) alone."""

@@ -64,7 +64,7 @@ class TokenBandit(ABC):
     """
 
     name: str
-    components = ("accuracy",)
+    components: tuple[str, ...] = ("accuracy",)
     demonstrations: Tensor | None = None
     """``[questions, fixed_length]`` int64, if the task has them."""
 

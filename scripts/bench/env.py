@@ -177,6 +177,6 @@ def _vector_env(env: gymnasium.vector.VectorEnv) -> Run:
             _, _, terminated, truncated, _ = env.step(actions[k % DRAWS])
             # Both peers reset in the step after an episode's end, which is no step of the environment.
             resets += int((terminated | truncated).sum())
-        return rounds * env.num_envs - resets
+        return int(rounds * env.num_envs - resets)
 
     return run

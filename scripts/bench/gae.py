@@ -24,6 +24,10 @@ BYTES = 6 * 4
 """Per step, in float32: reward, value, next value, discount and carry are read, the advantage is written."""
 
 
+Rollout = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Reward, value, next value, discount, carry, ``[T, N]`` each."""
+
+
 @dataclass
 class Config:
     """Generalised advantage estimation on ``T x N`` rollouts, beside
@@ -80,7 +84,7 @@ def sb3_loop(reward: Tensor, value: Tensor, next_value: Tensor, carry: Tensor) -
     return lambda: buffer.compute_returns_and_advantage(last, dones), buffer.advantages
 
 
-def _rollout(steps: int, envs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _rollout(steps: int, envs: int) -> Rollout:
     """Episodes that terminate: SB3's buffer knows no other ends."""
     draw = torch.Generator().manual_seed(0)
     reward, value = (torch.randn(steps, envs, generator=draw) for _ in range(2))
@@ -91,7 +95,8 @@ def _rollout(steps: int, envs: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 def _row(config: Config, steps: int, envs: int, device: str) -> str:
     rollout = _rollout(steps, envs)
-    here = tuple(x.to(device) for x in rollout)
+    reward, value, next_value, factor, carry = (x.to(device) for x in rollout)
+    here = reward, value, next_value, factor, carry
     source = torch.zeros(BYTES * steps * envs // 8, device=device)  # a copy reads half of its bytes and writes half
     target = torch.zeros_like(source)
     calls: dict[str, Callable[[], object]] = {

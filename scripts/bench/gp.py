@@ -67,9 +67,9 @@ def main(config: Config) -> None:
             with context.Pool(1) as pool:
                 weights, seconds, memory, iterations, kind = pool.apply(_measure, (config, n, solver))
             exact = weights if solver == "exact" else exact
-            error = "-" if exact is None else f"{float((weights - exact).norm() / exact.norm()):.1e}"
+            found = "-" if exact is None else f"{float((weights - exact).norm() / exact.norm()):.1e}"
             name = solver if solver == kind else f"{solver}: {kind}"
-            print(f"{n:>6} {name:>15} {seconds:>9.3f} {memory:>7.0f} {error:>9} {iterations or ''}")
+            print(f"{n:>6} {name:>15} {seconds:>9.3f} {memory:>7.0f} {found:>9} {iterations or ''}")
 
     print(f"\n{'points':>6} {'BAC solver':>15} {'seconds':>9} {'error':>9} of the gradient")
     torch.set_num_threads(config.threads)

@@ -242,7 +242,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors alive inside it: exact for what operations return, whatever the allocator keeps."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known = set[int]()
 
@@ -291,7 +291,8 @@ def _peak(run: Callable[[], None], device: str) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
+        return int(torch.cuda.max_memory_allocated() - before)
+    live = LiveBytes()
+    with live:
         run()
     return live.peak

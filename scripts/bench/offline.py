@@ -81,7 +81,11 @@ def _ours(name: str, data: Dataset, config: Config) -> Callable[[int], None]:
     env.device = torch.device(config.device)
     cls = {"td3_bc": TD3BC, "iql": IQL}[name]
     agent = cls(env, data=data, device=config.device, hidden=config.hidden, batch_size=config.batch_size, compile="on")
-    return lambda steps: agent.learn(steps) and None
+
+    def run(steps: int) -> None:
+        agent.learn(steps)
+
+    return run
 
 
 def _rate(run: Callable[[int], None], config: Config) -> float:

@@ -124,7 +124,7 @@ def _sb3(config: Config) -> Callable[[int], None]:
     import stable_baselines3 as sb3
     from stable_baselines3.common.logger import configure
 
-    class Env(gym.Env[Any, Any]):
+    class Env(gym.Env[Any, Any]):  # type: ignore[misc]
         observation_space, action_space = _spaces(config)
 
         def reset(self, **options: Any) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ccrl.packages import check_siblings, require
+from ccrl.settings import Compile
 
 check_siblings("agents", "envs")
 
@@ -108,10 +109,10 @@ def _cpuinfo() -> list[str]:
 # -- sides ----------------------------------------------------------------------------------------------------------
 
 
-def _ours(config: Config, compiled: str, batch_size: int, n_epochs: int, num_envs: int, n_steps: int) -> Side:
-    options = {"num_envs": num_envs, "n_steps": n_steps, "batch_size": batch_size, "n_epochs": n_epochs}
+def _ours(config: Config, compiled: Compile, batch_size: int, n_epochs: int, num_envs: int, n_steps: int) -> Side:
+    ppo = PPOConfig(num_envs=num_envs, n_steps=n_steps, batch_size=batch_size, n_epochs=n_epochs, compile=compiled)
     kwargs = {"nthread": config.nthread} if config.nthread else {}
-    agent = PPO(config.task, PPOConfig(compile=compiled, **options), env_kwargs=kwargs)
+    agent = PPO(config.task, ppo, env_kwargs=kwargs)
     shares: list[list[float]] = []
 
     def note(agent: Any) -> None:
@@ -187,7 +188,7 @@ def _scaling(config: Config) -> None:
     print(f"| envs | us/step | CPU us/step | {' | '.join(f'{name}, us' for name in PHASES)} |\n|---|{'---:|' * 6}")
     for n, side in sides.items():
         us = statistics.median(side.wall)
-        parts = " | ".join(f"{share * us:.1f}" for share in side.phases())
+        parts = " | ".join(f"{share * us:.1f}" for share in (side.phases() if side.phases else ()))
         print(f"| {n} | {us:.1f} | {statistics.median(side.cpu):.1f} | {parts} |", flush=True)
 
 

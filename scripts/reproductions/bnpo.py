@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ccrl.data import Batching
+from ccrl.estimators.base import Stage
 from ccrl.estimators.stages import GroupBaseline
 from ccrl.packages import check_siblings
 from scripts.reproductions import Measurement
@@ -63,7 +64,7 @@ class Rates(TokenBandit):
         return torch.cat([self.rate.log()[:, None], rest[:, None].expand(-1, self.symbols - 1)], 1).unsqueeze(1)
 
 
-NORMALISERS = {
+NORMALISERS: dict[str, Stage] = {
     "BNPO": BetaNormaliser(),
     "GRPO": GroupBaseline(scale="std", ddof=0),
     "REINFORCE": GroupBaseline(),
@@ -91,10 +92,10 @@ def run(seeds: list[int]) -> list[Measurement]:
     """Closed form, a Monte-Carlo mean of ``SAMPLES`` success rates per seed, and gradients of a table."""
     found = list[Measurement]()
     for shape, expected in RATES.items():
-        a, b = torch.tensor(shape, dtype=torch.float64)
-        normalisers = {
-            "BNPO": optimal_normaliser(a, b), "GRPO's shape": torch.full((2,), 1.5, dtype=torch.float64),
-            "REINFORCE": torch.ones(2, dtype=torch.float64),
+        a, b = torch.tensor(shape, dtype=torch.float64).unbind()
+        normalisers: dict[str, tuple[Tensor, ...]] = {
+            "BNPO": optimal_normaliser(a, b), "GRPO's shape": torch.full((2,), 1.5, dtype=torch.float64).unbind(),
+            "REINFORCE": torch.ones(2, dtype=torch.float64).unbind(),
         }  # fmt: skip
         draws = []
         for seed in seeds:

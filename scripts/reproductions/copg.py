@@ -110,7 +110,8 @@ def sampled_arms(seed: int, iterations: int = 100) -> Tensor:
         if name != "live":
             agent.ctx.bank.refresh(name)
     agent.learn(iterations * 2 * agent.samples_per_iteration)
-    return agent.policy.logits[0, 0].detach().softmax(0)
+    table: Tensor = agent.policy.logits
+    return table[0, 0].detach().softmax(0)
 
 
 # -- a sequence bandit, offline -------------------------------------------------------------------------------------
@@ -126,9 +127,10 @@ class Autoregressive(nn.Module):
     def __init__(self, length: int, symbols: int, hidden: int = 64) -> None:
         super().__init__()
         self.length, self.symbols = length, symbols
-        self.body = nn.Sequential(nn.Linear(length * symbols + length, hidden), nn.Tanh(), nn.Linear(hidden, symbols))
-        nn.init.zeros_(self.body[2].weight)
-        nn.init.zeros_(self.body[2].bias)
+        last = nn.Linear(hidden, symbols)
+        self.body = nn.Sequential(nn.Linear(length * symbols + length, hidden), nn.Tanh(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def outputs(self) -> frozenset[str]:
         return frozenset({"log_prob"})
@@ -199,6 +201,7 @@ def offline(method: str, seed: int) -> list[float]:
     task = SequenceMatch(questions=1, fixed_length=6, symbols=8, seed=seed)
     agent = OfflineCoPG(task, config, seed=seed)
     agent.ctx.bank.refresh("ref")
+    assert task.demonstrations is not None
     bad = torch.zeros(1, 6, 8).scatter(2, task.demonstrations.unsqueeze(2), math.log(0.5))
     agent.ctx.bank._versions["bad"] = TabularTokenPolicy(1, 6, 8, init=bad)
     with torch.no_grad():

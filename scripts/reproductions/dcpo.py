@@ -51,7 +51,10 @@ def run(seeds: list[int]) -> list[Measurement]:
     one = [_run(DCPO, s, entropy_target=1.0) for s in seeds]
     more = [_run(DCPO, s, entropy_target=1.5) for s in seeds]
     ablated = [_run(DCPO, s, entropy_target=1.5, hot=1.0, cold=1.0) for s in seeds]
-    column = lambda rows, i: tuple(row[i] for row in rows)  # noqa: E731
+
+    def column(rows: list[tuple[float, float]], i: int) -> tuple[float, ...]:
+        return tuple(row[i] for row in rows)
+
     return [
         Measurement("slope of the entropy, T 1.2", "0.025262 (exact)", (0.025261, 0.025263), (entropy_slope(1.2),)),
         Measurement("slope of the entropy, T 0.8", "-0.032816 (exact)", (-0.032817, -0.032815), (entropy_slope(0.8),)),

@@ -98,9 +98,14 @@ def run(seeds: list[int]) -> list[Measurement]:
     grpo = [measure(GRPO, seed) for seed in seeds]
     # nothing is dropped: the advantages of the rest would be scaled up by the share that is left
     ranked = [measure(G2RPO, seed, drop_unanimous=False) for seed in seeds]
-    pick = lambda runs, name: tuple(one[name] for one in runs)  # noqa: E731
+
+    def pick(runs: list[dict[str, float]], name: str) -> tuple[float, ...]:
+        return tuple(one[name] for one in runs)
+
+    def square(reward: Tensor) -> float:
+        return float(rank_normal(reward, one).square().mean())
+
     one = Groups(torch.zeros(GROUP, dtype=torch.int64))
-    square = lambda reward: float(rank_normal(reward, one).square().mean())  # noqa: E731
     binary = [math.comb(GROUP, k) / 2**GROUP * square((torch.arange(GROUP) < k).float()) for k in range(GROUP + 1)]
     near = math.sqrt(sum(binary) / square(torch.arange(GROUP)))
     bound, outlier = 1.534121, (GROUP - 1) / math.sqrt(GROUP)

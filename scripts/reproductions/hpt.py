@@ -81,9 +81,11 @@ def train(settings: dict[str, Any], seed: int) -> Outcome:
     """One run."""
     agent, shares = HPT(DeadPrompts(seed=seed), HPT.Settings(**SHARED | settings), seed=seed), list[float]()
     steps = STEPS - settings.get("warm_start_steps", 0)
-    agent.learn(
-        steps * agent.samples_per_iteration, lambda a: shares.append(float(a.scalars["train/sft_share"])) or True
-    )
+
+    def note(agent: Any) -> None:
+        shares.append(float(agent.scalars["train/sft_share"]))
+
+    agent.learn(steps * agent.samples_per_iteration, note)
     return outcome(agent, shares)
 
 

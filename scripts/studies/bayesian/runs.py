@@ -22,7 +22,7 @@ from ccrl.collect import Collector, Request
 from ccrl.data import Data
 from ccrl.estimators.base import Context
 from ccrl.estimators.trajectory import LinearBaseline, TrajectoryEstimator
-from ccrl.learn import Learner
+from ccrl.learn import Learner, RolloutLearner
 from ccrl.updaters import FlatUpdater
 from envs.classic.mountain_car import MAX_SPEED, MountainCarTwoActions
 from scripts import gradient_lab_problems as lab
@@ -37,7 +37,9 @@ RATES = {
     "ppo": (0.003, 0.01, 0.03, 0.1),
 }
 """Method -> step sizes; of several, a search picks one."""
-GRADIENTS = {"mc": {"state_scale": 0.0}, "dbqpg": {}, "uapg": {"uncertainty": True}}
+GRADIENTS: dict[str, dict[str, Any]] = {
+    "mc": {"state_scale": 0.0}, "dbqpg": {}, "uapg": {"uncertainty": True},
+}  # fmt: skip
 """Method -> settings of the DBQPG agent."""
 EPISODES, HORIZON, JUDGED = 5, 200, 100
 """Episodes per update, their longest length, episodes of an evaluation from either start (docs/bac.md)."""
@@ -71,7 +73,9 @@ class Car(MountainCarTwoActions):
     def reset(self, seed: int | None = None, mask: Tensor | None = None) -> Tensor:
         # those that a copy begins by itself while it waits for slower ones are not seen by any method
         self.episodes += self.num_envs if mask is None else 0
-        return super().reset(seed, mask)
+        obs = super().reset(seed, mask)
+        assert isinstance(obs, Tensor)
+        return obs
 
 
 class MonteCarlo(BAC):
@@ -86,12 +90,14 @@ class MonteCarlo(BAC):
 
     def build(self) -> Learner:
         learner = super().build()
-        c, features = self.config, learner.policy.features
+        assert isinstance(learner, RolloutLearner)
+        c, policy = self.config, learner.policy
+        features: Any = policy.features
         estimator = TrajectoryEstimator(
             episodes=c.num_envs, horizon=c.n_steps, gamma=c.gamma, discount_from_start=False,
             baseline=LinearBaseline(features, features.width) if self.baseline else None,
         )  # fmt: skip
-        return self.rollouts(learner.policy, estimator, learner.updaters, learner.direction)  # type: ignore[attr-defined]
+        return self.rollouts(policy, estimator, learner.updaters, learner.direction)
 
 
 class EpisodicPPO(PPO):
@@ -101,9 +107,9 @@ class EpisodicPPO(PPO):
     episodic = True
 
     def build(self) -> Learner:
-        actor = lab.problem("mountain-car").policy(self.env)
+        actor: Any = lab.problem("mountain-car").policy(self.env)
         weight = torch.zeros(2 * actor.features.width + 1)
-        policy = lab.ActorCritic(actor, actor.features, weight, ("value",))
+        policy: Any = lab.ActorCritic(actor, actor.features, weight, ("value",))
         c = self.config
         updater = FlatUpdater(policy, lr=c.learning_rate, max_grad_norm=c.max_grad_norm, eps=c.adam_eps)
         return self.rollouts(policy, _EpisodicEstimator(c, policy, {"policy": updater}), {"policy": updater})
@@ -133,7 +139,7 @@ def _mountain_car(
     method: str, seed: int, rate: float, updates: int, evaluate_every: int, start_speed: float
 ) -> list[dict[str, Any]]:
     env, judge_env = Car(EPISODES, start_speed), Car(2 * JUDGED, np.repeat((start_speed, NEAR_REST), JUDGED))
-    sizes = {"num_envs": EPISODES, "n_steps": HORIZON, "learning_rate": rate}
+    sizes: dict[str, Any] = {"num_envs": EPISODES, "n_steps": HORIZON, "learning_rate": rate}
     if method == "ppo":
         agent: Any = EpisodicPPO(env, PPOConfig(**sizes, compile="off"), seed=seed)
     elif method == "bac":
@@ -159,18 +165,16 @@ def _mountain_car(
     def watch(agent: Any) -> bool:
         if agent.iteration % evaluate_every == 0 or agent.iteration == updates:
             evaluate()
-        return agent.iteration < updates
+        return bool(agent.iteration < updates)
 
     evaluate()
     agent.learn(updates * EPISODES * HORIZON, watch)
     return points
 
 
-def _dbqpg(
-    env: str, method: str, seed: int, timesteps: int, batch: int, update: str, targets: str
-) -> list[dict[str, Any]]:
+def _dbqpg(env: str, method: str, seed: int, timesteps: int, batch: int, **settings: Any) -> list[dict[str, Any]]:
     config = DBQPGConfig(
-        num_envs=STREAMS, n_steps=batch // STREAMS, update=update, targets=targets, **GRADIENTS[method]
+        num_envs=STREAMS, n_steps=batch // STREAMS, **settings, **GRADIENTS[method]
     )  # fmt: skip
     agent = agents.get_agent("dbqpg")(env, config, seed=seed)
     spent = dict.fromkeys(("kernel", "solve", "update", "all"), 0.0)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import shlex
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,7 @@ class Report:
         return found
 
 
-TRAINED = {"return": "starts as in training"}
+TRAINED: dict[str, str | None] = {"return": "starts as in training"}
 REPORTS: dict[str, tuple[str, str, str, dict[str, str | None]]] = {
     "mountaincar": (
         "episode", "return of 100 episodes", "Two-action mountain car, at most 200 steps",
@@ -252,10 +253,11 @@ def settings(rows: Rows) -> str:
 def main(argv: list[str]) -> Rows:
     """Run one of the commands; its rows."""
     torch.set_num_threads(1)
-    commands = {"mountaincar": MountainCar, "dbqpg": DBQPG, "report": Report}
+    commands: dict[str, Callable[..., Any]] = {"mountaincar": MountainCar, "dbqpg": DBQPG, "report": Report}
     study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
     if not isinstance(study, Report):
         study.out.mkdir(parents=True, exist_ok=True)
         command = "python scripts/studies/bayesian " + shlex.join(argv)
         (study.out / f"{argv[0]}.command").write_text(command, encoding="utf-8")
-    return study.run()
+    rows: Rows = study.run()
+    return rows

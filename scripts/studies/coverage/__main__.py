@@ -96,12 +96,12 @@ def rows(options: Options) -> Iterator[dict[str, object]]:
                 "mean, t": (mean, t_interval(x)[1:]),
             }  # fmt: skip
             for interval, (truth, (low, high)) in intervals.items():
-                held = (low <= truth) & (truth <= high)
+                held = ((low <= truth) & (truth <= high)).astype(np.float64)
                 yield _row(name, n, interval, held, high - low)
             if n >= tolerance_runs():
                 _, low, high = tolerance_interval(x)
                 share = (np.searchsorted(ordered, high) - np.searchsorted(ordered, low)) / len(ordered)
-                yield _row(name, n, "half of all runs, tolerance", share >= 0.5, high - low)
+                yield _row(name, n, "half of all runs, tolerance", (share >= 0.5).astype(np.float64), high - low)
 
 
 def _row(distribution: str, n: int, interval: str, held: Array, width: Array) -> dict[str, object]:

@@ -10,7 +10,6 @@ In the end ``FIGURES/hacking_NAME.md``, ``.csv`` and ``.png`` are written.
 
 from __future__ import annotations
 
-import csv
 import math
 import shlex
 import statistics
@@ -31,10 +30,11 @@ from agents.orpo import ORPO
 from ccrl.experiment.cells import complete
 from ccrl.policies import MLPPolicy
 from envs.hacking import ExactTask, tomato_task
+from scripts.studies import tables
+from scripts.studies.tables import Rows
 
 __all__ = ["Exact", "Sampled", "main", "optimise"]
 
-Rows = list[dict[str, Any]]
 NAN = float("nan")
 
 
@@ -285,13 +285,6 @@ def reference_policy(task: str, settings: dict[str, Any]) -> MLPPolicy:
     return policy
 
 
-def _table(rows: Rows) -> str:
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    text = lambda x: ("" if x != x else f"{x:.4g}") if isinstance(x, float) else str(x)  # noqa: E731
-    return "\n".join([*lines, *("| " + " | ".join(text(row[n]) for n in names) + " |" for row in rows)]) + "\n"
-
-
 def main(argv: list[str]) -> Rows:
     """Run one of the studies and write its files; its table."""
     torch.set_num_threads(1)
@@ -303,16 +296,9 @@ def main(argv: list[str]) -> Rows:
     else:
         study = tyro.cli(Sampled, args=argv[1:], default=Sampled(tyro.MISSING, task=argv[0]), description=__doc__)
     rows = study.run()
-    table = rows if argv[0] == "exact" else study.summary(rows)
-    study.figures.mkdir(parents=True, exist_ok=True)
+    table: Rows = rows if argv[0] == "exact" else study.summary(rows)
     stem = study.figures / f"hacking_{argv[0]}"
     command = "python scripts/studies/hacking " + shlex.join(argv)
-    text = _table(table)
-    print(text)
-    stem.with_suffix(".md").write_text(f"`{command}`\n\n{text}", encoding="utf-8")
-    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(stem, command, table, rows)
     study.figure(rows, command).savefig(stem.with_suffix(".png"), dpi=120)
     return table

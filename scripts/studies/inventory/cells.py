@@ -20,12 +20,12 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from agents.hdpo import HDPO, HDPOConfig
-from ccrl.inventory.functional_env import State
+from ccrl.inventory.functional_env import FunctionalEnv, State
 from ccrl.inventory.pathwise import Unrolled, average_cost
-from envs.inventory import InventoryEnv, Task
+from envs.inventory import InventoryEnv, Normal, Recorded, Task
 from envs.inventory.oracle import backlog_optimum, best_base_stock, oracle_cost, serial_optimum
 
-__all__ = ["KINDS", "Kind", "adjusted", "control_policy", "data_efficiency", "gap", "speed"]
+__all__ = ["KINDS", "Kind", "adjusted", "control_policy", "data_efficiency", "gap", "simulator", "speed"]
 
 Cell = dict[str, Any]
 
@@ -79,15 +79,23 @@ KINDS = {
 }  # fmt: skip
 
 
+def simulator(env: FunctionalEnv) -> InventoryEnv:
+    """``env``, which is of this repository and has a task."""
+    assert isinstance(env, InventoryEnv)
+    return env
+
+
 # -- gaps -----------------------------------------------------------------------------------------------------------
 
 
 def gap(cell: Cell, options: dict[str, Any]) -> Cell:
     """Train HDPO and compare with the optimum (for transshipment a lower bound), percent."""
     agent, spent = _train(cell, options, whole_units=cell["whole_units"])
-    optimum = oracle_cost(agent.simulator.task)
+    env = simulator(agent.simulator).split("test")
+    optimum = oracle_cost(env.task)
+    if optimum is None:
+        raise ValueError(f"{env.task.name}: expected a task whose optimal cost or bound is known")
     start = time.process_time()
-    env = agent.simulator.split("test")
     scenarios = agent.scenarios("test", cell["tests"], 10**6 + TEST_SEED)
     policy = agent.ctx.bank.policy("best")
     costs = average_cost(Unrolled(env, policy), scenarios, whole_units=cell["whole_units"])
@@ -123,21 +131,23 @@ def control_policy(env: InventoryEnv) -> tuple[Callable[[State], Tensor], float]
         ValueError: a task without one.
     """
     task = env.task
-    if oracle_cost(task) is None:
+    known, law = oracle_cost(task), task.demand
+    if known is None:
         raise ValueError(f"{task.name}: expected a task whose optimal cost or bound is known")
     if not task.network.internal:
         lead, underage = task.network.slots, task.underage[0]
         if task.lost:
-            best = best_base_stock(lead, underage, task.demand.mean[0], task.holding[0], capped=True)
+            assert not isinstance(law, Recorded)
+            best = best_base_stock(lead, underage, law.mean[0], task.holding[0], capped=True)
         else:
-            law = task.demand
+            assert isinstance(law, Normal)
             best = backlog_optimum(lead, underage, law.mean[0], law.std[0], task.holding[0], clip=law.clip)
         return lambda seen: (best.level - seen["inventory"].sum(2)).clamp(0.0, best.cap), best.cost
     if task.network.echelons:
         optimum = serial_optimum(task)
         levels = torch.tensor(optimum.levels)
         return partial(_echelon_stock, env, levels), optimum.cost
-    return partial(_pooled, *_pooled_levels(task)), oracle_cost(task)
+    return partial(_pooled, *_pooled_levels(task)), known
 
 
 def _echelon_stock(env: InventoryEnv, levels: Tensor, seen: State) -> Tensor:
@@ -150,6 +160,7 @@ def _echelon_stock(env: InventoryEnv, levels: Tensor, seen: State) -> Tensor:
 def _pooled_levels(task: Task) -> tuple[Tensor, Tensor, float]:
     """Mean and deviation of demand until an order of a store is followed by the next, and the level of the system."""
     net, law = task.network, task.demand
+    assert isinstance(law, Normal)
     mean, std = torch.tensor(law.mean), torch.tensor(law.std)
     cover, pooled = net.lead_times[0] + 1, float(std.sum() ** 2)
     variance = law.correlation * pooled + (1 - law.correlation) * float((std**2).sum())
@@ -227,7 +238,10 @@ def speed(cell: Cell, options: dict[str, Any]) -> Cell:
 
 
 def _timed(run: Callable[[], None], device: str) -> Iterator[float]:
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    def wait() -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
     while True:
         wait()
         start = time.perf_counter()

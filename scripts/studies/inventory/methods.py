@@ -26,7 +26,7 @@ from agents.base import Agent
 from agents.hdpo import HDPO, HDPOConfig
 from agents.on_policy import OnPolicyConfig, OnPolicyEstimator, Updaters
 from agents.ppo import PPO, PPOConfig
-from ccrl.batched_env import AutoresetMode
+from ccrl.batched_env import AutoresetMode, Tree
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Phase
@@ -40,6 +40,7 @@ from ccrl.returns import discounted_sum
 from ccrl.updaters import FlatUpdater
 from envs import make_functional
 from envs.inventory import InventoryEnv, InventoryVector, Task
+from scripts.studies.inventory.cells import simulator
 
 __all__ = ["Reinforce", "ReinforceConfig", "compare", "play"]
 
@@ -96,7 +97,7 @@ def compare(cell: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """Train one method with one step size; the cost of its best parameters, and how the score went."""
     start, clock = time.process_time(), time.perf_counter()
     agent = _agent(cell, options)
-    env = make_functional(cell["env"], **options)
+    env = simulator(make_functional(cell["env"], **options))
     dev = _scenarios(env, "dev", cell["n_dev"], 10**6 + cell["seed"])
     test = _scenarios(env, "test", cell["tests"], 10**6 + 65)
     every = max(1, cell["samples"] // agent.samples_per_iteration // cell["scores"])
@@ -162,7 +163,7 @@ def play(task: Task, split: Split, scenarios: State, act: Any) -> Tensor:
             "generator": torch.Generator().get_state(),
         }
     )
-    obs = env.reset(mask=torch.zeros(count, dtype=torch.bool))  # starts nothing, only observes
+    obs: Tree = env.reset(mask=torch.zeros(count, dtype=torch.bool))  # starts nothing, only observes
     total = torch.zeros(count, dtype=torch.float64)
     for period in range(inner.periods):
         result = env.step(act(obs))

@@ -21,6 +21,7 @@ from ccrl.experiment.csv_table import read_rows
 from ccrl.stats import Interval, stratified_bootstrap
 from envs import make_functional
 from envs.inventory.oracle import oracle_cost
+from scripts.studies.inventory.cells import simulator
 
 __all__ = ["chosen", "groups", "write"]
 
@@ -100,7 +101,8 @@ def _number(row: Row, name: str) -> float:
 
 
 def _gaps(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
-    parts, panels = [], {}
+    parts: list[str] = []
+    panels: dict[str, Any] = {}
     for stem, rows in tables.items():
         kind = stem.removeprefix("gaps_")
         limit, lost = THRESHOLDS[kind], kind == "lost"
@@ -202,7 +204,8 @@ def _data(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
             x, [b.point for b in bands], yerr=error, color=COLOURS[i], marker="o", ms=4, capsize=3, label=policy
         )
     axis.set_xscale("log")
-    axis.set_xticks(sorted({int(r["n_train"]) for r in rows}), sorted({int(r["n_train"]) for r in rows}))
+    ticks = sorted({int(r["n_train"]) for r in rows})
+    axis.set_xticks(ticks, [str(n) for n in ticks])
     axis.minorticks_off()
     axis.set_xlabel("training scenarios")
     axis.set_ylabel("test cost per period and store")
@@ -227,7 +230,7 @@ def _methods(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
     axes = page.subplots(2, len(instances), squeeze=False, sharey="col")
     for (upper, lower), ((env, options), rows) in zip(axes.T, instances.items()):
         name = env.removeprefix("ccrl/Inventory").removesuffix("-v0")
-        optimum = oracle_cost(make_functional(env, **json.loads(options)).task)
+        optimum = oracle_cost(simulator(make_functional(env, **json.loads(options))).task)
         for i, ((method,), runs) in enumerate(sorted(groups(rows, "method").items())):
             by_rate = list(groups(runs, "learning_rate").values())
             seeds = max(len(group) for group in by_rate)  # what was only tried on a seed is not compared with a mean
@@ -242,8 +245,8 @@ def _methods(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
                  f"{average['samples used'] / 1e6:.1f} M", mine[0]["updates"], f"{average['seconds']:.0f}",
                  f"{average['CPU seconds']:.0f}"]
             )  # fmt: skip
-            curves = np.array([[tuple(map(float, point.split(":"))) for point in r["curve"].split(";")] for r in mine])
-            curves = curves.mean(0), curves.min(0), curves.max(0)
+            drawn = np.array([[tuple(map(float, point.split(":"))) for point in r["curve"].split(";")] for r in mine])
+            curves = drawn.mean(0), drawn.min(0), drawn.max(0)
             for axis, column in ((upper, 0), (lower, 1)):
                 x = curves[0][:, column]
                 axis.plot(x, curves[0][:, 2], color=COLOURS[i], label=method)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -279,7 +279,13 @@ def _positive(**numbers: int | None) -> None:
 
 def main(argv: list[str]) -> int:
     """Run one of the studies, or report; returns the number of cells that failed."""
-    commands = {"gaps": Gaps, "data": Data, "methods": Methods, "speed": Speed, "report": Report}
+    commands: dict[str, Callable[..., Any]] = {
+        "gaps": Gaps,
+        "data": Data,
+        "methods": Methods,
+        "speed": Speed,
+        "report": Report,
+    }
     study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
     if isinstance(study, Report):
         for path in reports.write(study.out, study.figures):

@@ -158,7 +158,7 @@ def play(cell: dict[str, Any], out: str) -> list[dict[str, float]]:
         norms.append(float(agent.scalars.get("train/grad_norm", math.nan)))
         if agent.iteration % cell["eval_every"] == 0:
             measure()
-        return agent.iteration < cell["iterations"]
+        return bool(agent.iteration < cell["iterations"])
 
     measure()
     agent.learn(10**9, watch)

@@ -10,11 +10,11 @@ In the end ``FIGURES/momentum_NAME.md`` and ``.csv`` are written, of cartpole al
 
 from __future__ import annotations
 
-import csv
 import itertools
 import math
 import shlex
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,13 @@ from agents.npg_igt import NPGIGT, NPGIGTConfig, NPGIGTEstimator
 from ccrl.collect import Collector, Request
 from ccrl.experiment.cells import complete
 from ccrl.policies import GibbsPolicy, OneHot
+from scripts.studies import tables
+from scripts.studies.tables import Rows
 
 __all__ = ["CartPole", "Errors", "Samples", "main"]
 
 METHODS = ("pg", "nmpg", "npg_igt", "nharpg", "harpg")
 KNOWN = (*NPGIGTEstimator.rules, *HARPGEstimator.rules)
-Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ def play_errors(cell: dict[str, Any]) -> Rows:
         if t in at:  # d_t belongs to theta_t, which by now is the previous one
             truth = agent.env.exact_gradient(agent.policy, rule.prev)
             errors[f"error at {t}"] = float((rule.d - truth).norm() / truth.norm())
-        return t < max(at)
+        return bool(t < max(at))
 
     agent.learn(10**9, watch)
     return [errors | {"gap": gap(agent)}]
@@ -171,7 +172,7 @@ class CartPole(Study):
             scores.setdefault((row["method"], row["gamma_0"]), []).append(row["return"])
         for (method, rate), returns in scores.items():
             print(method, rate, f"mean return {_mean(returns):.1f}", flush=True)
-        best = {m: max(rates[m], key=lambda rate, m=m: _mean(scores[m, rate])) for m in self.methods}
+        best = {m: max((_mean(scores[m, rate]), -i, rate) for i, rate in enumerate(rates[m]))[2] for m in self.methods}
         # seeds first, so that a study that is cut short has as many of every method; the rows are by method
         rows = self._complete([(m, best[m], seed) for seed in range(self.seeds) for m in self.methods])
         return sorted(rows, key=lambda row: self.methods.index(row["method"]))
@@ -209,7 +210,7 @@ class CartPole(Study):
         for axis, x, label in zip(page.subplots(1, 2), ("iteration", "steps"), labels):
             for i, method in enumerate(self.methods):
                 mine = [row for row in rows if row["method"] == method]
-                by = {}
+                by: dict[int, Rows] = {}
                 for row in mine:
                     by.setdefault(row["iteration"], []).append(row)
                 for seed in {row["seed"] for row in mine}:
@@ -245,7 +246,7 @@ def play_cartpole(cell: dict[str, Any]) -> Rows:
             judge.collect(Request(episodes=20, horizon=200), agent.policy)
             mean = float(judge.stats.returns.mean())
             curve.append({"iteration": agent.iteration, "steps": agent.num_timesteps, "return": mean})
-        return agent.iteration < cell["iterations"]
+        return bool(agent.iteration < cell["iterations"])
 
     agent.learn(10**9, watch)
     return curve
@@ -277,29 +278,15 @@ def _mean(x: list[float]) -> float:
     return float(statistics.fmean(x))
 
 
-def _table(rows: Rows) -> str:
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    text = lambda x: f"{x:.4g}" if isinstance(x, float) else str(x)  # noqa: E731
-    return "\n".join([*lines, *("| " + " | ".join(text(row[n]) for n in names) + " |" for row in rows)]) + "\n"
-
-
 def main(argv: list[str]) -> Rows:
     """Run one of the studies and write its files."""
     torch.set_num_threads(1)
-    commands = {"errors": Errors, "samples": Samples, "cartpole": CartPole}
+    commands: dict[str, Callable[..., Any]] = {"errors": Errors, "samples": Samples, "cartpole": CartPole}
     study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
-    rows = study.run()
-    study.figures.mkdir(parents=True, exist_ok=True)
+    rows: Rows = study.run()
     stem = study.figures / f"momentum_{argv[0]}"
     command = "python scripts/studies/momentum " + shlex.join(argv)
-    text = _table(study.summary(rows) if isinstance(study, CartPole) else rows)
-    print(text)
-    stem.with_suffix(".md").write_text(f"`{command}`\n\n{text}", encoding="utf-8")
-    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(stem, command, study.summary(rows) if isinstance(study, CartPole) else rows, rows)
     if isinstance(study, CartPole):
         study.figure(rows, command).savefig(stem.with_suffix(".png"), dpi=150)
     return rows

@@ -30,11 +30,12 @@ from agents import PPO, DetaN
 from ccrl.distributional import CVaR, ExactOracle, Expected, Law, Objective, best_stock_free, cvar, law_of
 from ccrl.experiment.cells import complete
 from ccrl.wrappers import StockEnv
+from scripts.studies import tables
 from scripts.studies.stock.pictures import gaps, objectives
+from scripts.studies.tables import Rows
 
 __all__ = ["Chain", "Pictures", "Tail", "main"]
 
-Rows = list[dict[str, Any]]
 LEVELS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -232,25 +233,11 @@ def play_tail(cell: dict[str, Any]) -> Rows:
     return [{"start": start, "mean": float(final.mean()), "cvar": float(cvar(law, tau))}]
 
 
-def _table(rows: Rows) -> str:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-
-    def text(x: Any) -> str:
-        return f"{x:.4g}" if isinstance(x, float) else str(x)
-
-    return "\n".join([*lines, *("| " + " | ".join(text(row.get(n, "")) for n in names) + " |" for row in rows)]) + "\n"
-
-
 def main(argv: list[str]) -> Rows:
     """Run one of the studies and write its files."""
     torch.set_num_threads(1)
-    commands = {"pictures": Pictures, "chain": Chain, "tail": Tail}
+    commands: dict[str, Callable[..., Any]] = {"pictures": Pictures, "chain": Chain, "tail": Tail}
     study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
     rows: Rows = study.run()
-    study.figures.mkdir(parents=True, exist_ok=True)
-    text = _table(rows)
-    print(text)
-    command = "python scripts/studies/stock " + shlex.join(argv)
-    (study.figures / f"stock_{argv[0]}.md").write_text(f"`{command}`\n\n{text}", encoding="utf-8")
+    tables.write(study.figures / f"stock_{argv[0]}", "python scripts/studies/stock " + shlex.join(argv), rows)
     return rows

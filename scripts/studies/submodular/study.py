@@ -13,7 +13,6 @@ In the end ``FIGURES/submodular_NAME.md``, ``.csv`` and ``.png`` are written.
 
 from __future__ import annotations
 
-import csv
 import shlex
 import statistics
 from dataclasses import dataclass, field
@@ -32,10 +31,11 @@ import envs
 from agents.subpo import SubPO
 from ccrl.experiment.cells import complete
 from envs.coverage import best_path, greedy_path
+from scripts.studies import tables
+from scripts.studies.tables import Rows
 
 __all__ = ["METHODS", "TASKS", "Study", "main"]
 
-Rows = list[dict[str, Any]]
 
 METHODS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "SubPO-NM": ({}, {"observation": "history"}),
@@ -220,13 +220,6 @@ def most_probable_path(agent: Any, id: str, options: dict[str, Any]) -> list[int
     return [*cells, int(env.element(obs))]
 
 
-def _table(rows: Rows) -> str:
-    names = list(rows[0])
-    lines = ["| " + " | ".join(names) + " |", "|---|" + "---:|" * (len(names) - 1)]
-    text = lambda x: ("" if x != x else f"{x:.4g}") if isinstance(x, float) else str(x)  # noqa: E731
-    return "\n".join([*lines, *("| " + " | ".join(text(row[n]) for n in names) + " |" for row in rows)]) + "\n"
-
-
 def main(argv: list[str], small: dict[str, Any] | None = None) -> Rows:
     """Run the study of one task and write its files; its table."""
     torch.set_num_threads(1)
@@ -239,16 +232,9 @@ def main(argv: list[str], small: dict[str, Any] | None = None) -> Rows:
     default = Study(out=tyro.MISSING, iterations=iterations, **start)
     study = tyro.cli(Study, args=argv[1:], default=default, description=__doc__)
     rows = study.run()
-    study.figures.mkdir(parents=True, exist_ok=True)
     stem = study.figures / f"submodular_{study.task}"
     command = "python scripts/studies/submodular " + shlex.join(argv)
     table = study.summary(rows)
-    text = _table(table)
-    print(text)
-    stem.with_suffix(".md").write_text(f"`{command}`\n\n{text}", encoding="utf-8")
-    with stem.with_suffix(".csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    tables.write(stem, command, table, rows)
     study.figure(rows, command).savefig(stem.with_suffix(".png"), dpi=120)
     return table
