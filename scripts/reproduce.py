@@ -97,8 +97,8 @@ def page(folder: Path) -> str:
         "| | yes | open | no | all |", "|---|--:|--:|--:|--:|",
     ]  # fmt: skip
     for kind in ("identity", "estimate", "claim"):
-        cells = [count[kind, verdict] for verdict in ("yes", "open", "no")]
-        lines.append(f"| {kind} | {' | '.join(map(str, cells))} | {total[kind]} |")
+        counts = [count[kind, verdict] for verdict in ("yes", "open", "no")]
+        lines.append(f"| {kind} | {' | '.join(map(str, counts))} | {total[kind]} |")
     for slug, (numbers, seconds) in found.items():
         seeds = max(len(row.values) for row in numbers)
         lines += ["", f"## {slug}: {PAPERS[slug]}", "", f"{seeds} seeds, {seconds} s. "
