@@ -25,9 +25,11 @@ __all__ = [
     "OUTPUTS",
     "CausalLMPolicy",
     "TokenPolicy",
+    "backbone",
     "check_positions",
     "entropy_of",
     "model_positions",
+    "positions_of",
     "token_outputs",
 ]
 
@@ -207,12 +209,14 @@ class CausalLMPolicy(nn.Module):
         mask, present = batch["prompt_valid"].long(), batch["present"].t()[:, :-1].long()
         rows, width = prompt.shape
         attention = torch.cat([mask, present], 1)
-        position = _positions(attention)
+        position = positions_of(attention)
         if self._shares and tokens.shape[1] and (rows - 1) * width >= SHARE:
             distinct, row = torch.unique(torch.cat([prompt, mask], 1), dim=0, return_inverse=True)
             if (rows - distinct.shape[0]) * width >= SHARE:
                 ids, mask = distinct.split(width, 1)
-                first, cache = run(1, input_ids=ids, attention_mask=mask, position_ids=_positions(mask), use_cache=True)
+                first, cache = run(
+                    1, input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=True
+                )
                 cache.reorder_cache(row)  # named after beam search; it repeats rows as well
                 rest, _ = run(
                     tokens.shape[1], input_ids=tokens, attention_mask=attention, position_ids=position[:, width:],
@@ -230,7 +234,7 @@ class CausalLMPolicy(nn.Module):
 
     def _hidden(self, keep: int, **inputs: Any) -> tuple[Tensor, Any]:
         """A ``Run`` of the model below its vocabulary projection: last hidden states."""
-        out = _backbone(self.model)(**inputs)
+        out = backbone(self.model)(**inputs)
         return out.last_hidden_state[:, -keep:], getattr(out, self._cache, None)
 
     def _pieces(self, hidden: Tensor, tokens: Tensor, want: frozenset[str], temperature: float) -> dict[str, Tensor]:
@@ -268,7 +272,7 @@ class CausalLMPolicy(nn.Module):
         """
         check_positions(self.positions, prompts.tokens.shape[1], steps, "the longest of the prompts")
         mask = prompts.valid.long()
-        position = _positions(mask)
+        position = positions_of(mask)
         out = self.model(
             input_ids=prompts.tokens, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1
         )
@@ -298,12 +302,12 @@ class CausalLMPolicy(nn.Module):
         return cache, attention[rows], position[rows], block
 
 
-def _positions(attention: Tensor) -> Tensor:
+def positions_of(attention: Tensor) -> Tensor:
     """Of tokens ``[B, L]``: how many before them are in the context."""
     return (attention.cumsum(1) - 1).clamp_min(0)
 
 
-def _backbone(model: nn.Module) -> nn.Module:
+def backbone(model: nn.Module) -> nn.Module:
     """The model below its vocabulary projection, also under a peft wrapper (whose adapters sit inside it)."""
     inner = _base(model)
     found: nn.Module = getattr(inner, inner.base_model_prefix)
@@ -324,7 +328,7 @@ def _try(model: nn.Module, **options: Any) -> Any:
 @torch.no_grad()
 def _is_projection(model: nn.Module) -> bool:
     """Some models scale or cap their logits."""
-    hidden, logits = _try(_backbone(model)).last_hidden_state, _try(model).logits
+    hidden, logits = _try(backbone(model)).last_hidden_state, _try(model).logits
     return torch.allclose(model.get_output_embeddings()(hidden), logits, rtol=1e-3, atol=1e-3)  # type: ignore[operator]
 
 
