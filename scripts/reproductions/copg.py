@@ -187,14 +187,14 @@ def importance_weighted(level: LogRatio, advantage: Tensor, evaluation: Outputs,
     return (-weight * (regularised - baseline) * level.log_prob[0]).unsqueeze(0)
 
 
-def offline(method: str, seed: int) -> list[float]:
+def offline(method: str, seed: int, learning_rate: float = 3e-3) -> list[float]:
     """Regularised return ``E[R] - beta KL`` of the policy after every tenth epoch, of 4,096 samples each. The data are
     of a policy with half of chance's odds for each right token."""
     config = CoPG.Settings(
         beta=BETA,
         group_size=GROUP,
         n_prompts=COMPLETIONS // GROUP,
-        learning_rate=3e-3,
+        learning_rate=learning_rate,
         optimiser="adamw",
         max_grad_norm=1.0,
     )

@@ -96,6 +96,8 @@ def _variances(method: LLMMethod, seed: int, **options: object) -> tuple[list[fl
 class Clipped(PPOEstimator):
     """PPO, with ``V`` of every rollout after its last epoch."""
 
+    budget = BUDGET
+
     def __init__(self, config: PPOConfig, policy: Any, updaters: Any) -> None:
         super().__init__(config, policy, updaters)
         self.policy = (policy,)  # in a tuple: an nn.Module attribute would be saved a second time
@@ -121,18 +123,30 @@ class Held(Clipped):
         self._phases = (replace(phase, terms=(surrogate, *phase.terms[1:], variance)),)
 
     def after_minibatch(self, stats: dict[str, Tensor], ctx: Context) -> None:
-        self.dual.copy_(dual_step(self.dual, stats["ratio_variance"], BUDGET, rate=2.0, largest=100.0))
+        self.dual.copy_(dual_step(self.dual, stats["ratio_variance"], self.budget, rate=2.0, largest=100.0))
 
 
-def control(estimator: type[Clipped], epochs: int, seed: int, iterations: int = 20) -> tuple[float, float]:
-    """Mean ``V`` over the rollouts and the return at the end, of PPO on CartPole with ``estimator``."""
+def control(
+    estimator: type[Clipped],
+    epochs: int,
+    seed: int,
+    iterations: int = 20,
+    budget: float = BUDGET,
+    clip_range: float = 0.2,
+) -> tuple[float, float]:
+    """Mean ``V`` over the rollouts and the return at the end, of PPO on CartPole with ``estimator``; ``budget`` is
+    :class:`Held`'s, ``clip_range`` :class:`Clipped`'s."""
 
     class Agent(PPO):
         def build(self) -> Learner:
             found = super().build()
-            return self.rollouts(found.policy, estimator(self.config, found.policy, found.updaters), found.updaters)
+            made = estimator(self.config, found.policy, found.updaters)
+            made.budget = budget
+            return self.rollouts(found.policy, made, found.updaters)
 
-    config = PPOConfig(num_envs=8, batch_size=256, n_epochs=epochs, normalise_advantage="batch", compile="off")
+    config = PPOConfig(
+        num_envs=8, clip_range=clip_range, batch_size=256, n_epochs=epochs, normalise_advantage="batch", compile="off"
+    )
     agent = Agent("CartPole-v1", config, seed=seed)
     agent.learn(iterations * agent.samples_per_iteration)
     return mean(agent.estimator.variances), float(agent.ep_rew_mean or 0.0)

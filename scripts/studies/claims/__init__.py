@@ -1,0 +1,1 @@
+"""The central claim of each paper, tested: settings tuned on other seeds, equal budgets, paired differences."""

@@ -1,0 +1,116 @@
+"""The papers' central claims, tested.
+
+    python scripts/studies/claims                       # all of them, and the page
+    python scripts/studies/claims gbpo mdpo --jobs 2    # these; the page keeps the others' results
+    python scripts/studies/claims --page-only           # the page again
+
+A claim's cells are added one by one to ``docs/figures/claims/NAME.csv``: the same command goes on where it stopped, and
+the page is made from these files. Settings are chosen on the seeds 1000, 1001, ... and reported on 100, 101, ...
+(docs/protocol.md).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ccrl.experiment.csv_table import read_rows
+from ccrl.experiment.files import write_atomic
+from ccrl.packages import ROOT
+from scripts.studies.claims import control, language
+from scripts.studies.claims.claim import Claim, Result, judge, run
+
+__all__ = ["CLAIMS", "Options", "main", "page", "play"]
+
+CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (*control.CLAIMS, *language.CLAIMS)}
+RESULTS = ROOT / "docs" / "figures" / "claims"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Which claims are tested."""
+
+    papers: tuple[str, ...] = ()
+    """These papers' claims are tested; none named: all."""
+    results: Path = RESULTS
+    """Each claim's cells are kept in this folder, in NAME.csv."""
+    page: Path | None = None
+    """The page is written here; by default docs/claims.md, or beside the results if those are elsewhere."""
+    page_only: bool = False
+    """Nothing runs; the page is made from the results."""
+    jobs: int = 1
+    """So many cells run at a time, each a process with one thread."""
+
+
+def play(cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """The score of one cell."""
+    arm = CLAIMS[cell["claim"]].arm(cell["arm"])
+    return [{"score": float(arm.play(cell["seed"], **json.loads(cell["settings"])))}]
+
+
+def main(options: Options) -> dict[str, list[Result]]:
+    """Run what is missing and write the page; returns the comparisons of the claims that are complete.
+
+    Raises:
+        ValueError: papers without a claim here.
+    """
+    papers = sorted({claim.paper for claim in CLAIMS.values()})
+    if unknown := set(options.papers) - set(papers):
+        raise ValueError(f"expected papers among {papers}, got {sorted(unknown)}")
+    torch.set_num_threads(1)
+    for claim in CLAIMS.values():
+        if not options.page_only and (not options.papers or claim.paper in options.papers):
+            run(claim, options.results / f"{claim.name}.csv", play, options.jobs)
+    found = {name: result for name in CLAIMS if (result := _result(options.results / f"{name}.csv", CLAIMS[name]))}
+    usual = ROOT / "docs" / "claims.md" if options.results == RESULTS else options.results / "claims.md"
+    text = page(found, options.results)
+    write_atomic(options.page or usual, lambda file: file.write(text.encode()))
+    return found
+
+
+def _result(path: Path, claim: Claim) -> list[Result] | None:
+    """None while test seeds are missing."""
+    rows = read_rows(path) if path.exists() else []
+    have = {(row["arm"], int(row["seed"])) for row in rows if row["purpose"] == "test"}
+    wanted = {(arm.name, seed) for arm in claim.arms for seed in claim.seeds("test")}
+    return judge(claim, rows) if wanted <= have else None
+
+
+def page(found: dict[str, list[Result]], folder: Path) -> str:
+    """Markdown: the table of claims, then each with its setting and the settings chosen."""
+    lines = [
+        "# The papers' claims, tested", "",
+        "Each paper's central claim as a difference of scores between two methods in one setting: settings chosen on "
+        "the seeds 1000, 1001, ..., with as many tries on both sides, reported on 100, 101, ... with shared seeds "
+        "([protocol](protocol.md)). Effects are mean paired differences with Student's 95 % interval; p is two-sided, "
+        "with Holm's correction over the comparisons of a claim. **Supported**: p below .05 in the claimed direction. "
+        "**Contradicted**: p below .05 in the other. Nothing here speaks of the papers' own, larger settings.", "",
+        "Made by `python scripts/studies/claims`; every run is a line of `docs/figures/claims/NAME.csv`.", "",
+        "| paper | comparison | n | effect | p | verdict | minutes |", "|---|---|--:|---|--:|---|--:|",
+    ]  # fmt: skip
+    for name, results in found.items():
+        rows = read_rows(folder / f"{name}.csv")
+        minutes = sum(float(row["seconds"]) for row in rows) / 60
+        for i, r in enumerate(results):
+            d = r.difference
+            lines.append(
+                f"| [{name}](#{name.replace('.', '-')}) | {r.better} - {r.worse} | {CLAIMS[name].test_seeds} | "
+                f"{d.difference:+.3g} [{d.low:.3g}, {d.high:.3g}] | {r.adjusted:.2g} | {r.verdict} | "
+                f"{'' if i else f'{minutes:.1f}'} |"
+            )
+    for name, results in found.items():
+        claim = CLAIMS[name]
+        lines += [
+            "", f"## {name}", "", f"Claim: {claim.text}.", "",
+            f"{claim.setting}. Score: {claim.score}. {len(claim.arms[0].grid)} settings x {claim.tuning_seeds} tuning "
+            f"seeds for each arm, {claim.test_seeds} test seeds. `python scripts/studies/claims {claim.paper}`", "",
+            "| arm | setting chosen | mean score |", "|---|---|--:|",
+        ]  # fmt: skip
+        arms = {r.better: (r.settings[0], r.scores[0]) for r in results}
+        arms |= {r.worse: (r.settings[1], r.scores[1]) for r in results}
+        lines += [f"| {arm} | `{settings}` | {score:.4g} |" for arm, (settings, score) in arms.items()]
+    return "\n".join(lines) + "\n"
