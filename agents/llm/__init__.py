@@ -16,6 +16,7 @@ METHODS = {
     "bnpo": "agents.llm.bnpo:BNPO",
     "cispo": "agents.llm.baselines:CISPO",
     "copg": "agents.llm.copg:CoPG",
+    "copo": "agents.llm.copo:COPO",
     "d3s": "agents.llm.d3s:D3S",
     "dapo": "agents.llm.baselines:DAPO",
     "dcpo": "agents.llm.dcpo:DCPO",

@@ -17,6 +17,7 @@ __all__ = ["PAPERS", "Measurement"]
 PAPERS: dict[str, str] = {
     "bnpo": "variance of the gradient under three normalisers",
     "copg": "the regularised optimum from any behaviour policies; a sequence bandit offline",
+    "copo": "questions with a dominant wrong answer: what unanimous groups can learn from other prompts",
     "d3s": "what the selection keeps; learning per gradient token on sums of mixed difficulty",
     "dcpo": "the pull toward a hotter policy; entropy held at its target on ModSum",
     "empg": "a chain of ten decisions: gradient norms by the kind of state",

@@ -22,6 +22,7 @@ WITHOUT_KL = {"kl_coef": 0.0}
 
 REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "copg": ({}, "compares completions of one group"),
+    "copo": ({}, "no column 'answer'"),
     "d3s": ({}, "trains on a selection of the completions"),
     "dapo": ({}, "second rollout \\('on1': more completions\\)"),
     "dpo": ({}, "compares completions of one group"),
@@ -42,7 +43,7 @@ REFUSED_BY_VERL: dict[str, tuple[dict[str, Any], str]] = {
     "riskpo": ({}, "learns between updates"),
 }
 """Method -> config, and a part of the message. What is not named here is supported."""
-OPTIONS: dict[str, dict[str, Any]] = {"dapo": {"max_tries": 1}, "hpt": {"gate": -1.0}}
+OPTIONS: dict[str, dict[str, Any]] = {"copo": {"mode": "forced"}, "dapo": {"max_tries": 1}, "hpt": {"gate": -1.0}}
 """With these the host gives all that the recipe needs."""
 
 
