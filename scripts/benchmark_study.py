@@ -27,6 +27,7 @@ from ccrl import registry
 from ccrl.batched_env import resolve_env
 from ccrl.experiment import config as configs
 from ccrl.experiment.config import ConfigError
+from ccrl.experiment.protocol import Purpose, check_seeds
 from ccrl.experiment.run import RunFolder, find_runs
 from ccrl.llm.task import resolve_task
 from ccrl.settings import Count, Natural, Settings
@@ -64,6 +65,9 @@ class Study(Settings):
     """These entries are run."""
     seeds: tuple[Natural, ...] = (0, 1, 2, 3, 4)
     """Entries that name no seeds have these."""
+    purpose: Purpose | None = None
+    """The runs choose settings (tune: seeds from 1000) or are reported (test: seeds from 100 to 999); other seeds are
+    then refused. None is for a first look: no seed is refused, and nothing should be claimed from it."""
     evals: Natural = 20
     """Each run is evaluated so many times, evenly spaced; 0 never evaluates."""
     eval_episodes: Count = 10
@@ -95,6 +99,11 @@ class Study(Settings):
             else:
                 resolve_task(env, **entry.env_kwargs)
         seeds = self.seeds if entry.seeds is None else entry.seeds
+        if self.purpose is not None:
+            try:
+                check_seeds(self.purpose, seeds)
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
         combinations = list(itertools.product(*entry.sweep.values()))
         for (k, seed), env, agent, values in itertools.product(
             enumerate(seeds), entry.envs, entry.agents, combinations

@@ -30,7 +30,7 @@ TINY = {"num_envs": 4, "n_steps": 32, "batch_size": 64, "n_epochs": 1}
 
 def study(**changes: object) -> Study:
     entry = {"agents": ["ppo"], "envs": ["CartPole-v1"], "total_timesteps": 256}
-    entry |= {k: changes.pop(k) for k in list(changes) if k not in ("seeds", "settings", "evals")}
+    entry |= {k: changes.pop(k) for k in list(changes) if k not in ("seeds", "settings", "evals", "purpose")}
     return configs.from_dict(Study, {"entries": [entry], "seeds": [0], "evals": 2} | changes)
 
 
@@ -52,6 +52,9 @@ def write(folder: Path, **changes: object) -> benchmark.Options:
         ({"sweep": {"inner_steps": [1]}}, "agent.inner_steps: unknown key"),
         ({"agents": ["ppo", "ppo"]}, "twice in the study"),
         ({"total_timesteps": 0}, "total_timesteps: expected >= 1"),
+        ({"purpose": "test"}, "seeds: expected from 100 to 999 where the purpose is 'test', got .0."),
+        ({"purpose": "tune", "seeds": [1000, 1000]}, "seeds: expected each once"),
+        ({"purpose": "report"}, "purpose: expected .*tune.*test"),
     ],
 )
 def test_a_study_that_makes_no_sense_is_refused_before_anything_runs(changes: dict[str, object], message: str) -> None:

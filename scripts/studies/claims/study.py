@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.files import write_atomic
@@ -34,7 +35,7 @@ RESULTS = ROOT / "docs" / "figures" / "claims"
 class Options:
     """Which claims are tested."""
 
-    papers: tuple[str, ...] = ()
+    papers: tyro.conf.Positional[tuple[str, ...]] = ()
     """These papers' claims are tested; none named: all."""
     results: Path = RESULTS
     """Each claim's cells are kept in this folder, in NAME.csv."""
