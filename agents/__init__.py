@@ -7,6 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from agents import flow
 from agents.llm import METHODS, get_method
 from ccrl import registry
 
@@ -88,13 +89,15 @@ def get_agent(name: str, settings: Mapping[str, Any] | None = None) -> Any:
 
         if not isinstance(found, Method):
             raise ValueError(f"agent: expected an agent class or a Method at {name}, got {type(found).__name__}")
-        return LLM.of(found, name)
+        return found.agent(name) if hasattr(found, "agent") else LLM.of(found, name)
     method = dict(settings or {}).get("method")
     return found.of(method) if method is not None and hasattr(found, "of") else found
 
 
 for _name, (_module, _class) in AGENTS.items():
     registry.agents.register(_name, f"{_module}:{_class}")
+for _name, _where in flow.METHODS.items():
+    registry.agents.register(_name, _where)
 for _name, _where in METHODS.items():
     registry.agents.register(_name, _where)
     registry.methods.register(_name, _where)

@@ -23,8 +23,8 @@ from typing import Any
 from ccrl.packages import check_siblings
 
 __all__ = [
-    "FAMILIES", "PLUGINS", "Registry", "UntrustedError", "agents", "environments", "functional_environments",
-    "import_module", "is_module_name", "load", "methods", "stored", "text_tasks",
+    "FAMILIES", "PLUGINS", "Registry", "UntrustedError", "agents", "environments", "flow_tasks",
+    "functional_environments", "import_module", "is_module_name", "load", "methods", "stored", "text_tasks",
 ]  # fmt: skip
 
 PLUGINS = "ccrl.plugins"
@@ -204,6 +204,8 @@ functional_environments = Registry("functional environment")
 """``(**options) -> FunctionalEnv``."""
 text_tasks = Registry("text task")
 """``(**options) -> TextTask``."""
+flow_tasks = Registry("flow task")
+"""``(**options) -> FlowTask``."""
 agents = Registry("agent")
 """Agent classes."""
 methods = Registry("method")

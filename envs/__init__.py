@@ -1,7 +1,7 @@
 """Environments, and the one door to all of them: :func:`make`.
 
-Importing this package registers every environment and text task in ``ccrl.registry``, and every native environment
-with Gymnasium as ``ccrl/<id>``, so that ``gymnasium.make_vec("ccrl/CartPole-v1", num_envs=8)`` builds what
+Importing this package registers every environment, text task and flow task in ``ccrl.registry``, and every native
+environment with Gymnasium as ``ccrl/<id>``, so that ``gymnasium.make_vec("ccrl/CartPole-v1", num_envs=8)`` builds what
 ``envs.make("CartPole-v1", 8)`` builds, with NumPy arrays outside.
 """
 
@@ -20,6 +20,7 @@ import torch
 from ccrl import registry
 from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
 from ccrl.batched_env import AutoresetMode, BatchedEnv, as_autoreset_mode, check_device
+from ccrl.flow.task import FlowTask
 from ccrl.inventory.functional_env import FunctionalEnv
 from ccrl.llm.task import TextTask
 from ccrl.packages import require
@@ -191,6 +192,12 @@ def _make_task(name: str, **options: Any) -> TextTask:
     return make_task(name, **options)
 
 
+def _make_flow_task(name: str, **options: Any) -> FlowTask:
+    from envs.flow import make_flow_task
+
+    return make_flow_task(name, **options)
+
+
 def _make_native(
     id: str,
     num_envs: int,
@@ -275,3 +282,6 @@ for _id, (_module, _) in OWN.items():
         for _name in (f"ccrl/{_id}", _id):
             registry.functional_environments.register(_name, partial(make_functional, f"ccrl/{_id}"))
 registry.text_tasks.register_finder(lambda name: None if registry.is_module_name(name) else partial(_make_task, name))
+registry.flow_tasks.register_finder(
+    lambda name: None if registry.is_module_name(name) else partial(_make_flow_task, name)
+)

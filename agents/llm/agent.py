@@ -7,23 +7,21 @@ LLM.of(GRPO)                                        # or names the agent's class
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-from agents.base import Agent
 from agents.llm.config import ModelConfig, OptimiserConfig, RolloutConfig, make_optimiser
+from agents.methods import CallableMethod, GroupLearner, MethodAgent
 from ccrl.batched_env import BatchedEnv, Tree
 from ccrl.collect import Request
 from ccrl.data import Batching, Field
 from ccrl.estimators import aggregates, losses, ratios
-from ccrl.estimators.recipe import Method, Parts, Recipe
+from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.terms import Term
 from ccrl.experiment.evaluation import EvalResult
-from ccrl.experiment.flat import join, unpack
-from ccrl.learn import Learner, RolloutLearner
+from ccrl.learn import Learner
 from ccrl.llm.models import Snapshot, build_policy, fit_task
 from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
@@ -34,32 +32,14 @@ from ccrl.updaters import ModuleUpdater, Stats, linear_decay
 __all__ = ["LLM", "LLMLearner", "LLMMethod"]
 
 
-class LLMMethod(Method):
+class LLMMethod(CallableMethod):
     """A method that can be called: ``GRPO(task, group_size=8)`` is the agent that trains a language model with it."""
 
-    @property
-    def Settings(self) -> type[Any]:
-        """All settings side by side: its own, the model's, the optimiser's, the rollout's."""
-        return LLM.of(self).Config
-
-    def __call__(self, task: str | TextTask, config: Any = None, **options: Any) -> LLM:
-        """The agent. :param config: ``Settings``, or one of their parts such as ``Config``; None: the defaults.
-        :param options: settings by name, and ``seed, device, env_kwargs`` of ``LLM``."""
-        return LLM.of(self)(task, config, **options)
-
-    def load(self, *args: Any, **options: Any) -> LLM:
-        """The agent in a checkpoint, as ``Agent.load``."""
-        return LLM.of(self).load(*args, **options)
+    def agent(self, name: str | None = None) -> type[LLM]:
+        return LLM.of(self, name)
 
 
-@cache  # a method with another recipe has the same settings
-def _settings(config: type[Any], defaults: tuple[tuple[str, Any], ...]) -> type[Any]:
-    name = f"{config.__name__.removesuffix('Config')}Settings"
-    parts = (config, RolloutConfig, OptimiserConfig, ModelConfig)
-    return join(name, parts, dict(defaults), doc=config.__doc__ or "")
-
-
-class LLMLearner(RolloutLearner):
+class LLMLearner(GroupLearner):
     """Rollouts of completions; shapes change with every rollout, so updates are ordinary autograd."""
 
     source: TokenCollector
@@ -67,16 +47,8 @@ class LLMLearner(RolloutLearner):
     def __init__(
         self, agent: LLM, policy: nn.Module, estimator: Recipe, updater: ModuleUpdater, reference: Snapshot | None
     ) -> None:
-        c = agent.config
-        samples = c.n_prompts * c.group_size
-        super().__init__(
-            agent.collector, policy, estimator, {"policy": updater}, samples=samples, columns=samples,
-            clock_unit=estimator.clock_unit, anneal=c.anneal_lr, seed=agent.seed, device=agent.device,
-        )  # fmt: skip
-        self._components, self._n_prompts = agent.task.components, c.n_prompts
-        self.warm = torch.zeros((), dtype=torch.bool, device=self.device)
-        """Whether the supervised phase (if any) is over."""
-        self.state.register("warm", self.warm)
+        super().__init__(agent, policy, estimator, updater)
+        self._components = agent.task.components
         self.reference = reference
         """Of a model with adapters the policy as it was when reinforcement began; else that is the bank's ``ref``."""
         if reference is not None:
@@ -86,11 +58,6 @@ class LLMLearner(RolloutLearner):
     def clock(self) -> int:
         # demonstrations are no samples of the policy: where there is nothing else, iterations count them
         return self.iteration * self._samples if self.clock_unit == "demonstrations" else super().clock
-
-    def points(self) -> dict[str, Tensor]:
-        # before plan is asked, so that a budget sees the prompts
-        self.ctx.prompts = self.source.draw(self._n_prompts)
-        return {}
 
     def _log(self, data: Mapping[str, Any], stats: Stats, seconds: dict[str, float]) -> None:
         super()._log(data, stats, seconds)
@@ -110,41 +77,17 @@ class LLMLearner(RolloutLearner):
         }
 
 
-class LLM(Agent):
+class LLM(MethodAgent):
     """Trains a language model on a task with a method; the class for one is ``LLM.of(method)``.
 
     :param env: a task's name (``"arithmetic"``, options in ``env_kwargs``) or a ``TextTask``.
     :param config: a ``Config`` or one of the parts it is made of; None: the defaults.
     """
 
-    method: ClassVar[Method]
+    beside = (RolloutConfig, OptimiserConfig, ModelConfig)
     text: ClassVar[bool] = True
     """Trained on text tasks: there is no environment to build or to step."""
     learner: LLMLearner
-
-    @classmethod
-    def of(cls, method: Method, name: str | None = None) -> type[LLM]:
-        """The agent's class for ``method``, the same at every call.
-
-        :param name: what runs and checkpoints call it; None: the method's own name.
-        """
-        return cls._of(method, name or method.name)
-
-    @classmethod
-    @cache
-    def _of(cls, method: Method, name: str) -> type[LLM]:
-        config: Any = method.Config
-        settings = _settings(config, tuple(method.defaults.items()))
-        members = {"method": method, "name": name, "paper": method.paper, "Config": settings}
-        return type(f"{cls.__name__}[{method.name}]", (cls,), members)
-
-    @classmethod
-    def slots(cls) -> dict[str, str]:
-        return dict(cls.method.slots)
-
-    @classmethod
-    def configure(cls, config: Any, settings: dict[str, Any]) -> Any:
-        return super().configure(*unpack(cls.Config, config, settings))
 
     def connect(self, env: str | TextTask) -> None:
         named = resolve_task(env, **(self.env_kwargs if isinstance(env, str) else {}))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ccrl.policies.encoders import mlp
 
-__all__ = ["FourierFeatures", "ResidualMLP", "ScoreMLP", "Sinusoid", "UNet1d"]
+__all__ = ["FourierFeatures", "ResidualMLP", "ScoreMLP", "Sinusoid", "UNet1d", "VelocityMLP"]
 
 
 class Sinusoid(nn.Module):
@@ -72,6 +72,36 @@ class ResidualMLP(nn.Module):
         for layer in self.layers:
             h = h + layer(h.relu())
         return self.outside(h.relu())  # type: ignore[no-any-return]
+
+
+class VelocityMLP(nn.Module):
+    """A perceptron (SiLU) on ``x [B, D]``, the time ``[B]`` in [0, 1] and a condition ``[B, C]``, for flow matching.
+
+    The time is given as itself and as sines and cosines of ``pi t`` to ``4 pi t``. The first layer is applied to the
+    three inputs one by one, so that times and conditions that many rows share are multiplied once: ``x [T, B, D]`` goes
+    with times ``[T, 1]`` and conditions ``[B, C]``.
+
+    :param zero: the last layer starts at 0, for a network that is added to a known velocity.
+    """
+
+    def __init__(self, size: int, condition: int = 0, hidden: Sequence[int] = (96, 96, 96), zero: bool = False) -> None:
+        super().__init__()
+        self.size, self.condition = size, condition
+        self.x = nn.Linear(size, hidden[0])
+        self.t = nn.Linear(9, hidden[0], bias=False)
+        self.c = nn.Linear(condition, hidden[0], bias=False) if condition else None
+        self.rest = mlp([hidden[0], *hidden[1:], size], "silu")
+        if zero:
+            last = self.rest[-1]
+            nn.init.zeros_(last.weight)  # type: ignore[arg-type]
+            nn.init.zeros_(last.bias)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
+        angle = math.pi * time.unsqueeze(-1) * torch.arange(1, 5, dtype=time.dtype, device=time.device)
+        h = self.x(x) + self.t(torch.cat([time.unsqueeze(-1), angle.sin(), angle.cos()], -1))
+        if self.c is not None and condition is not None:
+            h = h + self.c(condition)
+        return self.rest(nn.functional.silu(h))  # type: ignore[no-any-return]
 
 
 class UNet1d(nn.Module):

@@ -1,0 +1,88 @@
+"""A flow as a policy: a velocity network, of which samplers make Gaussian transitions, one per denoising step.
+
+Rows of a rollout are denoising steps: ``obs`` is x_t, ``action`` the next state. ``evaluate`` computes, ``[T', B,
+...]``: ``velocity`` ``[.., D]`` at ``obs`` and ``time``; ``mean`` ``[.., D]`` of the transition, by ``mean_step`` with
+the factors that the sampler used (columns ``mean_x``, ``mean_v``); ``log_prob`` of ``action`` under it.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ccrl.data import Data, Unit
+from ccrl.diffusion.flow import Schedule, gaussian_log_prob, mean_step
+from ccrl.estimators.terms import Outputs
+
+__all__ = ["OUTPUTS", "FlowPolicy", "Reduce"]
+
+OUTPUTS = frozenset({"velocity", "mean", "log_prob"})
+Reduce = Literal["mean", "sum"]
+
+
+class FlowPolicy(nn.Module):
+    """``net(x [..., D], time [...], condition [..., C]) -> [..., D]`` with classifier-free guidance.
+
+    :param base: a known velocity that the network is added to, ``(x, time, condition) -> [..., D]``; None: none.
+    :param guidance: ``v(null) + guidance (v(c) - v(null))`` (Ho and Salimans 2022), in sampling and scoring alike; 1
+        evaluates the network once. The null condition is all zeros.
+    :param reduce: of log-probabilities over dimensions: their mean, as image code has it, or the sum.
+    """
+
+    unit: Unit = "sequence"
+    compiles = True
+
+    def __init__(
+        self, net: nn.Module, *, base: nn.Module | None = None, guidance: float = 1.0, reduce: Reduce = "mean"
+    ) -> None:
+        super().__init__()
+        self.net, self.base, self.guidance, self.reduce = net, base, guidance, reduce
+
+    def outputs(self) -> frozenset[str]:
+        return OUTPUTS
+
+    def velocity(self, x: Tensor, time: Tensor, condition: Tensor, guidance: float | None = None) -> Tensor:
+        """``[..., D]`` at ``x`` ``[..., D]``; ``time`` ``[...]`` and ``condition`` ``[..., C]`` may be broadcast.
+
+        :param guidance: None: the policy's own.
+        """
+        scale = self.guidance if guidance is None else guidance
+        found = self._plain(x, time, condition)
+        if scale == 1.0:
+            return found
+        free = self._plain(x, time, torch.zeros_like(condition))
+        return free + scale * (found - free)
+
+    def _plain(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        found: Tensor = self.net(x, time, condition)
+        return found if self.base is None else found + self.base(x, time, condition)
+
+    def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
+        """``want`` of ``OUTPUTS`` ``[T', B, ...]``."""
+        out = {"velocity": self.velocity(batch["obs"], batch["time"], batch["condition"])}
+        if want & {"mean", "log_prob"}:
+            out["mean"] = mean_step(batch["obs"], out["velocity"], batch["mean_x"], batch["mean_v"])
+        if "log_prob" in want:
+            out["log_prob"] = gaussian_log_prob(batch["action"], out["mean"], batch["std"], self.reduce)
+        return {name: out[name] for name in want}
+
+    @torch.no_grad()
+    def rollout(
+        self, start: Tensor, condition: Tensor, schedule: Schedule, noise: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """From noise to data: states ``[T + 1, N, D]`` and the means ``[T, N, D]`` of the transitions.
+
+        :param start: ``[N, D]`` standard normal numbers.
+        :param noise: ``[T, N, D]`` standard normal numbers, not read where a transition has no deviation; None: every
+            state is its mean.
+        """
+        steps = schedule.to(start.device, start.dtype)
+        states, means = start.new_empty(len(steps) + 1, *start.shape), start.new_empty(len(steps), *start.shape)
+        states[0] = start
+        for i in range(len(steps)):
+            velocity = self.velocity(states[i], steps.time[i].view(1), condition)
+            means[i] = mean_step(states[i], velocity, steps.x[i].view(1), steps.v[i].view(1))
+            states[i + 1] = means[i] if noise is None else means[i] + steps.std[i] * noise[i]
+        return states, means
