@@ -276,6 +276,7 @@ class RecipeContract:
     def collected(self, agent: Any, moved: bool = True) -> dict[str, Data]:
         """What the recipe asks for, in the policy's type; then (``moved``) the policy leaves the one that sampled."""
         have: dict[str, Data] = {}
+        agent.ctx.prompts = agent.collector.draw(agent.config.n_prompts)
         while requests := agent.estimator.plan({}, have, agent.ctx):
             for request in requests:
                 data = agent.collector.collect(request, agent.ctx.bank.policy(request.params))

@@ -28,6 +28,8 @@ REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "dpo": ({}, "compares completions of one group"),
     "hpt": ({}, "second rollout \\('demo': demonstrations\\)"),
     "ipo": ({}, "compares completions of one group"),
+    "knapsack_rl": ({}, "divides completions among prompts that it sees first"),
+    "p3o": ({}, "compares completions of one group"),
     "real": ({}, "compares completions of one group"),
     "sft": ({}, "trains on demonstrations, and the host samples completions"),
 }
