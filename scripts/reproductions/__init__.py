@@ -21,6 +21,7 @@ PAPERS: dict[str, str] = {
     "d3s": "what the selection keeps; learning per gradient token on sums of mixed difficulty",
     "dcpo": "the pull toward a hotter policy; entropy held at its target on ModSum",
     "empg": "a chain of ten decisions: gradient norms by the kind of state",
+    "etr": "elastic clip ranges on ModSum beside constant ones of the same mean",
     "g2rpo": "Figure 2; two tasks of different reward scales",
     "gbpo": "the exact optimum on a bandit; many epochs and wide bounds on ModSum",
     "gdpo": "a reward of small scale beside a large one",
