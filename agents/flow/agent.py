@@ -157,16 +157,15 @@ class Flow(MethodAgent):
             max_grad_norm=1.0, prefixes=["net"],
         )  # fmt: skip
         terms, losses = (matching_term(),), list[Tensor]()
+        guidance, policy.guidance = policy.guidance, 1.0  # what guidance extrapolates is learned without it
         every = torch.arange(self.task.conditions) if labels is None else labels
         for i in range(steps):
             linear_decay([updater], c.warm_start_lr, i / steps)
-            batch = matching_batch(self.task, every.to(self.device), c.warm_start_batch, generator, tilt)
-            if c.drop_condition:
-                keep = torch.rand(batch.shape[1], 1, generator=generator, device=self.device) >= c.drop_condition
-                batch = batch.derive_sequence(condition=batch["kept"] * keep)
-            else:
-                batch = batch.derive_sequence(condition=batch["kept"])
+            batch = matching_batch(
+                self.task, every.to(self.device), c.warm_start_batch, generator, tilt, c.drop_condition
+            )
             losses.append(updater.step(terms, batch)["matching_loss"])
+        policy.guidance = guidance
         return float(torch.stack(losses[-max(1, steps // 10) :]).mean())
 
     # -- acting -------------------------------------------------------------------------------------------------------
@@ -220,10 +219,13 @@ class ExactVelocity(nn.Module):
         return self._task[0].velocity(flat, time.expand(lead).reshape(-1), label).view_as(x)
 
 
-def matching_batch(task: FlowTask, labels: Tensor, n: int, generator: torch.Generator, tilt: bool = False) -> Data:
-    """``[1, n]`` pairs of flow matching on data of ``labels`` in turn; the condition as ``kept``.
+def matching_batch(
+    task: FlowTask, labels: Tensor, n: int, generator: torch.Generator, tilt: bool = False, drop: float = 0.0
+) -> Data:
+    """``[1, n]`` pairs of flow matching on data of ``labels`` in turn.
 
     :param tilt: of four times as many, ``n`` are drawn in proportion to their rewards.
+    :param drop: conditions are left out with this probability.
     """
     device = labels.device
     label = labels[torch.arange(4 * n if tilt else n, device=device) % len(labels)]
@@ -234,11 +236,13 @@ def matching_batch(task: FlowTask, labels: Tensor, n: int, generator: torch.Gene
         clean, label = clean[chosen], label[chosen]
     time = torch.rand(n, generator=generator, device=device)
     x, target = flow_point(clean, torch.randn(clean.shape, generator=generator, device=device), time)
-    kept = torch.nn.functional.one_hot(label, task.conditions).float()
+    condition = torch.nn.functional.one_hot(label, task.conditions).float()
+    if drop:
+        condition = condition * (torch.rand(n, 1, generator=generator, device=device) >= drop)
     steps = {"obs": x, "target": target, "time": time, "valid": torch.ones_like(time)}
-    columns = {name: value.unsqueeze(0) for name, value in steps.items()} | {"kept": kept}
-    ones = torch.ones((), device=device)
-    return Data(columns, sequence=frozenset({"kept"})).with_scalars(n_valid=n * ones, n_sequences=n * ones)
+    columns = {name: value.unsqueeze(0) for name, value in steps.items()} | {"condition": condition}
+    count = torch.tensor(float(n), device=device)
+    return Data(columns, sequence=frozenset({"condition"})).with_scalars(n_valid=count, n_sequences=count)
 
 
 def matching_term() -> Term:

@@ -99,7 +99,7 @@ class DiffusionOPDRecipe(FlowRecipe):
                     raise ValueError(f"teachers: expected a policy like the student in {c.teachers[i]}, got other "
                                      f"shapes (student, teacher): {different}")  # fmt: skip
                 teacher.load_state_dict(state)
-            else:
+            elif c.teacher_steps:
                 learner = copy.deepcopy(agent.policy)
                 agent.warm_start(c.teacher_steps, learner, torch.tensor([i]), tilt=True, seed=3_000_017 + i)
                 teacher.load_state_dict(learner.state_dict())
