@@ -13,7 +13,7 @@ from pathlib import Path
 
 __all__ = ["COMMANDS", "main"]
 
-COMMANDS = ("train", "evaluate", "benchmark", "plot", "tune", "methods", "gradient_lab", "inventory_network",
+COMMANDS = ("train", "evaluate", "benchmark", "plot", "report", "tune", "methods", "gradient_lab", "inventory_network",
             "unrolled", "export", "make_dataset", "reproduce")  # fmt: skip
 
 FOLDER = Path(__file__).resolve().parent

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from ccrl.experiment.config import flatten
 from ccrl.experiment.csv_table import read_columns
+from ccrl.experiment.others import read_others
 from ccrl.experiment.run import RunFolder, find_runs
-from ccrl.stats import Interval, iqm, optimality_gap, sample_efficiency, stratified_bootstrap
+from ccrl.stats import Interval, iqm, iqm_interval, optimality_gap, sample_efficiency, stratified_bootstrap
 
 __all__ = ["Curve", "Group", "Study", "load_study"]
 
@@ -58,8 +59,8 @@ class Group:
 
     @cached_property
     def band(self) -> Interval:
-        """IQM over the runs and its 95 % bootstrap interval, each ``[G]``."""
-        return stratified_bootstrap([self.values], iqm)
+        """IQM over the runs and its interval (:func:`ccrl.stats.iqm_interval`), each ``[G]``."""
+        return iqm_interval(self.values, axis=0)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ class Study:
     def agents(self) -> list[str]:
         """Names in alphabetical order, numbers in them by value (m=2 before m=10)."""
         return sorted({curve.agent for curve in self.curves}, key=_by_value)
+
+    @property
+    def interval(self) -> str:
+        """What the intervals of single tasks are, in words: they depend on the number of runs."""
+        counts = [len(group.seeds) for group in self.groups.values()]
+        names = ["Student's, of the trimmed mean"] if min(counts) < 10 else []
+        names += ["percentile bootstrap"] if max(counts) >= 10 else []
+        return f"95 % interval ({'; from ten runs on '.join(names)})"
 
     @property
     def shared_envs(self) -> list[str]:
@@ -156,7 +165,7 @@ class Study:
             raise ValueError(f"thresholds: expected some of {', '.join(self.envs)}; received {', '.join(unknown)}.")
         lines = [
             f"Metric `{self.metric}`. Final: IQM of the runs' means over the last tenth of the {self.unit}s, with its "
-            f"95 % bootstrap interval. {self.unit.capitalize()}s: median over runs of the first {self.unit} at or "
+            f"{self.interval}. {self.unit.capitalize()}s: median over runs of the first {self.unit} at or "
             "above the threshold (runs that reached it / all runs).",
             "",
         ]
@@ -176,7 +185,7 @@ class Study:
             ]
             for agent in agents:
                 group = self.compared[env, agent]
-                final = stratified_bootstrap([self.final(env, agent)], iqm)
+                final = iqm_interval(self.final(env, agent))
                 cells = []
                 for mark in marks:
                     first = sample_efficiency(group.steps, group.values, mark)
@@ -239,7 +248,8 @@ def load_study(
     by: str | None = None,
     points: int = 200,
 ) -> Study:
-    """Read ``metric`` of all runs at or below ``paths`` (``progress.csv`` or ``eval.csv``).
+    """Read ``metric`` of all runs at or below ``paths`` (``progress.csv`` or ``eval.csv``); a path to a CSV file is
+    results of others, see :func:`ccrl.experiment.others.read_others`.
 
     Args:
         by: a key of ``config.yaml`` (``a.b`` for nested ones) whose value splits an agent into several.
@@ -250,7 +260,9 @@ def load_study(
     """
     if points < 2:
         raise ValueError(f"points: expected at least 2, the first and the last step; received {points}.")
-    runs = find_runs(paths)
+    places = [Path(path) for path in paths]
+    files = [path for path in places if path.suffix == ".csv" and path.is_file()]
+    runs = find_runs([path for path in places if path not in files])
     curves: dict[tuple[str, str, int], Curve] = {}
     notes: list[str] = []
     seen: set[str] = set()
@@ -272,6 +284,15 @@ def load_study(
             new, old = (new, old) if new.steps[-1] > old.steps[-1] else (old, new)
             notes.append(f"left out {old.run.name}: same env, agent and seed as the longer {new.run.name}")
         curves[key] = new
+    if runs and not curves:
+        files = []  # a figure of a metric that none of our runs has
+    for file in files:
+        for env, agent, seed, steps, values in read_others(file):
+            key = (env, agent, seed)
+            if key in curves:
+                raise ValueError(f"{file}: {agent} with seed {seed} on {env} is in {curves[key].run} too; rename one")
+            curves[key] = Curve(file, *key, steps, values)
+        notes.append(f"{file.name}: results from that file, column return")
     if not curves:
         known = f"metrics there: {', '.join(sorted(seen))}" if seen else "no run.json or no rows found"
         raise ValueError(f"expected runs with {metric}; received {len(runs)} runs, none with it ({known}).")

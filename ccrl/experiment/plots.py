@@ -60,7 +60,7 @@ _STYLE: dict[str, Any] = {
 
 
 def learning_curves(study: Study, title: str | None = None, command: str = "") -> Figure:
-    """One panel per env: IQM over the runs and its 95 % bootstrap band against steps."""
+    """One panel per env: IQM over the runs and its 95 % interval against steps."""
     groups = study.groups
     envs = study.envs
     columns = min(3, len(envs))
@@ -89,8 +89,8 @@ def learning_curves(study: Study, title: str | None = None, command: str = "") -
         for axis in axes[::columns]:
             axis.set_ylabel(_LABELS.get(study.metric, study.metric))
         return page.finish(
-            f"Line: interquartile mean over {_runs(study)}; band: 95 % stratified-bootstrap interval. Linear "
-            "interpolation between logged points."
+            f"Line: interquartile mean over {_runs(study)}; band: {study.interval}. Linear interpolation between "
+            "logged points."
         )
 
 
@@ -249,7 +249,7 @@ def _runs(study: Study) -> str:
 
 def _tasks(study: Study) -> str:
     shared = study.shared_envs
-    return shared[0] if len(shared) == 1 else f"{len(shared)} envs"
+    return ", ".join(shared) if len(shared) < 7 else f"{len(shared)} envs"
 
 
 def _needs_shared(study: Study) -> None:

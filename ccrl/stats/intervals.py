@@ -13,10 +13,10 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ccrl.stats.aggregates import Array, Interval, iqm
+from ccrl.stats.aggregates import Array, Interval, iqm, stratified_bootstrap
 from ccrl.stats.student import binomial_tail, t_quantile
 
-__all__ = ["t_interval", "tolerance_interval", "tolerance_runs", "trimmed_t_interval"]
+__all__ = ["iqm_interval", "t_interval", "tolerance_interval", "tolerance_runs", "trimmed_t_interval"]
 
 
 def t_interval(x: ArrayLike, confidence: float = 0.95, axis: int = -1) -> Interval:
@@ -49,6 +49,21 @@ def trimmed_t_interval(x: ArrayLike, confidence: float = 0.95, axis: int = -1) -
     point = iqm(values)
     half = t_quantile((1 + confidence) / 2, kept - 1) * error
     return Interval(point, point - half, point + half)
+
+
+def iqm_interval(x: ArrayLike, axis: int = -1) -> Interval:
+    """IQM over ``axis`` with the nominal 95 % interval that covers best for so many runs: :func:`trimmed_t_interval`
+    below ten, where the bootstrap is far too short (74 % with three normal runs), the percentile bootstrap from ten on,
+    which also suits runs that either solve the task or fail. One run has no interval: both ends are the run.
+
+    Raises:
+        ValueError: no run, or numbers that are not finite.
+    """
+    values = _runs(x, axis, 1, 0.95)
+    n = values.shape[-1]
+    if n == 1:
+        return Interval(values[..., 0], values[..., 0], values[..., 0])
+    return trimmed_t_interval(values) if n < 10 else stratified_bootstrap([np.moveaxis(values, -1, 0)], iqm)
 
 
 def tolerance_interval(x: ArrayLike, content: float = 0.5, confidence: float = 0.95, axis: int = -1) -> Interval:

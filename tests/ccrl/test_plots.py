@@ -84,6 +84,35 @@ def test_metric_of_eval_csv_and_unknown_metric(tmp_path):
         load_study([tmp_path / "nothing"])
 
 
+def test_curves_of_others_stand_beside_ours(tmp_path):
+    make_run(tmp_path, "A", "ppo", 0, line(1.0))
+    table = tmp_path / "others.csv"
+    table.write_text(
+        "algorithm,env,seed,step,return,extra\nsac,A,3,100,7.5,x\nsac,A,3,0,-1,x\nsac,A,4,0,1,x\nsac,A,4,100,2,x\n"
+    )
+    study = load_study([tmp_path / "A__ppo__0", table], points=3)
+    assert study.agents == ["ppo", "sac"]
+    assert study.groups["A", "sac"].seeds == (3, 4)
+    np.testing.assert_allclose(study.groups["A", "sac"].values, [[-1, 3.25, 7.5], [1, 1.5, 2]])
+    assert study.notes == ("others.csv: results from that file, column return",)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("env,agent,seed,step\nA,x,0,1\n", "expected a column return or score or reward, got the columns env, agent"),
+        ("env,agent,seed,step,return\nA,x,0,1,2\nA,x,0,2,high\n", r"bad.csv:3: expected a whole number in 'seed'"),
+        ("env,agent,seed,step,return\nA,x,0,1,2\nA,x,0,1,3\n", "bad.csv:3: step 1 of this run is in the file twice"),
+        ("env,agent,seed,step,return\nA,ppo,0,1,2\n", "ppo with seed 0 on A is in .*A__ppo__0 too; rename one"),
+    ],
+)
+def test_bad_tables_of_others_are_refused(tmp_path, text, message):
+    make_run(tmp_path, "A", "ppo", 0, line(1.0))
+    (tmp_path / "bad.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_study([tmp_path / "A__ppo__0", tmp_path / "bad.csv"])
+
+
 def test_runs_without_steps_in_common(tmp_path):
     make_run(tmp_path, "A", "ppo", 0, line(1.0, end=20))
     make_run(tmp_path, "A", "ppo", 1, line(1.0, start=50))
@@ -115,10 +144,12 @@ def test_table_by_hand(tmp_path):
     assert (row["env"], row["agent"], row["runs"], row["final_step"]) == ("A", "ppo", "3", "100.0")
     # Finals 95.5, 95.5 and 191 (the last ten of 101 points); three runs are too few to cut any.
     assert float(row["final_iqm"]) == pytest.approx(382 / 3)
-    assert float(row["final_low"]) == pytest.approx(95.5)
-    assert float(row["final_high"]) == pytest.approx(191.0)
+    # Student: deviation 55.14, standard error 31.83, t 4.3027 of two degrees of freedom: 127.33 -+ 136.97.
+    assert float(row["final_low"]) == pytest.approx(-9.634, abs=1e-3)
+    assert float(row["final_high"]) == pytest.approx(264.301, abs=1e-3)
+    assert "95 % interval (Student's, of the trimmed mean)" in markdown
     assert (row["reached"], row["median_steps"]) == ("1", "inf")  # only the steep run gets to 110
-    assert "| ppo | 3 | 127.3 [95.5, 191] | not reached (1/3) |" in markdown
+    assert "| ppo | 3 | 127.3 [-9.634, 264.3] | not reached (1/3) |" in markdown
     markdown, text = load_study([tmp_path], points=101).table(fractions=(0.5,))
     # Half of 127.33 is 63.7: runs 0 and 1 get there at step 64, run 2 at 32.
     assert next(csv.DictReader(text.splitlines()))["median_steps"] == "64.0"

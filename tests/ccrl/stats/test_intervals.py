@@ -2,7 +2,15 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ccrl.stats import t_interval, tolerance_interval, tolerance_runs, trimmed_t_interval
+from ccrl.stats import (
+    iqm,
+    iqm_interval,
+    stratified_bootstrap,
+    t_interval,
+    tolerance_interval,
+    tolerance_runs,
+    trimmed_t_interval,
+)
 from ccrl.stats.student import binomial_tail, t_cdf, t_quantile
 
 T_2 = 0.95 * (2 / 0.0975) ** 0.5
@@ -85,3 +93,11 @@ def test_a_tolerance_interval_holds_what_it_says():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_interval_of_an_iqm_changes_with_the_number_of_runs():
+    x = np.random.default_rng(0).normal(size=(12, 3))
+    for n in (2, 3, 9):
+        np.testing.assert_array_equal(iqm_interval(x[:n], axis=0), trimmed_t_interval(x[:n], axis=0))
+    np.testing.assert_array_equal(iqm_interval(x, axis=0), stratified_bootstrap([x], iqm))
+    np.testing.assert_array_equal(iqm_interval(x[:1], axis=0), [x[0]] * 3)
