@@ -34,6 +34,7 @@ METHODS = {
     "knapsack_rl": "agents.llm.knapsack_rl:KnapsackRL",
     "mhpo": "agents.llm.mhpo:MHPO",
     "p3o": "agents.llm.p3o:P3O",
+    "pf_ppo": "agents.llm.pf_ppo:PFPPO",
     "ppo_llm": "agents.llm.reinforce:PPO",
     "r2vpo": "agents.llm.r2vpo:R2VPO",
     "real": "agents.llm.real:REAL",

@@ -30,6 +30,7 @@ REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "ipo": ({}, "compares completions of one group"),
     "knapsack_rl": ({}, "divides completions among prompts that it sees first"),
     "p3o": ({}, "compares completions of one group"),
+    "pf_ppo": ({}, "trains on a selection of the completions or repeats some"),
     "real": ({}, "compares completions of one group"),
     "sft": ({}, "trains on demonstrations, and the host samples completions"),
 }
