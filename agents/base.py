@@ -24,6 +24,7 @@ from ccrl.learn.loop import run
 from ccrl.policies import build_actor_critic
 from ccrl.policies.acting import Acting, has_memory, predict
 from ccrl.policies.build import PolicyLike
+from ccrl.seeding import stream_seed
 from ccrl.updaters import Updater
 
 __all__ = ["Agent", "Callbacks"]
@@ -74,7 +75,7 @@ class Agent:
         self.device = check_device(device)
         self.connect(env)
         with torch.random.fork_rng(devices=[]):  # building an agent must not move the caller's random numbers
-            torch.manual_seed(seed)
+            torch.manual_seed(stream_seed(seed, "networks"))
             self.learner = self.build()
         self.learner.check()
         self.last_checkpoint: Path | None = None

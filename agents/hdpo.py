@@ -41,6 +41,7 @@ from ccrl.inventory.newsvendor import NewsvendorPolicy, demand_windows, fit_fore
 from ccrl.inventory.pathwise import Unrolled, average_cost, cost_term, scenario_data
 from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
 from ccrl.learn import Learner, RolloutLearner
+from ccrl.seeding import named_generator
 from ccrl.settings import Count, Positive, Settings
 from ccrl.updaters import ModuleUpdater, Stats, Updater, can_compile
 
@@ -275,8 +276,8 @@ class HDPO(Agent):
         c = self.config
         simulator = resolve_functional_env(env, **(self.env_kwargs if isinstance(env, str) else {}))
         self.simulator = simulator.split("train")
-        self.data = scenario_data(self.simulator, self.scenarios("train", c.n_train, 2 * self.seed))
-        self.dev = self.scenarios("dev", c.n_dev, 2 * self.seed + 1)
+        self.data = scenario_data(self.simulator, self.scenarios("train", c.n_train, self.seed))
+        self.dev = self.scenarios("dev", c.n_dev, self.seed)
         self.collector = Scenarios(self.data, self.simulator.periods)
 
     def build(self) -> Learner:
@@ -320,7 +321,7 @@ class HDPO(Agent):
     def scenarios(self, split: Split, count: int, seed: int) -> State:
         """``count`` scenarios of a split on the agent's device, decided by ``seed`` alone (recorded demand: the first
         series, whatever the seed)."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = named_generator(seed, f"{split} scenarios")
         return self.simulator.split(split).sample(count, generator, device=self.device)
 
     @property

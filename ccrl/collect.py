@@ -18,6 +18,7 @@ from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree, resume_note
 from ccrl.buffer import RolloutBuffer
 from ccrl.data import Data, Field, tree_leaves, tree_map
 from ccrl.policies.actions import RandomActor
+from ccrl.seeding import named_generator, stream_seed
 from ccrl.stream import EpisodeStats, Stream, finish_rollout, finish_step, note
 
 __all__ = ["Actor", "Collector", "EpisodeStats", "Request"]
@@ -82,7 +83,7 @@ class Collector:
 
     :param env: the training environments; reset on first use with ``seed``.
     :param make_env: builds ``n`` environments for fresh episodes; they and their random numbers never touch training's.
-    :param seed: seeds the environments and the two noise generators.
+    :param seed: of the environments, and of exploration and fresh episodes: streams of their own.
     :param fields: extra raw columns to allocate (filled by the estimator's owner).
     """
 
@@ -96,8 +97,8 @@ class Collector:
     ) -> None:
         self.env, self.make_env, self.seed, self.fields = env, make_env, seed, fields
         self.device = torch.device(env.device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.fresh_generator = torch.Generator(self.device).manual_seed(seed + 1_000_003)
+        self.generator = named_generator(seed, "exploration", self.device)
+        self.fresh_generator = named_generator(seed, "fresh episodes", self.device)
         self.total_steps = 0
         """Valid environment steps of continued streams."""
         self.fresh_steps = 0
@@ -322,7 +323,7 @@ class Collector:
             self._tell(note)
         if "env" not in state or note is not None:
             # a seed that depends on progress: restarting from the first seed would replay the first episodes
-            stream.begin(self.env.reset(seed=self.seed + self.total_steps))
+            stream.begin(self.env.reset(seed=stream_seed(self.seed, f"resumed at {self.total_steps}")))
             return
         for name in ("step", "ended", "returns"):
             getattr(stream, name).copy_(state[name])

@@ -15,6 +15,7 @@ from gymnasium import Space, spaces
 from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, StepResult, Tree, as_autoreset_mode, check_device
+from ccrl.seeding import stream_seed
 from ccrl.settings import Count, checked
 
 __all__ = ["Array", "TorchEnv"]
@@ -24,8 +25,6 @@ Array = Any
 
 _MEMORY = ("state", "steps", "terminated", "truncated", "obs")
 _NO_LIMIT = 2**62
-_NOISE_STREAM = 7_368_787
-"""Added to the seed for the noise of steps."""
 
 
 class TorchEnv:
@@ -137,10 +136,8 @@ class TorchEnv:
         if mask is not None and not self._memory:
             raise ValueError(f"{self.name}: the first reset starts every copy; call reset() without a mask once")
         if seed is not None:
-            self._generator.manual_seed(seed)
-            # a stream apart: a collector seeded alike would otherwise draw its exploration from the very numbers that
-            # decide what happens, and correlated noise biases every estimate of a gradient
-            self._noise_generator.manual_seed(seed + _NOISE_STREAM)
+            self._generator.manual_seed(stream_seed(seed, "initial states"))
+            self._noise_generator.manual_seed(stream_seed(seed, "steps"))
         state = self.initial(self._generator, self.num_envs)
         steps = self._inward(torch.zeros(self.num_envs, dtype=torch.int64, device=self.device))
         # copied, because an observation can be the state itself, which callers must not be able to change

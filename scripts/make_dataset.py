@@ -36,6 +36,7 @@ import agents
 import envs
 from ccrl.batched_env import AutoresetMode, BatchedEnv
 from ccrl.experiment import checkpoint
+from ccrl.experiment.logger import digits
 from ccrl.offline import Dataset, from_arrays, write_minari
 from ccrl.policies import RandomActor
 from ccrl.settings import Count, Finite, Natural, Nonnegative, Settings
@@ -299,8 +300,8 @@ def main(config: Command) -> Dataset:
     where = write(data, config.out, _environment(config))
     returns = data.returns()
     print(
-        f"[ccrl] {where}: {len(data):,} transitions, {len(returns)} episodes, mean return {returns.mean():.1f}, "
-        f"{int(data.terminated.sum())} terminals, {int(data.truncated.sum())} time-outs, scores {data.scores}"
+        f"[ccrl] {where}: {len(data):,} transitions, {len(returns)} episodes, mean return {digits(returns.mean())}, "
+        f"{int(data.terminated.sum())} terminals, {int(data.truncated.sum())} time-outs, scores {' '.join(map(digits, data.scores)) if data.scores else 'none'}"
     )
     return data
 

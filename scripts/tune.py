@@ -39,6 +39,7 @@ import envs
 from agents.search import space_of
 from ccrl.experiment import config as configs
 from ccrl.experiment.evaluation import evaluate_agent
+from ccrl.experiment.logger import digits
 from ccrl.settings import Count, Natural, Settings
 from ccrl.stats import score_at_budget
 
@@ -178,7 +179,8 @@ def _work(options: Options, worker: int) -> None:
         return sum(values) / len(values)
 
     def stop(study: Any, trial: Any) -> None:
-        print(f"[tune] trial {trial.number}: {trial.state.name.lower()} {trial.value or ''} {trial.params}", flush=True)
+        value = "" if trial.value is None else digits(trial.value)
+        print(f"[tune] trial {trial.number}: {trial.state.name.lower()} {value} {trial.params}", flush=True)
         if len(_finished(study)) >= options.trials:
             study.stop()
 

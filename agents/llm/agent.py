@@ -27,6 +27,7 @@ from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.task import Prompts, TextTask, pad_left, resolve_task
 from ccrl.llm.vocabulary import encode_prompt
+from ccrl.seeding import stream_seed
 from ccrl.updaters import ModuleUpdater, Stats, linear_decay
 
 __all__ = ["LLM", "LLMLearner", "LLMMethod"]
@@ -151,7 +152,7 @@ class LLM(MethodAgent):
     def warm_start(self, steps: int) -> float:
         """Maximum likelihood on demonstrations, which are drawn from a stream of their own; returns the last loss."""
         c = self.config
-        collector = self._collector(self.seed + 2_000_003)
+        collector = self._collector(stream_seed(self.seed, "warm start"))
         request = Request(counts=torch.ones(c.warm_start_batch, dtype=torch.int64), demonstrations=True)
         updater = ModuleUpdater(
             self.policy, lambda params: torch.optim.AdamW(params, lr=c.warm_start_lr, weight_decay=0.0, fused=True),
@@ -184,14 +185,14 @@ class LLM(MethodAgent):
         tokens, valid = pad_left([encode_prompt(self.task.vocab, p) for p in prompts], self.task.vocab.pad)
         seed = int(torch.randint(2**31 - 1, ())) if seed is None else seed
         asked = Prompts(tokens, valid, torch.arange(len(prompts)), (None,) * len(prompts))
-        found = self._collector(seed).complete(self.policy, asked, deterministic)
+        found = self._collector(stream_seed(seed, "evaluation")).complete(self.policy, asked, deterministic)
         return [self.task.vocab.decode(row) for row in found]
 
     @torch.no_grad()
     def pass_at(self, ks: Sequence[int], questions: int = 64, samples: int = 16, seed: int = 0) -> dict[str, float]:
         """``pass@k`` (first component at least 1) of ``samples`` completions of each of ``questions`` test questions,
         their mean reward, entropy per token (nats) and length. Decided by ``seed``; training does not move it."""
-        collector = self._collector(seed, (Field("entropy"),))
+        collector = self._collector(stream_seed(seed, "evaluation"), (Field("entropy"),))
         prompts = collector.test_prompts(questions, seed)
         question = torch.arange(len(prompts), device=self.device).repeat_interleave(samples)
         data = collector.sample(self.policy, prompts, question)
@@ -204,7 +205,7 @@ class LLM(MethodAgent):
     @torch.no_grad()
     def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> EvalResult:
         """Scores and lengths of one completion for each of ``episodes`` test questions; ``env`` is not needed."""
-        collector = self._collector(seed)
+        collector = self._collector(stream_seed(seed, "evaluation"))
         prompts = collector.test_prompts(episodes, seed)
         question = torch.arange(len(prompts), device=self.device)
         data = collector.sample(self.policy, prompts, question, deterministic=deterministic)

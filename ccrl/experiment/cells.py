@@ -18,6 +18,7 @@ import torch
 
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.files import write_atomic
+from ccrl.experiment.logger import digits
 
 __all__ = ["Cell", "CellsFailed", "complete"]
 
@@ -87,7 +88,7 @@ def complete(
         rows += [row | {k: _text(v) for k, v in point.items()} for point in found]
         _write(path, rows)
         last = ", ".join(
-            f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
+            f"{k} {digits(v)}" if isinstance(v, float) else f"{k} {v}"
             for k, v in found[-1].items()
             if not isinstance(v, str)
         )

@@ -17,6 +17,7 @@ from torch import Tensor
 from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree
 from ccrl.experiment.csv_table import CsvTable, read_rows
 from ccrl.experiment.files import Owner, write_atomic
+from ccrl.seeding import stream_seed
 
 __all__ = ["EvalLog", "EvalResult", "Predict", "evaluate", "evaluate_agent"]
 
@@ -80,8 +81,8 @@ def evaluate(
     # On an accelerator the test for the end waits for the device: rarely is enough, extra steps are thrown away.
     every = 1 if device.type == "cpu" else 32
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        obs = env.reset(seed=seed)
+        torch.manual_seed(stream_seed(seed, "evaluation: actions"))
+        obs = env.reset(seed=stream_seed(seed, "evaluation"))
         restart = getattr(predict, "restart", None)  # a policy with a memory is told where episodes begin
         if restart is not None:
             restart()

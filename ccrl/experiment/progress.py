@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from tqdm import tqdm
 
+from ccrl.experiment.logger import digits
+
 __all__ = ["ProgressBar"]
 
 
@@ -26,7 +28,7 @@ class ProgressBar:
         if self._bar.disable:
             return
         if ep_rew_mean is not None:
-            self._bar.set_postfix_str(f"return {ep_rew_mean:.1f}", refresh=False)
+            self._bar.set_postfix_str(f"return {digits(ep_rew_mean)}", refresh=False)
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:

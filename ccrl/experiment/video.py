@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ccrl.batched_env import AutoresetMode, BatchedEnv
 from ccrl.experiment.evaluation import Predict
+from ccrl.seeding import stream_seed
 
 __all__ = ["record_video"]
 
@@ -55,8 +56,8 @@ def record_video(
     devices = [env.device] if env.device.type == "cuda" else []
     finished, total, resetting = 0, 0.0, False
     with torch.random.fork_rng(devices=devices), _writer(path, options[path.suffix]) as writer:
-        torch.manual_seed(seed)
-        obs = env.reset(seed=seed)
+        torch.manual_seed(stream_seed(seed, "evaluation: actions"))
+        obs = env.reset(seed=stream_seed(seed, "evaluation"))
         restart = getattr(predict, "restart", None)  # a policy with a memory is told where episodes begin
         dummy = torch.zeros(env.num_envs, dtype=torch.bool, device=env.device)
         if restart is not None:

@@ -21,6 +21,7 @@ from ccrl.bank import Bank
 from ccrl.estimators.base import Context, Phase, check_terms
 from ccrl.estimators.scores import Scores
 from ccrl.learn.state import StateRegistry
+from ccrl.seeding import named_generator
 from ccrl.updaters import Stats, Updater, can_compile, linear_decay
 
 __all__ = ["COMPILE_FROM", "Episodes", "Learner", "Report"]
@@ -115,7 +116,7 @@ class Learner(ABC):
         self.compile, self.report = compile, report
         zero, one = (torch.tensor(x, dtype=torch.float64, device=self.device) for x in (0.0, 1.0))
         self.ctx = Context(
-            generator=torch.Generator(self.device).manual_seed(seed + 7),
+            generator=named_generator(seed, "learner", self.device),
             bank=Bank(policy),
             scores=lambda theta, data, level: Scores(self.policy, theta, data, level),  # type: ignore[arg-type]
             k=zero.clone(), clock=zero.clone(), start=zero, end=one, samples=one.clone(),

@@ -23,11 +23,9 @@ from ccrl.estimators.updates import GradientEstimate
 from ccrl.learn.base import Learner
 from ccrl.learn.rollout import RolloutLearner
 from ccrl.policies.normaliser import RunningNorm
+from ccrl.seeding import stream_seed
 
 __all__ = ["Processes", "distribute"]
-
-SEEDS_APART = 1_000_003
-"""Between the seeds of two processes."""
 
 
 class Processes:
@@ -51,7 +49,7 @@ class Processes:
 
     def seed(self, seed: int) -> int:
         """Of this process: the first one's is ``seed``."""
-        return seed + SEEDS_APART * self.rank
+        return stream_seed(seed, f"process {self.rank}") if self.rank else seed
 
     def mean(self, estimate: GradientEstimate) -> GradientEstimate:
         """The gradient and its statistics averaged over processes, in one message. A hook of ``FlatUpdater``."""

@@ -19,6 +19,7 @@ from ccrl.data import Data, Field
 from ccrl.llm.decoding import decode
 from ccrl.llm.policy import TokenPolicy
 from ccrl.llm.task import FiniteTask, Prompts, Split, TextTask
+from ccrl.seeding import named_generator
 
 __all__ = ["Completions", "TokenCollector"]
 
@@ -73,8 +74,8 @@ class TokenCollector:
         self.steps = int(fixed or min(task.max_new_tokens, max_new_tokens or task.max_new_tokens))
         self._fixed = fixed is not None
         self._entropy = bool(fields)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.prompt_generator = torch.Generator().manual_seed(seed + 1_000_003)
+        self.generator = named_generator(seed, "completions", self.device)
+        self.prompt_generator = named_generator(seed, "prompts")
         self.total_steps, self.fresh_steps = 0, 0
         """Completions sampled so far (demonstrations do not count): the agent's clock."""
         self.tokens = 0
@@ -252,7 +253,7 @@ class TokenCollector:
         """
         if n < 1:
             raise ValueError(f"questions: expected at least one, got {n}")
-        return self.task.prompts(n, torch.Generator().manual_seed(seed), split).to(self.device)
+        return self.task.prompts(n, named_generator(seed, "test prompts"), split).to(self.device)
 
     # -- state --------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree, resume_note
 from ccrl.distributional.objectives import Objective
+from ccrl.seeding import stream_seed
 
 __all__ = ["STOCK", "TIME", "Starts", "StockEnv", "relabel_stock"]
 
@@ -111,8 +112,7 @@ class StockEnv:
         """As the environment's; new stocks in the copies that start."""
         obs = self.env.reset(seed=seed, mask=mask)
         if seed is not None:
-            # another stream than the environment's, which may be seeded with the same number
-            self._generator.manual_seed(seed + 0x5EED)
+            self._generator.manual_seed(stream_seed(seed, "stocks"))
         fresh = self._draw()
         chosen = torch.ones_like(self._ended) if mask is None else mask
         self._begin(chosen, fresh)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, StepResult, as_autoreset_mode
 from ccrl.inventory.functional_env import Network, Split, State
+from ccrl.seeding import stream_seed
 from ccrl.settings import Count, checked
 from envs.inventory.demand import Recorded
 from envs.inventory.simulator import InventoryEnv
@@ -101,7 +102,7 @@ class InventoryVector:
                 f"{mask.dtype} of shape {tuple(mask.shape)}"
             )
         if seed is not None:
-            self._generator.manual_seed(seed)
+            self._generator.manual_seed(stream_seed(seed, "scenarios"))
         self._start(np.ones(self.num_envs, dtype=bool) if mask is None else mask.cpu().numpy())
         return self._observe(self._state)
 

@@ -10,6 +10,7 @@ from gymnasium.spaces import Box
 from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, StepResult, as_autoreset_mode
+from ccrl.seeding import stream_seed
 from envs.mujoco.engine import BatchEngine, available_cores
 from envs.mujoco.model import load_model
 from envs.mujoco.render import Renderer, RenderOptions
@@ -230,7 +231,7 @@ class MujocoEnv:
         if seed is None:
             self._generator.seed()
         else:
-            self._generator.manual_seed(seed)
+            self._generator.manual_seed(stream_seed(seed, "initial states"))
 
     def _step_partly(self, action: Tensor) -> StepResult:
         """A step in which the finished copies do not take part (NEXT_STEP: they start again; DISABLED: they wait)."""

@@ -71,7 +71,7 @@ def test_none_is_empty_and_results_may_have_their_own_seconds(tmp_path: Path) ->
 def test_progress_names_what_varies_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cells = [{"task": "t", "seed": s} for s in (0, 1)]
     complete(tmp_path / "s.csv", cells, lambda cell: [{"cost": 1 / 3, "n": 12345678, "curve": "1;2"}], name="x")
-    assert "[x 2/2] seed 1: cost 0.3333, n 12345678 (0 s)" in capsys.readouterr().out
+    assert "[x 2/2] seed 1: cost 0.333, n 12345678 (0 s)" in capsys.readouterr().out
 
 
 def test_other_settings_are_other_cells_unless_names_tell_them_apart(tmp_path: Path) -> None:

@@ -163,12 +163,12 @@ def test_progress_bar_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal)
     bar = ProgressBar(1000, initial=200)
     for step in (400, 500):
-        bar.update(step, -1.25)
+        bar.update(step, -1234.5)
     bar.close()
     last = terminal.getvalue().split("\r")[-1]
     assert "50%" in last
     assert "500/1.00k" in last
-    assert "return -1.2" in last
+    assert "return -1,230" in last
     terminal.truncate(0)
     ProgressBar(1000, enabled=False).update(10)
     assert terminal.getvalue() == ""

@@ -32,6 +32,7 @@ from agents.harpg import HARPG, HARPGConfig, HARPGEstimator
 from agents.npg_igt import NPGIGT, NPGIGTConfig, NPGIGTEstimator
 from ccrl.collect import Collector, Request
 from ccrl.experiment.cells import complete
+from ccrl.experiment.logger import digits
 from ccrl.policies import GibbsPolicy, OneHot
 from scripts.studies import tables
 from scripts.studies.tables import Rows
@@ -171,7 +172,7 @@ class CartPole(Study):
         for row in self._complete([(m, rate, 0) for m in self.methods for rate in rates[m]]):
             scores.setdefault((row["method"], row["gamma_0"]), []).append(row["return"])
         for (method, rate), returns in scores.items():
-            print(method, rate, f"mean return {_mean(returns):.1f}", flush=True)
+            print(method, rate, f"mean return {digits(_mean(returns))}", flush=True)
         best = {m: max((_mean(scores[m, rate]), -i, rate) for i, rate in enumerate(rates[m]))[2] for m in self.methods}
         # seeds first, so that a study that is cut short has as many of every method; the rows are by method
         rows = self._complete([(m, best[m], seed) for seed in range(self.seeds) for m in self.methods])
