@@ -23,6 +23,7 @@ class Bank:
     def __init__(self, live: nn.Module) -> None:
         self.live = live
         self._versions: dict[str, nn.Module] = {}
+        self._adopted: set[str] = set()
 
     def policy(self, version: str | Tensor = "live") -> nn.Module:
         """The module of a version. A flat vector ``[n]`` (order of ``live.parameters()``) gives a module at those
@@ -42,6 +43,12 @@ class Bank:
         """Frozen versions, without ``live``."""
         return [n for n in self._versions if not n.startswith("_")]
 
+    def adopt(self, version: str, module: nn.Module) -> None:
+        """``version`` is ``module``, which its owner refreshes and saves (a copy here would cost the memory of all of
+        ``live``)."""
+        self._versions[version] = module
+        self._adopted.add(version)
+
     @torch.no_grad()
     def refresh(
         self,
@@ -56,6 +63,8 @@ class Bank:
         """
         if version == "live":
             raise ValueError("bank: 'live' is the module being trained; refresh a frozen version")
+        if version in self._adopted:
+            raise ValueError(f"bank: {version!r} is somebody else's, who refreshes it")
         module = self.policy(source)
         if version not in self._versions:
             frozen = copy.deepcopy(module)
@@ -79,7 +88,7 @@ class Bank:
             buffer.copy_(source_buffer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: self._versions[name].state_dict() for name in self.names()}
+        return {n: self._versions[n].state_dict() for n in self.names() if n not in self._adopted}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, values in state.items():

@@ -299,9 +299,10 @@ def main(config: Command) -> Dataset:
     data = config.make()
     where = write(data, config.out, _environment(config))
     returns = data.returns()
+    scores = "none" if data.scores is None else " and ".join(map(digits, data.scores))
     print(
         f"[ccrl] {where}: {len(data):,} transitions, {len(returns)} episodes, mean return {digits(returns.mean())}, "
-        f"{int(data.terminated.sum())} terminals, {int(data.truncated.sum())} time-outs, scores {' '.join(map(digits, data.scores)) if data.scores else 'none'}"
+        f"{int(data.terminated.sum())} terminals, {int(data.truncated.sum())} time-outs, reference scores {scores}"
     )
     return data
 

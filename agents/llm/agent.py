@@ -53,6 +53,7 @@ class LLMLearner(GroupLearner):
         self.reference = reference
         """Of a model with adapters the policy as it was when reinforcement began; else that is the bank's ``ref``."""
         if reference is not None:
+            self.ctx.bank.adopt("ref", reference)
             self.state.register("reference", reference)
 
     @property
@@ -114,10 +115,7 @@ class LLM(MethodAgent):
         )  # fmt: skip
         counts = torch.full((c.n_prompts,), c.group_size, dtype=torch.int64, device=self.device)
         reference = Snapshot(policy) if c.lora_rank else None
-        parts = Parts(
-            policy, updater, Request(counts=counts), self.collector.steps, components=self.task.components,
-            reference=None if reference is None else lambda ctx: reference,
-        )  # fmt: skip
+        parts = Parts(policy, updater, Request(counts=counts), self.collector.steps, components=self.task.components)
         return LLMLearner(self, policy, self.method.Recipe(c, parts), updater, reference)
 
     def make_model(self) -> nn.Module:

@@ -169,9 +169,6 @@ class CoPGRecipe(Recipe):
 
     def __init__(self, config: Any, parts: Parts) -> None:
         super().__init__(config, parts)
-        if parts.reference is not None and "ref" in config.behaviours:
-            raise ValueError("behaviours: expected none that is 'ref' where the reference is no version in the bank "
-                             f"(with lora_rank > 0), got {config.behaviours}")  # fmt: skip
         if len(config.behaviours) > 1 and parts.request.counts is None:
             # episodes of another rollout begin elsewhere: labels would be equal and the starts not
             raise ValueError("behaviours: expected one on control tasks, where a second rollout has other starts and "

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,7 +17,7 @@ from ccrl.data import Data
 from ccrl.estimators.terms import Outputs
 from ccrl.llm.policy import CausalLMPolicy, check_positions, model_positions
 from ccrl.llm.tabular import TabularTokenPolicy
-from ccrl.llm.task import TextTask
+from ccrl.llm.task import Prompts, TextTask
 from ccrl.llm.vocabulary import HFVocabulary, folder_ends, has_tokenizer
 from ccrl.packages import require
 
@@ -61,7 +64,9 @@ def add_adapters(model: nn.Module, rank: int) -> nn.Module:
     """Low-rank adapters on all linear layers; everything else is frozen."""
     peft = require("peft", "llm")
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-    adapted: nn.Module = peft.get_peft_model(model, config)
+    with warnings.catch_warnings():  # of names between the two libraries, which nobody else can act on
+        warnings.simplefilter("ignore", FutureWarning)
+        adapted: nn.Module = peft.get_peft_model(model, config)
     return adapted
 
 
@@ -177,3 +182,35 @@ class Snapshot(nn.Module):
         values = dict(zip(self._names, self.buffers()))
         found: dict[str, Tensor] = functional_call(self._policy[0], values, (batch, want))
         return found
+
+    @property
+    def temperature(self) -> float:
+        """The policy's."""
+        return float(self._policy[0].temperature)  # type: ignore[arg-type]
+
+    def start(self, prompts: Prompts, question: Tensor, steps: int) -> tuple[Any, Tensor]:
+        """As the policy's, at the parameters that were taken; so ``step``."""
+        with self._in_place() as policy:
+            found: tuple[Any, Tensor] = policy.start(prompts, question, steps)
+        return found
+
+    def step(self, state: Any, token: Tensor, present: Tensor) -> tuple[Any, Tensor]:
+        with self._in_place() as policy:
+            found: tuple[Any, Tensor] = policy.step(state, token, present)
+        return found
+
+    def keep(self, state: Any, rows: Tensor) -> Any:
+        return self._policy[0].keep(state, rows)  # type: ignore[operator]
+
+    @contextmanager
+    def _in_place(self) -> Iterator[Any]:
+        """The policy, with the tensors of its trained parameters exchanged for those that were taken."""
+        live = dict(self._policy[0].named_parameters())
+        pairs = [(live[name], kept, live[name].data) for name, kept in zip(self._names, self.buffers())]
+        for p, kept, _ in pairs:
+            p.data = kept
+        try:
+            yield self._policy[0]
+        finally:
+            for p, _, own in pairs:
+                p.data = own

@@ -117,7 +117,12 @@ def test_compiled_steps_are_the_eager_ones(cls: Any) -> None:
     eager, compiled = train("off"), train("on")
     assert compiled.learner.cycle.compiled
     versions = [lambda a: a.policy, *([lambda a: a.ctx.bank.policy("target")] if cls is TD3 else [])]
+    # a normalisation takes away what is added before it: such a bias (and the running mean, which follows it) has no
+    # gradient but rounding, of which Adam makes whole steps
+    idle = ("biases.0", "layers.0.bias", "norms.1.mean") if cls is CrossQ else ()
     for version in versions:
         for name, value in version(eager).state_dict().items():
+            if name.endswith(idle):
+                continue
             torch.testing.assert_close(version(compiled).state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
     assert eager.scalars.keys() == compiled.scalars.keys()

@@ -12,6 +12,7 @@ from ccrl.batched_env import AutoresetMode, StepResult
 from ccrl.collect import Collector, Request
 from ccrl.data import Data, Field
 from ccrl.policies import MLPPolicy
+from ccrl.seeding import stream_seed
 from ccrl.stream import note
 from ccrl.testing import ClockEnv, Episode
 
@@ -292,7 +293,7 @@ def test_resume_without_environment_state_uses_another_seed() -> None:
     assert not first.exact
     second = Collector(Forgetful(SCRIPT), seed=5)
     second.load_state_dict(first.state_dict())
-    assert second.env.seed == 5 + first.total_steps  # type: ignore[attr-defined]
+    assert second.env.seed == stream_seed(5, f"resumed at {first.total_steps}")  # type: ignore[attr-defined]
     assert second.collect(Request(steps=1), actor)["t"].tolist() == [[0, 0]]
     first.collect(Request(steps=2), actor)  # in the middle of an episode
     first.load_state_dict(first.state_dict())

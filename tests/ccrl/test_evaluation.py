@@ -10,6 +10,7 @@ from ccrl.batched_env import BatchedEnv, StepResult
 from ccrl.experiment.csv_table import read_columns
 from ccrl.experiment.evaluation import EvalLog, EvalResult, evaluate, evaluate_agent
 from ccrl.experiment.video import record_video
+from ccrl.seeding import stream_seed
 from ccrl.testing.clock import ClockEnv, Episode
 
 
@@ -84,7 +85,7 @@ def test_episodes_belong_to_slots(mode):
     # Slot 0 plays episodes 0, 3, 6, slot 1 plays 1, 4, slot 2 plays 2, 5, however many slot 0 could have finished.
     assert evaluation.lengths.tolist() == [1, 7, 3, 2, 4, 3, 1]
     assert evaluation.returns.tolist() == [0.0, 700.0, 600.0, 2.0, 404.0, 603.0, 2.0]
-    assert env.seed == 11
+    assert env.seed == stream_seed(11, "evaluation")
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -149,7 +150,7 @@ def test_agents_are_asked_for_the_kind_of_action_that_is_evaluated(deterministic
     env = Script([[3]], AutoresetMode.SAME_STEP)
     assert evaluate_agent(Acts(), env, 2, 7, deterministic).lengths.tolist() == [3, 3]
     assert seen == [deterministic] * 6
-    assert env.seed == 7
+    assert env.seed == stream_seed(7, "evaluation")
     assert evaluate_agent(Evaluates(), env, 2, 7, deterministic) == "its own"
     assert seen[6:] == [(env, 2, 7, deterministic)]
 

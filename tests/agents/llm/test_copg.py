@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import envs  # noqa: F401  (registers the tasks)
 from agents.llm.copg import CoPG, CoPGConfig, CoPGRecipe, contrast
 from ccrl.collect import Request
 from ccrl.data import Batching, Data
@@ -312,12 +313,28 @@ def test_bad_settings_are_refused() -> None:
     assert CoPGConfig(group_size=1, behaviours=("live", "ref"), microbatch=4).group_size == 1
 
 
-def test_adapters_keep_no_reference_that_could_sample() -> None:
-    counts = Request(counts=torch.ones(1, dtype=torch.int64))
-    parts = Parts(torch.nn.Identity(), None, counts, 3, reference=lambda ctx: torch.nn.Identity())  # type: ignore[arg-type]
-    assert CoPGRecipe(CoPGConfig(), parts).parts is parts
-    with pytest.raises(ValueError, match=r"behaviours: expected none that is 'ref' .* \(with lora_rank > 0\)"):
-        CoPGRecipe(CoPGConfig(behaviours=("live", "ref")), parts)
+def test_the_reference_of_a_model_with_adapters_samples_too() -> None:
+    """The base model with the adapters as they were: half of the completions are its own."""
+    pytest.importorskip("peft")
+    tiny = {"model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2, "lora_rank": 2}
+    settings = {"behaviours": ("live", "ref"), "n_prompts": 2, "group_size": 2, "learning_rate": 0.05}
+    agent = CoPG("arithmetic", **tiny, **settings, max_new_tokens=4)
+    agent.learn(until=agent.samples_per_iteration)
+    with torch.no_grad():  # rewards that are all equal move nothing
+        for p in agent.policy.parameters():
+            if p.requires_grad:
+                p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    live = agent.policy.state_dict()
+    before = {name: x.clone() for name, x in live.items()}
+    request = Request(counts=torch.tensor([3, 3]))
+    data = agent.collector.collect(request, agent.ctx.bank.policy("ref"))
+    scored = agent.ctx.bank.policy("ref")(data, frozenset({"log_prob"}))["log_prob"]
+    own = agent.policy(data, frozenset({"log_prob"}))["log_prob"]
+    valid = data["valid"] > 0
+    torch.testing.assert_close(scored[valid], data["log_prob"][valid], atol=1e-5, rtol=0.0)
+    assert not torch.allclose(own[valid], data["log_prob"][valid], atol=1e-3), "the policy has moved"
+    assert all(torch.equal(x, before[name]) for name, x in live.items()), "sampling from it changes nothing"
+    assert agent.ctx.bank.state_dict() == {}, "the learner saves it"
 
 
 def test_episodes_of_two_behaviours_would_have_other_starts() -> None:

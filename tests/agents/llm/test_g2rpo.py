@@ -249,7 +249,7 @@ class TestG2RPOContract(RecipeContract):
     matters = (
         ({}, {"pool": "kind"}),
         ({}, {"tie": 0.5}),
-        ({"group_size": 2}, {"group_size": 2, "drop_unanimous": False}),
+        ({"group_size": 2, "n_prompts": 12}, {"group_size": 2, "n_prompts": 12, "drop_unanimous": False}),
         ({}, {"length_bounds": ((2.0, 3.0, 4.0, 6.0),)}),
         ({"length_bounds": ((2.0, 3.0, 4.0, 6.0),)}, {"length_bounds": ((2.0, 3.0, 4.0, 6.0),), "length_coef": 0.01}),
         ({}, {"entropy_bounds": ((0.0, 0.5),)}),

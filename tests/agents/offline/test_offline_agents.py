@@ -18,6 +18,7 @@ from ccrl.data import Batching, Data
 from ccrl.offline import DataError, Dataset, from_arrays
 from ccrl.policies import TwinQ
 from ccrl.policies.q import Ensemble
+from ccrl.seeding import named_generator
 
 SMALL = {"hidden": (16, 16), "batch_size": 32, "updates": 5, "compile": "off"}
 AGENTS = [BC, TD3BC, IQL, ReBRAC]
@@ -131,7 +132,7 @@ class _Replayed:
 
     def __init__(self, like: Any, data: Dataset) -> None:
         self._ring = like.source
-        self._generator = torch.Generator().manual_seed(like.seed + 7)
+        self._generator = named_generator(like.seed, "learner")
 
     def sample(self, spec: Batching, generator: Any) -> Data:
         return self._ring.sample(spec, self._generator)
@@ -314,7 +315,7 @@ def test_dict_observations_of_goal_tasks_are_put_side_by_side(line_data: Dataset
     }
     action, _ = agent.predict(obs, deterministic=True)
     flat = agent.policy.mean(agent.policy.features(torch.tensor([[1.0, 2.0]])))
-    np.testing.assert_allclose(action[0], (2.0 * flat[0]).detach().numpy(), rtol=1e-6)
+    np.testing.assert_allclose(action[0], (2.0 * flat[0]).detach().numpy(), rtol=1e-5)
 
 
 def test_critics_with_layer_norm() -> None:
