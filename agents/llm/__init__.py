@@ -20,6 +20,7 @@ METHODS = {
     "d3s": "agents.llm.d3s:D3S",
     "dapo": "agents.llm.baselines:DAPO",
     "dcpo": "agents.llm.dcpo:DCPO",
+    "div_prec": "agents.llm.div_prec:DivPrec",
     "dpo": "agents.llm.preferences:DPO",
     "dr_grpo": "agents.llm.baselines:DrGRPO",
     "empg": "agents.llm.empg:EMPG",
@@ -41,6 +42,7 @@ METHODS = {
     "reinforce": "agents.llm.reinforce:REINFORCE",
     "riskpo": "agents.llm.riskpo:RiskPO",
     "rloo": "agents.llm.reinforce:RLOO",
+    "rpo": "agents.llm.rpo:RPO",
     "sapo": "agents.llm.baselines:SAPO",
     "sft": "agents.llm.preferences:SFT",
 }

@@ -20,6 +20,7 @@ PAPERS: dict[str, str] = {
     "copo": "questions with a dominant wrong answer: what unanimous groups can learn from other prompts",
     "d3s": "what the selection keeps; learning per gradient token on sums of mixed difficulty",
     "dcpo": "the pull toward a hotter policy; entropy held at its target on ModSum",
+    "div_prec": "entropy at nearly equal cross entropy on a Markov source; GRPO from each start",
     "empg": "a chain of ten decisions: gradient norms by the kind of state",
     "etr": "elastic clip ranges on ModSum beside constant ones of the same mean",
     "g2rpo": "Figure 2; two tasks of different reward scales",
@@ -33,6 +34,7 @@ PAPERS: dict[str, str] = {
     "r2vpo": "the exact solution on a bandit; the ratio variance held at its budget on ModSum and in PPO on CartPole",
     "real": "the shape of its gradient weights; REAL and GRPO on ModSum",
     "riskpo": "entropy kept and accuracy paid on independent questions, beside GRPO",
+    "rpo": "mass on an unseen response, and the likelihood of the preferred ones, under DPO and RPO",
 }
 """Slug -> what the experiment shows, in a few words; the module has the slug's name."""
 

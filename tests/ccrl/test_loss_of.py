@@ -130,7 +130,7 @@ def test_every_method_has_a_loss(name: str) -> None:
     assert found.loss.isfinite()
     assert found.gradient.shape == new.shape
     assert not found.gradient[~mask].any()
-    if name in ("cispo", "mhpo", "reinforce", "rloo", "hpt", "p3o"):
+    if name in ("cispo", "div_prec", "mhpo", "reinforce", "rloo", "hpt", "p3o"):
         return  # a factor of the loss is detached: the value has another slope
     way = draw() * mask
     slope = (value(new + 1e-6 * way) - value(new - 1e-6 * way)) / 2e-6

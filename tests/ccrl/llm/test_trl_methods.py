@@ -25,6 +25,7 @@ REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "copo": ({}, "no column 'answer'"),
     "d3s": ({}, "trains on a selection of the completions"),
     "dapo": ({}, "second rollout \\('on1': more completions\\)"),
+    "div_prec": ({}, "trains on demonstrations, and the host samples completions"),
     "dpo": ({}, "compares completions of one group"),
     "hpt": ({}, "second rollout \\('demo': demonstrations\\)"),
     "ipo": ({}, "compares completions of one group"),
@@ -32,6 +33,7 @@ REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "p3o": ({}, "compares completions of one group"),
     "pf_ppo": ({}, "trains on a selection of the completions or repeats some"),
     "real": ({}, "compares completions of one group"),
+    "rpo": ({}, "compares completions of one group"),
     "sft": ({}, "trains on demonstrations, and the host samples completions"),
 }
 REFUSED_BY_VERL: dict[str, tuple[dict[str, Any], str]] = {
