@@ -40,6 +40,7 @@ from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.experiment import checkpoint
 from ccrl.learn import Learner
 from ccrl.policies.observations import observation_sizes, observation_spaces
+from ccrl.seeding import stream_seed
 from ccrl.settings import Count, Natural, Nonnegative, Positive, Unit
 from ccrl.updaters import FlatUpdater, Stats
 
@@ -269,7 +270,7 @@ class ORPO(PPO):
         self._load_reference(policy)
         spaces = self.env.single_observation_space, self.env.single_action_space
         # a collector of its own: these steps are a data set, and training begins with fresh episodes of its own seed
-        source = Collector(self.env, seed=self.seed + 500_009)
+        source = Collector(self.env, seed=stream_seed(self.seed, "reference data"))
         rows = source.collect(Request(steps=c.reference_steps), policy)
         estimator = ORPOEstimator(c, policy, updaters, spaces, rows)
         learner = self.rollouts(policy, estimator, updaters)

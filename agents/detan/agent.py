@@ -18,6 +18,7 @@ from ccrl.data import tree_map
 from ccrl.distributional import Objective, outer_search
 from ccrl.experiment.evaluation import EvalResult, evaluate
 from ccrl.learn import Learner, ReplayLearner
+from ccrl.seeding import stream_seed
 from ccrl.updaters import FlatUpdater
 from ccrl.wrappers.stock import STOCK, StockEnv
 
@@ -159,7 +160,7 @@ class DetaN(Agent):
         grid = torch.linspace(float(self._low), float(self._high), 17).tolist() if starts is None else list(starts)
         inner = [objective.utility(c + self.returns(c, episodes, seed)).mean() for c in grid]
         best = float(outer_search(objective, torch.tensor(grid, dtype=torch.float64), torch.stack(inner).cpu())[0])
-        fresh = self.returns(best, episodes, seed + 1)
+        fresh = self.returns(best, episodes, stream_seed(seed, "chosen start"))
         return best, float(objective.value(fresh, torch.full_like(fresh, 1.0 / len(fresh))))
 
     def evaluate(self, env: BatchedEnv, episodes: int = 10, seed: int = 0, deterministic: bool = True) -> EvalResult:

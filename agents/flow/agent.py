@@ -27,6 +27,7 @@ from ccrl.experiment.evaluation import EvalResult
 from ccrl.flow import ExactTask, FlowCollector, FlowTask, Sampling, resolve_flow_task
 from ccrl.learn import Learner
 from ccrl.policies.flow import FlowPolicy
+from ccrl.seeding import named_generator
 from ccrl.settings import ConfigError
 from ccrl.updaters import ModuleUpdater, Stats, linear_decay
 
@@ -141,7 +142,7 @@ class Flow(MethodAgent):
 
     def warm_start(
         self, steps: int, policy: FlowPolicy | None = None, labels: Tensor | None = None, tilt: bool = False,
-        seed: int = 2_000_003,
+        seed: int = 0,
     ) -> float:  # fmt: skip
         """Flow matching on the task's data, drawn from a stream of their own; returns the mean loss of the last tenth.
 
@@ -151,7 +152,7 @@ class Flow(MethodAgent):
         """
         c = self.config
         policy = self.policy if policy is None else policy
-        generator = torch.Generator(self.device).manual_seed(self.seed + seed)
+        generator = named_generator(self.seed, f"warm start {seed}", self.device)
         updater = ModuleUpdater(
             policy, lambda params: torch.optim.AdamW(params, lr=c.warm_start_lr, weight_decay=0.0, fused=True),
             max_grad_norm=1.0, prefixes=["net"],

@@ -101,7 +101,7 @@ class DiffusionOPDRecipe(FlowRecipe):
                 teacher.load_state_dict(state)
             elif c.teacher_steps:
                 learner = copy.deepcopy(agent.policy)
-                agent.warm_start(c.teacher_steps, learner, torch.tensor([i]), tilt=True, seed=3_000_017 + i)
+                agent.warm_start(c.teacher_steps, learner, torch.tensor([i]), tilt=True, seed=1 + i)
                 teacher.load_state_dict(learner.state_dict())
 
     def start(self, data: Data, ctx: Context) -> Data:

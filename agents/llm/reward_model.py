@@ -34,6 +34,7 @@ from ccrl.llm.reward_head import CausalReward, Scored, pair_terms, verdict_terms
 from ccrl.llm.reward_metrics import evaluate_reward
 from ccrl.llm.reward_model import ModelReward
 from ccrl.llm.task import resolve_task
+from ccrl.seeding import named_generator
 from ccrl.settings import Count, Natural, Nonnegative, Positive, Settings
 from ccrl.updaters import ModuleUpdater, Stats
 
@@ -181,7 +182,7 @@ class RewardTrainer(Agent):
         if self.judgements is None:
             raise ValueError(_Nothing.told)
         drawn = self.judgements.to(self.device).sample(
-            Batching(size=episodes), torch.Generator(self.device).manual_seed(seed)
+            Batching(size=episodes), named_generator(seed, "evaluation", self.device)
         )
         reward = self.reward(drawn)
         score = (reward[0::2] > reward[1::2]).double() if self.judgements.kind == "pairs" else reward.double()

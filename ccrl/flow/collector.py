@@ -21,6 +21,7 @@ from ccrl.data import Data, Field
 from ccrl.diffusion.flow import Schedule, gaussian_log_prob
 from ccrl.flow.task import Conditions, FlowTask
 from ccrl.policies.flow import FlowPolicy
+from ccrl.seeding import named_generator
 
 __all__ = ["FlowCollector", "Generated", "Sampling"]
 
@@ -73,8 +74,8 @@ class FlowCollector:
         self, task: FlowTask, sampling: Sampling, *, seed: int = 0, device: torch.device | str = "cpu"
     ) -> None:
         self.task, self.sampling, self.device = task, sampling, torch.device(device)
-        self.generator = torch.Generator(self.device).manual_seed(seed)
-        self.condition_generator = torch.Generator().manual_seed(seed + 1_000_003)
+        self.generator = named_generator(seed, "samples", self.device)
+        self.condition_generator = named_generator(seed, "conditions")
         self.total_steps = 0
         """Samples so far: the agent's clock."""
         self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
@@ -205,7 +206,7 @@ class FlowCollector:
 
     def samples(self, policy: FlowPolicy, label: Tensor, seed: int, sampling: Sampling | None = None) -> Tensor:
         """One sample ``[N, D]`` per label ``[N]``, decided by ``seed``; training does not move it."""
-        generator = torch.Generator(self.device).manual_seed(seed)
+        generator = named_generator(seed, "evaluation", self.device)
         conditions, question = Conditions(label.to(self.device)), torch.arange(len(label), device=self.device)
         return self.generate(policy, conditions, question, tag="samples", generator=generator, sampling=sampling).clean
 
