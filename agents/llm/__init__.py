@@ -24,6 +24,7 @@ METHODS = {
     "dpo": "agents.llm.preferences:DPO",
     "dr_grpo": "agents.llm.baselines:DrGRPO",
     "empg": "agents.llm.empg:EMPG",
+    "epo": "agents.llm.epo:EPO",
     "etr": "agents.llm.etr:ETR",
     "g2rpo": "agents.llm.g2rpo:G2RPO",
     "gbpo": "agents.llm.gbpo:GBPO",

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -27,9 +27,10 @@ from agents.llm.agent import LLMMethod
 from ccrl.data import Data, Field
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.recipe import Aggregation, MethodConfig, Recipe
+from ccrl.estimators.steps import find_steps
 from ccrl.settings import Nonnegative, Range
 
-__all__ = ["EMPG", "EMPGConfig", "EMPGRecipe", "ModulateSteps", "Steps", "find_steps", "modulate"]
+__all__ = ["EMPG", "EMPGConfig", "EMPGRecipe", "ModulateSteps", "modulate"]
 
 EPS = 1e-8
 
@@ -57,48 +58,6 @@ class EMPGConfig(MethodConfig):
                 "delimiter: expected a token (>= 0) with step='delimiter' and -1 without, got "
                 f"{self.delimiter} with step={self.step!r}"
             )
-
-
-class Steps(NamedTuple):
-    """``S`` steps, in order inside every column, columns one after another."""
-
-    number: Tensor
-    """``[T, N]`` int64: the step of every valid token; 0 elsewhere."""
-    tokens: Tensor
-    """``[S]``: tokens of the step."""
-    last: Tensor
-    """``[S]`` bool: whether it is its trajectory's last one."""
-
-    def mean(self, x: Tensor, valid: Tensor) -> Tensor:
-        """``[S]``: mean of ``x`` ``[T, N]`` over the tokens of each step."""
-        inside = valid > 0
-        zeros = torch.zeros(len(self.tokens), dtype=x.dtype, device=x.device)
-        return zeros.index_add(0, self.number[inside], x[inside]) / self.tokens.to(x.dtype)
-
-    def spread(self, x: Tensor, valid: Tensor) -> Tensor:
-        """``[T, N]``: every token's entry of ``x`` ``[S]``, 0 where not valid."""
-        return torch.where(valid > 0, x[self.number], 0.0)
-
-
-def find_steps(valid: Tensor, token: Tensor | None, step: str = "turn", delimiter: int = -1) -> Steps:
-    """The steps of a rollout; ``valid`` and ``token`` are ``[T, N]``, and only delimiters look at ``token``."""
-    inside = valid > 0
-    before = torch.cat([torch.zeros_like(inside[:1]), inside[:-1]])
-    if step == "token":
-        begins = inside
-    else:
-        begins = inside & ~before
-        if step == "delimiter":
-            assert token is not None
-            begins[1:] |= inside[1:] & (token[:-1] == delimiter)
-    per_column = begins.sum(0)
-    offset = per_column.cumsum(0) - per_column
-    number = torch.where(inside, begins.cumsum(0) - 1 + offset, 0)
-    total = int(per_column.sum())
-    tokens = torch.bincount(number[inside], minlength=total)
-    last = torch.zeros(total, dtype=torch.bool, device=valid.device)
-    last[(per_column.cumsum(0) - 1)[per_column > 0]] = True
-    return Steps(number, tokens, last)
 
 
 def modulate(

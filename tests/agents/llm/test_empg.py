@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from agents.llm.baselines import GRPOConfig
-from agents.llm.empg import EMPG, EMPGConfig, EMPGRecipe, ModulateSteps, find_steps, modulate
+from agents.llm.empg import EMPG, EMPGConfig, EMPGRecipe, ModulateSteps, modulate
 from ccrl.collect import Request
 from ccrl.data import Batching, Data
 from ccrl.estimators.recipe import Recipe
+from ccrl.estimators.steps import find_steps
 from ccrl.estimators.terms import surrogate
 from ccrl.llm.policy import token_outputs
 from ccrl.testing.recipe_contract import RecipeContract

@@ -41,6 +41,7 @@ REFUSED_BY_VERL: dict[str, tuple[dict[str, Any], str]] = {
     "adora": ({}, "compares with a reference policy"),
     "d3s": ({}, "wants \\['entropy'\\] of the policy"),
     "dcpo": ({}, "two temperatures"),
+    "epo": ({"kl_coef": 0.0}, "wants \\['entropy'\\]"),
     "etr": ({}, "reads the columns \\['range_high', 'range_low'\\]"),
     "empg": ({}, "wants \\['entropy'\\] of the policy"),
     "gbpo": ({}, "reads the columns \\['ratio_target'\\]"),
