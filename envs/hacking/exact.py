@@ -62,15 +62,23 @@ class ExactTask:
         return torch.zeros_like(policy).index_copy(0, rows, visits.unsqueeze(1) * chosen)
 
     def greedy(self, reward: Tensor, tolerance: float = 1e-9) -> Tensor:
-        """The optimal policy for ``reward [S, A]``, uniform over actions whose values are equal up to ``tolerance``."""
-        value = torch.zeros(len(reward), dtype=torch.float64)
+        """The optimal policy for ``reward [S, A]``, uniform over actions whose values are equal up to ``tolerance``
+        (relative to the largest reward, where that is above 1), by policy iteration."""
+        slack = tolerance * max(1.0, float(reward.abs().max()))
+        states = torch.arange(len(reward))
+        choice, eye = reward.argmax(1), torch.eye(len(reward), dtype=torch.float64)
         while True:
+            flow = torch.zeros_like(eye)
+            flow[states, self.successor[states, choice]] = 1.0
+            value = torch.linalg.solve(eye - self.gamma * flow, reward[states, choice])
             q = reward + self.gamma * value[self.successor]
-            new = q.amax(1)
-            if float((new - value).abs().max()) < 1e-4 * tolerance:
+            better, now = q.max(1), q[states, choice]
+            # only what is really better: rounding would let equal actions take turns for ever
+            improves = better.values > now + 0.1 * slack
+            if not bool(improves.any()):
                 break
-            value = new
-        best = (q >= q.amax(1, keepdim=True) - tolerance).double()
+            choice = torch.where(improves, better.indices, choice)
+        best = (q >= q.amax(1, keepdim=True) - slack).double()
         return best / best.sum(1, keepdim=True)
 
     def reference(self, share: float = 0.4) -> Tensor:

@@ -46,6 +46,20 @@ def test_the_board_has_352_states(task):
     assert float(task.true[task.start, 3]) == 0.02
 
 
+def test_the_best_policy_does_not_depend_on_the_unit(task):
+    """Rewards of any size: the rounding of large ones must not let equal actions take turns for ever."""
+    best = task.greedy(task.proxy)
+    for scale in (1e-3, 1e6):
+        assert torch.equal(task.greedy(scale * task.proxy, tolerance=1e-9 * min(scale, 1.0)), best)
+    # no policy has a better value anywhere: one step of value iteration changes nothing
+    chosen = best.argmax(1)
+    value = torch.zeros(352, dtype=torch.float64)
+    for _ in range(3000):
+        value = task.proxy[torch.arange(352), chosen] + 0.99 * value[task.successor[torch.arange(352), chosen]]
+    q = task.proxy + 0.99 * value[task.successor]
+    assert torch.allclose(q.amax(1), value, atol=1e-9)
+
+
 def test_far_tomatoes_dry_and_the_bucket_pays(task):
     state = task.start
     for action in (3, 0):  # up, right: two tomatoes of the upper row
