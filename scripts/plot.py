@@ -29,8 +29,8 @@ class Options(Settings):
     """What to draw, and how."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """These are run folders, folders with runs anywhere below them, or CSV files with results of others (columns env, agent,
-    seed, step, return)."""
+    """These are run folders, folders with runs anywhere below them, or CSV files with results of others (columns env,
+    agent, seed, step, return)."""
     out: Path
     """The names of the files to write begin with this path."""
     metric: Annotated[str, tyro.conf.arg(aliases=["-m"])] = "rollout/ep_rew_mean"
