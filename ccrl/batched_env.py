@@ -6,7 +6,7 @@ inheritance needed. Adapters for Gymnasium, SB3 and others are in ``ccrl.adapter
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import gymnasium
 import torch
@@ -23,6 +23,7 @@ __all__ = [
     "Tree",
     "as_autoreset_mode",
     "check_device",
+    "evaluation_env",
     "resolve_env",
     "resume_note",
 ]
@@ -142,6 +143,19 @@ def resolve_env(env: Any, num_envs: int, *, device: torch.device | str = "cpu", 
             f"env_kwargs: options go with an id, got {sorted(env_kwargs)} with an environment that is made"
         )
     return _checked(env, "env: expected an id or a BatchedEnv")
+
+
+def evaluation_env(
+    id: str, num_envs: int, split: Literal["dev", "test"], *, device: torch.device | str = "cpu", **env_kwargs: Any
+) -> BatchedEnv:
+    """``resolve_env``, and where its environment plays recorded data (``held_out(split)``), not the part that agents
+    train on: ``dev`` chooses among checkpoints and settings, ``test`` judges what was chosen. A ``split`` among the
+    options stays."""
+    env: Any = resolve_env(id, num_envs, device=device, **env_kwargs)
+    if "split" in env_kwargs or not hasattr(env, "held_out"):
+        return env  # type: ignore[no-any-return]
+    found: BatchedEnv = env.held_out(split)
+    return found
 
 
 def _checked(env: Any, expected: str) -> BatchedEnv:

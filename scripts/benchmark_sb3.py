@@ -22,6 +22,7 @@ check_siblings("agents", "envs")
 
 import envs
 from ccrl.adapters import as_vec_env
+from ccrl.batched_env import evaluation_env
 from ccrl.experiment.callbacks import EvalCallback
 from ccrl.experiment.config import ConfigError
 from ccrl.experiment.logger import Logger
@@ -159,7 +160,7 @@ def run(agent: str, config: SB3Config, root: Path, timed: Any) -> RunFolder:
     learner, eval_env, callback = _Learner(model), None, None
     evaluation: Any = None
     if config.eval_every:
-        eval_env = envs.make(config.env, config.eval_episodes, **config.env_kwargs)
+        eval_env = evaluation_env(config.env, config.eval_episodes, "dev", **config.env_kwargs)
         evaluation = EvalCallback(eval_env, folder.path, config.eval_every, config.eval_episodes, logger=logger)
         callback = Evaluate()
     interval = 1 if hasattr(model, "rollout_buffer") else 4  # off-policy algorithms count episodes, not rollouts

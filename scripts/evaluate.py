@@ -27,7 +27,7 @@ check_siblings("agents", "envs")
 import agents
 import envs  # noqa: F401  (registers its ids)
 from ccrl import registry
-from ccrl.batched_env import resolve_env
+from ccrl.batched_env import evaluation_env
 from ccrl.experiment import checkpoint
 from ccrl.experiment.evaluation import evaluate_agent
 from ccrl.experiment.files import write_atomic
@@ -87,7 +87,8 @@ def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
     text = getattr(agent, "text", False)
     if text and config.video:
         raise ValueError("video: a language model has nothing to film; leave --video out")
-    env = None if text else resolve_env(info["env"], config.episodes, device=config.device, **agent.env_kwargs)
+    options = {"device": config.device, **agent.env_kwargs}
+    env = None if text else evaluation_env(info["env"], config.episodes, "test", **options)
     scalars: dict[str, float] = {"steps": float(agent.num_timesteps)}
     for kind in ("deterministic", "stochastic"):
         result = evaluate_agent(agent, env, config.episodes, config.seed, kind == "deterministic")
@@ -108,7 +109,7 @@ def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
     write_atomic(run.path / "evaluation.json", lambda file: file.write(text_of.encode()))
     if config.video:
         # render_mode is an option of the environment: without it a window or a renderer may never be made
-        scene = resolve_env(info["env"], 1, device=config.device, **agent.env_kwargs)
+        scene = evaluation_env(info["env"], 1, "test", **options)
         target = run.videos / f"step_{agent.num_timesteps}.{config.video_format}"
         score = record_video(scene, agent.acting(), target, fps=config.fps, seed=config.seed)
         scene.close()

@@ -35,7 +35,7 @@ check_siblings("agents", "envs")
 import agents
 import envs  # noqa: F401  (registers its ids)
 from ccrl import registry
-from ccrl.batched_env import resolve_env
+from ccrl.batched_env import evaluation_env
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
 from ccrl.experiment.callbacks import Callback, CheckpointCallback, EvalCallback, LogCallback, StopOnSignal
@@ -253,7 +253,7 @@ def build(
 def _eval_env(cls: type[Any], config: Any) -> Any:
     if not config.eval_every or is_text(cls):
         return None
-    return resolve_env(config.env, config.eval_episodes, device=config.device, **config.env_kwargs)
+    return evaluation_env(config.env, config.eval_episodes, "dev", device=config.device, **config.env_kwargs)
 
 
 def _note_resume(run: RunFolder, agent: Any) -> None:

@@ -35,8 +35,8 @@ from ccrl.packages import check_siblings, require
 check_siblings("agents", "envs")
 
 import agents
-import envs
 from agents.search import space_of
+from ccrl.batched_env import evaluation_env
 from ccrl.experiment import config as configs
 from ccrl.experiment.evaluation import evaluate_agent
 from ccrl.experiment.logger import digits
@@ -112,7 +112,7 @@ def train_once(options: Options, settings: dict[str, Any], seed: int, report: An
                          f"{agent.samples_per_iteration}; lower n_steps or num_envs")  # fmt: skip
     # another seed's environments; language models draw their test questions themselves
     text = getattr(cls, "text", False)
-    eval_env = None if text else envs.make(options.env, options.eval_episodes, **env_kwargs)
+    eval_env = None if text else evaluation_env(options.env, options.eval_episodes, "dev", **env_kwargs)
     value, done = float("nan"), 0
 
     def watch(trained: Any) -> None:

@@ -67,7 +67,7 @@ class InventoryVector:
             raise TypeError(f"{task.name} is built already; expected no options, got {sorted(task_options)}")
         built = task if isinstance(task, Task) else make_task(task, **task_options)
         self.env = InventoryEnv(built, split, periods=max_episode_steps)
-        self.id = id or built.name
+        self.id, self._periods = id or built.name, max_episode_steps
         self.num_envs, self.device = num_envs, torch.device(device)
         self.autoreset_mode = as_autoreset_mode(autoreset_mode, where=self.id)
         self.provides_final_obs = self.autoreset_mode == AutoresetMode.SAME_STEP
@@ -89,6 +89,18 @@ class InventoryVector:
         size = self._observe(self.env.initial(self._scenarios())).shape[1]
         self.single_observation_space = spaces.Box(-np.inf, np.inf, (size,), np.float32)
         self.single_action_space = spaces.Box(-1.0, 1.0, (len(net.edges),), np.float32)
+
+    def held_out(self, split: Split) -> InventoryVector:
+        """Copies on the weeks of ``split``, where demand is recorded; elsewhere these: demand is drawn anew anyway.
+
+        Raises:
+            ValueError: ``max_episode_steps`` is more than the weeks of that split.
+        """
+        if not self._recorded:
+            return self
+        task, options = self.env.task, {"device": self.device, "autoreset_mode": self.autoreset_mode}
+        periods = self.env.split(split).periods if self._periods is None else self._periods
+        return InventoryVector(task, self.num_envs, split=split, max_episode_steps=periods, id=self.id, **options)
 
     def reset(self, seed: int | None = None, mask: Tensor | None = None) -> Tensor:
         """Start episodes everywhere, or where ``mask`` ``[N]`` bool is set. Returns ``[N, D]``.

@@ -9,7 +9,8 @@ import torch
 
 import agents
 import envs
-from ccrl.batched_env import AutoresetMode
+from ccrl.batched_env import AutoresetMode, evaluation_env, resolve_env
+from ccrl.seeding import named_generator
 from ccrl.testing import EnvContract
 from envs.inventory import TASKS, InventoryEnv, InventoryVector, make_task
 from envs.inventory.batched import mean_flow
@@ -64,7 +65,7 @@ def test_a_step_is_that_of_the_simulator():
     vector = InventoryVector("serial_system", 3, lead_time=2, underage=4.0)
     obs = vector.reset(seed=4)
     env = InventoryEnv(make_task("serial_system", lead_time=2, underage=4.0))
-    scenarios = env.sample(3, torch.Generator().manual_seed(4))
+    scenarios = env.sample(3, named_generator(4, "scenarios"))
     state, demand = env.initial(scenarios), env.noise(scenarios)
     for period in range(5):
         valid = torch.cat([state["inventory"][:, node, :slots] for node, slots in enumerate((2, 4, 3, 2))], 1)
@@ -125,7 +126,7 @@ def test_reward_is_per_store():
     vector = InventoryVector("one_warehouse_lost_demand", 2, stores=4)
     vector.reset(seed=0)
     env = vector.env
-    scenarios = env.sample(2, torch.Generator().manual_seed(0))
+    scenarios = env.sample(2, named_generator(0, "scenarios"))
     state = env.initial(scenarios)
     _, cost = env.step(state, torch.zeros(2, 5), env.noise(scenarios)[0])
     assert torch.allclose(vector.step(torch.full((2, 5), -1.0)).reward, -cost / 4)
@@ -143,6 +144,22 @@ def test_mean_flow():
         assert (set(edges.values()) == {0.5}) == (store in served_by_both)
     serial = mean_flow(make_task("serial_system").network)
     assert serial.tolist() == [[1, 1, 1, 1]]
+
+
+def test_evaluation_plays_weeks_that_training_does_not():
+    id, options = "ccrl/InventoryOneStoreRecorded-v0", {"count": 5}
+    train = resolve_env(id, 2, **options).env
+    ends = train.first_week + train.periods
+    weeks = {split: evaluation_env(id, 2, split, **options).env for split in ("dev", "test")}
+    assert weeks["dev"].first_week >= ends
+    assert weeks["test"].first_week >= weeks["dev"].first_week + weeks["dev"].periods
+    # the caller's own word
+    assert evaluation_env(id, 2, "test", split="train", **options).env.first_week == train.first_week
+    short = evaluation_env(id, 2, "dev", max_episode_steps=7, **options)
+    assert (short.env.periods, short.env.first_week) == (7, weeks["dev"].first_week)
+    # demand that is drawn has no weeks: the same horizon as in training
+    drawn = evaluation_env("ccrl/InventoryOneStoreLost-v0", 2, "test")
+    assert drawn.env.periods == resolve_env("ccrl/InventoryOneStoreLost-v0", 2).env.periods
 
 
 def test_recorded_copies_play_different_series():
