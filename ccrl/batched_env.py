@@ -146,7 +146,7 @@ def resolve_env(env: Any, num_envs: int, *, device: torch.device | str = "cpu", 
 
 
 def evaluation_env(
-    id: str, num_envs: int, split: Literal["dev", "test"], *, device: torch.device | str = "cpu", **env_kwargs: Any
+    id: str, num_envs: int, split: Literal["dev", "test"], /, *, device: torch.device | str = "cpu", **env_kwargs: Any
 ) -> BatchedEnv:
     """``resolve_env``, and where its environment plays recorded data (``held_out(split)``), not the part that agents
     train on: ``dev`` chooses among checkpoints and settings, ``test`` judges what was chosen. A ``split`` among the
