@@ -17,15 +17,19 @@ def test_the_study_resumes_and_writes_its_files(tmp_path):
     before = (tmp_path / "grid.csv").read_text()
     assert repr(main(argv, {"num_envs": 8})) == repr(rows)
     assert (tmp_path / "grid.csv").read_text() == before, "nothing ran again"
-    for suffix in (".md", ".csv", ".png"):
+    for suffix in (".md", ".csv", ".png", "_paths.png"):
         assert (tmp_path / "figures" / f"submodular_grid{suffix}").exists()
 
 
-def test_continuous_tasks_have_no_path(tmp_path):
+def test_continuous_tasks_have_paths_too(tmp_path):
     argv = ["point", "--out", str(tmp_path), "--figures", str(tmp_path), "--seeds", "1", "--iterations", "1"]
-    rows = main([*argv, "--methods", "SubPO-M", "ModPO"], {"num_envs": 4, "n_epochs": 1})
-    assert len(rows) == 2
+    rows = main(argv, {"num_envs": 4, "n_epochs": 1})
+    assert [row["method"] for row in rows] == ["SubPO-M", "ModPO"]
     assert 0.0 < rows[0]["mean F"] <= 1.0
+    assert 0.0 < rows[0]["most probable path"] <= 1.0
+    assert (tmp_path / "submodular_point_paths.png").exists()
+    with pytest.raises(ValueError, match="SubPO-NM would be SubPO-M"):
+        Study(tmp_path, task="point", methods=("SubPO-NM", "ModPO"))
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

@@ -176,7 +176,7 @@ def judged(rows: Rows, method: str, weights: list[float]) -> list[float]:
 
 def _last(rows: Rows, method: str, weight: float) -> Rows:
     """The last point of every seed's curve."""
-    mine = {}
+    mine: dict[int, dict[str, Any]] = {}
     for row in rows:
         if (row["method"], row["weight"]) == (method, weight):
             mine[row["seed"]] = max(row, mine.get(row["seed"], row), key=lambda r: r["iteration"])

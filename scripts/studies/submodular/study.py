@@ -3,16 +3,20 @@
     python scripts/studies/submodular grid --out results/submodular       # 10 x 10 coverage, 19 moves
     python scripts/studies/submodular items --out results/submodular      # 7 x 15, items of six groups, 39 moves
     python scripts/studies/submodular large --out results/submodular      # 30 x 30 coverage, 79 moves
-    python scripts/studies/submodular design --out results/submodular     # 30 x 30, D-optimal design (extra gp)
+    python scripts/studies/submodular design --out results/submodular     # 10 x 10, D-optimal design (extra gp)
+    python scripts/studies/submodular design30 --out results/submodular   # the same on 30 x 30, 39 moves
+    python scripts/studies/submodular facility --out results/submodular   # 10 x 10, a bipartite graph of customers
+    python scripts/studies/submodular rooms --out results/submodular      # two rooms of 7 x 4 and a corridor, 39 moves
     python scripts/studies/submodular point --out results/submodular      # a point with inertia, clipped surrogate
-    python scripts/studies/submodular ant --out results/submodular        # MuJoCo's Ant: hours
+    python scripts/studies/submodular ant --out results/submodular        # MuJoCo's Ant, clipped surrogate
 
 Every finished run is added to ``OUT/NAME.csv``; the same command again, or one with more seeds, runs what is missing.
-In the end ``FIGURES/submodular_NAME.md``, ``.csv`` and ``.png`` are written.
+In the end ``FIGURES/submodular_NAME.md``, ``.csv``, ``.png`` and ``_paths.png`` are written.
 """
 
 from __future__ import annotations
 
+import functools
 import shlex
 import statistics
 from dataclasses import dataclass, field
@@ -21,7 +25,6 @@ from typing import Any
 
 import torch
 import tyro
-from matplotlib.figure import Figure
 
 from ccrl.packages import check_siblings
 
@@ -32,6 +35,7 @@ from agents.subpo import SubPO
 from ccrl.experiment.cells import complete
 from envs.coverage import best_path, greedy_path
 from scripts.studies import tables
+from scripts.studies.submodular import pictures
 from scripts.studies.tables import Rows
 
 __all__ = ["METHODS", "TASKS", "Study", "main"]
@@ -57,10 +61,13 @@ TASKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         "ccrl/GridCoverage-v0", {"size": (30, 30), "start": 34, "max_episode_steps": 79},
         {"num_envs": 500, "n_steps": 79, "learning_rate": 0.01},
     ),
-    "design": (
+    "design": ("ccrl/GridDesign-v0", {}, {"num_envs": 200, "n_steps": 19, "learning_rate": 0.01}),
+    "design30": (
         "ccrl/GridDesign-v0", {"size": (30, 30), "start": 34, "max_episode_steps": 39},
         {"num_envs": 500, "n_steps": 39, "learning_rate": 0.001},
     ),
+    "facility": ("ccrl/GridFacility-v0", {}, {"num_envs": 200, "n_steps": 19, "learning_rate": 0.01}),
+    "rooms": ("ccrl/TwoRooms-v0", {}, {"num_envs": 500, "n_steps": 39, "learning_rate": 0.02}),
     "point": (
         "ccrl/PointCoverage-v0", {},
         {"num_envs": 32, "n_steps": 100, "learning_rate": 1e-3, "batch_size": 320, **_CLIPPED},
@@ -71,6 +78,8 @@ TASKS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }  # fmt: skip
 """Name -> environment, its options, settings of the agent."""
+CONTINUOUS = ("point", "ant")
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,12 @@ class Study:
     def __post_init__(self) -> None:
         if not self.methods or set(self.methods) - set(METHODS):
             raise ValueError(f"methods: expected some of {', '.join(METHODS)}, got {', '.join(self.methods) or 'none'}")
+        hidden = [m for m in self.methods if "observation" in METHODS[m][1]]
+        if self.task in CONTINUOUS and hidden:
+            raise ValueError(
+                f"methods: {self.task} has no observation of the history, so that {', '.join(hidden)} would be "
+                "SubPO-M; expected other methods"
+            )
         if min(self.jobs, self.seeds, self.iterations, self.every) < 1:
             raise ValueError("expected jobs, seeds, iterations and every >= 1")
 
@@ -113,85 +128,59 @@ class Study:
         rows_ = [{name: of(row[name]) for name, of in types.items()} for row in rows]
         return sorted(rows_, key=lambda row: (self.methods.index(row["method"]), row["seed"], row["iteration"]))
 
+    @functools.cached_property
+    def env(self) -> Any:
+        """One copy of the task."""
+        id, options, _ = TASKS[self.task]
+        return envs.make(id, **options)
+
+    @functools.cached_property
     def bounds(self) -> list[tuple[str, float, str]]:
         """Paths of known quality: name, value, cells."""
-        if self.task in ("point", "ant"):
+        if self.task in CONTINUOUS:
             return []
-        id, options, _ = TASKS[self.task]
-        env: Any = envs.make(id, **options)
-        greedy, best = greedy_path(env), best_path(env, width=2_000)
-        name = "optimum" if best.exact else "best path of a beam of 2,000"
+        # the keys of large sets are wide: a beam of 2,000 would take minutes there
+        width = 200 if self.env.env.cells > 500 else 2_000
+        greedy, best = greedy_path(self.env), best_path(self.env, width=width)
+        name = "optimum" if best.exact else f"best path of a beam of {width:,}"
         return [
             ("greedy path", greedy.value, " ".join(map(str, greedy.cells))),
             (name, best.value, " ".join(map(str, best.cells))),
         ]
 
+    def value(self, path: str) -> float:
+        """F of a path."""
+        found: Any = self.env.function.value(torch.tensor([[int(c) for c in path.split()]]))
+        return float(found[0])
+
     def summary(self, rows: Rows) -> Rows:
-        """Mean and deviation of the last batch over seeds, and seconds per run."""
+        """Mean of the last batch over seeds with its interval, the same of the most probable paths, seconds per run."""
         out = []
+        best = self.bounds[-1][1] if self.bounds else NAN
         for method in self.methods:
             last = [row for row in rows if row["method"] == method and row["iteration"] == self.iterations]
-            values = [row["value"] for row in last]
-            spread = statistics.stdev(values) if len(values) > 1 else float("nan")
+            mean, low, high = pictures.interval([row["value"] for row in last])
             out.append({
-                "method": method, "mean F": statistics.fmean(values), "sd over seeds": spread,
-                "seeds": len(values), "seconds": statistics.fmean(row["seconds"] for row in last),
+                "method": method, "mean F": mean, "95 % from": low, "to": high, "of the best path": mean / best,
+                "most probable path": statistics.fmean(self.value(row["path"]) for row in last), "seeds": len(last),
+                "seconds": statistics.fmean(row["seconds"] for row in last),
             })  # fmt: skip
-        nan = float("nan")
-        fixed = {"sd over seeds": nan, "seeds": 0, "seconds": nan}
-        return out + [{"method": name, "mean F": value, **fixed} for name, value, _ in self.bounds()]
+        if not self.bounds:
+            out = [{k: v for k, v in row.items() if k != "of the best path"} for row in out]
+        return out + [{"method": name, "mean F": value} for name, value, _ in self.bounds]
 
-    def figure(self, rows: Rows, command: str) -> Figure:
-        """Curves, and the most probable path of seed 0 of three methods on the grid."""
-        grids = self.task not in ("point", "ant")
-        shown = list(self.methods[:3]) if grids else []
-        page = Figure(figsize=(5.2 + 2.6 * len(shown), 3.6), layout="constrained")
-        axes = page.subplots(1, 1 + len(shown), width_ratios=[2.0, *[1.0] * len(shown)], squeeze=False)[0]
-        for i, method in enumerate(self.methods):
-            by: dict[int, list[float]] = {}
-            for row in rows:
-                if row["method"] == method:
-                    by.setdefault(row["iteration"], []).append(row["value"])
-            axes[0].plot(list(by), [statistics.fmean(v) for v in by.values()], color=f"C{i}", label=method)
-            axes[0].fill_between(
-                list(by), [min(v) for v in by.values()], [max(v) for v in by.values()], color=f"C{i}", alpha=0.15, lw=0
-            )
-        for (name, value, _), style in zip(self.bounds(), ("--", "-")):
-            axes[0].axhline(value, color="#8A8A8A", lw=0.8, ls=style, label=name)
-        axes[0].set_xlabel("batches")
-        axes[0].set_ylabel("mean F of a batch")
-        axes[0].grid(color="#E6E6E6")
-        axes[0].legend(frameon=False, fontsize=7)
-        for axis, method in zip(axes[1:], shown):
-            id, options, _ = TASKS[self.task]
-            env: Any = envs.make(id, **options)
-            path = next(r["path"] for r in rows if r["method"] == method and r["seed"] == 0 and r["path"])
-            draw(axis, env, [int(c) for c in path.split()])
-            axis.set_title(method, fontsize=9)
-        page.suptitle(f"{self.task}: mean and range of {self.seeds} seeds", x=0.01, ha="left")
-        page.supxlabel(command, x=0.01, ha="left", fontsize=6, color="#5A5A5A")
-        return page
-
-
-def draw(axis: Any, env: Any, path: list[int]) -> None:
-    """A path on its grid; cells are shaded by what they are worth alone."""
-    size, function = env.env.size, env.function
-    cells = torch.arange(function.n)
-    worth = function.gain(function.initial(function.n), cells).view(size)
-    axis.imshow(worth.T, origin="lower", cmap="Greys", alpha=0.4)
-    xs, ys = [c // size[1] for c in path], [c % size[1] for c in path]
-    axis.plot(xs, ys, "-o", color="C3", markersize=2.5, lw=1.2)
-    axis.plot(xs[0], ys[0], "s", color="black", markersize=5)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    def shown(self, rows: Rows) -> list[tuple[str, str, float]]:
+        """Title, cells and value of the most probable paths of seed 0, and of the known ones."""
+        found = [(r["method"], r["path"], self.value(r["path"])) for r in rows if r["seed"] == 0 and r["path"]]
+        return found + [(name, cells, value) for name, value, cells in self.bounds]
 
 
 def play(cell: dict[str, Any]) -> Rows:
-    """One run: points of the curve, and in the last row the most probable path."""
+    """One run: points of the curve, and in the last row an episode of most probable actions."""
     id, options, settings = TASKS[cell["task"]]
     own, more = METHODS[cell["method"]]
-    if cell["task"] in ("point", "ant"):
-        more = {k: v for k, v in more.items() if k == "paid"}
+    if cell["task"] in CONTINUOUS:
+        more = {k: v for k, v in more.items() if k == "paid"}  # they have one observation
     override = dict(pair.split("=") for pair in cell["settings"].split())
     settings = settings | own | {k: int(v) for k, v in override.items()}
     agent = SubPO(id, seed=cell["seed"], env_kwargs=options | more, compile="off", **settings)
@@ -204,8 +193,7 @@ def play(cell: dict[str, Any]) -> Rows:
         return bool(agent.iteration < cell["iterations"])
 
     agent.learn(10**9, watch)
-    if cell["task"] not in ("point", "ant"):
-        curve[-1]["path"] = " ".join(map(str, most_probable_path(agent, id, options | more)))
+    curve[-1]["path"] = " ".join(map(str, most_probable_path(agent, id, options | more)))
     return curve
 
 
@@ -216,7 +204,11 @@ def most_probable_path(agent: Any, id: str, options: dict[str, Any]) -> list[int
     obs, act, cells = env.reset(seed=0), agent.acting(), []
     for _ in range(env.max_episode_steps):
         cells.append(int(env.element(obs)))
-        obs = env.step(act(obs, True)).obs
+        result = env.step(act(obs, True))
+        obs = result.obs
+        if bool(result.terminated):
+            break
+    env.close()
     return [*cells, int(env.element(obs))]
 
 
@@ -228,7 +220,9 @@ def main(argv: list[str], small: dict[str, Any] | None = None) -> Rows:
     start: dict[str, Any] = {"task": argv[0], "small": small or {}}
     if argv[0] == "grid":
         start["methods"] = tuple(METHODS)
-    iterations = {"items": 100, "large": 50, "point": 100, "ant": 2000}.get(argv[0], 150)
+    if argv[0] in CONTINUOUS:
+        start["methods"] = ("SubPO-M", "ModPO")
+    iterations = {"items": 100, "large": 50, "rooms": 100, "point": 60, "ant": 150}.get(argv[0], 150)
     default = Study(out=tyro.MISSING, iterations=iterations, **start)
     study = tyro.cli(Study, args=argv[1:], default=default, description=__doc__)
     rows = study.run()
@@ -236,5 +230,8 @@ def main(argv: list[str], small: dict[str, Any] | None = None) -> Rows:
     command = "python scripts/studies/submodular " + shlex.join(argv)
     table = study.summary(rows)
     tables.write(stem, command, table, rows)
-    study.figure(rows, command).savefig(stem.with_suffix(".png"), dpi=120)
+    title = f"{study.task}: means of {study.seeds} seeds, 95 % intervals"
+    pictures.curves(rows, study.methods, study.bounds, title, command).savefig(stem.with_suffix(".png"), dpi=120)
+    page = pictures.paths(study.env, study.shown(rows), command)
+    page.savefig(stem.with_name(f"{stem.name}_paths.png"), dpi=120)
     return table
