@@ -39,6 +39,7 @@ from ccrl.inventory.base_stock import BaseStockPolicy, CappedBaseStockPolicy, Ec
 from ccrl.inventory.functional_env import FunctionalEnv, Network, Split, State, resolve_functional_env
 from ccrl.inventory.newsvendor import NewsvendorPolicy, demand_windows, fit_forecaster
 from ccrl.inventory.pathwise import Unrolled, average_cost, cost_term, scenario_data
+from ccrl.inventory.planner import PlannerPolicy
 from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
 from ccrl.learn import Learner, RolloutLearner
 from ccrl.seeding import named_generator
@@ -56,7 +57,7 @@ COMPILED = {
 
 PolicyName = Literal[
     "vanilla", "data_driven", "gnn", "symmetry_aware", "base_stock", "capped_base_stock", "echelon_stock",
-    "just_in_time", "quantile_nv", "transformed_nv", "fixed_quantile", "returns_nv",
+    "just_in_time", "planner", "quantile_nv", "transformed_nv", "fixed_quantile", "returns_nv",
 ]  # fmt: skip
 """The keys of ``_POLICIES``."""
 
@@ -66,7 +67,8 @@ class HDPOConfig(Settings):
     """Defaults: the vanilla network, 8,192 traces in batches of 512."""
 
     policy: PolicyName = "vanilla"
-    """The policy is a network (vanilla, gnn, symmetry_aware, data_driven), a base-stock rule (base_stock,
+    """The policy is a network (vanilla, gnn, symmetry_aware, data_driven), order-up-to levels that a network moves from
+    the best rule of each product (planner, of your own demand), a base-stock rule (base_stock,
     capped_base_stock, echelon_stock), a newsvendor on a forecast (quantile_nv, transformed_nv, fixed_quantile;
     returns_nv sends stock back and is inadmissible), or just_in_time, which sees the future."""
     n_train: Count = 8192
@@ -121,6 +123,7 @@ _POLICIES: dict[PolicyName, tuple[Callable[..., OrderPolicy], float | None, tupl
     "capped_base_stock": (CappedBaseStockPolicy, 1.0, ()),
     "echelon_stock": (EchelonStockPolicy, 0.5, ()),
     "just_in_time": (JustInTimePolicy, 1.0, ()),
+    "planner": (PlannerPolicy, 3e-3, ("rounds",)),
     "quantile_nv": (partial(NewsvendorPolicy, rule="quantile_nv"), 3e-2, ()),
     "transformed_nv": (partial(NewsvendorPolicy, rule="transformed_nv"), 3e-2, ()),
     "fixed_quantile": (partial(NewsvendorPolicy, rule="fixed_quantile"), 3e-2, ()),
@@ -248,11 +251,12 @@ class HDPOLearner(RolloutLearner):
     def _log(self, data: Mapping[str, Any], stats: Stats, seconds: dict[str, float]) -> None:
         start = time.perf_counter()
         if self.iteration % self._agent.config.dev_every == 0 or self.iteration == 1 or not self.updaters:
-            self._score()
+            self.score()
         super()._log(data, stats, seconds | {"dev": time.perf_counter() - start})
         self.scalars |= {"dev/cost": self.best.newest, "dev/best_cost": self.best.cost}
 
-    def _score(self) -> None:
+    def score(self) -> None:
+        """The cost on the development scenarios; the best parameters are kept."""
         self.best.newest = self._agent.average(self.policy, "dev", self._agent.dev).mean().item()
         if self.best.newest < self.best.cost:
             self.best.cost, self.best.iteration = self.best.newest, self.iteration
@@ -283,14 +287,19 @@ class HDPO(Agent):
     def build(self) -> Learner:
         c: HDPOConfig = self.config
         make, _, settings = _POLICIES[c.policy]
-        policy = make(self.simulator.network, self._observed(), **{k: getattr(c, k) for k in settings}).to(self.device)
+        own = {k: getattr(c, k) for k in settings}
+        if make is PlannerPolicy:
+            policy: OrderPolicy = PlannerPolicy.for_env(self.simulator, self._observed(), **own)
+        else:
+            policy = make(self.simulator.network, self._observed(), **own)
+        policy = policy.to(self.device)
         possible, why = can_compile()
         if c.compile != "off":
             print(f"[ccrl] {COMPILED[c.compile] if possible else why}", flush=True)
         unrolled = Unrolled(self.simulator, policy, compile_period=c.compile == "period" and possible)
         updaters: dict[str, Updater] = {}
         if any(p.requires_grad for p in policy.parameters()):
-            clip = 1.0 if c.max_grad_norm is None and c.policy == "gnn" else c.max_grad_norm
+            clip = 1.0 if c.max_grad_norm is None and c.policy in ("gnn", "planner") else c.max_grad_norm
             updaters["policy"] = ModuleUpdater(
                 unrolled, lambda params: torch.optim.Adam(params, lr=self.step_size), max_grad_norm=clip,
                 compile=c.compile == "horizon" and possible,
@@ -331,6 +340,12 @@ class HDPO(Agent):
         return iteration > 0 and (not self.updaters or iteration - best.iteration >= self.config.patience)
 
     def before_learning(self) -> None:
+        policy = self.policy
+        if isinstance(policy, PlannerPolicy) and not bool(policy.fitted):
+            products = self.simulator.split("test").available
+            assert products is not None
+            policy.begin(self.simulator, self.scenarios("train", products, 2 * self.seed))
+            self.learner.score()  # the rule itself: training keeps only what is better than it
         if self.finished:
             print(
                 f"[ccrl] hdpo: nothing better since epoch {self.learner.best.iteration}; training is over", flush=True

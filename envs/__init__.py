@@ -67,6 +67,7 @@ OWN = {
     "InventoryOneStoreLost-v0": ("envs.inventory", "one_store_lost"),
     "InventoryOneStoreRecorded-v0": ("envs.inventory", "one_store_real_data"),
     "InventoryOneWarehouseLost-v0": ("envs.inventory", "one_warehouse_lost_demand"),
+    "InventoryOwn-v0": ("envs.inventory", "own_demand"),
     "InventorySerial-v0": ("envs.inventory", "serial_system"),
     "InventoryTransshipment-v0": ("envs.inventory", "transshipment_backlogged"),
     "LQR-v0": ("envs.classic", "LQR"),

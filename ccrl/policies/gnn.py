@@ -87,13 +87,17 @@ class EdgeNet(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor) -> Tensor:
         """``[B, E - unread]`` from node features ``[B, N, features]`` and one number per edge, ``[B, E]``."""
+        return F.softplus(self.head(self.embed(x, weight)).squeeze(-1))
+
+    def embed(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The edges' last embeddings ``[B, E - unread, hidden]``, which a head of the caller's own may read."""
         n = self.node_in(x)
-        e = self.edge_in(torch.cat([*self._ends(n, len(self.src)), weight.unsqueeze(-1)], -1))
+        e: Tensor = self.edge_in(torch.cat([*self._ends(n, len(self.src)), weight.unsqueeze(-1)], -1))
         for round in range(self.rounds):
             n = n + self.node(torch.cat([n, self._sum(e, self.dst, self.into), self._sum(e, self.src, self.outof)], -1))
             e = e if round < self.rounds - 1 else e[:, : self.read]
             e = e + self.edge(torch.cat([e, *self._ends(n, e.shape[1])], -1))
-        return F.softplus(self.head(e).squeeze(-1))
+        return e
 
     def _ends(self, n: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """Embeddings at both ends of the first ``count`` edges."""

@@ -8,6 +8,8 @@ from functools import partial
 
 from envs.inventory.batched import InventoryVector
 from envs.inventory.demand import Normal, Poisson, Recorded, load_series, synthetic_series
+from envs.inventory.retail import retail_sales
+from envs.inventory.sales import read_sales
 from envs.inventory.simulator import InventoryEnv, Policy, Trace, simulate
 from envs.inventory.tasks import TASKS, Task, make_task
 
@@ -23,6 +25,8 @@ __all__ = [
     "Trace",
     "load_series",
     "make_task",
+    "read_sales",
+    "retail_sales",
     "simulate",
     "synthetic_series",
 ]
@@ -39,6 +43,7 @@ many_warehouses_lost_demand = partial(
     InventoryVector, "many_warehouses_lost_demand", id="ccrl/InventoryManyWarehousesLost-v0"
 )
 one_store_real_data = partial(InventoryVector, "one_store_real_data", id="ccrl/InventoryOneStoreRecorded-v0")
+own_demand = partial(InventoryVector, "own_demand", id="ccrl/InventoryOwn-v0")
 many_warehouses_real_data = partial(
     InventoryVector, "many_warehouses_real_data", id="ccrl/InventoryManyWarehousesRecorded-v0"
 )

@@ -167,9 +167,20 @@ class Recorded:
 Demand = Poisson | Normal | Recorded
 
 
-def days_from_christmas(first_day: datetime.date, weeks: int) -> Tensor:
-    """``[weeks]`` float32: signed days from the nearest Christmas day to the first day of each week."""
-    days = [first_day + datetime.timedelta(weeks=week) for week in range(weeks)]
+def seasons(first_day: datetime.date, periods: int, step_days: int = 7) -> Tensor:
+    """``[periods, 4]`` float32: sine and cosine of the year (of its days, at the first day of each period) and of the
+    week (0 where a period is a week)."""
+    days = [first_day + datetime.timedelta(days=step_days * period) for period in range(periods)]
+    year = torch.tensor([day.timetuple().tm_yday for day in days]) * (2 * math.pi / 365.25)
+    week = torch.tensor([day.weekday() for day in days]) * (2 * math.pi / 7)
+    shown = float(step_days == 1)
+    return torch.stack((year.sin(), year.cos(), shown * week.sin(), shown * week.cos()), 1).float()
+
+
+def days_from_christmas(first_day: datetime.date, weeks: int, step_days: int = 7) -> Tensor:
+    """``[weeks]`` float32: signed days from the nearest Christmas day to the first day of each week (or other period of
+    ``step_days``)."""
+    days = [first_day + datetime.timedelta(days=step_days * week) for week in range(weeks)]
     near = [min(((day - datetime.date(y, 12, 25)).days for y in (day.year - 1, day.year)), key=abs) for day in days]
     return torch.tensor(near, dtype=torch.float32)
 

@@ -110,16 +110,16 @@ def _summarise(env: InventoryEnv, trace: Trace) -> _Summary:
     for edge, (source, _) in enumerate(net.edges[: net.internal]):
         left[:, :, source] -= action[:, :, edge]
     stock = left.clamp_min(0.0)
-    cost = stock * env.static["holding"]
+    cost = stock * trace.seen["holding"].double()
     met = torch.minimum(on_hand[:, :, first:].clamp_min(0.0), demand)
     # Underage that differs by scenario is only in the total cost, so a single store is charged the total.
     if net.nodes == 1:
         cost = trace.cost.double()[after][:, :, None]
     else:
-        price = env.static["underage"]
+        price = trace.seen["underage"].double()
         cost[:, :, first:] += -price * met if task.profit else price * (-left[:, :, first:]).clamp_min(0.0)
         for edge, (_, target) in enumerate(net.edges):
-            cost[:, :, target] += (env.static["edge_cost"][0, edge]) * action[:, :, edge]
+            cost[:, :, target] += trace.seen["edge_cost"][:, edge].double() * action[:, :, edge]
     wanted = demand.clamp_min(0.0).sum((0, 1))
     served = np.where(wanted > 0, met.clamp_min(0.0).sum((0, 1)) / wanted.clamp_min(1e-12), np.nan)
     return _Summary(stock.mean((0, 1)).numpy(), action.mean((0, 1)).numpy(), cost.mean((0, 1)).numpy(), served)
@@ -174,7 +174,9 @@ def _draw_network(axis: Any, env: InventoryEnv, summary: _Summary) -> None:
 
 def _names(env: InventoryEnv) -> list[str]:
     counts = {"echelon": env.network.echelons, "warehouse": env.network.warehouses, "store": env.network.stores}
-    return [f"{kind} {i + 1}" for kind, count in counts.items() for i in range(count)]
+    names = [f"{kind} {i + 1}" for kind, count in counts.items() for i in range(count)]
+    own = env.task.nodes
+    return list(own) if own else names
 
 
 def _draw_rows(axes: list[Any], env: InventoryEnv, trace: Trace, summary: _Summary, scenario: int, shown: int) -> None:

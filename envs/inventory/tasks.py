@@ -10,7 +10,6 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -19,97 +18,13 @@ import numpy as np
 
 from ccrl.inventory.functional_env import Network
 from ccrl.settings import Count, Nonnegative, Unit, checked
-from envs.inventory.demand import Demand, Normal, Poisson, Recorded, load_series, synthetic_series
+from envs.inventory.demand import Normal, Poisson, Recorded, load_series, synthetic_series
+from envs.inventory.own import own_demand
+from envs.inventory.task import Task
 
 __all__ = ["TASKS", "Task", "make_task"]
 
-SYNTHETIC_HORIZONS = {"train": (0, 50, 30), "dev": (0, 100, 60), "test": (0, 5000, 3000)}
-RECORDED_HORIZONS = {"train": (0, 95, 16), "dev": (88, 37, 16), "test": (118, 37, 16)}
 SEEDS = {"mean": 33, "coefficient of variation": 92, "holding": 73, "underage": 28, "lead time": 41}
-
-
-@dataclass(frozen=True, eq=False)
-class Task:
-    """One inventory task.
-
-    Raises:
-        ValueError: costs or demand that do not fit the network, costs that are negative or not finite, horizons that
-            are no such triples, recorded series that are too short.
-    """
-
-    name: str
-    network: Network
-    demand: Demand
-    holding: tuple[float, ...]
-    """Per node and period, of each unit on hand after demand or shipment. Nothing in transit costs anything."""
-    underage: tuple[float, ...]
-    """Per store, of each unit of demand not served; with ``profit`` the price of each unit sold."""
-    lost: bool
-    """Demand that is not served is lost; else it waits (inventory goes below zero)."""
-    profit: bool = False
-    """Cost is holding minus sales."""
-    edge_cost: tuple[float, ...] = ()
-    """Per unit ordered, per edge; () is free."""
-    random_stock: bool = False
-    """Stores start with U[0, 1] times mean demand in each of their slots; else everything starts empty."""
-    horizons: dict[str, tuple[int, int, int]] | None = None
-    """Per split ``"train"``, ``"dev"``, ``"test"``: first week, periods, warm-up periods (of these), as in ``{"train":
-    (0, 95, 16), "dev": (88, 37, 16), "test": (118, 37, 16)}``. Of recorded demand the ``history`` weeks from the first
-    one on are only seen, and the periods come after them. ``None``: these for recorded demand, else 0-50 (30), 0-100
-    (60), 0-5000 (3000)."""
-    underage_by_series: tuple[float, ...] = ()
-    """One store, recorded demand: per series instead of ``underage``."""
-    lead_time_by_series: tuple[int, ...] = ()
-    """One store, recorded demand: per series instead of the network's."""
-
-    def __post_init__(self) -> None:
-        net, stores = self.network, len(self.demand.mean)
-        lengths = (stores, len(self.holding), len(self.underage), len(self.edge_cost) or len(net.edges))
-        if lengths != (net.stores, net.nodes, net.stores, len(net.edges)):
-            raise ValueError(
-                f"{self.name}: expected demand of {net.stores} stores, {net.nodes} holding costs, {net.stores} "
-                f"underage costs and {len(net.edges)} (or no) edge costs, got {lengths}"
-            )
-        costs = (*self.holding, *self.underage, *self.edge_cost, *self.underage_by_series)
-        if not all(0.0 <= cost < math.inf for cost in costs):
-            raise ValueError(f"{self.name}: costs must be finite and not negative; got holding {self.holding}, "
-                             f"underage {self.underage}, edge cost {self.edge_cost}")  # fmt: skip
-        if not isinstance(self.split_horizons, dict) or {*self.split_horizons} != {"train", "dev", "test"}:
-            raise ValueError(
-                f"{self.name}: horizons: expected {{'train': (first week, periods, warm-up), 'dev': ..., 'test': "
-                f"...}}, got {self.horizons!r}"
-            )
-        for split, window in self.split_horizons.items():
-            whole = isinstance(window, (tuple, list)) and all(type(number) is int for number in window)
-            if not whole or len(window) != 3 or window[0] < 0 or not 0 <= window[2] < window[1]:
-                raise ValueError(
-                    f"{self.name}: horizons: expected first week, periods and a shorter warm-up of {split!r}, whole "
-                    f"numbers, none negative, got {window!r}"
-                )
-        if isinstance(self.demand, Recorded):
-            weeks = self.demand.series.shape[1]
-            needed = max(start + self.demand.history + periods for start, periods, _ in self.split_horizons.values())
-            if weeks < needed:
-                raise ValueError(
-                    f"{self.name}: the splits need {needed} weeks, the series have {weeks}; give shorter horizons"
-                    f"{_shorter(weeks, self.demand.history)}"
-                )
-        by_series = {len(self.underage_by_series), len(self.lead_time_by_series)} - {0}
-        if by_series and (
-            not isinstance(self.demand, Recorded)
-            or net.nodes > 1
-            or by_series != {len(self.demand.series)}
-            or max(self.lead_time_by_series, default=net.slots) > net.slots
-        ):
-            raise ValueError(
-                f"{self.name}: constants by series need one store, recorded demand, one value per series and lead "
-                f"times up to {net.slots}; got {sorted(by_series)} values"
-            )
-
-    @property
-    def split_horizons(self) -> dict[str, tuple[int, int, int]]:
-        """Per split: first week, periods, warm-up periods."""
-        return self.horizons or (RECORDED_HORIZONS if isinstance(self.demand, Recorded) else SYNTHETIC_HORIZONS)
 
 
 @checked
@@ -263,7 +178,7 @@ TASKS: dict[str, Callable[..., Task]] = {
     f.__name__: f
     for f in (
         one_store_lost, one_store_backlogged, serial_system, transshipment_backlogged, one_warehouse_lost_demand,
-        many_warehouses_lost_demand, one_store_real_data, many_warehouses_real_data,
+        many_warehouses_lost_demand, one_store_real_data, many_warehouses_real_data, own_demand,
     )
 }  # fmt: skip
 """The tasks by name: functions that return a :class:`Task`."""
@@ -304,18 +219,6 @@ def _by_series(name: str, value: Any, size: int) -> tuple[Any, ...]:
     if not all(isinstance(each, kind) and 0 < each < math.inf and not isinstance(each, bool) for each in values):
         raise ValueError(f"{name}: expected {'weeks, at least 1' if whole else 'positive numbers'}, got {value!r}")
     return values
-
-
-def _shorter(weeks: int, history: int) -> str:
-    """Horizons that these weeks allow, as an example: the last fifths for development and test."""
-    fifth = weeks // 5
-    first = weeks - 2 * fifth - history
-    if fifth < 2 or first < 1:
-        return f"; they begin with {history} weeks of history"
-    periods = weeks - 2 * fifth - history
-    windows = {"train": (0, periods), "dev": (first, fifth), "test": (first + fifth, fifth)}
-    example = {split: (start, length, min(16, length // 2)) for split, (start, length) in windows.items()}
-    return f", for example horizons={example}: first week, periods, warm-up"
 
 
 def _series(series: Recorded | str | Path | None, count: int, stores: int) -> Recorded:
