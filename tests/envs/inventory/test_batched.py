@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import envs
 from ccrl.batched_env import AutoresetMode, evaluation_env, resolve_env
 from ccrl.seeding import named_generator
 from ccrl.testing import EnvContract
-from envs.inventory import TASKS, InventoryEnv, InventoryVector, make_task
+from envs.inventory import TASKS, InventoryEnv, InventoryVector, make_task, retail_sales
 from envs.inventory.batched import mean_flow
 from envs.inventory.demand import days_from_christmas
 
@@ -54,7 +55,9 @@ class TestTransshipmentId(EnvContract):
 def test_every_task_has_an_id():
     assert len(IDS) == len(TASKS)
     for name in IDS:
-        options = {"count": 5} if "Recorded" in name else {}
+        options: dict[str, Any] = {"count": 5} if "Recorded" in name else {}
+        if "Own" in name:
+            options = {"sales": retail_sales(3), "holding": 1.0, "underage": 9.0, "lead_time": 2}
         env = envs.make(f"ccrl/{name}", 2, seed=0, **options)
         assert env.id == f"ccrl/{name}"
         assert env.step(torch.zeros(2, *env.single_action_space.shape)).reward.isfinite().all()
