@@ -31,14 +31,14 @@ from torch import Tensor
 from agents.base import Agent
 from ccrl.adapters.spaces import numpy_act
 from ccrl.batched_env import BatchedEnv, Tree
-from ccrl.collect import EpisodeStats, Request
+from ccrl.collect import Request
 from ccrl.data import Batching, Data
 from ccrl.estimators.base import Context, Estimator, Phase
 from ccrl.experiment.evaluation import EvalResult
 from ccrl.inventory.base_stock import BaseStockPolicy, CappedBaseStockPolicy, EchelonStockPolicy, JustInTimePolicy
 from ccrl.inventory.functional_env import FunctionalEnv, Network, Split, State, resolve_functional_env
 from ccrl.inventory.newsvendor import NewsvendorPolicy, demand_windows, fit_forecaster
-from ccrl.inventory.pathwise import Unrolled, average_cost, cost_term, scenario_data
+from ccrl.inventory.pathwise import Scenarios, Unrolled, average_cost, cost_term, scenario_data
 from ccrl.inventory.planner import PlannerPolicy
 from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
 from ccrl.learn import Learner, RolloutLearner
@@ -178,28 +178,6 @@ def _fit(env: FunctionalEnv, policy: NewsvendorPolicy, steps: int, data: Data, g
     scenarios: State = {k: data[k] for k in data.sequence}
     windows = demand_windows(env, scenarios, policy.forecaster.leads)
     return fit_forecaster(policy.forecaster, windows, steps, generator)
-
-
-class Scenarios:
-    """A fixed set of scenarios as a source of rollouts: every iteration trains on all of them."""
-
-    def __init__(self, data: Data, periods: int) -> None:
-        self.data, self.periods, self.clock = data, periods, 0
-        self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
-        self.log: dict[str, Any] = {}
-        self.env_seconds = 0.0
-
-    def collect(self, request: Request, policy: Any) -> Data:
-        """All scenarios; the clock counts their periods."""
-        self.clock += self.data.shape[1] * self.periods
-        return self.data
-
-    def state_dict(self) -> dict[str, Any]:
-        """The scenarios are drawn again from the seed."""
-        return {"clock": self.clock}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.clock = state["clock"]
 
 
 @dataclass

@@ -11,17 +11,18 @@ Source: HDPO, arXiv 2306.11246, equation 1.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ccrl.collect import EpisodeStats, Request
 from ccrl.data import Data, Unit
 from ccrl.estimators.terms import Aggregate, LogRatio, Outputs, Term
 from ccrl.inventory.functional_env import FunctionalEnv, State
 
-__all__ = ["OrderModule", "Unrolled", "average_cost", "cost_term", "per_period_and_store", "scenario_data"]
+__all__ = ["OrderModule", "Scenarios", "Unrolled", "average_cost", "cost_term", "per_period_and_store", "scenario_data"]
 
 
 class OrderModule(Protocol):
@@ -92,6 +93,28 @@ def scenario_data(env: FunctionalEnv, scenarios: State) -> Data:
     valid = demand.new_ones(()).expand(env.periods, demand.shape[0])
     names = frozenset(scenarios)
     return Data({**scenarios, "valid": valid}, raw=names | {"valid"}, sequence=names)
+
+
+class Scenarios:
+    """A fixed set of scenarios as a source of rollouts: every iteration trains on all of them."""
+
+    def __init__(self, data: Data, periods: int) -> None:
+        self.data, self.periods, self.clock = data, periods, 0
+        self.stats = EpisodeStats(torch.zeros(0), torch.zeros(0))
+        self.log: dict[str, Any] = {}
+        self.env_seconds = 0.0
+
+    def collect(self, request: Request, policy: Any) -> Data:
+        """All scenarios; the clock counts their periods."""
+        self.clock += self.data.shape[1] * self.periods
+        return self.data
+
+    def state_dict(self) -> dict[str, Any]:
+        """The scenarios are drawn again from the seed."""
+        return {"clock": self.clock}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.clock = state["clock"]
 
 
 def per_period_and_store(stores: int) -> Aggregate:
