@@ -7,7 +7,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from agents import flow
+from agents.flow import METHODS as FLOW_METHODS
 from agents.llm import METHODS, get_method
 from ccrl import registry
 
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from agents.td3 import TD3
 
 __all__ = [
-    "A2C", "AGENTS", "BAC", "BC", "BPG", "BPO", "CDSA", "DBQPG", "DQN", "HARPG", "HDPO", "IQL", "MDPO", "METHODS",
-    "NPGIGT", "ORPO", "PGD", "PPO", "QRDQN", "SAC", "TD3", "TD3BC", "CrossQ", "DetaN", "Grouped", "OffPolicyMDPO",
-    "ReBRAC", "SubPO", "get_agent", "get_method",
+    "A2C", "AGENTS", "BAC", "BC", "BPG", "BPO", "CDSA", "DBQPG", "DQN", "FLOW_METHODS", "HARPG", "HDPO", "IQL",
+    "MDPO", "METHODS", "NPGIGT", "ORPO", "PGD", "PPO", "QRDQN", "SAC", "TD3", "TD3BC", "CrossQ", "DetaN", "Grouped",
+    "OffPolicyMDPO", "ReBRAC", "SubPO", "get_agent", "get_method",
 ]  # fmt: skip
 
 AGENTS = {
@@ -71,7 +71,8 @@ AGENTS = {
     "td3": ("agents.td3", "TD3"),
     "td3_bc": ("agents.offline.td3_bc", "TD3BC"),
 }
-"""Command-line name -> module and class; those for language models are ``agents.llm.METHODS``."""
+"""Command-line name -> module and class; those for language models are ``agents.llm.METHODS``, those for flow policies
+``FLOW_METHODS``."""
 
 
 def get_agent(name: str, settings: Mapping[str, Any] | None = None) -> Any:
@@ -96,7 +97,7 @@ def get_agent(name: str, settings: Mapping[str, Any] | None = None) -> Any:
 
 for _name, (_module, _class) in AGENTS.items():
     registry.agents.register(_name, f"{_module}:{_class}")
-for _name, _where in flow.METHODS.items():
+for _name, _where in FLOW_METHODS.items():
     registry.agents.register(_name, _where)
 for _name, _where in METHODS.items():
     registry.agents.register(_name, _where)

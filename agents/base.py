@@ -51,6 +51,9 @@ class Agent:
     episodic: ClassVar[bool] = False
     """Every rollout is of fresh episodes: ``num_envs`` of them, of at most ``n_steps`` steps, on the agent's own
     environments."""
+    steps_env: ClassVar[bool] = True
+    """It learns from an environment that it steps; if false it is handed a task (of texts, of generated samples) and
+    evaluates itself."""
 
     env: BatchedEnv
     collector: Any

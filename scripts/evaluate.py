@@ -85,10 +85,10 @@ def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
     info = run.info
     agent = agents.get_agent(info["agent"]).load(path, device=config.device, trust=config.trust)
     text = getattr(agent, "text", False)
-    if text and config.video:
-        raise ValueError("video: a language model has nothing to film; leave --video out")
+    if config.video and not agent.steps_env:
+        raise ValueError("video: an agent that steps no environment has nothing to film; leave --video out")
     options = {"device": config.device, **agent.env_kwargs}
-    env = None if text else evaluation_env(info["env"], config.episodes, "test", **options)
+    env = evaluation_env(info["env"], config.episodes, "test", **options) if agent.steps_env else None
     scalars: dict[str, float] = {"steps": float(agent.num_timesteps)}
     for kind in ("deterministic", "stochastic"):
         result = evaluate_agent(agent, env, config.episodes, config.seed, kind == "deterministic")

@@ -70,8 +70,9 @@ def main(config: ExportConfig) -> Path:
         raise FileNotFoundError(f"{run.path}: expected a checkpoint {config.checkpoint!r}, found none")
     with registry.stored(str(run.path), config.trust):
         cls = agents.get_agent(run.info["agent"])
-        if getattr(cls, "text", False):
-            raise ValueError(f"export: expected a policy that reads observations, got the language model of {run.path}")
+        if not getattr(cls, "steps_env", True):
+            raise ValueError(f"export: expected a policy that reads observations, got the one of {run.path}, which "
+                             "completes texts or generates samples")  # fmt: skip
         agent = cls.load(path, trust=config.trust)
     try:
         deployed = Deployed(agent.policy, agent.env.single_observation_space)

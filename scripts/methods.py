@@ -53,13 +53,21 @@ class Entry:
 def methods() -> list[Entry]:
     """Every agent in the order of its name, those for language models after the others."""
     found = []
-    for slug in (*sorted(agents.AGENTS), *sorted(agents.METHODS)):
+    for slug in (*sorted(agents.AGENTS | agents.FLOW_METHODS), *sorted(agents.METHODS)):
         cls = agents.get_agent(slug)
         text = slug in agents.METHODS
         # baselines share a page
-        pages = [f"docs/llm/{slug}.md", "docs/llm/baselines.md"] if text else [f"docs/{slug}.md", "docs/offline.md"]
+        pages = (
+            [f"docs/llm/{slug}.md", "docs/llm/baselines.md"]
+            if text
+            else [f"docs/{slug}.md", "docs/offline.md", "docs/flow.md"]
+        )
         page = next((p for p in pages if (ROOT / p).exists() and slug in (ROOT / p).read_text(encoding="utf-8")), None)
-        command = f"llm --method {slug} --task TASK" if text else f"{slug} --env ID"
+        command = (
+            f"llm --method {slug} --task TASK"
+            if text
+            else f"{slug} --env {'TASK' if slug in agents.FLOW_METHODS else 'ID'}"
+        )
         command += " --dataset DATASET" if hasattr(cls.Config, "dataset") else ""
         found.append(Entry(slug, cls.paper, cls.slots(), page, f"python scripts/train.py {command}"))
     return found

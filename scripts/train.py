@@ -5,6 +5,7 @@ python scripts/train.py ppo --env Hopper-v5 --total-timesteps 300000 --num-envs 
 python scripts/train.py ppo --env Hopper-v5 --config my.yaml        # flags win over the file
 python scripts/train.py --resume runs/HalfCheetah-v5__mdpo__0__...  # continues bit for bit; also after Ctrl-C
 python scripts/train.py llm --method grpo --task arithmetic         # a language model on a text task
+python scripts/train.py awm --env ring2d                            # a flow policy on a generation task
 python scripts/train.py grouped --method grpo --env CartPole-v1     # the same recipe on a control task
 torchrun --nproc-per-node 2 scripts/train.py ppo --num-envs 8       # two processes of 8 environments each, one training
 python scripts/train.py my_package.my_module:MyAgent --env my_package.envs:MyEnv     # of your own, also text tasks
@@ -99,13 +100,31 @@ class TextConfig(TrainConfig):
     """An evaluation asks this many test questions, with one greedy and one sampled completion each."""
 
 
+@dataclass(frozen=True)
+class FlowConfig(TrainConfig):
+    """One training run of a flow policy on a generation task. Its clock counts samples."""
+
+    env: str = "ring2d"
+    """The generation task has this name, or module:name; its options go into env_kwargs."""
+    total_timesteps: Count = 40_000
+    """Training takes this many samples."""
+    checkpoint_every: Count = 10_000
+    """A checkpoint is written every so many samples, and one more at the end."""
+    eval_every: Natural = 4_000
+    """The agent is evaluated every so many samples; 0 never evaluates."""
+    eval_episodes: Count = 256
+    """An evaluation takes this many samples, conditions in turn."""
+
+
 def run_config(agent: str, settings: Mapping[str, Any] | None = None) -> type[Any]:
-    """``TrainConfig`` (of language models ``TextConfig``) with the settings of ``agent`` nested under ``agent``.
+    """``TrainConfig`` (of language models ``TextConfig``, of flow policies ``FlowConfig``) with the settings of
+    ``agent`` nested under ``agent``.
 
     :param settings: settings of the agent that are known; grouped's ``method`` decides which others there are.
     """
     found = agents.get_agent(agent, settings)
-    cls, base = found.Config, TextConfig if is_text(found) else TrainConfig
+    alone = FlowConfig if not getattr(found, "steps_env", True) else TrainConfig
+    cls, base = found.Config, TextConfig if is_text(found) else alone
     nested: Any = tyro.conf.OmitArgPrefixes
     own: list[Any] = [("agent", nested[cls], field(default_factory=cls))]
     if example := getattr(found, "example_env", None):  # one that the agent accepts
@@ -251,7 +270,7 @@ def build(
 
 
 def _eval_env(cls: type[Any], config: Any) -> Any:
-    if not config.eval_every or is_text(cls):
+    if not config.eval_every or not getattr(cls, "steps_env", True):
         return None
     return evaluation_env(config.env, config.eval_episodes, "dev", device=config.device, **config.env_kwargs)
 
@@ -326,7 +345,7 @@ def prepare(argv: list[str]) -> Callable[[], RunFolder]:
     if argv[:1] == ["llm"]:
         argv = text_arguments(argv[1:])
     if not argv or not (argv[0] in registry.agents or registry.is_module_name(argv[0])):
-        usage = (f"usage: train.py {{{','.join(sorted(agents.AGENTS))}}} [flags] | llm --method "
+        usage = (f"usage: train.py {{{','.join(sorted(agents.AGENTS | agents.FLOW_METHODS))}}} [flags] | llm --method "
                  f"{{{','.join(sorted(agents.METHODS))}}} [flags] | module:Class [flags] | --resume RUN")  # fmt: skip
         if argv[:1] in (["-h"], ["--help"]):
             print(f"{usage}\n{__doc__}AGENT --help shows every flag.")

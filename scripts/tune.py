@@ -111,8 +111,8 @@ def train_once(options: Options, settings: dict[str, Any], seed: int, report: An
         raise ValueError(f"expected at most {options.total_timesteps} samples per iteration, the whole training, got "
                          f"{agent.samples_per_iteration}; lower n_steps or num_envs")  # fmt: skip
     # another seed's environments; language models draw their test questions themselves
-    text = getattr(cls, "text", False)
-    eval_env = None if text else evaluation_env(options.env, options.eval_episodes, "dev", **env_kwargs)
+    steps = getattr(cls, "steps_env", True)
+    eval_env = evaluation_env(options.env, options.eval_episodes, "dev", **env_kwargs) if steps else None
     value, done = float("nan"), 0
 
     def watch(trained: Any) -> None:

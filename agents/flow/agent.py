@@ -71,8 +71,7 @@ class Flow(MethodAgent):
     """
 
     beside = (FlowRolloutConfig, OptimiserConfig, FlowModelConfig)
-    generates: ClassVar[bool] = True
-    """Trained on generation tasks: there is no environment to build or to step."""
+    steps_env: ClassVar[bool] = False
     example_env: ClassVar[str] = "ring2d"
 
     def connect(self, env: str | FlowTask) -> None:

@@ -88,7 +88,8 @@ class LLM(MethodAgent):
 
     beside = (RolloutConfig, OptimiserConfig, ModelConfig)
     text: ClassVar[bool] = True
-    """Trained on text tasks: there is no environment to build or to step."""
+    """Trained on text tasks."""
+    steps_env: ClassVar[bool] = False
     learner: LLMLearner
 
     def connect(self, env: str | TextTask) -> None:

@@ -9,7 +9,7 @@ from scripts import methods
 
 def test_every_method_has_slots_a_paper_and_a_page():
     found = {m.slug: m for m in methods.methods()}
-    assert found.keys() == agents.AGENTS.keys() | agents.METHODS.keys()
+    assert found.keys() == agents.AGENTS.keys() | agents.FLOW_METHODS.keys() | agents.METHODS.keys()
     for method in found.values():
         assert method.paper
         assert method.slots
@@ -21,7 +21,7 @@ def test_the_table_is_markdown(capsys):
     text = methods.main(methods.Options(format="markdown"))
     assert capsys.readouterr().out == text
     rows = [line for line in text.splitlines() if line.startswith("| [")]
-    assert len(rows) == len(agents.AGENTS | agents.METHODS)
+    assert len(rows) == len(agents.AGENTS | agents.FLOW_METHODS | agents.METHODS)
     # five cells: a bar inside one must be escaped
     assert all(line.replace("\\|", "").count("|") == 6 for line in rows)
     assert any("llm --method bnpo --task TASK" in line for line in rows)
