@@ -11,8 +11,9 @@ before advantages are estimated:
     R' = R + clip(-lambda (e^d - 1) / sqrt(chi2_hat), -C, C),   chi2_hat: trimmed mean of e^d - 1 over the batch
 
 Rivals: chi^2 and KL of the same discriminator, KL and chi^2 of the action distributions alone (a term of the loss), and
-stopping early. ``coef`` is c of ``lambda = c sigma_proxy``. Sequences (language models) need no discriminator:
-``ccrl.estimators.divergences.ChiSquarePenalty`` and ``sequence_chi_square`` are the stage and the term for any recipe.
+stopping early. ``coef`` is c of ``lambda = c sigma_proxy``. The discriminator and the penalty are stages for any recipe
+(``ccrl.estimators.occupancy.OccupancyRatio``, ``divergences.OccupancyPenalty``); sequences (language models) need no
+discriminator: ``divergences.ChiSquarePenalty`` and ``sequence_chi_square`` are their stage and their term.
 
 Slots: fit = discriminator; prepare = penalty, values, GAE; ratio = token; loss = PPO's (+ action divergence).
 """
@@ -24,27 +25,25 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from agents.on_policy import Updaters
 from agents.ppo import PPO, PPOConfig, PPOEstimator
-from ccrl.batched_env import Tree
 from ccrl.collect import Collector, Request
-from ccrl.data import Batching, Data
+from ccrl.data import Data
 from ccrl.estimators import aggregates
 from ccrl.estimators.base import Context
-from ccrl.estimators.divergences import Kind, action_divergence, chi_square, occupancy_penalty
+from ccrl.estimators.divergences import Kind, OccupancyPenalty, action_divergence, chi_square
+from ccrl.estimators.occupancy import OccupancyRatio
 from ccrl.estimators.stages import Gae
-from ccrl.estimators.terms import LogRatio, Outputs, Term
+from ccrl.estimators.terms import Term
 from ccrl.experiment import checkpoint
 from ccrl.learn import Learner
-from ccrl.policies.observations import observation_sizes, observation_spaces
 from ccrl.seeding import stream_seed
 from ccrl.settings import Count, Natural, Nonnegative, Positive, Unit
 from ccrl.updaters import FlatUpdater, Stats
 
-__all__ = ["ORPO", "Discriminator", "ORPOConfig", "class_loss"]
+__all__ = ["ORPO", "ORPOConfig"]
 
 KINDS: dict[str, Kind] = {"sqrt_chi2": "sqrt_chi2", "chi2": "chi2", "kl": "kl"}
 ACTION_KINDS: dict[str, Kind] = {"action_kl": "kl", "action_chi2": "chi2", "action_sqrt_chi2": "sqrt_chi2"}
@@ -108,50 +107,16 @@ class ORPOConfig(PPOConfig):
         return self.stop_at is not None or (self.weight > 0.0 and self.regulariser in KINDS)
 
 
-def class_loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-    """``softplus(-d)`` of the policy's samples, ``softplus(d)`` of the reference's (column ``side`` +-1)."""
-    return F.softplus(-batch["side"] * evaluation["logit"])
-
-
-DISCRIMINATOR = (
-    Term("discriminator_loss", class_loss, aggregates.mean, want=frozenset({"logit"}), advantage=None, weight="weight"),
-)
-
-
-class Discriminator(nn.Module):
-    """Logits ``d(s, a)`` of the policy against the reference: a perceptron on features ``[..., k]``."""
-
-    def __init__(self, width: int, hidden: tuple[int, ...]) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for size in hidden:
-            layers += [nn.Linear(width, size), nn.LeakyReLU()]
-            width = size
-        self.net = nn.Sequential(*layers, nn.Linear(width, 1))
-        # 0 everywhere before the first step: no penalty
-        nn.init.zeros_(self.net[-1].weight)  # type: ignore[arg-type]
-        nn.init.zeros_(self.net[-1].bias)  # type: ignore[arg-type]
-
-    def logits(self, features: Tensor) -> Tensor:
-        """``[...]``."""
-        logits: Tensor = self.net(features).squeeze(-1)
-        return logits
-
-    def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
-        return {"logit": self.logits(batch["features"])}
-
-
 class ORPOEstimator(PPOEstimator):
     """PPO with a penalised reward or a divergence among its terms."""
 
     sigma: Tensor
     lam: Tensor
-    reference_features: Tensor
     stopped: Tensor
 
     def __init__(self, config: ORPOConfig, policy: Any, updaters: Updaters, spaces: tuple[Any, Any], ref: Data) -> None:
         super().__init__(config, policy, updaters)
-        c, self.spaces = config, spaces
+        c = config
         rewards = ref["reward"][ref["valid"] > 0].double()
         sigma = rewards.std(correction=0)
         self.register_buffer("sigma", sigma)
@@ -159,11 +124,11 @@ class ORPOEstimator(PPOEstimator):
         self.register_buffer("stopped", torch.zeros((), dtype=torch.bool, device=sigma.device))
         self._updaters = updaters
         if c.discriminates:
-            features = self.features(ref["obs"], ref["action"]).flatten(0, 1)
-            self.register_buffer("reference_features", features[ref["valid"].flatten() > 0].clone())
-            # in a tuple: the learner saves the discriminator with its updater's vector
-            self._discriminator = (Discriminator(features.shape[1], c.discriminator_hidden).to(features.device),)
-            updaters["discriminator"] = FlatUpdater(self._discriminator[0], lr=c.discriminator_lr, eps=c.adam_eps)
+            self._ratio = OccupancyRatio(
+                spaces, ref, hidden=c.discriminator_hidden, lr=c.discriminator_lr, eps=c.adam_eps,
+                epochs=c.discriminator_epochs, batch_size=c.discriminator_batch, action=c.discriminator_action,
+            )  # fmt: skip
+            updaters["discriminator"] = self._ratio.updater
         self.penalised = c.weight > 0.0 and c.regulariser in KINDS
         if self.penalised:
             self._gae = Gae(c.gamma, c.gae_lambda, c.time_limit, reward="shaped_reward")
@@ -179,48 +144,20 @@ class ORPOEstimator(PPOEstimator):
             )  # fmt: skip
             self._phases = (replace(phase, terms=(*phase.terms, term)),)
 
-    def features(self, obs: Tree, action: Tensor) -> Tensor:
-        """``[T, N, k]``: observations, flat and one-hot, and the action."""
-        spaces = observation_spaces(self.spaces[0])
-        lead = action.shape[:2]
-        parts = [
-            _flat(obs[key] if isinstance(obs, dict) else obs, observation_sizes(space), lead)
-            for key, space in spaces.items()
-        ]
-        if self.config.discriminator_action:
-            parts.append(_flat(action, observation_sizes(self.spaces[1]), lead))
-        return torch.cat(parts, -1)
-
     def fit(self, have: dict[str, Data], ctx: Context) -> Stats:
-        if not self.config.discriminates:
-            return {}
-        c, data = self.config, have["on"]
-        mine = self.features(data["obs"], data["action"]).flatten(0, 1)
-        both = torch.cat([mine, self.reference_features])
-        valid = torch.cat([data["valid"].flatten(), torch.ones(len(self.reference_features), device=both.device)])
-        side = torch.cat([torch.ones(len(mine)), -torch.ones(len(self.reference_features))]).to(both)
-        # every class counts the same, whatever its size
-        counts = torch.where(side > 0, valid[: len(mine)].sum(), valid[len(mine) :].sum())
-        weight = valid.sum() / counts
-        columns = {"features": both, "side": side, "weight": weight, "valid": valid}
-        rows = Data({name: x.unsqueeze(0) for name, x in columns.items()})
-        batching = Batching(size=c.discriminator_batch)
-        stats: Stats = {}
-        for _ in range(c.discriminator_epochs):
-            stats = self._updaters["discriminator"].run(DISCRIMINATOR, rows.epoch(batching, ctx.generator))
-        return {"discriminator_loss": stats["discriminator_loss"]}
+        return self._ratio.fit(have["on"], ctx.generator) if self.config.discriminates else {}
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
         c, data = self.config, have["on"]
         if c.discriminates:
-            d = self._discriminator[0].logits(self.features(data["obs"], data["action"]))
-            data = data.derive(log_occupancy_ratio=d)
+            data = self._ratio(data)
             if c.stop_at is not None:
-                self.stopped.logical_or_((chi_square(d, data["valid"]) > c.stop_at) & (ctx.k >= c.warm_up))
+                self.stopped.logical_or_(
+                    (chi_square(data["log_occupancy_ratio"], data["valid"]) > c.stop_at) & (ctx.k >= c.warm_up)
+                )
             if self.penalised:
-                penalty = self.lam * occupancy_penalty(d, data["valid"], KINDS[c.regulariser])
-                penalty = penalty.clamp(-c.max_penalty, c.max_penalty) * (ctx.k >= c.warm_up)
-                data = data.derive(shaped_reward=data["reward"] - penalty)
+                now = self.lam * (ctx.k >= c.warm_up)
+                data = OccupancyPenalty(now, KINDS[c.regulariser], c.max_penalty)(data)
         if self.action_kind is not None:
             ref = ctx.bank.policy("ref")
             params = ref.evaluate(data, frozenset({"dist"}))  # type: ignore[operator]
@@ -235,12 +172,6 @@ class ORPOEstimator(PPOEstimator):
             stats |= {"occupancy_chi2": chi_square(d, valid), "occupancy_kl": d[valid > 0].mean()}
         if self.penalised:
             stats["penalty"] = (on["reward"] - on["shaped_reward"])[on["valid"] > 0].mean()
-
-
-def _flat(x: Tensor, size: int, lead: torch.Size) -> Tensor:
-    if size < 0:
-        return F.one_hot(x.long(), -size).float()
-    return x.reshape(*lead, size).float()
 
 
 class ORPO(PPO):

@@ -21,8 +21,8 @@ from ccrl.estimators.terms import LogRatio, Loss, Outputs
 from ccrl.policies.distributions import CATEGORICAL, Distribution
 
 __all__ = [
-    "ChiSquarePenalty", "Kind", "action_chi_square", "action_divergence", "chi_square", "occupancy_penalty",
-    "reference_product", "sequence_chi_square", "sequence_divergences", "trimmed_mean",
+    "ChiSquarePenalty", "Kind", "OccupancyPenalty", "action_chi_square", "action_divergence", "chi_square",
+    "occupancy_penalty", "reference_product", "sequence_chi_square", "sequence_divergences", "trimmed_mean",
 ]  # fmt: skip
 
 Kind = Literal["sqrt_chi2", "chi2", "kl"]
@@ -56,6 +56,31 @@ def occupancy_penalty(d: Tensor, valid: Tensor | None = None, kind: Kind = "sqrt
         size = chi_square(d, valid, share)
         penalty = torch.where(size > 0, excess / size.clamp_min(torch.finfo(d.dtype).tiny).sqrt(), excess)
     return torch.where(penalty.isfinite(), penalty, torch.zeros_like(penalty))
+
+
+@dataclass(frozen=True)
+class OccupancyPenalty:
+    """``shaped_reward`` ``[T, N]``: the reward minus ``coef`` times the penalty of every step (``occupancy_penalty`` of
+    the column ``log_occupancy_ratio``, see ``occupancy.OccupancyRatio``), clipped to ``+- clip``. For any recipe whose
+    advantage reads that column.
+
+    :param coef: lambda, in units of the reward: ``c sigma_proxy``; a 0-d tensor where it moves.
+    :raises ValueError: a negative coefficient or a clip that is not positive.
+    """
+
+    coef: Tensor | float
+    kind: Kind = "sqrt_chi2"
+    clip: float = 1e3
+    reward: str = "reward"
+
+    def __post_init__(self) -> None:
+        known = isinstance(self.coef, Tensor) or 0.0 <= self.coef < math.inf
+        if not (known and 0.0 < self.clip < math.inf):
+            raise ValueError(f"OccupancyPenalty: expected coef >= 0 and clip > 0, got {self.coef} and {self.clip}")
+
+    def __call__(self, data: Data) -> Data:
+        penalty = self.coef * occupancy_penalty(data["log_occupancy_ratio"], data["valid"], self.kind)
+        return data.derive(shaped_reward=data[self.reward] - penalty.clamp(-self.clip, self.clip))
 
 
 # -- actions, in closed form ------------------------------------------------------------------------------------------

@@ -9,10 +9,14 @@ import pytest
 import torch
 
 import envs
-from agents.orpo import DISCRIMINATOR, ORPO, Discriminator, ORPOConfig
+from agents.a2c import A2C, A2CConfig, A2CEstimator
+from agents.orpo import ORPO, ORPOConfig
 from agents.ppo import PPO
+from ccrl.collect import Collector, Request
 from ccrl.data import Data
-from ccrl.estimators.divergences import occupancy_penalty
+from ccrl.estimators.divergences import OccupancyPenalty, occupancy_penalty
+from ccrl.estimators.occupancy import DISCRIMINATOR, Discriminator, OccupancyRatio
+from ccrl.estimators.stages import Gae
 from ccrl.testing import AgentContract, prepare_rollout
 from ccrl.updaters import FlatUpdater
 
@@ -95,6 +99,51 @@ def test_the_penalty_enters_before_advantages():
     delta = data["shaped_reward"][-1] + data.discount(0.99)[-1] * data["next_value"][-1] - data["value"][-1]
     assert torch.allclose(data["advantage"][-1], delta, atol=1e-6)
     assert {"train/occupancy_chi2", "train/occupancy_kl", "train/penalty", "rollout/true_return"} <= set(agent.scalars)
+
+
+class NearA2C(A2C):
+    """A2C whose reward is penalised for leaving what the policy visits at the start: two stages and a fit."""
+
+    name = "near-a2c"
+    weight = 0.0
+
+    class Estimator(A2CEstimator):
+        def __init__(self, config, policy, updaters, ratio, penalty):
+            super().__init__(config, policy, updaters)
+            self.ratio, self.penalty, updaters["discriminator"] = ratio, penalty, ratio.updater
+            self._gae = Gae(config.gamma, config.gae_lambda, config.time_limit, reward="shaped_reward")
+
+        def fit(self, have, ctx):
+            return self.ratio.fit(have["on"], ctx.generator)
+
+        def advantages(self, data):
+            return super().advantages(self.penalty(self.ratio(data)))
+
+    def build(self):
+        policy = self.make_policy({"value": ()})
+        updaters = {"policy": FlatUpdater(policy, lr=self.config.learning_rate)}
+        rows = Collector(self.env, seed=1).collect(Request(steps=100), policy)
+        spaces = self.env.single_observation_space, self.env.single_action_space
+        ratio = OccupancyRatio(spaces, rows, hidden=(16,))
+        estimator = self.Estimator(self.config, policy, updaters, ratio, OccupancyPenalty(self.weight))
+        return self.rollouts(policy, estimator, updaters)
+
+
+def test_the_penalty_is_a_column_for_any_recipe():
+    moved = {}
+    for weight in (0.0, 3.0):
+        NearA2C.weight = weight
+        config = A2CConfig(num_envs=4, n_steps=50, hidden=(), learning_rate=3e-2, compile="off")
+        agent = NearA2C("ccrl/Tomato-v0", config, seed=0)
+        states = torch.arange(352)
+        start = agent.policy.params(states)["logits"].detach().log_softmax(1)
+        agent.learn(10 * agent.samples_per_iteration)
+        now = agent.policy.params(states)["logits"].detach().log_softmax(1)
+        moved[weight] = float((now.exp() * (now - start)).sum(1).mean())
+        assert "train/discriminator_loss" in agent.scalars
+    assert moved[3.0] < 0.8 * moved[0.0]
+    with pytest.raises(ValueError, match="coef >= 0"):
+        OccupancyPenalty(-1.0)
 
 
 def test_equal_policies_cost_nothing_at_first():
