@@ -15,17 +15,20 @@ from ccrl.stats import t_interval
 __all__ = ["PAPERS", "Measurement"]
 
 PAPERS: dict[str, str] = {
+    "awm": "a flow on eight Gaussians: reward by iteration, what keeps it stable, gradient variance beside Flow-GRPO",
     "bnpo": "variance of the gradient under three normalisers",
     "copg": "the regularised optimum from any behaviour policies; a sequence bandit offline",
     "copo": "questions with a dominant wrong answer: what unanimous groups can learn from other prompts",
     "d3s": "what the selection keeps; learning per gradient token on sums of mixed difficulty",
     "dcpo": "the pull toward a hotter policy; entropy held at its target on ModSum",
+    "diffusion_opd": "three teachers of one task each, and a flow that learns all three from them",
     "div_prec": "entropy at nearly equal cross entropy on a Markov source; GRPO from each start",
     "empg": "a chain of ten decisions: gradient norms by the kind of state",
     "etr": "elastic clip ranges on ModSum beside constant ones of the same mean",
     "g2rpo": "Figure 2; two tasks of different reward scales",
     "gbpo": "the exact optimum on a bandit; many epochs and wide bounds on ModSum",
     "gdpo": "a reward of small scale beside a large one",
+    "grpo_guard": "ratios of denoising steps before and after normalisation, on exact data in 16 dimensions",
     "hpt": "questions that exploration does not solve: success, entropy, share of imitation",
     "knapsack_rl": "how many rollouts have a gradient; learning at equal rollouts on sums of mixed difficulty",
     "mhpo": "how large the gradient multiplier can be; parity with GRPO on ModSum",
