@@ -45,7 +45,7 @@ class Shapes(MixtureTask):
         squared = torch.cdist(sample, self.means.to(sample)).square()
         own = self.weights.to(sample)[label] > 0.0
         # templates are far apart against the pixel noise: one temperature keeps the share of a shape off 0 and 1
-        share = torch.where(own, (-squared / 16.0).softmax(1), 0.0).sum(1)
+        share = torch.where(own, (-squared / 8.0).softmax(1), 0.0).sum(1)
         near = squared.masked_fill(~own, torch.inf).amin(1)
         return share * (-near / (2.0 * 64.0 * 0.25)).exp()
 
@@ -62,7 +62,7 @@ def draw_shape(name: str, dy: int = 0, dx: int = 0) -> Tensor:
     light = {
         "square": (y > 0) & (y < 5) & (x > 0) & (x < 5),
         "frame": edge,
-        "cross": (y == 2) | (y == 3) | (x == 2) | (x == 3),
+        "cross": (y == x) | (y + x == 5),
         "triangle": (2 * (x - 2.5).abs() <= y) & (y < 6),
         "disc": (x - 2.5).square() + (y - 2.5).square() < 6.6,
     }[name]

@@ -174,7 +174,8 @@ def _plain_awm(config: Config) -> Callable[[int], None]:
 
     def surrogate(v: Tensor, target: Tensor, t: float) -> Tensor:
         error = ((v - target).double() ** 2).mean(1)
-        return -((error + 1e-10) ** 0.25 - 1e-10**0.25) * t / 0.25
+        rooted: Tensor = (error + 1e-10) ** 0.25 - 1e-10**0.25
+        return -rooted * t / 0.25
 
     def run(iterations: int) -> None:
         for k in range(iterations):
