@@ -35,6 +35,7 @@ METHODS = {
     "ipo": "agents.llm.preferences:IPO",
     "knapsack_rl": "agents.llm.knapsack_rl:KnapsackRL",
     "mhpo": "agents.llm.mhpo:MHPO",
+    "oblr_po": "agents.llm.oblr_po:OBLRPO",
     "p3o": "agents.llm.p3o:P3O",
     "pf_ppo": "agents.llm.pf_ppo:PFPPO",
     "ppo_llm": "agents.llm.reinforce:PPO",

@@ -188,6 +188,8 @@ def _assemble(recipe: Callable[[Any, Any], Estimator], config: Any, host: Host, 
             f"{'it compares' if wants_reference else 'it does not compare'} with a reference policy, and the host "
             f"{'keeps one' if host.reference else 'keeps none'}; set the KL weight of both, or of neither"
         )
+    if phase.updater is not None:
+        raise ValueError("it steps by a rule of its own, and the host by its optimiser's")
     if phase.before_epoch is not None or phase.stop is not None:
         raise ValueError("it interferes between minibatches (before_epoch, stop), which the host cuts itself")
     wanted = frozenset().union(*(term.want for term in phase.terms))

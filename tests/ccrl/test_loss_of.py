@@ -119,7 +119,7 @@ def test_every_method_has_a_loss(name: str) -> None:
     given = {
         "reward": torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 1]), "group": torch.arange(8) // 4, "ref_log_prob": old - 0.1,
         "entropy": draw().abs(), "tempered_log_prob": old + 0.05,
-        "answer": torch.tensor([0, 1, 0, 2, 3, 3, -1, 0]),
+        "sum_pi2": draw().sigmoid(), "answer": torch.tensor([0, 1, 0, 2, 3, 3, -1, 0]),
     }  # fmt: skip
     method = get_method(name)
 

@@ -31,6 +31,7 @@ REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "ipo": ({}, "compares completions of one group"),
     "knapsack_rl": ({}, "divides completions among prompts that it sees first"),
     "p3o": ({}, "compares completions of one group"),
+    "oblr_po": ({}, "steps by a rule of its own"),
     "pf_ppo": ({}, "trains on a selection of the completions or repeats some"),
     "real": ({}, "compares completions of one group"),
     "rpo": ({}, "compares completions of one group"),
@@ -50,8 +51,15 @@ REFUSED_BY_VERL: dict[str, tuple[dict[str, Any], str]] = {
     "riskpo": ({}, "learns between updates"),
 }
 """Method -> config, and a part of the message. What is not named here is supported."""
-OPTIONS: dict[str, dict[str, Any]] = {"copo": {"mode": "forced"}, "dapo": {"max_tries": 1}, "hpt": {"gate": -1.0}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "oblr_po": {"snr_pieces": 0, "baseline_weight": "length"},
+    "copo": {"mode": "forced"},
+    "dapo": {"max_tries": 1},
+    "hpt": {"gate": -1.0},
+}
 """With these the host gives all that the recipe needs."""
+WITH_OPTIONS = {name: OPTIONS[name] for name in ("dapo", "oblr_po")} | {"adora": WITHOUT_KL}
+"""The same for verl."""
 
 
 def recipe(name: str, **options: Any) -> tuple[Any, Any]:
@@ -129,7 +137,7 @@ def test_the_other_temperature_is_the_models(make_trainer: Callable[..., Any]) -
 # -- verl -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "options"), cases(REFUSED_BY_VERL, dapo=OPTIONS["dapo"], adora=WITHOUT_KL))
+@pytest.mark.parametrize(("name", "options"), cases(REFUSED_BY_VERL, **WITH_OPTIONS))
 def test_loss_and_gradient_in_verl(name: str, options: dict[str, Any]) -> None:
     """Rewards to advantages to loss, as verl's trainer and its actor do it: 2 prompts with 4 completions."""
     loss, advantage = bridge(*recipe(name, **options), max_length=3, group_size=4)
