@@ -1,4 +1,4 @@
-"""OBLR-PO: what a baseline weighted by scores does to the gradient's variance on bandits; steps that follow the noise."""
+"""OBLR-PO: baselines weighted by scores and the gradient's variance on bandits; steps that follow the noise."""
 
 from __future__ import annotations
 
@@ -94,8 +94,9 @@ def run(seeds: list[int]) -> list[Measurement]:
         rows += [
             Measurement(f"the same, groups of {size}: exact optimum, at most 1", "< 1 (theory)", (-math.inf, 1.0),
                         tuple(row[3] for row in means)),
-            Measurement(f"relative bias of weighted, all, groups of {size} (median)", f"{expected[4]:g} (reference run)",
-                        (0.5 * expected[4] - 0.01, 1.5 * expected[4] + 0.01), tuple(row[4] for row in means)),
+            Measurement(f"relative bias of weighted, all, groups of {size} (median)",
+                        f"{expected[4]:g} (reference run)", (0.5 * expected[4] - 0.01, 1.5 * expected[4] + 0.01),
+                        tuple(row[4] for row in means)),
         ]  # fmt: skip
     runs = [(bowl(seed, True), bowl(seed, False)) for seed in seeds]
     return [
