@@ -56,10 +56,11 @@ def test_at_c_1_the_reference_is_optimal():
 @pytest.mark.parametrize("task", ["tomato", "point"])
 def test_sampled_studies(task, tmp_path):
     argv = [task, "--out", str(tmp_path), "--figures", str(tmp_path), "--seeds", "2", "--iterations", "1"]
-    table, verdict = main([*argv, "--tried", "none", "sqrt_chi2:0.5", "action_kl:0.1", "stop:1e-9"])
+    table, verdict, *proxies = main([*argv, "--tried", "none", "sqrt_chi2:0.5", "action_kl:0.1", "stop:1e-9"])
     assert [row["method"] for row in table] == ["none", "sqrt_chi2", "action_kl", "stop"]
     assert all(0.0 < row["true return"] < 50.0 for row in table)
     assert [row["method, weight from the other seeds"] for row in verdict] == [row["method"] for row in table]
+    assert [0.5 < row["correlation"] < 1.0 for rows in proxies for row in rows] == [True] * 2 * (task == "point")
     assert (tmp_path / f"hacking_{task}.png").exists()
 
 
