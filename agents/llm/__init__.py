@@ -36,6 +36,7 @@ METHODS = {
     "knapsack_rl": "agents.llm.knapsack_rl:KnapsackRL",
     "mhpo": "agents.llm.mhpo:MHPO",
     "oblr_po": "agents.llm.oblr_po:OBLRPO",
+    "mmr1_vas": "agents.llm.mmr1_vas:MMR1",
     "p3o": "agents.llm.p3o:P3O",
     "pf_ppo": "agents.llm.pf_ppo:PFPPO",
     "ppo_llm": "agents.llm.reinforce:PPO",

@@ -25,9 +25,9 @@ from ccrl.learn import Learner
 from ccrl.llm.models import Snapshot, build_policy, fit_task
 from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
-from ccrl.llm.task import Prompts, TextTask, pad_left, resolve_task
+from ccrl.llm.task import FiniteTask, Prompts, TextTask, pad_left, resolve_task
 from ccrl.llm.vocabulary import encode_prompt
-from ccrl.seeding import stream_seed
+from ccrl.seeding import named_generator, stream_seed
 from ccrl.updaters import ModuleUpdater, Stats, linear_decay
 
 __all__ = ["LLM", "LLMLearner", "LLMMethod"]
@@ -116,12 +116,29 @@ class LLM(MethodAgent):
         )  # fmt: skip
         counts = torch.full((c.n_prompts,), c.group_size, dtype=torch.int64, device=self.device)
         reference = Snapshot(policy) if c.lora_rank else None
-        parts = Parts(policy, updater, Request(counts=counts), self.collector.steps, components=self.task.components)
+        parts = Parts(
+            policy, updater, Request(counts=counts), self.collector.steps, components=self.task.components,
+            questions=self.questions,
+        )  # fmt: skip
         return LLMLearner(self, policy, self.method.Recipe(c, parts), updater, reference)
 
     def make_model(self) -> nn.Module:
         """The token policy; override it to train one of your own."""
         return build_policy(self.config, self.task)
+
+    def questions(self, most: int) -> Prompts:
+        """At most ``most`` training prompts, each question once, the same at every call: all of a task's list where it
+        is no longer, else some of them."""
+        generator = named_generator(self.seed, "questions")
+        if isinstance(self.task, FiniteTask):
+            count = self.task.count("train")
+            numbers = torch.arange(count) if count <= most else torch.randperm(count, generator=generator)[:most]
+            return self.task.ask(numbers, "train").to(self.device)
+        drawn = self.task.prompts(most, generator)
+        _, which = torch.unique(drawn.index, return_inverse=True)
+        place = torch.arange(most)
+        first = torch.full_like(place, most).scatter_reduce(0, which, place, "amin")
+        return drawn.select(first[first < most].sort().values).to(self.device)
 
     @property
     def spaces(self) -> str:

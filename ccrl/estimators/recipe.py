@@ -99,6 +99,8 @@ class Parts:
     """Names of the reward's components, the last axis of the column ``reward_components``."""
     reference: Callable[[Context], nn.Module] | None = None
     """The reference policy; None: the bank's version ``ref``."""
+    questions: Callable[[int], Any] | None = None
+    """Language models: at most so many training prompts, each once, the same at every call (samplers of prompts)."""
 
 
 class Recipe(Estimator):

@@ -59,6 +59,7 @@ class HostParts:
     components: tuple[str, ...]
     reference: Callable[[Context], nn.Module] | None
     updater: Any = None
+    questions: None = None
 
 
 class _Reference(nn.Module):

@@ -33,6 +33,7 @@ PAPERS: dict[str, str] = {
     "knapsack_rl": "how many rollouts have a gradient; learning at equal rollouts on sums of mixed difficulty",
     "mhpo": "how large the gradient multiplier can be; parity with GRPO on ModSum",
     "oblr_po": "variance of the gradient under score-weighted baselines; steps that follow the noise on a bowl",
+    "mmr1_vas": "the variance of what is sampled; learning on prompts of mixed difficulty, probes counted or not",
     "p3o": "a bandit whose rewards are shifted per context: the shift moves PPO without a baseline alone",
     "pf_ppo": "how far rewards of filtered completions explain true scores; PPO on noisy rewards with each filter",
     "r2vpo": "the exact solution on a bandit; the ratio variance held at its budget on ModSum and in PPO on CartPole",

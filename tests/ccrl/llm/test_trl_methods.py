@@ -30,6 +30,7 @@ REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "hpt": ({}, "second rollout \\('demo': demonstrations\\)"),
     "ipo": ({}, "compares completions of one group"),
     "knapsack_rl": ({}, "divides completions among prompts that it sees first"),
+    "mmr1_vas": ({}, "it chooses the prompts itself"),
     "p3o": ({}, "compares completions of one group"),
     "oblr_po": ({}, "steps by a rule of its own"),
     "pf_ppo": ({}, "trains on a selection of the completions or repeats some"),
