@@ -14,6 +14,8 @@ import envs  # noqa: F401  (registers ids)
 from agents.subpo import SubPO, SubPOConfig, credited, without_mean
 from ccrl.returns import discounted_sum
 from ccrl.testing import AgentContract, prepare_rollout
+from ccrl.wrappers import SetReward
+from envs.coverage import GridWorld
 
 SMALL = {"num_envs": 2, "n_steps": 15, "hidden": (8,), "compile": "off"}
 
@@ -189,6 +191,33 @@ def test_markovian_and_recurrent_policies_learn_to_sweep(settings):
     # 16 cells in all, the best path of 6 moves covers all of them; random walks cover about 8.5
     assert before < 10.0
     assert float(agent.scalars["rollout/set_value"]) > before + 2.0
+
+
+class Squared:
+    """``F(A) = |A|^2`` of the distinct cells: gains grow, so that it is not submodular."""
+
+    n, capacity = 16, None
+
+    def initial(self, count: int) -> dict[str, Tensor]:
+        return {"visited": torch.zeros(count, self.n, dtype=torch.bool)}
+
+    def gain(self, state: dict[str, Tensor], element: Tensor) -> Tensor:
+        fresh = ~state["visited"].gather(1, element.unsqueeze(1)).squeeze(1)
+        return fresh * (2.0 * state["visited"].sum(1) + 1.0)
+
+    def insert(self, state: dict[str, Tensor], element: Tensor) -> dict[str, Tensor]:
+        return {"visited": state["visited"].scatter(1, element.unsqueeze(1), True)}
+
+
+def test_general_rewards_have_marginal_gains_too():
+    env = SetReward(GridWorld(40, size=(4, 4), max_episode_steps=6), Squared())
+    agent = SubPO(env, seed=0, num_envs=40, n_steps=6, hidden=(8,), learning_rate=0.03, compile="off")
+    agent.learn(agent.samples_per_iteration)
+    before = float(agent.scalars["rollout/set_value"])
+    agent.learn(40 * agent.samples_per_iteration)
+    # 7 distinct cells are 49; a random walk finds fewer than 5
+    assert before < 25.0
+    assert float(agent.scalars["rollout/set_value"]) > before + 10.0
 
 
 def test_the_entropy_weight_falls_as_one_over_the_iteration():
