@@ -39,6 +39,7 @@ METHODS = {
     "mmr1_vas": "agents.llm.mmr1_vas:MMR1",
     "p3o": "agents.llm.p3o:P3O",
     "pf_ppo": "agents.llm.pf_ppo:PFPPO",
+    "polar": "agents.llm.polar:POLAR",
     "ppo_llm": "agents.llm.reinforce:PPO",
     "r2vpo": "agents.llm.r2vpo:R2VPO",
     "real": "agents.llm.real:REAL",

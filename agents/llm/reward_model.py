@@ -255,7 +255,7 @@ def judged(
     class JudgedRecipe(method.Recipe):  # type: ignore[name-defined, misc]
         def __init__(self, config: Any, parts: Parts) -> None:
             super().__init__(config, parts)
-            self.judge = ModelReward(model, "judged_reward", weight=weight, microbatch=microbatch)  # type: ignore[arg-type]
+            self.stand_in = ModelReward(model, "judged_reward", weight=weight, microbatch=microbatch)  # type: ignore[arg-type]
             self._seen: list[tuple[Data, Data]] = []
 
         def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
@@ -277,7 +277,7 @@ def judged(
             for rollout, view in self._seen:
                 if rollout is data:
                     return view
-            view = _viewed(data, self.judge, keep)
+            view = _viewed(data, self.stand_in, keep)
             self._seen.append((data, view))
             return view
 

@@ -36,6 +36,7 @@ PAPERS: dict[str, str] = {
     "mmr1_vas": "the variance of what is sampled; learning on prompts of mixed difficulty, probes counted or not",
     "p3o": "a bandit whose rewards are shifted per context: the shift moves PPO without a baseline alone",
     "pf_ppo": "how far rewards of filtered completions explain true scores; PPO on noisy rewards with each filter",
+    "polar": "a trained reward beside the exact one, unseen policies, reinforcement toward a policy",
     "r2vpo": "the exact solution on a bandit; the ratio variance held at its budget on ModSum and in PPO on CartPole",
     "real": "the shape of its gradient weights; REAL and GRPO on ModSum",
     "riskpo": "entropy kept and accuracy paid on independent questions, beside GRPO",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from agents.llm.bnpo import log_density, optimal_normaliser
+from scripts.reproductions import polar
 from scripts.reproductions import r2vpo as reproduction
 from scripts.reproductions.bnpo import size, variance
 from scripts.reproductions.gbpo import uniform_bandit
@@ -80,3 +81,39 @@ def test_in_ppo_the_dual_follows_every_minibatch() -> None:
         assert found == pytest.approx(dual, abs=1e-5)
     assert seen[0][0] == pytest.approx(0.0, abs=1e-9)  # the first minibatch is the policy's own
     assert seen[-1][0] > 0.0
+
+
+def test_the_exact_reward_of_gaussian_policies() -> None:
+    """s^2 = 4: N(c; 0.8 ref, 1.8) over N(c; 0, 5)."""
+    one, candidate = torch.ones(2, dtype=torch.float64), torch.tensor([1.2, -2.0], dtype=torch.float64)
+    found = polar.pmi(one, candidate, 4.0)
+    assert found.tolist() == pytest.approx([0.6103811793, -1.2669521540], abs=1e-10)
+    assert float(torch.nn.functional.softplus(found[1] - found[0])) == pytest.approx(0.1423651214, abs=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("variance", "accuracy", "loss"), [(1.0, 0.6229, 0.6248), (4.0, 0.7403, 0.4696), (16.0, 0.8502, 0.2824)]
+)
+def test_no_reward_does_better_than_the_exact_one(variance: float, accuracy: float, loss: float) -> None:
+    """Numbers of 2,000,000 triples; 200,000 have standard errors of 0.001."""
+    assert polar.bayes(variance, 200_000, 0) == pytest.approx((accuracy, loss), abs=5e-3)
+
+
+def test_the_identity_of_regularised_reinforcement() -> None:
+    """E_pi* r = beta KL(pi* || pi_init) + beta log Z, log Z = 2.7023109669."""
+    start, reward = torch.tensor([0.5, 0.3, 0.2]).double(), torch.tensor([1.0, 0.0, 2.0]).double()
+    best, value, total = polar.regularised(start, reward, 0.5)
+    assert best.tolist() == pytest.approx([0.247720, 0.020115, 0.732165], abs=2e-6)
+    assert value == pytest.approx(1.7120502523, abs=1e-6)
+    assert total == pytest.approx(value, abs=1e-12)
+
+
+def test_the_kl_of_bigram_policies() -> None:
+    """Against the mean of log-ratios over sequences of the first."""
+    generator = torch.Generator().manual_seed(0)
+    one, other = polar.draw_logits(2, generator)
+    tokens = polar.written(one.expand(20_000, -1, -1), generator)
+    before = torch.cat([torch.full_like(tokens[:, :1], polar.SYMBOLS), tokens[:, :-1]], 1)
+    ratio = (one.log_softmax(1) - other.log_softmax(1))[before, tokens].sum(1)
+    assert polar.sequence_kl(one, other) == pytest.approx(float(ratio.mean()), abs=5 * float(ratio.std()) / 20_000**0.5)
+    assert polar.sequence_kl(one, one) == pytest.approx(0.0, abs=1e-9)

@@ -34,6 +34,7 @@ REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "p3o": ({}, "compares completions of one group"),
     "oblr_po": ({}, "steps by a rule of its own"),
     "pf_ppo": ({}, "trains on a selection of the completions or repeats some"),
+    "polar": ({}, "second rollout \\('reference': demonstrations\\)"),
     "real": ({}, "compares completions of one group"),
     "rpo": ({}, "compares completions of one group"),
     "sft": ({}, "trains on demonstrations, and the host samples completions"),
