@@ -81,6 +81,10 @@ class ReplayBuffer:
         """Rows that ever came; row i is at slot i % capacity."""
         self._segments: dict[Path, list[dict[str, Any]]] = {}
         """Files of the last checkpoint by folder: rows [start, stop) each."""
+        self.refills = False
+        """Its owner fills it again where its rows are missing: ``segments.leaving_out`` leaves out no others."""
+        self.lost = False
+        """Whether it was loaded from a state that had left its rows out; the owner clears this."""
         self._empty = True
 
     @classmethod
@@ -183,9 +187,12 @@ class ReplayBuffer:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The rows held, oldest first, as copies; inside ``segments.into`` the names of files that hold them."""
+        """The rows held, oldest first, as copies; inside ``segments.into`` the names of files that hold them, inside
+        ``segments.leaving_out`` none."""
         total, size = int(self._total), len(self)
         state: dict[str, Any] = {"capacity": self.capacity, "total": total}
+        if self.refills and segments.left_out():
+            return state | {"rows": {}}
         folder = segments.target()
         if folder is None:
             return state | {"rows": self._rows(total - size, total)}
@@ -210,6 +217,8 @@ class ReplayBuffer:
         if rows and rows.keys() != self._columns.keys():
             raise ValueError(f"ReplayBuffer: expected columns {sorted(self.names)}, got {sorted(rows)}")
         size = _tensor(rows["reward"]).shape[0] if rows else 0
+        self.lost = size == 0 and total > 0
+        total = 0 if self.lost else total  # a memory that is not full begins at slot 0
         slots = torch.arange(total - size, total, device=self.device) % self.capacity
         for name in rows:
             target = self._columns[name]

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ccrl.experiment import checkpoint
 
-__all__ = ["into", "names", "prune", "read", "resolve", "target", "write"]
+__all__ = ["into", "leaving_out", "left_out", "prune", "read", "resolve", "target", "write"]
 
 SUFFIX = ".segment"
 _target: ContextVar[Path | None] = ContextVar("segments", default=None)
+_left_out: ContextVar[bool] = ContextVar("left_out", default=False)
 
 
 @contextlib.contextmanager
@@ -31,6 +32,21 @@ def into(folder: Path) -> Iterator[None]:
         yield
     finally:
         _target.reset(token)
+
+
+@contextlib.contextmanager
+def leaving_out() -> Iterator[None]:
+    """States taken inside come without such parts: what is saved acts, and begins with an empty replay memory."""
+    token = _left_out.set(True)
+    try:
+        yield
+    finally:
+        _left_out.reset(token)
+
+
+def left_out() -> bool:
+    """Whether this is inside ``leaving_out``."""
+    return _left_out.get()
 
 
 def target() -> Path | None:
@@ -66,14 +82,6 @@ def resolve(state: Any, folder: Path) -> Any:
     parts = [_cut(read(folder, s["name"]), s["first"] - s["start"]) for s in state["segments"]]
     columns = {k: _joined([p[k] for p in parts]) for k in parts[0]} if parts else {}
     return {k: v for k, v in state.items() if k != "segments"} | {"rows": columns}
-
-
-def names(state: Any) -> set[str]:
-    """Files that a checkpoint's state needs."""
-    if not isinstance(state, dict):
-        return set()
-    own = {s["name"] for s in state["segments"]} if "segments" in state else set()
-    return own.union(*(names(v) for v in state.values()))
 
 
 def prune(folder: Path, needed: set[str]) -> None:

@@ -24,6 +24,8 @@ import agents
 
 __all__ = ["Entry", "Options", "main", "methods"]
 
+ELSEWHERE = "its page with the verdict is in docs/ of the project's source tree"
+
 
 @dataclass(frozen=True)
 class Options:
@@ -41,18 +43,22 @@ class Entry:
     paper: str
     slots: dict[str, str]
     page: str | None
-    """Its page, from the root of the project; None: undocumented."""
+    """Its page, from the root of the project; None: undocumented, or the pages are not here."""
     command: str
+    pages: bool = True
+    """Whether the pages are here: they are in the project's folder and not in what pip installs."""
 
     @property
     def status(self) -> str:
-        """documented or undocumented."""
+        """documented, undocumented, or where the pages are."""
+        if not self.pages:
+            return ELSEWHERE
         return "undocumented" if self.page is None else "documented"
 
 
 def methods() -> list[Entry]:
     """Every agent in the order of its name, those for language models after the others."""
-    found = []
+    found, here = [], (ROOT / "docs").is_dir()
     for slug in (*sorted(agents.AGENTS | agents.FLOW_METHODS), *sorted(agents.METHODS)):
         cls = agents.get_agent(slug)
         text = slug in agents.METHODS
@@ -69,7 +75,8 @@ def methods() -> list[Entry]:
             else f"{slug} --env {'TASK' if slug in agents.FLOW_METHODS else 'ID'}"
         )
         command += " --dataset DATASET" if hasattr(cls.Config, "dataset") else ""
-        found.append(Entry(slug, cls.paper, cls.slots(), page, f"python scripts/train.py {command}"))
+        program = "python scripts/train.py" if here else "ccrl train"
+        found.append(Entry(slug, cls.paper, cls.slots(), page, f"{program} {command}", here))
     return found
 
 

@@ -15,7 +15,7 @@ from ccrl.experiment import checkpoint
 from ccrl.experiment.evaluation import EvalLog, evaluate_agent
 from ccrl.experiment.files import Owner
 from ccrl.experiment.logger import Logger
-from ccrl.experiment.saved import prune_segments, save_segmented
+from ccrl.experiment.saved import prune_segments, save_segmented, save_without_memory
 from ccrl.signals import DeferredSignals
 
 __all__ = [
@@ -190,7 +190,8 @@ def _parameters(agent: Any) -> dict[str, Tensor]:
 class EvalCallback(_Periodic):
     """Evaluates on a separate environment every ``every`` steps: deterministic and stochastic, raw rewards, frozen
     normaliser, fixed seeds. Writes ``eval.csv`` and ``evaluations.npz``; the best deterministic mean is saved as
-    ``best.pt``.
+    ``best.pt``, without the rows of a replay memory (training that goes on from it fills one first; ``checkpoints/``
+    goes on bit for bit).
 
     Raises:
         ValueError: at the start, for the environment that the agent trains on: an evaluation would reset it under the
@@ -230,7 +231,7 @@ class EvalCallback(_Periodic):
                 self.logger.log(agent.num_timesteps, scalars)
             if scalars["eval/mean_reward"] > self.best:
                 self.best = scalars["eval/mean_reward"]
-                agent.save(self.folder / "best.pt")
+                save_without_memory(agent, self.folder / "best.pt")
             self.seconds += time.perf_counter() - start
             self.cpu_seconds += time.process_time() - cpu_start
         return None

@@ -27,6 +27,7 @@ from ccrl.experiment.files import remove_leftovers, write_atomic, writing
 
 __all__ = [
     "FORMAT",
+    "REPLAY",
     "CheckpointError",
     "FormatError",
     "check_keys",
@@ -42,6 +43,7 @@ __all__ = [
     "remove_damaged",
     "rng_state",
     "save",
+    "segment_names",
     "set_generator_state",
     "set_rng_state",
 ]
@@ -49,6 +51,9 @@ __all__ = [
 _STEP_FILE = re.compile(r"step_(\d+)\.pt")
 _FOREIGN = re.compile(r"GLOBAL (\S+)")
 
+
+REPLAY = "replay"
+"""Folder of segments, beside checkpoints."""
 
 FORMAT = 2
 """Version of what a checkpoint holds; ccrl 0.1 wrote none."""
@@ -172,17 +177,40 @@ def _check_sums(path: Path) -> None:
             raise zipfile.BadZipFile(f"bad checksum of {damaged}")
 
 
+def segment_names(state: Any) -> set[str]:
+    """Files beside the checkpoint, in the folder ``REPLAY``, that hold a part of ``state`` (``ccrl.segments``)."""
+    if not isinstance(state, dict):
+        return set()
+    listed = state.get("segments")
+    own = {str(s.get("name")) for s in listed if isinstance(s, dict)} if isinstance(listed, list) else set()
+    return own.union(*(segment_names(v) for v in state.values()))
+
+
+def _sound(path: Path) -> bool:
+    """Whether a file is there and its checksums are right."""
+    if not path.is_file() or not _is_zip(path):
+        return False
+    try:
+        _check_sums(path)
+    except Exception:  # which one depends on the bits that flipped
+        return False
+    return True
+
+
 def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
     """``folder/step_000000012345.pt``: zero-padded, so that names sort by step."""
     return Path(folder) / f"step_{step:012d}.pt"
 
 
 def latest(folder: str | os.PathLike[str]) -> Path | None:
-    """The newest whole checkpoint ``step_*.pt``, or None. Damaged ones are skipped with a warning; one of another
-    format raises :class:`FormatError`."""
+    """The newest whole checkpoint ``step_*.pt``, its segments included, or None. Damaged ones are skipped with a
+    warning; one of another format raises :class:`FormatError`."""
+    sound: dict[str, bool] = {}
     for path in reversed(_checkpoints(folder)):
         try:
-            load(path)
+            for name in sorted(segment_names(load(path))):
+                if not sound.setdefault(name, _sound(Path(folder) / REPLAY / name)):
+                    raise CheckpointError(f"{path}: expected its segment {REPLAY}/{name}, which is damaged or missing")
         except FormatError:
             raise
         except CheckpointError as error:

@@ -16,10 +16,15 @@ from ccrl import registry, segments
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
 
-__all__ = ["SavedAgent", "check_options", "load_agent", "prune_segments", "save_agent", "save_segmented"]
-
-REPLAY = "replay"
-"""Folder of segments, beside checkpoints."""
+__all__ = [
+    "SavedAgent",
+    "check_options",
+    "load_agent",
+    "prune_segments",
+    "save_agent",
+    "save_segmented",
+    "save_without_memory",
+]
 
 A = TypeVar("A")
 
@@ -45,19 +50,26 @@ def save_agent(agent: Any, path: str | Path) -> None:
 
 def save_segmented(agent: Any, path: Path) -> None:
     """``agent.save``, with rows of replay memories in segments beside the file, each written once."""
-    with segments.into(path.parent / REPLAY):
+    with segments.into(path.parent / checkpoint.REPLAY):
+        agent.save(path)
+
+
+def save_without_memory(agent: Any, path: Path) -> None:
+    """``agent.save`` without the rows of replay memories: a file that acts, on its own and as small as the networks.
+    Training that goes on from it fills the memory first."""
+    with segments.leaving_out():
         agent.save(path)
 
 
 def prune_segments(folder: Path) -> None:
     """Delete the segments that no checkpoint in ``folder`` needs."""
-    if not (folder / REPLAY).is_dir():
+    if not (folder / checkpoint.REPLAY).is_dir():
         return
     needed: set[str] = set()
     for path in folder.glob("*.pt"):
         with suppress(checkpoint.CheckpointError):  # damaged: it needs nothing any more
-            needed |= segments.names(checkpoint.load(path))
-    segments.prune(folder / REPLAY, needed)
+            needed |= checkpoint.segment_names(checkpoint.load(path))
+    segments.prune(folder / checkpoint.REPLAY, needed)
 
 
 def _name_of(policy: Any) -> str | None:
@@ -118,7 +130,7 @@ def read_agent(
             raise ValueError(f"{path}: expected an environment of {config.num_envs} copies, got {copies}")
         config, other = dataclasses.replace(config, num_envs=copies), True
     kwargs = saved["env_kwargs"] if isinstance(here, str) and not (other and isinstance(env, str)) else {}
-    state = segments.resolve(saved["state"], Path(path).parent / REPLAY)
+    state = segments.resolve(saved["state"], Path(path).parent / checkpoint.REPLAY)
     return SavedAgent(Path(path), config, here, kwargs, saved["seed"], state, other)
 
 

@@ -55,7 +55,8 @@ class ReplayLearner(_CycleLearner):
     """One iteration is ``rounds`` times: ``n_steps`` steps of every environment, ``updates`` gradient steps.
 
     :param returns: sums rewards over several steps before rows enter the ring; None: one-step rows.
-    :param learning_starts: environment steps before the first gradient step; actions are uniform until then.
+    :param learning_starts: environment steps before the first gradient step; actions are uniform until then. An agent
+        loaded from a checkpoint without its memory (``best.pt``) first acts for as many steps.
     :param rounds: loops per iteration, so that logging and callbacks cost nothing per step.
     """
 
@@ -81,7 +82,11 @@ class ReplayLearner(_CycleLearner):
                 raise ValueError(f"{name}: expected >= 1, got {value}")
         self.source, self.ring, self.n_steps, self.updates = source, ring, n_steps, updates
         self.learning_starts, self.rounds = learning_starts, rounds
+        ring.refills = True
         self._explorer = Explorer(policy)
+        self._refilled = torch.zeros((), dtype=torch.int64)
+        """The clock from which a memory that was left out of a checkpoint has rows enough again."""
+        self.state.register("refilled", self._refilled)
         self.state.register("collector", source)
         self.state.register("ring", ring)
         self.returns = returns
@@ -104,6 +109,10 @@ class ReplayLearner(_CycleLearner):
         trained, spent = 0, {"env": 0.0, "policy": 0.0, "update": 0.0}
         random, live = (Request(steps=self.n_steps, params=who) for who in ("random", "live"))
         data = None
+        if self.ring.lost:
+            self.ring.lost = False
+            self._refilled.fill_(self.clock + self.learning_starts)
+        starts = max(self.learning_starts, int(self._refilled))
         for _ in range(self.rounds):
             start, self.source.env_seconds = time.perf_counter(), 0.0
             warm = self.clock < self.learning_starts
@@ -114,7 +123,7 @@ class ReplayLearner(_CycleLearner):
                 self.policy.update_normaliser(data["obs"], data["valid"])  # type: ignore[operator]
             middle = time.perf_counter()
             # with n-step returns the ring is empty until the first row is whole
-            if self.clock >= self.learning_starts and (trained or len(self.ring)):
+            if self.clock >= starts and (trained or len(self.ring)):
                 stats = self._train(self.ring, self.updates)
                 sums = {k: sums[k] + v if k in sums else v for k, v in stats.items()}
                 trained += 1

@@ -10,13 +10,17 @@ import textwrap
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 
+import envs  # noqa: F401  (registers the environments)
+from agents import SAC
 from ccrl import segments
 from ccrl.data import Batching
 from ccrl.experiment import checkpoint
-from ccrl.experiment.saved import REPLAY, prune_segments
+from ccrl.experiment.checkpoint import REPLAY
+from ccrl.experiment.saved import prune_segments, save_without_memory
 from ccrl.replay import ReplayBuffer
 
 OBS, ACT = gym.spaces.Box(-1, 1, (2,)), gym.spaces.Discrete(2)
@@ -108,6 +112,47 @@ def test_a_loaded_ring_goes_on_as_the_saved_one(tmp_path: Path) -> None:
     assert torch.equal(*draws), "rows are where they were, so the same numbers draw the same rows"
     save(other, tmp_path, 2)
     assert held(load(tmp_path, 2)) == list(range(7, 17))
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
+def test_a_damaged_segment_leaves_the_checkpoint_before_it(tmp_path: Path, how: str) -> None:
+    buffer = ring()
+    for step in (1, 2, 3):
+        add(buffer, 4 * step, 4 * step + 4)
+        save(buffer, tmp_path, step)
+    last = tmp_path / REPLAY / files(tmp_path)[-1]
+    data = bytearray(last.read_bytes())
+    data[len(data) // 2] ^= 1
+    if how == "missing":
+        last.unlink()
+    else:
+        last.write_bytes(data if how == "flipped" else data[:-40])
+    with pytest.warns(UserWarning, match=r"step_000000000003.*its segment replay/rows_.* is damaged or missing"):
+        assert checkpoint.latest(tmp_path) == checkpoint.checkpoint_path(tmp_path, 2)
+    assert held(load(tmp_path, 2)) == list(range(4, 12))
+
+
+def test_a_file_that_acts_has_no_rows_and_the_memory_is_filled_again(tmp_path: Path) -> None:
+    """``best.pt``: gradient steps wait for ``learning_starts`` more steps, also over a checkpoint in between."""
+    small = {"num_envs": 2, "rounds": 5, "learning_starts": 20, "buffer_size": 1000, "batch_size": 4, "hidden": (4,)}
+    agent = SAC("Pendulum-v1", compile="off", **small).learn(40)
+    save_without_memory(agent, tmp_path / "best.pt")
+    assert checkpoint.load(tmp_path / "best.pt")["state"]["learner"]["ring"]["rows"] == {}
+    again = SAC.load(tmp_path / "best.pt")
+    obs = np.ones((1, 3), np.float32)
+    np.testing.assert_array_equal(again.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0])
+    before = again.learner.counters.n_updates
+    again.learn(10)  # 10 of the 20 steps
+    assert (len(again.learner.ring), again.learner.counters.n_updates) == (10, before)
+    again.save(tmp_path / "whole.pt")
+    whole = SAC.load(tmp_path / "whole.pt")
+    for resumed in (again, whole):
+        resumed.learn(20)
+        assert (len(resumed.learner.ring), resumed.num_timesteps) == (30, 70)
+        # from the 20th step after it was loaded, one gradient step for two environment steps
+        assert resumed.learner.counters.n_updates == before + 3 * 6
+    for x, y in zip(again.policy.parameters(), whole.policy.parameters()):
+        assert torch.equal(x, y)
 
 
 def test_a_missing_segment_and_another_capacity_are_named(tmp_path: Path) -> None:

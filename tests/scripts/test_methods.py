@@ -25,3 +25,11 @@ def test_the_table_is_markdown(capsys):
     # five cells: a bar inside one must be escaped
     assert all(line.replace("\\|", "").count("|") == 6 for line in rows)
     assert any("llm --method bnpo --task TASK" in line for line in rows)
+
+
+def test_installed_without_the_pages_it_says_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(methods, "ROOT", tmp_path)  # a wheel has no docs/
+    text = methods.main(methods.Options())
+    assert "documented)" not in text
+    assert text.count("docs/ of the project's source tree") == len(methods.methods())
+    assert "$ ccrl train llm --method grpo --task TASK" in text
