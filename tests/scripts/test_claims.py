@@ -92,6 +92,7 @@ def test_the_page_shows_complete_claims_alone(tmp_path: Path, monkeypatch: pytes
     assert "| b - c | 4 | +0 [0, 0] | 1 | not supported |" in text
     assert '| a | `{"rate": 2.0}` |' in text
     assert "later" not in text
+    assert "of its grid" not in text
     assert len(read_rows(tmp_path / "paper.what.csv")) == 30
     with pytest.raises(ValueError, match=r"expected papers among \['later', 'paper'\], got \['nobody'\]"):
         study.main(study.Options(papers=("nobody",), results=tmp_path))
@@ -104,3 +105,11 @@ def test_a_short_claim_plays(name: str) -> None:
     assert math.isfinite(value)
     assert value == arm.play(1000, **arm.grid[0])
     assert value != arm.play(1001, **arm.grid[0])
+
+
+def test_a_step_size_at_the_end_of_its_grid_is_said() -> None:
+    arm = Arm("a", score(0.0), tuple({"learning_rate": rate} for rate in (0.1, 0.2, 0.4)))
+    assert study._edge(arm, '{"learning_rate": 0.2}') == ""
+    assert study._edge(arm, '{"learning_rate": 0.1}') == " (the smallest of its grid)"
+    assert study._edge(arm, '{"learning_rate": 0.4}') == " (the largest of its grid)"
+    assert study._edge(Arm("b", score(0.0), GRID), '{"rate": 1.0}') == ""

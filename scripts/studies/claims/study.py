@@ -23,7 +23,7 @@ from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.files import write_atomic
 from ccrl.packages import ROOT
 from scripts.studies.claims import control, language
-from scripts.studies.claims.claim import Claim, Result, judge, run
+from scripts.studies.claims.claim import Arm, Claim, Result, judge, run
 
 __all__ = ["CLAIMS", "Options", "main", "page", "play"]
 
@@ -113,5 +113,15 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
         ]  # fmt: skip
         arms = {r.better: (r.settings[0], r.scores[0]) for r in results}
         arms |= {r.worse: (r.settings[1], r.scores[1]) for r in results}
-        lines += [f"| {arm} | `{settings}` | {score:.4g} |" for arm, (settings, score) in arms.items()]
+        for arm, (settings, score) in arms.items():
+            lines.append(f"| {arm} | `{settings}`{_edge(claim.arm(arm), settings)} | {score:.4g} |")
     return "\n".join(lines) + "\n"
+
+
+def _edge(arm: Arm, settings: str) -> str:
+    """A best step size at the end of its grid says that the grid was too short for this arm."""
+    rates = [setting["learning_rate"] for setting in arm.grid if "learning_rate" in setting]
+    chosen = json.loads(settings).get("learning_rate")
+    if len(set(rates)) < 3 or chosen not in (min(rates), max(rates)):
+        return ""
+    return f" (the {'smallest' if chosen == min(rates) else 'largest'} of its grid)"
