@@ -15,6 +15,7 @@ from ccrl.stats import t_interval
 __all__ = ["PAPERS", "Measurement"]
 
 PAPERS: dict[str, str] = {
+    "adora": "lengths of completions where longer ones succeed more often, and where length does not matter",
     "awm": "a flow on eight Gaussians: reward by iteration, what keeps it stable, gradient variance beside Flow-GRPO",
     "bnpo": "variance of the gradient under three normalisers",
     "copg": "the regularised optimum from any behaviour policies; a sequence bandit offline",
@@ -24,6 +25,7 @@ PAPERS: dict[str, str] = {
     "diffusion_opd": "three teachers of one task each, and a flow that learns all three from them",
     "div_prec": "entropy at nearly equal cross entropy on a Markov source; GRPO from each start",
     "empg": "a chain of ten decisions: gradient norms by the kind of state",
+    "epo": "steadiness of the entropy over a chain of twelve decisions by one network",
     "etr": "elastic clip ranges on ModSum beside constant ones of the same mean",
     "g2rpo": "Figure 2; two tasks of different reward scales",
     "gbpo": "the exact optimum on a bandit; many epochs and wide bounds on ModSum",
