@@ -66,9 +66,9 @@ class PlannerPolicy(OrderPolicy):
         ):  # fmt: skip
             self.register_buffer(name, torch.zeros(shape))
         customers = [(node, -1) for node in range(network.first_store, network.nodes)]
-        width = self._features(like, like["scale"].new_ones(1, network.nodes), like["scale"].new_ones(1, edges)).shape[
-            2
-        ]
+        rows = len(like["scale"])
+        usual, share = like["scale"].new_ones(rows, network.nodes), like["scale"].new_ones(rows, edges)
+        width = self._features(like, usual, share).shape[2]
         rounds = (2 if network.internal else 1) if rounds is None else rounds
         self.net = EdgeNet(
             [*network.edges, *customers], network.nodes, width, hidden=hidden, rounds=rounds, unread=len(customers)
