@@ -62,6 +62,7 @@ class Cycle(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
         self._count = 0
         self._graphs: CycleGraphs | None = None
+        self._checked: set[str] = set()
 
     def noise(self, draw: Data, ctx: Context) -> Data:
         """``draw`` with columns of random numbers: nothing is drawn inside a compiled graph."""
@@ -123,11 +124,17 @@ class Cycle(nn.Module):
     def run(
         self, phases: tuple[Phase, ...], averages: tuple[Polyak, ...], batch: Data, ctx: Context
     ) -> tuple[Data, Stats]:
-        """One eager step: targets, phases, averages."""
+        """One eager step: targets, phases, averages.
+
+        :raises ValueError: at a phase's first step, as ``Updater.columns`` does.
+        """
         with torch.no_grad():
             batch = self.targets(batch, ctx)
         stats: Stats = {}
         for phase in phases:
+            if phase.name not in self._checked:
+                phase.updater.columns(phase.terms, batch)
+                self._checked.add(phase.name)
             row = phase.updater.step(phase.terms, batch)
             batch = self.handed_on(batch, row)
             stats |= {self.name_of(phase, k): v for k, v in row.items()}

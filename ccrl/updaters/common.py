@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -140,14 +140,23 @@ class Surrogates:
     def columns(self, terms: tuple[Term, ...], batch: Data) -> list[str]:
         """Data columns that the surrogate and the policy read, found by one evaluation on ``batch``.
 
-        :raises ValueError: if the surrogate reaches none of the parameters: every update would do nothing.
+        :raises ValueError: if the surrogate reaches none of the parameters (every update would do nothing), or a
+            Parameter that is not the module's (nobody would ever train it).
         """
         # a micro-batch, where there are any: the evaluation keeps its graph
         piece = batch.microbatches(batch.microbatch)[0]
         found: list[Tensor] = []
         with torch.enable_grad(), frozen_buffers(self.module):
             columns = columns_read(lambda b: found.append(surrogate_loss(self.module, terms, b)[0]), piece)
-        if not _reaches(found[0], self.params):
+        reached = _parameters_behind(found[0])
+        own = {id(p) for p in self.module.parameters()}
+        if foreign := [tuple(p.shape) for p in reached.values() if id(p) not in own]:
+            raise ValueError(
+                f"terms {[t.name for t in terms]}: expected parameters of the updater's module, got a Parameter of "
+                f"shape {foreign[0]} that belongs to none: it would never be trained; make it part of the module, or a "
+                "buffer"
+            )
+        if not any(id(p) in reached for p in self.params):
             owned = [k for k, p in self.module.named_parameters() if any(p is q for q in self.params)]
             raise ValueError(
                 f"terms {[t.name for t in terms]}: expected a loss that depends on the updater's parameters, got one "
@@ -167,15 +176,16 @@ class Surrogates:
         return {k: torch.stack([r[k] for r in rows]).sum() for k in rows[0]}
 
 
-def _reaches(loss: Tensor, params: Sequence[nn.Parameter]) -> bool:
-    """Whether the graph of ``loss`` ends in one of ``params``."""
-    owned, seen, stack = {id(p) for p in params}, set[Any](), [loss.grad_fn]
+def _parameters_behind(loss: Tensor) -> dict[int, nn.Parameter]:
+    """The Parameters in which the graph of ``loss`` ends, by id."""
+    found, seen, stack = dict[int, nn.Parameter](), set[Any](), [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if id(getattr(node, "variable", None)) in owned:
-            return True
+        leaf = getattr(node, "variable", None)
+        if isinstance(leaf, nn.Parameter):
+            found[id(leaf)] = leaf
         stack.extend(following for following, _ in node.next_functions)
-    return False
+    return found

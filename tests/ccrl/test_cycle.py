@@ -14,7 +14,7 @@ from ccrl.estimators import aggregates
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.terms import Term
 from ccrl.learn import Cycle, Polyak
-from ccrl.updaters import FlatUpdater, ModuleUpdater
+from ccrl.updaters import FlatUpdater, ModuleUpdater, can_compile
 
 
 class Two(nn.Module):
@@ -127,6 +127,34 @@ def test_adam_of_three_gradients(beta: float, expected: float) -> None:
 
 class Fused(Simple):
     one_graph = True
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_parameter_that_belongs_to_no_updater_is_refused(compiled: bool) -> None:
+    """A multiplier held beside the policy: no updater moves it, so its gradient would be dropped without a word."""
+    policy, multiplier = Two(), nn.Parameter(torch.ones(1))
+    cycle = Fused(policy, **{name: FlatUpdater(policy, lr=0.1, prefixes=[name]) for name in ("first", "second")})
+    priced = term("a", lambda level, adv, out, batch: multiplier * out["first"], "first")
+    cycle._phases = (Phase("one", (priced,), Batching(size=4), cycle._phases[0].updater),)
+    cycle.compile_steps(compiled)
+    with pytest.raises(ValueError, match=r"terms \['a'\].*a Parameter of shape \(1,\) that belongs to none"):
+        cycle.step(rows(), context(policy))
+    assert float(policy.first.detach()) == 0.0
+
+
+@pytest.mark.skipif(not can_compile()[0], reason="no C++ compiler")
+def test_one_graph_refuses_a_parameter_that_it_cannot_see_move() -> None:
+    """The second phase reads the first one's Parameter object, not the policy's output: eagerly it has moved by then,
+    in the graph it is the one from before the step."""
+    policy = Two()
+    held = policy.first
+    cycle = Fused(policy, **{name: FlatUpdater(policy, lr=0.1, prefixes=[name]) for name in ("first", "second")})
+    reads = term("b", lambda level, adv, out, batch: (out["second"] - 10.0 * held - 1.0).square(), "second")
+    cycle._phases = (cycle._phases[0], Phase("two", (reads,), Batching(size=4), cycle._phases[1].updater))
+    cycle.compile_steps(True)
+    with pytest.raises(RuntimeError, match=r"phases \['one', 'two'\]: the compiled step of \['second'\] is not"):
+        cycle.step(rows(), context(policy))
+    assert [float(p.detach()) for p in policy.parameters()] == [0.0, 0.0]
 
 
 def test_one_graph_refuses_other_updaters_and_halves_of_one() -> None:
