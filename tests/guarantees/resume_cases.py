@@ -27,11 +27,31 @@ from ccrl.experiment.callbacks import Callback, CheckpointCallback
 HALF, WHOLE = 3, 6
 """Iterations."""
 
+ROLLOUT: dict[str, Any] = {"num_envs": 2, "n_steps": 16}
+# the ring of 40 is overwritten: half of a run fills it with 36 rows
+REPLAY: dict[str, Any] = {"num_envs": 2, "rounds": 6, "learning_starts": 10, "buffer_size": 40, "batch_size": 8}
+OFFLINE: dict[str, Any] = {"dataset": "data.npz", "updates": 4, "batch_size": 8}
 SIZES: dict[str, dict[str, Any]] = {
-    "ppo": {"batch_size": 16, "n_epochs": 2, "normalise_obs": True, "normalise_reward": True, "anneal_lr": True},
-    "mdpo": {"inner_steps": 2, "critic_batch_size": 32, "critic_epochs": 1},
-    "bpo": {"batch_size": 8, "n_epochs": 2, "median_hidden": [4], "anneal_eps": True},
-}
+    "ppo": {
+        **ROLLOUT, "batch_size": 16, "n_epochs": 2, "normalise_obs": True, "normalise_reward": True, "anneal_lr": True,
+    },
+    "mdpo": {**ROLLOUT, "inner_steps": 2, "critic_batch_size": 32, "critic_epochs": 1},
+    "bpo": {**ROLLOUT, "batch_size": 8, "n_epochs": 2, "median_hidden": [4], "anneal_eps": True},
+    "sac": {**REPLAY, "actor_every": 2, "n_step_returns": 2, "normalise_obs": True},
+    "td3": {**REPLAY, "actor_every": 2},
+    "crossq": {**REPLAY, "warm_up": 5},
+    "mdpo_off_policy": {**REPLAY, "reference_every": 5},
+    "dqn": {**REPLAY, "target_every": 5},
+    "qr_dqn": {**REPLAY, "target_every": 5, "n_quantiles": 4},
+    "detan": {**REPLAY, "target_every": 5, "n_quantiles": 4, "relabel": 0.5},
+    "iql": {**OFFLINE, "anneal_actor": True},
+    "td3_bc": {**OFFLINE, "policy_delay": 3},
+    "cdsa": {**OFFLINE, "base": "base.pt", "density_of": "policy", "model_hidden": [8]},
+    "pgd": {
+        **OFFLINE, "real_rows": 2, "window": 8, "stride": 2, "generated": 7, "trajectories": 4, "sampling_steps": 2,
+        "regenerate_every": 8, "denoiser_steps": 2, "denoiser_batch": 4, "denoiser_features": 8, "denoiser_levels": 1,
+    },
+}  # fmt: skip
 
 
 class Draws(Callback):
@@ -61,10 +81,22 @@ class DyingCheckpoint(CheckpointCallback):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def build(case: str) -> Any:
+def prepare(folder: Path) -> None:
+    """What offline agents read: a data set of the pendulum's spaces, and a policy to correct."""
+    rng = np.random.default_rng(0)
+    obs = rng.normal(size=(61, 4))
+    np.savez(
+        folder / "data.npz", obs=obs[:-1], action=rng.uniform(-3, 3, (60, 1)), reward=obs[1:, 0], next_obs=obs[1:],
+        terminated=np.arange(60) % 15 == 14,
+    )  # fmt: skip
+    build("ppo:InvertedPendulum-v5:off", folder).save(folder / "base.pt")
+
+
+def build(case: str, folder: Path) -> Any:
     name, env, compiled = case.split(":")
     cls = get_agent(name)
-    sizes = {"num_envs": 2, "n_steps": 16, "hidden": [8], "compile": compiled, **SIZES[name]}
+    files = {k: str(folder / SIZES[name][k]) for k in ("dataset", "base") if k in SIZES[name]}
+    sizes = {"hidden": [8], "compile": compiled, **SIZES[name], **files}
     random.seed(1)
     np.random.seed(1)  # noqa: NPY002
     torch.manual_seed(1)
@@ -99,10 +131,15 @@ def facts(agent: Any) -> dict[str, Any]:
 
 
 def kill(folder: Path, cases: list[str]) -> None:
+    # an agent made here would be collected in the children, where its environment waits for threads that a fork ends
+    if (child := os.fork()) == 0:
+        prepare(folder)
+        os._exit(0)
+    os.waitpid(child, 0)
     for i, case in enumerate(cases):
         child = os.fork()  # one start-up for all cases; each still dies alone
         if child == 0:
-            train(build(case), folder / str(i), DyingCheckpoint)
+            train(build(case, folder), folder / str(i), DyingCheckpoint)
             os._exit(0)  # not reached
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
@@ -121,7 +158,7 @@ def compare(folder: Path, cases: list[str]) -> None:
         assert [len(saved), resumed.iteration, resumed.num_timesteps] == [1, HALF, HALF * resumed.samples_per_iteration]
         train(resumed, folder / f"{i}-resumed")
         ours = facts(resumed)
-        whole = facts(train(build(case), folder / f"{i}-whole"))
+        whole = facts(train(build(case, folder), folder / f"{i}-whole"))
         assert len(whole["callbacks"]["Draws"]["drawn"]) == WHOLE
         assert any(u.compile for u in resumed.updaters.values()) == case.endswith(":on")
         found[case] = differences(whole, ours)

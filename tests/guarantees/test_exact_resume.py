@@ -37,6 +37,15 @@ def test_eager(tmp_path: Path) -> None:
     _check(tmp_path, [f"{agent}:{env}:off" for agent in ("ppo", "mdpo", "bpo") for env in tasks])
 
 
+def test_replay(tmp_path: Path) -> None:
+    continuous = [f"{agent}:InvertedPendulum-v5:off" for agent in ("sac", "td3", "crossq", "mdpo_off_policy")]
+    _check(tmp_path, [*continuous, *(f"{agent}:CartPole-v1:off" for agent in ("dqn", "qr_dqn", "detan"))])
+
+
+def test_offline(tmp_path: Path) -> None:
+    _check(tmp_path, [f"{agent}:InvertedPendulum-v5:off" for agent in ("iql", "td3_bc", "cdsa", "pgd")])
+
+
 @pytest.mark.skipif(not can_compile()[0], reason="no C++ compiler")
 def test_compiled(tmp_path: Path) -> None:
     _check(tmp_path, ["ppo:InvertedPendulum-v5:on", "mdpo:CartPole-v1:on", "bpo:InvertedPendulum-v5:on"])
