@@ -115,6 +115,8 @@ class Estimator(nn.Module):
         super().__init__()
         self.read: dict[tuple[Term, ...], set[str]] = {}
         """Data columns that each phase's terms read."""
+        self.described: dict[tuple[Term, ...], set[str]] = {}
+        """Names of the statistics that are taken after each phase."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         """``prepare`` runs without gradient, whoever calls it."""
@@ -169,16 +171,19 @@ def check_terms(phases: tuple[Phase, ...], outputs: frozenset[str]) -> None:
                 )
 
 
-def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context) -> tuple[Stats, int]:
-    """Every phase, epoch and minibatch on ``data["on"]``; losses are means over the minibatches of their phase, the
-    terms' ``stats`` are taken after it. Also returns the number of gradient steps taken (fewer than planned after an
-    early stop).
+def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context, watched: bool = True) -> tuple[Stats, int]:
+    """Every phase, epoch and minibatch on ``data["on"]``; losses are means over the minibatches of their phase. Also
+    returns the number of gradient steps taken (fewer than planned after an early stop).
+
+    The terms' ``stats`` are taken after their phase, by a forward pass that is left out where nobody reads them: not
+    ``watched``, and no ``after_update`` that might.
 
     With several phases the totals are told apart by name: ``policy_total_loss``, ``critic_grad_norm``.
     """
     stats: Stats = {}
     steps = 0
     phases = estimator.phases()
+    watched = watched or type(estimator).after_update is not Estimator.after_update
     for phase in phases:
         if phase.skip is not None and phase.skip(data["on"], ctx):
             continue
@@ -188,7 +193,12 @@ def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context) -> tup
         means = {k: torch.stack([r[k] * (n / total) for r, n in rows]).sum() for k in rows[0][0]}
         # statistics of minibatches are from before their steps: 0 for one step, too small for more
         if any(term.stats is not None for term in phase.terms):
-            means |= phase.updater.measure(phase.terms, data["on"].whole(phase.batching))
+            if watched or phase.terms not in estimator.described:
+                after = phase.updater.measure(phase.terms, data["on"].whole(phase.batching))
+                estimator.described[phase.terms] = set(after)
+                means |= after
+            else:
+                means = {k: v for k, v in means.items() if k not in estimator.described[phase.terms]}
         if len(phases) > 1:
             means[f"{phase.name}_total_loss"] = means.pop("loss")
             means[f"{phase.name}_grad_norm"] = means.pop("grad_norm")

@@ -45,6 +45,11 @@ class Callback:
 
     def on_training_start(self, agent: Any) -> None: ...
 
+    def reads(self, iteration: int) -> bool:
+        """Whether it looks at ``agent.scalars`` after this iteration (counted from 1). Statistics that cost a forward
+        pass of their own are left out where nobody does, unless it is the last iteration."""
+        return True
+
     def on_iteration(self, agent: Any) -> bool | None:
         """After every iteration; False ends training (after the other callbacks had their turn)."""
 
@@ -76,6 +81,9 @@ class LogCallback(Callback):
             raise ValueError(f"LogCallback: expected every >= 1 iterations, got {every}")
         self.logger, self.every = logger, every
 
+    def reads(self, iteration: int) -> bool:
+        return iteration % self.every == 0
+
     def on_iteration(self, agent: Any) -> bool | None:
         if agent.iteration % self.every == 0:
             self.logger.log(agent.num_timesteps, agent.scalars)
@@ -89,6 +97,9 @@ class _Periodic(Callback):
         if every < 1:
             raise ValueError(f"{type(self).__name__}: expected every >= 1 environment steps, got {every}")
         self.every, self.next = every, every
+
+    def reads(self, iteration: int) -> bool:
+        return False
 
     def due(self, steps: int) -> bool:
         if steps < self.next:
@@ -269,6 +280,9 @@ class StopOnSignal(Callback):
         """Name of the signal that ended training."""
         return self._signals.received
 
+    def reads(self, iteration: int) -> bool:
+        return False
+
     def on_training_start(self, agent: Any) -> None:
         self._signals.__enter__()
 
@@ -284,6 +298,9 @@ class StopOnReward(Callback):
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
+
+    def reads(self, iteration: int) -> bool:
+        return False
 
     def on_iteration(self, agent: Any) -> bool | None:
         mean = agent.ep_rew_mean

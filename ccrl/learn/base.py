@@ -125,6 +125,8 @@ class Learner(ABC):
         self.counters, self.episodes = _Counters(self.ctx), Episodes(remember)
         self.scalars: dict[str, Any] = {}
         """Of the last iteration, for loggers and callbacks."""
+        self.watched = True
+        """Whether somebody reads ``scalars`` after this iteration."""
         self.healthy = True
         """False inside an iteration and after one that failed: such a state is not for a checkpoint."""
         self.processes: Any = None

@@ -24,6 +24,8 @@ def run(agent: Any, end: int, callbacks: Sequence[Callback], progress_bar: bool)
     try:
         with DeferredSignals(signal.SIGINT) as interrupt, running(callbacks, agent):
             while learner.clock < end and not agent.finished and not learner.agree(bool(interrupt.received)):
+                last = learner.clock + learner.samples_per_iteration >= end
+                learner.watched = last or any(c.reads(learner.iteration + 1) for c in callbacks)
                 learner.iterate()
                 bar.update(learner.clock, agent.ep_rew_mean)
                 if learner.agree(False in _all(callbacks, lambda c: c.on_iteration(agent))):

@@ -147,7 +147,7 @@ class RolloutLearner(Learner):
 
     def _update(self, points: Mapping[str, Tensor], data: dict[str, Data]) -> Stats:
         if self.direction is None:
-            stats, steps = run_phases(self.estimator, data, self.ctx)
+            stats, steps = run_phases(self.estimator, data, self.ctx, self.watched)
             self.counters.n_updates += steps
             return stats
         updater, estimates = next(iter(self.updaters.values())), list[GradientEstimate]()

@@ -15,6 +15,7 @@ from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.terms import Term
+from ccrl.experiment.callbacks import Callback
 from ccrl.learn import Cycle, DatasetLearner, Polyak, RolloutLearner, StateRegistry
 from ccrl.learn.cycle import run_cycles
 from ccrl.replay import ReplayBuffer
@@ -320,3 +321,36 @@ def test_a_failing_callback_takes_nobodys_turn() -> None:
     with pytest.raises(RuntimeError, match="first"):
         PPO("CartPole-v1", **SMALL).learn(64, [fail, lambda a: calls.append("second")])
     assert calls == ["second"]
+
+
+def test_statistics_of_an_update_are_taken_where_somebody_reads_them() -> None:
+    """Of five iterations the first (which learns their names), every second (logged) and the last; the logged numbers
+    and the parameters are those of a run that is read after every iteration, and no stale number stands in between."""
+
+    class Every(Callback):
+        def __init__(self, every: int) -> None:
+            self.every, self.seen = every, list[dict[str, Any]]()
+
+        def reads(self, iteration: int) -> bool:
+            return iteration % self.every == 0
+
+        def on_iteration(self, agent: Any) -> None:
+            self.seen.append({k: float(v) for k, v in agent.scalars.items() if k.startswith("train/")})
+
+    runs = []
+    for every in (1, 2):
+        agent, watch, taken = PPO("CartPole-v1", **SMALL), Every(every), list[int]()
+        updater = agent.updaters["policy"]
+
+        def measure(*of: Any, agent: PPO = agent, taken: list[int] = taken, of_updater: Any = updater.measure) -> Any:
+            taken.append(agent.iteration + 1)
+            return of_updater(*of)
+
+        updater.measure = measure
+        agent.learn(5 * agent.samples_per_iteration, [watch])
+        runs.append((taken, watch.seen, [p.detach() for p in agent.policy.parameters()]))
+    (taken, whole, parameters), (fewer, some, same) = runs
+    assert (taken, fewer) == ([1, 2, 3, 4, 5], [1, 2, 4, 5])
+    assert [row == full for row, full in zip(some, whole)] == [True, True, False, True, True]
+    assert whole[2].keys() - some[2].keys() == {"train/approx_kl", "train/clip_fraction"}
+    assert all(torch.equal(a, b) for a, b in zip(parameters, same))
