@@ -78,7 +78,7 @@ class ExactTask:
             if not bool(improves.any()):
                 break
             choice = torch.where(improves, better.indices, choice)
-        best = (q >= q.amax(1, keepdim=True) - slack).double()
+        best: Tensor = (q >= q.amax(1, keepdim=True) - slack).double()
         return best / best.sum(1, keepdim=True)
 
     def reference(self, share: float = 0.4) -> Tensor:

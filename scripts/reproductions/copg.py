@@ -39,7 +39,8 @@ BIASED = (0.658909, 0.277268, 0.063823)
 def arms(**settings: Any) -> LLM:
     """An agent on the three arms, uniform at first."""
     config = CoPG.Settings(model="tabular", optimiser="sgd", max_grad_norm=0.0, **settings)
-    return CoPG(Arms(), config, seed=0)
+    agent: LLM = CoPG(Arms(), config, seed=0)
+    return agent
 
 
 def table(arm: Tensor, group: Tensor, weight: Tensor) -> Data:

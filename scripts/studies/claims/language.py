@@ -246,6 +246,7 @@ class HalfWrong(DeadPrompts):
     def __init__(self, seed: int) -> None:
         super().__init__(seed=seed)
         wrong = torch.randperm(self.questions, generator=torch.Generator().manual_seed(seed))[: self.questions // 2]
+        assert self.demonstrations is not None
         self.demonstrations = self.demonstrations.clone()
         self.demonstrations[wrong] = self.demonstrations[wrong.roll(1)]
 
