@@ -12,7 +12,7 @@ before advantages are estimated:
 
 Rivals: chi^2 and KL of the same discriminator, KL and chi^2 of the action distributions alone (a term of the loss), and
 stopping early. ``coef`` is c of ``lambda = c sigma_proxy``. The discriminator and the penalty are stages for any recipe
-(``ccrl.estimators.occupancy.OccupancyRatio``, ``divergences.OccupancyPenalty``); sequences (language models) need no
+(``ccrl.occupancy.OccupancyRatio``, ``divergences.OccupancyPenalty``); sequences (language models) need no
 discriminator: ``divergences.ChiSquarePenalty`` and ``sequence_chi_square`` are their stage and their term.
 
 Slots: fit = discriminator; prepare = penalty, values, GAE; ratio = token; loss = PPO's (+ action divergence).
@@ -34,11 +34,11 @@ from ccrl.data import Data
 from ccrl.estimators import aggregates
 from ccrl.estimators.base import Context
 from ccrl.estimators.divergences import Kind, OccupancyPenalty, action_divergence, chi_square
-from ccrl.estimators.occupancy import OccupancyRatio
 from ccrl.estimators.stages import Gae
 from ccrl.estimators.terms import Term
 from ccrl.experiment import checkpoint
 from ccrl.learn import Learner
+from ccrl.occupancy import OccupancyRatio
 from ccrl.seeding import stream_seed
 from ccrl.settings import Count, Natural, Nonnegative, Positive, Unit
 from ccrl.updaters import FlatUpdater, Stats

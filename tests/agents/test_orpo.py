@@ -15,8 +15,8 @@ from agents.ppo import PPO
 from ccrl.collect import Collector, Request
 from ccrl.data import Data
 from ccrl.estimators.divergences import OccupancyPenalty, occupancy_penalty
-from ccrl.estimators.occupancy import DISCRIMINATOR, Discriminator, OccupancyRatio
 from ccrl.estimators.stages import Gae
+from ccrl.occupancy import DISCRIMINATOR, Discriminator, OccupancyRatio
 from ccrl.testing import AgentContract, prepare_rollout
 from ccrl.updaters import FlatUpdater
 
