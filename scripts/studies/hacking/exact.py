@@ -12,6 +12,10 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from ccrl.packages import check_siblings
+
+check_siblings("envs")
+
 from ccrl.experiment.cells import complete
 from envs.hacking import Agreement, ExactTask, tomato_task
 from scripts.studies.tables import Rows

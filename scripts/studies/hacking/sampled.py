@@ -12,6 +12,10 @@ import torch
 import tyro
 from matplotlib.figure import Figure
 
+from ccrl.packages import check_siblings
+
+check_siblings("agents", "envs")
+
 from agents.orpo import ORPO
 from ccrl.experiment.cells import complete
 from ccrl.policies import MLPPolicy

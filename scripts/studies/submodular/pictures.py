@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from ccrl.packages import check_siblings
+
+check_siblings("envs")
+
 from ccrl.stats import t_interval
 from envs.coverage import Coverage, Groups
 from scripts.studies.tables import Rows

@@ -146,7 +146,7 @@ def slope(w: Tensor, eta: float) -> Tensor:
 
 
 def test_dpo_moves_the_mass_to_what_nobody_saw() -> None:
-    """100 steps of gradient descent; after 1000 it is at [.0001, .0000, .9999] (scripts/reproductions/rpo.py)."""
+    """100 steps of gradient descent; after 1000 it is at [.0001, .0000, .9999] (docs/llm/rpo.md)."""
     w = torch.zeros((), dtype=F64, requires_grad=True)
     for _ in range(100):
         step = slope(w, 0.0)
