@@ -236,11 +236,12 @@ class ScaledUpdater:
         """One update. A batch of one prompt says nothing of the noise: the whole step."""
         pieces, share = self.split(batch)
         first = self.inner.gradient(terms, pieces[0])
-        # pieces divide by the counts of the whole batch: gradients and statistics add up
-        total, stats, squares = first.mean, dict(first.stats), [first.mean.double().square().sum()]
+        # pieces divide by the counts of the whole batch: gradients and statistics add up. A copy: the next gradient may
+        # be written over this one
+        total, stats, squares = first.mean.clone(), dict(first.stats), [first.mean.double().square().sum()]
         for piece in pieces[1:]:
             found = self.inner.gradient(terms, piece)
-            total = total + found.mean
+            total += found.mean
             stats = {k: stats[k] + found.stats[k] for k in stats}
             squares.append(found.mean.double().square().sum())
         rho = torch.ones((), dtype=torch.float64, device=total.device)

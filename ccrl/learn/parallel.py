@@ -98,6 +98,8 @@ def distribute(learner: Learner, processes: Processes, share: bool = True) -> No
         raise ValueError("several processes: expected surrogates on rollouts (PPO); this agent trains in one process")
     if any(phase.skip is not None for phase in learner.phases()):
         raise ValueError("several processes: this agent leaves out updates that others take; it trains in one process")
+    if any(all(phase.updater is not u for u in learner.updaters.values()) for phase in learner.phases()):
+        raise ValueError("several processes: this agent steps by a rule of its own; it trains in one process")
     env = getattr(learner.source, "env", None)
     if env is None or env.autoreset_mode == AutoresetMode.NEXT_STEP:
         raise ValueError(

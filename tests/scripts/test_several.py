@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from agents import MDPO, NPGIGT
+from agents.grouped import Grouped
 from ccrl.experiment.config import ConfigError
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.run import RunFolder
@@ -95,6 +96,7 @@ def test_what_would_drift_apart_is_refused():
     for agent in (
         NPGIGT("Pendulum-v1", num_envs=2, n_steps=8, hidden=(4,)),
         MDPO("Pendulum-v1", num_envs=2, n_steps=8, hidden=(4,)),
+        Grouped("CartPole-v1", method="oblr_po", baseline_weight="length", n_groups=2, n_steps=8, hidden=(4,)),
     ):
         with pytest.raises(ValueError, match="one process"):
             distribute(agent.learner, processes)

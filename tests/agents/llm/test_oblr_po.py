@@ -29,7 +29,7 @@ from ccrl.estimators.terms import Term
 from ccrl.llm.policy import token_outputs
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.testing.recipe_contract import RecipeContract
-from ccrl.updaters import ModuleUpdater
+from ccrl.updaters import FlatUpdater, ModuleUpdater
 
 NO_STEP: dict[str, Any] = {"snr_pieces": 0}
 
@@ -295,6 +295,16 @@ def test_a_step_is_scaled_by_what_the_pieces_say() -> None:
     assert float(stats["grad_norm"]) == pytest.approx(float(whole.norm()))
     torch.testing.assert_close(inner.module.logits.detach().flatten(), before - 0.5 * rho * whole)
     assert float(scaled.lr) == 0.5
+
+
+def test_updaters_that_write_over_their_gradients() -> None:
+    """One flat vector holds every gradient: each piece's is added before the next."""
+    batch = batch_of([0, 0, 1, 1, 2, 3, 3, 3])
+    inner = FlatUpdater(TabularTokenPolicy(8, 1, 5).double(), lr=0.5)
+    size = inner.gradient(REINFORCE, batch).mean.square().sum()
+    stats = ScaledUpdater(inner, GradientNoise(), 4).step(REINFORCE, batch)
+    assert float(stats["gradient_signal"] + stats["gradient_noise"]) == pytest.approx(float(size))
+    assert float(stats["grad_norm"]) == pytest.approx(float(size.sqrt()))
 
 
 def test_padding_is_no_completion_and_one_prompt_says_nothing() -> None:
