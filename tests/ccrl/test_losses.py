@@ -152,7 +152,7 @@ def test_mdpo_9_standardised_advantages_ignore_shift_and_scale() -> None:
     assert constant["advantage"].eq(0).all()
 
 
-# -- penalties, critics, plumbing ------------------------------------------------------------------------
+# -- penalties, critics, plumbing ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [float, lambda x: torch.tensor(x, dtype=F64)])
