@@ -13,10 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_named_tests_exist():
-    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
+@pytest.mark.parametrize("page", ["README.md", "docs/features.md"])
+def test_the_named_tests_exist(page):
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", (ROOT / page).read_text(encoding="utf-8"))
     assert len(named) > 5
-    missing = [f"{path}::{test}" for path, test in named if f"def {test}(" not in (ROOT / path).read_text("utf-8")]
+    missing = [f"{path}::{test}" for path, test in named
+               if (f"def {test}(" if test else "def test_") not in (ROOT / path).read_text("utf-8")]  # fmt: skip
     assert not missing
 
 
