@@ -126,8 +126,8 @@ class BPOEstimator(OnPolicyEstimator):
         self._phases = (Phase("policy", tuple(terms), batching, updaters["policy"], before),)
 
     def _targets(self, threshold: str, temperature: float) -> Callable[[Outputs, Data], Tensor]:
-        return lambda evaluation, batch: losses.bounded_target(
-            batch["return"] - evaluation[threshold], self.eps_low, self.eps_high, temperature
+        return lambda outputs, batch: losses.bounded_target(
+            batch["return"] - outputs[threshold], self.eps_low, self.eps_high, temperature
         )
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
@@ -152,13 +152,13 @@ def _bound_stats(
     low: Tensor,
     high: Tensor,
     targets: Callable[[Outputs, Data], Tensor],
-    level: LogRatio,
+    ratio: LogRatio,
     advantage: Tensor,
-    evaluation: Outputs,
+    outputs: Outputs,
     batch: Data,
 ) -> dict[str, Tensor]:
-    stats = losses.ratio_stats(low, high)(level, advantage, evaluation, batch)
-    return {**stats, "target_gap": (level.ratio - targets(evaluation, batch)).abs()}
+    stats = losses.ratio_stats(low, high)(ratio, advantage, outputs, batch)
+    return {**stats, "target_gap": (ratio.ratio - targets(outputs, batch)).abs()}
 
 
 class BPO(Agent):

@@ -100,12 +100,12 @@ class CrossQPolicy(ActorQ):
         return out
 
 
-def joint_td(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def joint_td(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``0.5 sum_i (q_i - y)^2`` with the target of the same forward pass, stopped."""
     factor = batch["factor"]
-    soft = evaluation["next_q"].detach().amin(-1) - batch["alpha"] * batch["next_log_prob"]
+    soft = outputs["next_q"].detach().amin(-1) - batch["alpha"] * batch["next_log_prob"]
     target = batch["reward"] + (factor * soft).masked_fill(factor == 0, 0.0)
-    return 0.5 * (evaluation["q"] - target.unsqueeze(-1)).square().sum(-1)
+    return 0.5 * (outputs["q"] - target.unsqueeze(-1)).square().sum(-1)
 
 
 class CrossQCycle(SACCycle):

@@ -148,8 +148,8 @@ def _phase(c: PPOConfig, batching: Batching, terms: tuple[Term, ...], updater: U
 def _standardised(loss: Loss) -> Loss:
     """The loss on advantages standardised inside the minibatch."""
 
-    def wrapped(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        return loss(level, standardise(advantage, batch["valid"]), evaluation, batch)
+    def wrapped(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        return loss(ratio, standardise(advantage, batch["valid"]), outputs, batch)
 
     return wrapped
 
@@ -157,9 +157,9 @@ def _standardised(loss: Loss) -> Loss:
 def _with_kl(stats: Statistics, distribution: Distribution) -> Statistics:
     """The statistics, and ``kl``: ``KL(pi_old || pi_theta)`` in closed form."""
 
-    def more(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
+    def more(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
         old = {name: batch[f"old_{name}"] for name in distribution.names}
-        return stats(level, advantage, evaluation, batch) | {"kl": distribution.kl(old, evaluation)}
+        return stats(ratio, advantage, outputs, batch) | {"kl": distribution.kl(old, outputs)}
 
     return more
 

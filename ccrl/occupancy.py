@@ -22,9 +22,9 @@ from ccrl.updaters import FlatUpdater, Stats
 __all__ = ["DISCRIMINATOR", "Discriminator", "OccupancyRatio", "class_loss"]
 
 
-def class_loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def class_loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``softplus(-d)`` of the policy's samples, ``softplus(d)`` of the reference's (column ``side`` +-1)."""
-    return F.softplus(-batch["side"] * evaluation["logit"])
+    return F.softplus(-batch["side"] * outputs["logit"])
 
 
 DISCRIMINATOR = (

@@ -88,17 +88,17 @@ class DetaNCycle(Cycle):
         policy.epsilon.copy_(c.exploration_start + (c.exploration_end - c.exploration_start) * done)
 
 
-def _taken(evaluation: Outputs, batch: Data) -> Tensor:
+def _taken(outputs: Outputs, batch: Data) -> Tensor:
     """Particles of the actions that were taken, ``[T', B, N, m]``."""
-    theta = evaluation["quantiles"]
+    theta = outputs["quantiles"]
     index = batch["action"].view(*batch.shape, *[1] * (theta.dim() - 2))
     return theta.gather(2, index.expand(*batch.shape, 1, *theta.shape[3:])).squeeze(2)
 
 
-def energy_loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def energy_loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """The energy distance of particles, up to a constant: ``mean ||theta_i - y_j|| - mean ||theta_i - theta_k|| / 2``;
     smallest where both laws are equal (Szekely and Rizzo 2013)."""
-    theta, y = _taken(evaluation, batch), batch["target"]
+    theta, y = _taken(outputs, batch), batch["target"]
 
     def spread(a: Tensor, b: Tensor) -> Tensor:
         # the gradient of a norm at 0 is NaN

@@ -250,5 +250,5 @@ def matching_term() -> Term:
     return Term("matching_loss", _matching, aggregates.mean, want=frozenset({"velocity"}), advantage=None)
 
 
-def _matching(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+def _matching(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     return matching_error(outputs["velocity"], batch["target"])

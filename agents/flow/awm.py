@@ -88,7 +88,7 @@ def surrogate_log_likelihood(error: Tensor, time: Tensor, weighting: Weighting, 
 def velocity_distance(column: str, weight: str) -> Loss:
     """Squared distance of the velocity to a stored one, mean over dimensions, per row."""
 
-    def loss(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         squared = matching_error(outputs["velocity"], batch[column])
         if weight == "uniform":
             return squared

@@ -81,7 +81,7 @@ class DiffusionNFTRecipe(MatchingRecipe):
             found.append(Term("kl", loss, aggregates.mean, want=velocity, advantage=None, coef=c.kl_coef))
         return tuple(found)
 
-    def contrast(self, level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    def contrast(self, ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         """Per row; ``advantage`` is in [-1, 1]."""
         beta, optimality = self.config.beta, 0.5 + 0.5 * advantage
         moved = beta * (outputs["velocity"] - batch["old_velocity"])

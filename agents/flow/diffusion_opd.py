@@ -124,9 +124,9 @@ class DiffusionOPDRecipe(FlowRecipe):
             return (closed,)
         clip = self.loss()
 
-        def detour(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        def detour(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
             # of the student as it is now: after a pass the stored one would be another's
-            return clip(level, -distance(level, advantage, outputs, batch).detach(), outputs, batch)
+            return clip(ratio, -distance(ratio, advantage, outputs, batch).detach(), outputs, batch)
 
         want = frozenset({"mean", "log_prob"})
         return (closed, Term("policy_gradient_loss", detour, aggregates.sequence_mean, ratios.token, want,

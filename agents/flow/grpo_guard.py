@@ -88,11 +88,11 @@ def side_stats(low: float, high: float) -> Callable[..., dict[str, Tensor]]:
     ``clip_above`` (A > 0 and a ratio above 1 + high), ``clip_below`` (A < 0 and one below 1 - low)."""
     usual = losses.ratio_stats(low, high)
 
-    def stats(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
-        rho = level.ratio
+    def stats(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
+        rho = ratio.ratio
         sides = {"clip_above": (advantage > 0) & (rho > 1.0 + high), "clip_below": (advantage < 0) & (rho < 1.0 - low)}
         found = {name: side.to(rho.dtype) for name, side in sides.items()}
-        return usual(level, advantage, outputs, batch) | found | {"log_ratio": level.log_ratio}
+        return usual(ratio, advantage, outputs, batch) | found | {"log_ratio": ratio.log_ratio}
 
     return stats
 

@@ -118,7 +118,7 @@ def mean_distance(column: str, divisor: Divisor, reduce: Literal["mean", "sum"] 
     """``||mean - column||^2 / (2 s^2)`` per step, over dimensions the mean or the sum: with ``sbar`` and the sum the KL
     of the two transitions."""
 
-    def loss(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         squared = (outputs["mean"] - batch[column]).square()
         return (squared.mean(-1) if reduce == "mean" else squared.sum(-1)) / step_divisor(batch, divisor)
 

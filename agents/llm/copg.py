@@ -142,11 +142,11 @@ def contrast(
     return -2.0 * pairs.centre(reward - beta * log_ratio).detach() * pairs.centre(log_prob) / pairs.degrees
 
 
-def sequence_sum(evaluation: Outputs, batch: Data) -> LogRatio:
+def sequence_sum(outputs: Outputs, batch: Data) -> LogRatio:
     """Whole completions against the reference ``[1, B]``, sums over tokens."""
     valid = batch["valid"]
     present = (valid.sum(0, keepdim=True) > 0).to(valid.dtype)
-    return LogRatio(_sum(evaluation["log_prob"], valid), _sum(batch["ref_log_prob"], valid), present)
+    return LogRatio(_sum(outputs["log_prob"], valid), _sum(batch["ref_log_prob"], valid), present)
 
 
 def prompt_mean(valid: Tensor, batch: Data) -> Tensor:
@@ -203,23 +203,23 @@ class CoPGRecipe(Recipe):
         )
         return (loss, *self.penalties())
 
-    def contrastive(self, level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+    def contrastive(self, ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         """``[1, B]``."""
         c = self.config
         return contrast(
-            level.log_prob[0], level.log_ref[0], advantage, batch["group"], level.valid[0], c.beta, c.form
+            ratio.log_prob[0], ratio.log_ref[0], advantage, batch["group"], ratio.valid[0], c.beta, c.form
         ).unsqueeze(0)
 
-    def stats(self, level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
+    def stats(self, ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
         """Means over prompts: regularised reward, its variance inside a prompt (0 at the optimum), log-ratio to the
         reference (their KL, on policy)."""
-        pairs = Pairs(batch["group"], level.valid[0])
+        pairs = Pairs(batch["group"], ratio.valid[0])
         members = pairs.count.clamp_min(1.0)
-        regularised = advantage - self.config.beta * level.log_ratio[0]
+        regularised = advantage - self.config.beta * ratio.log_ratio[0]
         found = {
             "regularised_reward": regularised / members,
             "regularised_variance": pairs.centre(regularised).square() / pairs.degrees,
-            "reference_log_ratio": level.log_ratio[0] / members,
+            "reference_log_ratio": ratio.log_ratio[0] / members,
         }
         return {name: value.unsqueeze(0) for name, value in found.items()}
 

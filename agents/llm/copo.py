@@ -144,10 +144,10 @@ class Consistency:
 def blended(clipped: Loss) -> Loss:
     """``w l(A_l) + (1 - w) l(A_g)``: each advantage is clipped for itself."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         weight = batch["local_weight"]
-        local = clipped(level, advantage, evaluation, batch)
-        shared = clipped(level, batch["global_advantage"].expand_as(advantage), evaluation, batch)
+        local = clipped(ratio, advantage, outputs, batch)
+        shared = clipped(ratio, batch["global_advantage"].expand_as(advantage), outputs, batch)
         return weight * local + (1.0 - weight) * shared
 
     return loss

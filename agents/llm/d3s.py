@@ -149,9 +149,9 @@ def keep_tokens(advantage: Tensor, entropy: Tensor, valid: Tensor, share: float,
     return torch.zeros_like(inside).scatter(1, order, chosen).view(valid.shape[::-1]).t().to(valid.dtype)
 
 
-def response_ratio(evaluation: Outputs, batch: Data) -> LogRatio:
+def response_ratio(outputs: Outputs, batch: Data) -> LogRatio:
     """GSPO's ratio of the whole completion (column ``response``), on its kept tokens and with their gradient."""
-    log_prob, response = evaluation["log_prob"], batch["response"]
+    log_prob, response = outputs["log_prob"], batch["response"]
     change = torch.where(response > 0, log_prob.detach() - batch["log_prob"], 0.0)
     mean = change.sum(0, keepdim=True) / response.sum(0, keepdim=True).clamp_min(1.0)
     return LogRatio(log_prob, log_prob.detach() - mean, batch["valid"])

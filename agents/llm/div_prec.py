@@ -115,8 +115,8 @@ class DivPrecRecipe(SFTRecipe):
         c = self.config
         value = shaped(c.beta, c.lam_head, c.lam_tail)
 
-        def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-            return value(level.log_prob, *self._masses(level, evaluation, batch))
+        def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+            return value(ratio.log_prob, *self._masses(ratio, outputs, batch))
 
         return loss
 
@@ -131,18 +131,18 @@ class DivPrecRecipe(SFTRecipe):
         entropy = Term("entropy", _entropy, self.aggregate(), want=frozenset({"entropy"}), advantage=None, coef=0.0)
         return (term, entropy, *self.penalties())
 
-    def _masses(self, level: LogRatio, evaluation: Outputs, batch: Data) -> tuple[Tensor, ...]:
+    def _masses(self, ratio: LogRatio, outputs: Outputs, batch: Data) -> tuple[Tensor, ...]:
         if not self.config.ranks:
             return ()
-        return masses(level.log_prob, batch["action"], evaluation["topk_index"], evaluation["topk_log_prob"])
+        return masses(ratio.log_prob, batch["action"], outputs["topk_index"], outputs["topk_log_prob"])
 
-    def _watched(self, level: Any, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
-        found = {"nll": -level.log_prob, "weight": weight(level.log_prob, self.config.beta)}
-        return found | dict(zip(("head_mass", "tail_mass"), self._masses(level, evaluation, batch)))
+    def _watched(self, ratio: Any, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
+        found = {"nll": -ratio.log_prob, "weight": weight(ratio.log_prob, self.config.beta)}
+        return found | dict(zip(("head_mass", "tail_mass"), self._masses(ratio, outputs, batch)))
 
 
-def _entropy(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-    return evaluation["entropy"].detach()
+def _entropy(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    return outputs["entropy"].detach()
 
 
 DivPrec = LLMMethod(

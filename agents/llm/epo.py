@@ -153,9 +153,9 @@ class EPORecipe(Recipe):
         """``alpha P``, to be weighted by ``lambda beta_k``."""
         c = self.config
 
-        def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+        def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
             mean = batch["entropy_reference"]
-            return corridor(evaluation["entropy"], mean, c.kappa_low, c.kappa_high, c.alpha, c.penalty)
+            return corridor(outputs["entropy"], mean, c.kappa_low, c.kappa_high, c.alpha, c.penalty)
 
         return loss
 
@@ -178,10 +178,10 @@ class EPORecipe(Recipe):
         self.entropy_sum.add_(mean)
         self.count.add_(1.0)
 
-    def _stats(self, level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
+    def _stats(self, ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
         """``outside_corridor``: share of tokens; without a history there is no corridor."""
         c, mean = self.config, batch["entropy_reference"]
-        outside = corridor(evaluation["entropy"], mean, c.kappa_low, c.kappa_high, 1.0, "indicator")
+        outside = corridor(outputs["entropy"], mean, c.kappa_low, c.kappa_high, 1.0, "indicator")
         return {"outside_corridor": outside * (mean > 0)}
 
 

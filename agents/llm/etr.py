@@ -123,15 +123,15 @@ class ElasticRange:
         return data.derive_sequence(reward_spread=spread(variance).to(dtype))
 
 
-def elastic_clip(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def elastic_clip(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """PPO's clip with a range for every element."""
-    return losses.clip(batch["range_low"], batch["range_high"])(level, advantage, evaluation, batch)
+    return losses.clip(batch["range_low"], batch["range_high"])(ratio, advantage, outputs, batch)
 
 
-def _stats(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
+def _stats(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
     """The usual ones, clipped shares told apart by the sign of the advantage (of all elements), and the range."""
-    stats = losses.ratio_stats(batch["range_low"], batch["range_high"])(level, advantage, evaluation, batch)
-    up, down = level.ratio > 1.0 + batch["range_high"], level.ratio < 1.0 - batch["range_low"]
+    stats = losses.ratio_stats(batch["range_low"], batch["range_high"])(ratio, advantage, outputs, batch)
+    up, down = ratio.ratio > 1.0 + batch["range_high"], ratio.ratio < 1.0 - batch["range_low"]
     dtype = advantage.dtype
     return stats | {
         "clipped_up": (up & (advantage > 0)).to(dtype), "clipped_down": (down & (advantage < 0)).to(dtype),

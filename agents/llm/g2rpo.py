@@ -203,14 +203,14 @@ class Corridor:
         return data.derive_sequence(side=side.to(dtype), edge=edge.to(dtype), share=share.to(dtype))
 
 
-def sampled_entropy(level: LogRatio, evaluation: Outputs) -> Tensor:
+def sampled_entropy(ratio: LogRatio, outputs: Outputs) -> Tensor:
     """``-log pi`` of the chosen tokens."""
-    return -level.log_prob
+    return -ratio.log_prob
 
 
-def full_entropy(level: LogRatio, evaluation: Outputs) -> Tensor:
+def full_entropy(ratio: LogRatio, outputs: Outputs) -> Tensor:
     """Of the whole distribution."""
-    return evaluation["entropy"]
+    return outputs["entropy"]
 
 
 class G2RPORecipe(Recipe):
@@ -241,8 +241,8 @@ class G2RPORecipe(Recipe):
         full = c.entropy_estimate == "full"
         measure = full_entropy if full else sampled_entropy
 
-        def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-            return batch["side"] * (measure(level, evaluation) - batch["edge"])
+        def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+            return batch["side"] * (measure(ratio, outputs) - batch["edge"])
 
         term = Term(
             "corridor_loss", loss, aggregates.mean, None if full else ratios.token,

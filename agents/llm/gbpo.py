@@ -76,9 +76,9 @@ class BoundedGroupTarget:
         )
 
 
-def bounded_regression(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def bounded_regression(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``|(rho - rho*) A|`` with the column ``ratio_target``."""
-    return ((cut_ratio(level) - batch["ratio_target"]) * advantage).abs()
+    return ((cut_ratio(ratio) - batch["ratio_target"]) * advantage).abs()
 
 
 class GBPORecipe(Recipe):
@@ -95,10 +95,10 @@ class GBPORecipe(Recipe):
         term = Term("policy_gradient_loss", self.loss(), self.aggregate(), type(self).ratio, stats=self._stats)
         return (term, *self.penalties())
 
-    def _stats(self, level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
+    def _stats(self, ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
         c = self.config
-        found: dict[str, Tensor] = ratio_stats(c.clip_low, c.clip_high)(level, advantage, evaluation, batch)  # type: ignore[assignment]
-        informative = torch.where(advantage != 0, (cut_ratio(level) - batch["ratio_target"]).abs(), 0.0)
+        found: dict[str, Tensor] = ratio_stats(c.clip_low, c.clip_high)(ratio, advantage, outputs, batch)  # type: ignore[assignment]
+        informative = torch.where(advantage != 0, (cut_ratio(ratio) - batch["ratio_target"]).abs(), 0.0)
         return found | {"target_gap": informative}
 
 

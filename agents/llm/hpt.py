@@ -163,22 +163,22 @@ class Mix:
 # -- SRFT -----------------------------------------------------------------------------------------------------------
 
 
-def sequence_entropy(evaluation: Outputs, batch: Data) -> Tensor:
+def sequence_entropy(outputs: Outputs, batch: Data) -> Tensor:
     """``[1, B]``: every sequence's mean entropy per token under the policy, detached."""
     valid = batch["valid"]
-    entropy = torch.where(valid > 0, evaluation["entropy"].detach(), 0.0)
+    entropy = torch.where(valid > 0, outputs["entropy"].detach(), 0.0)
     return entropy.sum(0, keepdim=True) / valid.sum(0, keepdim=True).clamp_min(1.0)
 
 
-def uncertainty_weighted(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def uncertainty_weighted(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """Imitation: ``-0.5 exp(-H) log pi``: less of it where the policy is uncertain of the demonstration."""
-    return -0.5 * (-sequence_entropy(evaluation, batch)).exp() * level.log_prob
+    return -0.5 * (-sequence_entropy(outputs, batch)).exp() * ratio.log_prob
 
 
-def self_rewarded(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def self_rewarded(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """Samples: ``-w ratio`` with ``w = 0.1 exp(H)`` where right, ``-1`` where wrong."""
-    weight = torch.where(batch["verified"], 0.1 * sequence_entropy(evaluation, batch).exp(), -1.0)
-    return -weight * level.ratio
+    weight = torch.where(batch["verified"], 0.1 * sequence_entropy(outputs, batch).exp(), -1.0)
+    return -weight * ratio.ratio
 
 
 # -- the method -----------------------------------------------------------------------------------------------------

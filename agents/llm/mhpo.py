@@ -89,8 +89,8 @@ class Hazard:
 def modulated(hazard: Hazard) -> Loss:
     """``-A exp(psi - zeta)``, whatever the sign of ``A``."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        psi = hazard.psi(level.log_ratio)
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        psi = hazard.psi(ratio.log_ratio)
         return -advantage * torch.exp(psi - hazard.zeta(psi))
 
     return loss
@@ -113,8 +113,8 @@ class MHPORecipe(Recipe):
 
 
 def _stats(hazard: Hazard) -> Diagnostics:
-    def stats(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
-        x = level.log_ratio
+    def stats(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
+        x = ratio.log_ratio
         psi = hazard.psi(x)
         zeta = hazard.zeta(psi)
         return {"approx_kl": x.exp() - 1.0 - x, "abs_log_ratio": x.abs(), "psi": psi, "zeta": zeta,

@@ -65,10 +65,10 @@ class P3OConfig(MethodConfig):
 # -- losses -----------------------------------------------------------------------------------------------------------
 
 
-def _pairs(level: LogRatio, reward: Tensor, batch: Data) -> tuple[Tensor, Tensor, Tensor]:
+def _pairs(ratio: LogRatio, reward: Tensor, batch: Data) -> tuple[Tensor, Tensor, Tensor]:
     """``[B, B]`` differences of reward, row minus column, 0 where the two are no pair; whether they are one; ``[B]``:
     how many pairs, in both orders, the column's prompt has (at least 1)."""
-    group, present = batch["group"], level.valid.squeeze(0) > 0
+    group, present = batch["group"], ratio.valid.squeeze(0) > 0
     pair = (group.unsqueeze(1) == group) & present.unsqueeze(1) & present
     members = pair.sum(1)
     pair = pair & ~torch.eye(len(group), dtype=torch.bool, device=group.device)
@@ -79,12 +79,12 @@ def _pairs(level: LogRatio, reward: Tensor, batch: Data) -> tuple[Tensor, Tensor
 def separate(eps: float) -> Loss:
     """P3O-V1 on whole sequences ``[1, B]``: summed over a prompt, the mean over its pairs."""
 
-    def loss(level: LogRatio, reward: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        gap, _, count = _pairs(level, reward, batch)
-        ratio = cut_ratio(level).squeeze(0)
-        weight = gap * ratio.detach()  # the other's ratio, a constant: the product rule would count it twice
+    def loss(ratio: LogRatio, reward: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        gap, _, count = _pairs(ratio, reward, batch)
+        cut = cut_ratio(ratio).squeeze(0)
+        weight = gap * cut.detach()  # the other's ratio, a constant: the product rule would count it twice
         up, down = weight.clamp_min(0.0).sum(1), weight.clamp_max(0.0).sum(1)
-        bounded = up * ratio.clamp(max=1.0 + eps) + down * ratio.clamp(min=1.0 - eps)
+        bounded = up * cut.clamp(max=1.0 + eps) + down * cut.clamp(min=1.0 - eps)
         return -(bounded / count).unsqueeze(0)
 
     return loss
@@ -93,11 +93,11 @@ def separate(eps: float) -> Loss:
 def joint(eps: float) -> Loss:
     """P3O-V2 on whole sequences ``[1, B]``: summed over a prompt, the mean over its pairs."""
 
-    def loss(level: LogRatio, reward: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        gap, pair, count = _pairs(level, reward, batch)
-        ratio = cut_ratio(level).squeeze(0).detach()
-        weight = gap * ratio.unsqueeze(1) * ratio
-        now, old = level.log_prob.squeeze(0), level.log_ref.squeeze(0)
+    def loss(ratio: LogRatio, reward: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        gap, pair, count = _pairs(ratio, reward, batch)
+        cut = cut_ratio(ratio).squeeze(0).detach()
+        weight = gap * cut.unsqueeze(1) * cut
+        now, old = ratio.log_prob.squeeze(0), ratio.log_ref.squeeze(0)
         odds, before = (torch.where(pair, x.unsqueeze(1) - x, 0.0) for x in (now, old))
         bounded = before + (odds - before).clamp(-eps, eps)
         return -0.5 * (torch.minimum(weight * odds, weight * bounded).sum(1) / count).unsqueeze(0)
@@ -134,22 +134,22 @@ class P3ORecipe(RewardKLRecipe):
         )
         return (term, *self.penalties())
 
-    def _stats(self, level: LogRatio, reward: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
+    def _stats(self, ratio: LogRatio, reward: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
         """Means over prompts: size of a pair's difference in reward, share of pairs (joint) or completions (separate)
         beyond the bound, and of completions' sampled KL."""
-        c, (gap, pair, count) = self.config, _pairs(level, reward, batch)
+        c, (gap, pair, count) = self.config, _pairs(ratio, reward, batch)
         members = (pair.sum(1) + 1).clamp_min(1)
-        log_ratio = level.log_ratio.squeeze(0)
+        log_ratio = ratio.log_ratio.squeeze(0)
         change = torch.where(pair, log_ratio.unsqueeze(1) - log_ratio, 0.0)
         outside = (
             (change.abs() > c.clip_range).sum(1) / count
             if c.form == "joint"
-            else ((cut_ratio(level).squeeze(0) - 1.0).abs() > c.clip_range) / members
+            else ((cut_ratio(ratio).squeeze(0) - 1.0).abs() > c.clip_range) / members
         )
         found = {
             "pair_difference": gap.abs().sum(1) / count,
             "clip_fraction": outside,
-            "approx_kl": (cut_ratio(level).squeeze(0) - 1.0 - log_ratio) / members,
+            "approx_kl": (cut_ratio(ratio).squeeze(0) - 1.0 - log_ratio) / members,
         }
         return {name: value.to(gap.dtype).unsqueeze(0) for name, value in found.items()}
 

@@ -39,7 +39,7 @@ def pair(mean: bool = False) -> Ratio:
     """A pair's log-ratio ``(logp_w - ref_w) - (logp_l - ref_l)`` on the column of the preferred sequence, ``[1, B]``,
     not valid elsewhere; log-probabilities are summed over tokens, or averaged with ``mean`` (TRL's IPO)."""
 
-    def ratio(evaluation: Outputs, batch: Data) -> LogRatio:
+    def ratio(outputs: Outputs, batch: Data) -> LogRatio:
         valid, group = batch["valid"], batch["group"]
         # a padded column repeats a member of a pair: without valid rows it is in none
         sign = batch["preferred"].to(valid.dtype) * (valid > 0).any(0)
@@ -51,9 +51,7 @@ def pair(mean: bool = False) -> Ratio:
             return ((sign * total / count) @ partners).unsqueeze(0)
 
         whole = (sign > 0) & ((sign < 0).to(valid.dtype) @ partners > 0)
-        return LogRatio(
-            signed(evaluation["log_prob"]), signed(batch["ref_log_prob"]), whole.to(valid.dtype).unsqueeze(0)
-        )
+        return LogRatio(signed(outputs["log_prob"]), signed(batch["ref_log_prob"]), whole.to(valid.dtype).unsqueeze(0))
 
     return ratio
 
@@ -61,8 +59,8 @@ def pair(mean: bool = False) -> Ratio:
 def dpo(beta: float) -> Loss:
     """``-log sigmoid(beta D)`` of a pair's log-ratio ``D`` (Rafailov et al. 2023, eq. 7)."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        return -F.logsigmoid(beta * level.log_ratio)
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        return -F.logsigmoid(beta * ratio.log_ratio)
 
     return loss
 
@@ -70,8 +68,8 @@ def dpo(beta: float) -> Loss:
 def ipo(tau: float) -> Loss:
     """``(D - 1 / (2 tau))^2`` (Azar et al. 2023, eq. 17): a margin to reach, not one to grow for ever."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        return (level.log_ratio - 0.5 / tau).square()
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        return (ratio.log_ratio - 0.5 / tau).square()
 
     return loss
 
@@ -181,8 +179,8 @@ class PreferenceRecipe(Recipe):
         return (term, *self.penalties())
 
 
-def _margin(level: Any, advantage: Tensor, evaluation: Any, batch: Data) -> dict[str, Tensor]:
-    return {"margin": level.log_ratio, "pair_accuracy": (level.log_ratio > 0).to(level.log_ratio.dtype)}
+def _margin(ratio: Any, advantage: Tensor, outputs: Any, batch: Data) -> dict[str, Tensor]:
+    return {"margin": ratio.log_ratio, "pair_accuracy": (ratio.log_ratio > 0).to(ratio.log_ratio.dtype)}
 
 
 @dataclass(frozen=True)

@@ -71,16 +71,16 @@ def dual_step(dual: Tensor, variance: Tensor, budget: float, rate: float, larges
     return moved.clamp(0.0, largest)
 
 
-def ratio_variance(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def ratio_variance(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``(r - 1)^2``, about 1 and not about the batch's mean ratio: that would hide a drift of all ratios."""
-    return (cut_ratio(level) - 1.0).square()
+    return (cut_ratio(ratio) - 1.0).square()
 
 
 def lagrangian(dual: Callable[[], Tensor], budget: float) -> Loss:
     """``-r A + lambda ((r - 1)^2 - budget)`` with the current lambda (0-d), which no gradient reaches."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        r = cut_ratio(level)
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        r = cut_ratio(ratio)
         return -r * advantage + dual() * ((r - 1.0).square() - budget)
 
     return loss
@@ -153,8 +153,8 @@ class R2VPORecipe(Recipe):
         if self.config.per_rollout:
             columns = self.config.microbatch or None
             log_prob = evaluate_columns(self.parts.policy, on, frozenset({"log_prob"}), columns)["log_prob"]
-            level = LogRatio(log_prob, on["log_prob"], on["valid"])
-            element = ratio_variance(level, level.valid, {}, on)
+            ratio = LogRatio(log_prob, on["log_prob"], on["valid"])
+            element = ratio_variance(ratio, ratio.valid, {}, on)
             stats["variance_after"] = (element * on["valid"]).sum() / on["valid"].sum()
             self._move(stats["variance_after"])
         stats["dual"] = self.dual.clone()

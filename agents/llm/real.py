@@ -72,10 +72,10 @@ class Labels:
         return data.derive_sequence(label=label)
 
 
-def _sides(level: LogRatio, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _sides(ratio: LogRatio, batch: Data) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``[B, B]`` bool: who is a right, who a wrong member of the row's group; ``[B]`` bool: whose group has both (and
     who is itself a member); ``[B]``: members of the row's group. Columns without a valid step are members of none."""
-    label, group, present = batch["label"], batch["group"], level.valid.squeeze(0) > 0
+    label, group, present = batch["label"], batch["group"], ratio.valid.squeeze(0) > 0
     together = group.unsqueeze(1) == group
     right, wrong = together & (present & (label == 1)), together & (present & (label == 0))
     member = present & (label >= 0)
@@ -97,9 +97,9 @@ def _shared(loss: Tensor, both: Tensor, members: Tensor) -> Tensor:
 def anchored(tau: float) -> Loss:
     """The paper's loss on sequence-level logits ``[1, B]``."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        logit = level.log_ratio.squeeze(0) / tau
-        right, wrong, both, members = _sides(level, batch)
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        logit = ratio.log_ratio.squeeze(0) / tau
+        right, wrong, both, members = _sides(ratio, batch)
         # softplus(log sum) is log(1 + sum); softplus(-inf) is 0 but has no gradient, hence the anchor as a column
         anchor, always = logit.new_zeros(1), torch.ones_like(both).unsqueeze(1)
         push = _log_sum(torch.cat([anchor, -logit]), torch.cat([always, right], 1))
@@ -112,9 +112,9 @@ def anchored(tau: float) -> Loss:
 def product(tau: float) -> Loss:
     """Ablation: ``log(1 + sum_wrong e^{s / tau} sum_right e^{-s / tau})``, right against wrong without an anchor."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        logit = level.log_ratio.squeeze(0) / tau
-        right, wrong, both, members = _sides(level, batch)
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        logit = ratio.log_ratio.squeeze(0) / tau
+        right, wrong, both, members = _sides(ratio, batch)
         # rows without both labels compare everything with everything: finite, and left out below
         some = ~both.unsqueeze(1)
         pair = _log_sum(logit, wrong | some) + _log_sum(-logit, right | some)
@@ -126,9 +126,9 @@ def product(tau: float) -> Loss:
 def bce(tau: float) -> Loss:
     """Ablation: binary cross-entropy of every completion, averaged over those of prompts with both labels."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        logit = level.log_ratio.squeeze(0) / tau
-        *_, both, _ = _sides(level, batch)
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        logit = ratio.log_ratio.squeeze(0) / tau
+        *_, both, _ = _sides(ratio, batch)
         target = batch["label"].clamp_min(0).to(logit.dtype)
         element = F.binary_cross_entropy_with_logits(logit, target, reduction="none")
         # the aggregation divides by the prompts
@@ -146,10 +146,10 @@ def group_mean(valid: Tensor, batch: Data) -> Tensor:
 COMPARISONS = {"anchored": anchored, "bce": bce, "product": product}
 
 
-def _stats(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
+def _stats(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
     """Share of prompts with both labels."""
-    *_, both, members = _sides(level, batch)
-    return {"compared_prompts": _shared(torch.ones_like(level.valid).squeeze(0), both, members)}
+    *_, both, members = _sides(ratio, batch)
+    return {"compared_prompts": _shared(torch.ones_like(ratio.valid).squeeze(0), both, members)}
 
 
 class REALRecipe(Recipe):

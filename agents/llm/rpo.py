@@ -64,8 +64,8 @@ class RPOConfig(PreferenceConfig):
 def smoothed_dpo(beta: float, smoothing: float) -> Loss:
     """``-(1 - e) log sigmoid(beta D) - e log sigmoid(-beta D)``."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        x = beta * level.log_ratio
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        x = beta * ratio.log_ratio
         return -(1.0 - smoothing) * F.logsigmoid(x) - smoothing * F.logsigmoid(-x)
 
     return loss
@@ -75,7 +75,7 @@ def member(sign: float, mean: bool = False) -> Ratio:
     """Log-probabilities of a pair's preferred (``sign`` 1) or rejected (-1) member and of the reference, summed over
     tokens or averaged, on the column of the preferred one ``[1, B]``; not valid elsewhere."""
 
-    def ratio(evaluation: Outputs, batch: Data) -> LogRatio:
+    def ratio(outputs: Outputs, batch: Data) -> LogRatio:
         valid, group = batch["valid"], batch["group"]
         found = batch["preferred"].to(valid.dtype) * (valid > 0).any(0)
         partners = (group.unsqueeze(0) == group.unsqueeze(1)).to(valid.dtype)
@@ -86,13 +86,13 @@ def member(sign: float, mean: bool = False) -> Ratio:
             return (torch.where(found == sign, total, 0.0) @ partners).unsqueeze(0)
 
         whole = (found > 0) & ((found < 0).to(valid.dtype) @ partners > 0)
-        return LogRatio(of(evaluation["log_prob"]), of(batch["ref_log_prob"]), whole.to(valid.dtype).unsqueeze(0))
+        return LogRatio(of(outputs["log_prob"]), of(batch["ref_log_prob"]), whole.to(valid.dtype).unsqueeze(0))
 
     return ratio
 
 
-def _nll(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-    return -level.log_prob
+def _nll(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    return -ratio.log_prob
 
 
 class RPORecipe(PreferenceRecipe):
@@ -114,8 +114,8 @@ class RPORecipe(PreferenceRecipe):
         )  # fmt: skip
         return (preference, chosen, *penalties)
 
-    def _watched(self, level: Any, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
-        chosen, rejected = (member(sign)(evaluation, batch) for sign in (1.0, -1.0))
+    def _watched(self, ratio: Any, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
+        chosen, rejected = (member(sign)(outputs, batch) for sign in (1.0, -1.0))
         return {
             "chosen_log_prob": chosen.log_prob, "rejected_log_prob": rejected.log_prob,
             "chosen_reward": self.config.beta * chosen.log_ratio,

@@ -79,14 +79,14 @@ class OffPolicyMDPOPolicy(ActorQ):
         return out | ({"v": self.v(rows(batch["obs"])).unsqueeze(0)} if "v" in want else {})
 
 
-def squared_value(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def squared_value(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``0.5 (V(s) - v)^2``."""
-    return 0.5 * (evaluation["v"] - batch["state_value"]).square()
+    return 0.5 * (outputs["v"] - batch["state_value"]).square()
 
 
-def spread(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def spread(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``mean_d (mu^2 + log sigma^2)`` of the squashed Gaussian's parameters."""
-    return (evaluation["new_mean"].square() + evaluation["new_log_std"].square()).mean(-1)
+    return (outputs["new_mean"].square() + outputs["new_log_std"].square()).mean(-1)
 
 
 class OffPolicyMDPOCycle(Cycle):

@@ -77,10 +77,10 @@ def term(name: str, loss: object, *want: str) -> Term:
     return Term(name, loss, aggregates.mean, want=frozenset(want), advantage=None)  # type: ignore[arg-type]
 
 
-def action_error(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+def action_error(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """Squared error of the actor's mean, averaged over action dimensions, ``[1, B]``."""
     return (outputs["mean"] - batch["action"]).square().mean(-1)
 
 
-def _nll(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+def _nll(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     return -outputs["log_prob"]

@@ -355,7 +355,7 @@ class CDSACycle(Cycle):
 
 
 def _output(name: str) -> Loss:
-    def loss(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         return outputs[name]
 
     return loss

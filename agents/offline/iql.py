@@ -129,19 +129,19 @@ def weights(advantage: Tensor, beta: float, most: float) -> Tensor:
 
 
 def _value_loss(expectile: float) -> object:
-    def loss(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         return expectile_loss(batch["best"] - outputs["value"], expectile)
 
     return loss
 
 
-def _critic_error(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+def _critic_error(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     return (outputs["q"] - batch["target"].unsqueeze(-1)).square().mean(-1)
 
 
-def _weighted_nll(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+def _weighted_nll(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     return -batch["weight"] * outputs["log_prob"]
 
 
-def _weighted_error(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+def _weighted_error(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     return batch["weight"] * (outputs["mean"] - batch["action"]).square().sum(-1)

@@ -110,7 +110,7 @@ class ReBRACCycle(TD3BCCycle):
 
 
 def _least_value(alpha: float) -> object:
-    def loss(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         q = outputs["mean_q"].amin(-1)
         return -scale(q, alpha) * q
 
@@ -118,7 +118,7 @@ def _least_value(alpha: float) -> object:
 
 
 def _penalty(weight: float) -> object:
-    def loss(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         return weight * (outputs["mean"] - batch["action"]).square().sum(-1)
 
     return loss

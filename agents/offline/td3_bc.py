@@ -101,7 +101,7 @@ class TD3BCCycle(Cycle):
         return self._phases
 
 
-def critic_error(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+def critic_error(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """Squared errors to the column ``target``, summed over the critics, ``[1, B]``."""
     return (outputs["q"] - batch["target"].unsqueeze(-1)).square().sum(-1)
 
@@ -114,7 +114,7 @@ def scale(q: Tensor, alpha: float) -> Tensor:
 def scaled_value_loss(alpha: float) -> object:
     """``- lam Q_1(s, pi(s))``, ``[1, B]``."""
 
-    def loss(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         q = outputs["mean_q"][..., 0]
         return -scale(q, alpha) * q
 

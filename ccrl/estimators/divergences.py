@@ -113,12 +113,12 @@ def action_divergence(distribution: Distribution, kind: Kind) -> Loss:
     if kind != "kl" and not known:
         raise ValueError(f"{kind}: expected categorical or Gaussian actions, got {type(distribution).__name__}; use kl")
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         ref = {name: batch[f"ref_{name}"] for name in distribution.names}
-        kl = distribution.kl(evaluation, ref)
+        kl = distribution.kl(outputs, ref)
         if kind == "kl":
             return kl
-        chi2 = action_chi_square(distribution, evaluation, ref)
+        chi2 = action_chi_square(distribution, outputs, ref)
         chi2 = torch.where(chi2.isfinite(), chi2, kl)
         return chi2 if kind == "chi2" else chi2.clamp_min(1e-4).sqrt()
 
@@ -141,10 +141,10 @@ def sequence_divergences(log_ratio: Tensor) -> dict[str, Tensor]:
     return {"chi2": (_exp(log_ratio) - 1.0 + back).mean(), "kl": (log_ratio + back).mean()}
 
 
-def reference_product(evaluation: Outputs, batch: Data) -> LogRatio:
+def reference_product(outputs: Outputs, batch: Data) -> LogRatio:
     """The policy over the reference by whole sequences, ``[1, B]``, from the column ``ref_log_prob``."""
     valid = batch["valid"]
-    sums = [masked(x, valid).sum(0, keepdim=True) for x in (evaluation["log_prob"], batch["ref_log_prob"])]
+    sums = [masked(x, valid).sum(0, keepdim=True) for x in (outputs["log_prob"], batch["ref_log_prob"])]
     return LogRatio(sums[0], sums[1], (valid.sum(0, keepdim=True) > 0).to(valid.dtype))
 
 
@@ -156,12 +156,12 @@ def sequence_chi_square(kind: Literal["sqrt_chi2", "chi2"] = "sqrt_chi2") -> Los
     The root is taken over the minibatch: micro-batches would each take their own.
     """
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        x = level.log_ratio
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        x = ratio.log_ratio
         element = _exp(x) + _exp(-x) - 2.0
         if kind == "chi2":
             return element
-        size = (masked(element, level.valid).sum() / level.valid.sum().clamp_min(1.0)).detach()
+        size = (masked(element, ratio.valid).sum() / ratio.valid.sum().clamp_min(1.0)).detach()
         root = size.clamp_min(1e-4).sqrt()
         # mean: size / (2 root) + root / 2 = root; gradient: that of size over 2 root
         return torch.where(size > 1e-4, element / (2.0 * root) + root / 2.0, root.expand_as(element))

@@ -26,25 +26,25 @@ __all__ = [
 # -- policy losses --------------------------------------------------------------------------------------------------
 
 
-def weighted_ratio(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def weighted_ratio(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``-A * ratio``: the unified surrogate without a mask (MDPO; with ``ratios.plain`` REINFORCE)."""
-    return -advantage * level.ratio
+    return -advantage * ratio.ratio
 
 
 def modulated_ratio(column: str) -> Loss:
     """``-M * A * ratio`` with a float mask column ``M`` (Lv et al. 2025, the unified estimator's surrogate)."""
-    return lambda level, advantage, evaluation, batch: -batch[column] * advantage * level.ratio
+    return lambda ratio, advantage, outputs, batch: -batch[column] * advantage * ratio.ratio
 
 
-def cut_ratio(level: LogRatio) -> Tensor:
+def cut_ratio(ratio: LogRatio) -> Tensor:
     """The ratio with its logarithm cut at +-20: beyond, exponentials and their squares overflow float32, and such a
     token has no information left."""
-    return level.log_ratio.clamp(-20.0, 20.0).exp()
+    return ratio.log_ratio.clamp(-20.0, 20.0).exp()
 
 
-def neg_log_prob(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def neg_log_prob(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``-log pi`` (behaviour cloning, SFT)."""
-    return -level.log_prob
+    return -ratio.log_prob
 
 
 def clip(low: Number, high: Number, dual: Number | None = None) -> Loss:
@@ -54,8 +54,8 @@ def clip(low: Number, high: Number, dual: Number | None = None) -> Loss:
         has no gradient. None: unbounded.
     """
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        rho = level.ratio
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        rho = ratio.ratio
         element = -torch.minimum(rho * advantage, _clamp(rho, 1.0 - low, 1.0 + high) * advantage)
         if dual is None:
             return element
@@ -67,9 +67,9 @@ def clip(low: Number, high: Number, dual: Number | None = None) -> Loss:
 def cispo(low: Number, high: Number) -> Loss:
     """CISPO: ``-sg(clamp(rho)) A log pi``: clipped tokens keep a bounded gradient (MiniMax 2025)."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        weight = _clamp(level.ratio.detach(), 1.0 - low, 1.0 + high)
-        return -weight * advantage * level.log_prob
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        weight = _clamp(ratio.ratio.detach(), 1.0 - low, 1.0 + high)
+        return -weight * advantage * ratio.log_prob
 
     return loss
 
@@ -77,8 +77,8 @@ def cispo(low: Number, high: Number) -> Loss:
 def capped_weight(bound: float) -> Loss:
     """CISPO with one absolute bound: ``-sg(min(rho, bound)) A log pi`` (TRL; ``cispo`` is the band)."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        return -level.ratio.detach().clamp(max=bound) * advantage * level.log_prob
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        return -ratio.ratio.detach().clamp(max=bound) * advantage * ratio.log_prob
 
     return loss
 
@@ -89,8 +89,8 @@ def sigmoid_gate(positive: float, negative: float) -> Loss:
     if positive <= 0 or negative <= 0:
         raise ValueError(f"sigmoid_gate: expected temperatures > 0, got {positive}, {negative}")
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        rho = level.ratio
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        rho = ratio.ratio
         tau = torch.where(advantage > 0, positive, negative).to(rho.dtype)
         return -advantage * (4.0 / tau) * torch.sigmoid(tau * (rho - 1.0))
 
@@ -112,10 +112,10 @@ def bounded_ratio(
     or ``value`` (the ablation). Both are detached; the column ``return`` is fixed for the whole update.
     """
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        w = batch["return"] - evaluation["value"].detach() if weight is None else batch[weight]
-        x = batch["return"] - evaluation[threshold].detach()
-        return ((level.ratio - bounded_target(x, low, high, temperature)) * w).abs()
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        w = batch["return"] - outputs["value"].detach() if weight is None else batch[weight]
+        x = batch["return"] - outputs[threshold].detach()
+        return ((ratio.ratio - bounded_target(x, low, high, temperature)) * w).abs()
 
     return loss
 
@@ -126,41 +126,41 @@ def bounded_ratio(
 def closed_form_kl(distribution: Distribution) -> Loss:
     """``KL(pi_theta || pi_old)`` from the stored parameters ``old_*`` (MDPO; never a ratio estimate)."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         old: Mapping[str, Tensor] = {name: batch[f"old_{name}"] for name in distribution.names}
-        return distribution.kl(evaluation, old)
+        return distribution.kl(outputs, old)
 
     return loss
 
 
-def k1(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def k1(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """Sampled ``KL(pi_old || pi_theta)``, unbiased, may be negative: ``-log rho``.
 
     With ``ratios.reference`` a statistic only: the gradient of ``log pi - log ref`` on the policy's own samples is the
     score, 0 in expectation, whatever the reference (``check_trainable`` refuses it).
     """
-    return -level.log_ratio
+    return -ratio.log_ratio
 
 
-def k2(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def k2(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``(log rho)^2 / 2``: low variance, biased."""
-    return 0.5 * level.log_ratio.square()
+    return 0.5 * ratio.log_ratio.square()
 
 
-def k3(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def k3(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``rho - 1 - log rho``: unbiased for ``KL(pi_old || pi_theta)`` and non-negative."""
-    return level.ratio - 1.0 - level.log_ratio
+    return ratio.ratio - 1.0 - ratio.log_ratio
 
 
-def k3_plus(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def k3_plus(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """The value of ``k3`` with the gradient of ``k2``, which is that of KL(policy || reference) (verl)."""
-    value, slope = (k(level, advantage, evaluation, batch) for k in (k3, k2))
+    value, slope = (k(ratio, advantage, outputs, batch) for k in (k3, k2))
     return slope + (value - slope).detach()
 
 
-def neg_entropy(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def neg_entropy(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``-H(pi)``: with a positive coefficient an entropy bonus."""
-    return -evaluation["entropy"]
+    return -outputs["entropy"]
 
 
 def check_trainable(terms: Sequence[Term]) -> None:
@@ -182,8 +182,8 @@ def value_loss(*, scale: float = 1.0, clip_range: Number | None = None, head: st
     """``scale (V - R)^2`` against the column ``return``; with ``clip_range`` the larger of it and the squared error of
     the old value moved by at most ``clip_range`` (column ``value`` holds the old one)."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        value, target = evaluation[head], batch["return"]
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        value, target = outputs[head], batch["return"]
         squared = (value - target).square()
         if clip_range is not None:
             old = batch["value"]
@@ -204,8 +204,8 @@ def median_loss(*, kappa: float = 0.5, temperature: Number = 1.0, head: str = "m
     if not 0.0 < kappa < 1.0:
         raise ValueError(f"median_loss: expected 0 < kappa < 1, got {kappa}")
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        x = batch["return"] - evaluation[head]
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        x = batch["return"] - outputs[head]
         return temperature * F.softplus(x / temperature) - kappa * x
 
     return loss
@@ -217,8 +217,8 @@ def median_loss(*, kappa: float = 0.5, temperature: Number = 1.0, head: str = "m
 def ratio_stats(low: Number, high: Number) -> Diagnostics:
     """SB3's ``approx_kl`` (k3) and ``clip_fraction`` for a term's ``stats``."""
 
-    def stats(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
-        log_ratio = level.log_ratio
+    def stats(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
+        log_ratio = ratio.log_ratio
         rho = log_ratio.exp()
         outside = (rho < 1.0 - low) | (rho > 1.0 + high)
         return {"approx_kl": rho - 1.0 - log_ratio, "clip_fraction": outside.to(rho.dtype)}

@@ -19,14 +19,14 @@ from ccrl.estimators.terms import LogRatio, Loss, Outputs
 __all__ = ["Modulation", "cispo_mask", "clip_mask", "clipped_weight", "modulated", "shaping"]
 
 Modulation = Callable[[LogRatio, Tensor, Data], Tensor]
-"""From a level, advantages and the batch to ``M`` per element; no gradient flows through it."""
+"""From a log-ratio, advantages and the batch to ``M`` per element; no gradient flows through it."""
 
 
 def modulated(modulation: Modulation) -> Loss:
     """``-M A exp(log pi - log pi_ref)`` with ``M`` from a function."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        return -modulation(level, advantage, batch).detach() * advantage * level.ratio
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        return -modulation(ratio, advantage, batch).detach() * advantage * ratio.ratio
 
     return loss
 
@@ -35,10 +35,10 @@ def clip_mask(low: float, high: float) -> Modulation:
     """PPO's clip: 0 where the ratio has left ``[1 - low, 1 + high]`` on the advantage's side. With
     ``ratios.sequence_token`` it is GSPO's."""
 
-    def mask(level: LogRatio, advantage: Tensor, batch: Data) -> Tensor:
-        ratio = level.ratio
-        outside = ((advantage > 0) & (ratio > 1.0 + high)) | ((advantage < 0) & (ratio < 1.0 - low))
-        return (~outside).to(ratio.dtype)
+    def mask(ratio: LogRatio, advantage: Tensor, batch: Data) -> Tensor:
+        rho = ratio.ratio
+        outside = ((advantage > 0) & (rho > 1.0 + high)) | ((advantage < 0) & (rho < 1.0 - low))
+        return (~outside).to(rho.dtype)
 
     return mask
 
@@ -47,9 +47,9 @@ def cispo_mask(low: float, high: float) -> Modulation:
     """CISPO as the table of the paper reads it: 0 wherever the clipped weight is saturated. ``losses.cispo`` is the
     method as published, which keeps a bounded gradient there."""
 
-    def mask(level: LogRatio, advantage: Tensor, batch: Data) -> Tensor:
-        ratio = level.ratio
-        return ((ratio >= 1.0 - low) & (ratio <= 1.0 + high)).to(ratio.dtype)
+    def mask(ratio: LogRatio, advantage: Tensor, batch: Data) -> Tensor:
+        rho = ratio.ratio
+        return ((rho >= 1.0 - low) & (rho <= 1.0 + high)).to(rho.dtype)
 
     return mask
 
@@ -57,19 +57,19 @@ def cispo_mask(low: float, high: float) -> Modulation:
 def clipped_weight(low: float, high: float) -> Modulation:
     """CISPO as published in this form: with ``ratios.plain``, the clipped ratio to the behaviour policy."""
 
-    def weight(level: LogRatio, advantage: Tensor, batch: Data) -> Tensor:
-        log_ratio = torch.where(level.valid > 0, level.log_prob.detach() - batch["log_prob"], 0.0)
+    def weight(ratio: LogRatio, advantage: Tensor, batch: Data) -> Tensor:
+        log_ratio = torch.where(ratio.valid > 0, ratio.log_prob.detach() - batch["log_prob"], 0.0)
         return log_ratio.exp().clamp(1.0 - low, 1.0 + high)
 
     return weight
 
 
 def shaping(gamma: float) -> Modulation:
-    """LUFFY's ``f'(u) = gamma / (u + gamma)^2`` for ``f(u) = u / (u + gamma)``, ``u`` the level's ratio (``pi_theta``
+    """LUFFY's ``f'(u) = gamma / (u + gamma)^2`` for ``f(u) = u / (u + gamma)``, ``u`` the term's ratio (``pi_theta``
     where the denominator is 1): unlikely tokens of a demonstration get the gradient that the denominator takes away.
 
     :raises ValueError: unless gamma > 0.
     """
     if gamma <= 0:
         raise ValueError(f"shaping: expected gamma > 0, got {gamma}")
-    return lambda level, advantage, batch: gamma / (level.ratio + gamma).square()
+    return lambda ratio, advantage, batch: gamma / (ratio.ratio + gamma).square()

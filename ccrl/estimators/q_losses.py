@@ -30,34 +30,34 @@ __all__ = [
 ]
 
 
-def squared_td(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def squared_td(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``0.5 sum_i (Q_i - y)^2`` over the critics ``q`` ``[T', B, n]`` with ``y`` the column ``target`` ``[T', B]``."""
-    return 0.5 * (evaluation["q"] - batch["target"].unsqueeze(-1)).square().sum(-1)
+    return 0.5 * (outputs["q"] - batch["target"].unsqueeze(-1)).square().sum(-1)
 
 
 def soft_actor(reduce: Literal["min", "mean"] = "min") -> Loss:
     """``alpha log pi(a) - min_i Q_i(s, a)`` at ``a`` drawn from the policy (Haarnoja et al. 2018); ``alpha`` is a 0-d
     column, so the temperature is a constant here."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        q = evaluation["new_q"]
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        q = outputs["new_q"]
         value = q.amin(-1) if reduce == "min" else q.mean(-1)
-        return batch["alpha"] * evaluation["new_log_prob"] - value
+        return batch["alpha"] * outputs["new_log_prob"] - value
 
     return loss
 
 
-def mean_log_prob(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Outputs:
+def mean_log_prob(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Outputs:
     """``log pi`` at the policy's own sample, as a term's statistic: what ``temperature`` reads."""
-    return {"mean_log_prob": evaluation["new_log_prob"]}
+    return {"mean_log_prob": outputs["new_log_prob"]}
 
 
 def temperature(target_entropy: float) -> Loss:
     """``-log_alpha (log pi + H)`` with ``log pi`` the 0-d column ``mean_log_prob``: the gradient in ``log_alpha`` is
     how much the entropy falls short of ``target_entropy``."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        return -evaluation["log_alpha"] * (batch["mean_log_prob"].detach() + target_entropy)
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        return -outputs["log_alpha"] * (batch["mean_log_prob"].detach() + target_entropy)
 
     return loss
 
@@ -91,8 +91,8 @@ def quantile_loss(kappa: float = 1.0) -> Loss:
     """``quantile_huber`` of the quantiles of the stored action against the column ``target`` ``[T', B, M]``. One
     quantile has ``tau = 1/2``: the loss is doubled, so that it is DQN's Huber loss."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        quantiles = evaluation["quantiles"]
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        quantiles = outputs["quantiles"]
         index = batch["action"].unsqueeze(-1).unsqueeze(-1).expand(*quantiles.shape[:-2], 1, quantiles.shape[-1])
         theta = quantiles.gather(-2, index).squeeze(-2)
         scale = 2.0 if quantiles.shape[-1] == 1 else 1.0
@@ -119,11 +119,11 @@ def mirror_descent_actor(
     def deformed(log_prob: Tensor) -> Tensor:
         return log_prob if index == 1.0 else log_q(log_prob.clamp_min(_LOG_FLOOR), 2.0 - index)
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
         old = {name: batch[f"old_{name}"] for name in distribution.names}
-        log_old = distribution.log_prob(old, evaluation["new_action"])
-        value = evaluation["new_q1"] if reduce == "q1" else evaluation["new_q"].amin(-1)
-        new = coefficient * deformed(evaluation["new_log_prob"])
+        log_old = distribution.log_prob(old, outputs["new_action"])
+        value = outputs["new_q1"] if reduce == "q1" else outputs["new_q"].amin(-1)
+        new = coefficient * deformed(outputs["new_log_prob"])
         return new + index * (entropy - coefficient) * deformed(log_old) - value
 
     return loss
@@ -132,6 +132,6 @@ def mirror_descent_actor(
 _LOG_FLOOR = math.log(1e-6)
 
 
-def deterministic_actor(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def deterministic_actor(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``-Q_1(s, mu(s))`` (Fujimoto et al. 2018)."""
-    return -evaluation["new_q1"]
+    return -outputs["new_q1"]

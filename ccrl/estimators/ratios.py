@@ -10,45 +10,45 @@ from ccrl.estimators.terms import LogRatio, Outputs
 __all__ = ["plain", "reference", "sequence", "sequence_product", "sequence_token", "token"]
 
 
-def token(evaluation: Outputs, batch: Data) -> LogRatio:
+def token(outputs: Outputs, batch: Data) -> LogRatio:
     """Per step against the behaviour policy (PPO, GRPO, MDPO, BPO)."""
-    return LogRatio(evaluation["log_prob"], batch["log_prob"], batch["valid"])
+    return LogRatio(outputs["log_prob"], batch["log_prob"], batch["valid"])
 
 
-def plain(evaluation: Outputs, batch: Data) -> LogRatio:
+def plain(outputs: Outputs, batch: Data) -> LogRatio:
     """Denominator = the policy itself: ratio 1 with the score as gradient (REINFORCE, SFT)."""
-    return LogRatio(evaluation["log_prob"], evaluation["log_prob"].detach(), batch["valid"])
+    return LogRatio(outputs["log_prob"], outputs["log_prob"].detach(), batch["valid"])
 
 
-def reference(evaluation: Outputs, batch: Data) -> LogRatio:
+def reference(outputs: Outputs, batch: Data) -> LogRatio:
     """The reference policy over the policy, gradient in the denominator: ``k1``, ``k2``, ``k3`` of this level are those
     of ``KL(pi || ref)`` under the policy's own samples (docs/llm/baselines.md)."""
-    return LogRatio(batch["ref_log_prob"], evaluation["log_prob"], batch["valid"])
+    return LogRatio(batch["ref_log_prob"], outputs["log_prob"], batch["valid"])
 
 
-def sequence(evaluation: Outputs, batch: Data) -> LogRatio:
+def sequence(outputs: Outputs, batch: Data) -> LogRatio:
     """Length-normalised sequence ratio ``exp(mean_t log-ratio)``, one element per column ``[1, B]`` (GSPO)."""
     valid = batch["valid"]
     return LogRatio(
-        _masked_mean(evaluation["log_prob"], valid),
+        _masked_mean(outputs["log_prob"], valid),
         _masked_mean(batch["log_prob"], valid),
         (valid.sum(0, keepdim=True) > 0).to(valid.dtype),
     )
 
 
-def sequence_product(evaluation: Outputs, batch: Data) -> LogRatio:
+def sequence_product(outputs: Outputs, batch: Data) -> LogRatio:
     """The ratio of whole sequences ``exp(sum_t log-ratio)``, one element per column ``[1, B]`` (TRL's RLOO)."""
     valid = batch["valid"]
     return LogRatio(
-        _masked_sum(evaluation["log_prob"], valid),
+        _masked_sum(outputs["log_prob"], valid),
         _masked_sum(batch["log_prob"], valid),
         (valid.sum(0, keepdim=True) > 0).to(valid.dtype),
     )
 
 
-def sequence_token(evaluation: Outputs, batch: Data) -> LogRatio:
+def sequence_token(outputs: Outputs, batch: Data) -> LogRatio:
     """The sequence ratio's value on every token, gradient through the token only (GSPO-token; Zheng et al. 2025)."""
-    valid, log_prob = batch["valid"], evaluation["log_prob"]
+    valid, log_prob = batch["valid"], outputs["log_prob"]
     mean = _masked_mean(log_prob.detach() - batch["log_prob"], valid)
     return LogRatio(log_prob, log_prob.detach() - mean, valid)
 

@@ -1,6 +1,6 @@
 """Surrogate losses as sums of terms: ratio -> per-element loss -> aggregation.
 
-A term is ``coef * sum(aggregate(valid) * loss(level, advantage, evaluation, batch))``. Everything here runs inside one
+A term is ``coef * sum(aggregate(valid) * loss(ratio, advantage, outputs, batch))``. Everything here runs inside one
 compiled graph: no ``.item()``, no branching on data, ``where`` instead of ``0 * x`` (a masked ``-inf`` log-probability
 times 0 is NaN), and numbers that change between updates are 0-d tensors (a changing Python float recompiles).
 """
@@ -88,20 +88,20 @@ class Term:
     after the phase, on all its data. Stops and ``after_minibatch`` see each minibatch's, taken before its step."""
 
 
-def surrogate(terms: tuple[Term, ...], evaluation: Outputs, batch: Data) -> tuple[Tensor, dict[str, Tensor]]:
+def surrogate(terms: tuple[Term, ...], outputs: Outputs, batch: Data) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss to minimise (0-d) and detached per-term statistics (before the coefficient)."""
     total: Tensor | None = None
     stats: dict[str, Tensor] = {}
     for term in terms:
-        level, advantage, weights = _inputs(term, evaluation, batch)
+        ratio, advantage, weights = _inputs(term, outputs, batch)
         # a coefficient that is the constant 0 is there for its statistic: no backward pass through it
         off = isinstance(term.coef, float | int) and term.coef == 0
-        element = term.loss(level, advantage, evaluation, batch)
+        element = term.loss(ratio, advantage, outputs, batch)
         if term.weight is not None:
             element = element * batch[term.weight]
         value = _weighted_sum(weights, element)
         stats[term.name] = value.detach()
-        stats |= _statistics(term, level, advantage, weights, evaluation, batch)
+        stats |= _statistics(term, ratio, advantage, weights, outputs, batch)
         if off:
             continue
         total = term.coef * value if total is None else total + term.coef * value
@@ -111,29 +111,29 @@ def surrogate(terms: tuple[Term, ...], evaluation: Outputs, batch: Data) -> tupl
     return total, stats
 
 
-def statistics(terms: tuple[Term, ...], evaluation: Outputs, batch: Data) -> dict[str, Tensor]:
+def statistics(terms: tuple[Term, ...], outputs: Outputs, batch: Data) -> dict[str, Tensor]:
     """The terms' ``stats`` alone, 0-d, without their losses."""
     found: dict[str, Tensor] = {}
     for term in terms:
         if term.stats is not None:
-            found |= _statistics(term, *_inputs(term, evaluation, batch), evaluation, batch)
+            found |= _statistics(term, *_inputs(term, outputs, batch), outputs, batch)
     return found
 
 
-def _inputs(term: Term, evaluation: Outputs, batch: Data) -> tuple[LogRatio, Tensor, Tensor]:
+def _inputs(term: Term, outputs: Outputs, batch: Data) -> tuple[LogRatio, Tensor, Tensor]:
     """Log-ratio, advantage, element weights."""
-    level = no_ratio(batch["valid"]) if term.ratio is None else term.ratio(evaluation, batch)
-    advantage = batch[term.advantage] if term.advantage is not None else torch.zeros_like(level.valid)
-    return level, advantage, term.aggregate(level.valid, batch)
+    ratio = no_ratio(batch["valid"]) if term.ratio is None else term.ratio(outputs, batch)
+    advantage = batch[term.advantage] if term.advantage is not None else torch.zeros_like(ratio.valid)
+    return ratio, advantage, term.aggregate(ratio.valid, batch)
 
 
 @torch.no_grad()
 def _statistics(
-    term: Term, level: LogRatio, advantage: Tensor, weights: Tensor, evaluation: Outputs, batch: Data
+    term: Term, ratio: LogRatio, advantage: Tensor, weights: Tensor, outputs: Outputs, batch: Data
 ) -> dict[str, Tensor]:
     if term.stats is None:
         return {}
-    extra = term.stats(level, advantage, evaluation, batch)
+    extra = term.stats(ratio, advantage, outputs, batch)
     return {k: _weighted_sum(weights, v).detach() for k, v in extra.items()}
 
 

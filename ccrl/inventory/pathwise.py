@@ -129,8 +129,8 @@ def per_period_and_store(stores: int) -> Aggregate:
 def cost_term(stores: int) -> Term:
     """The training loss: mean cost per period and store, all periods, warm-up included."""
 
-    def cost(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        return evaluation["cost"]
+    def cost(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        return outputs["cost"]
 
     return Term("cost", cost, per_period_and_store(stores), want=frozenset({"cost"}), advantage=None)
 

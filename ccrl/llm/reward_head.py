@@ -121,18 +121,18 @@ def _per_pair(valid: Tensor, batch: Data) -> Tensor:
     return valid / batch["n_groups"]
 
 
-def _bradley_terry(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
-    return -F.logsigmoid(level.log_ratio)
+def _bradley_terry(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    return -F.logsigmoid(ratio.log_ratio)
 
 
-def _centered(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+def _centered(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     score = outputs["score"]
     sign, partners = _pairs(batch, score.dtype)
     return (sign.abs() * score[0] @ partners).square().unsqueeze(0)
 
 
-def _pair_stats(level: Any, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
-    margin = level.log_ratio
+def _pair_stats(ratio: Any, advantage: Tensor, outputs: Outputs, batch: Data) -> dict[str, Tensor]:
+    margin = ratio.log_ratio
     return {"margin": margin, "pair_accuracy": (margin > 0).to(margin.dtype)}
 
 
@@ -156,10 +156,10 @@ def _per_completion(valid: Tensor, batch: Data) -> Tensor:
     return valid / batch["n_sequences"]
 
 
-def _cross_entropy(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
-    wanted = batch["verdict"].to(level.log_prob.dtype).unsqueeze(0)
-    return F.binary_cross_entropy_with_logits(level.log_prob, wanted, reduction="none")
+def _cross_entropy(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    wanted = batch["verdict"].to(ratio.log_prob.dtype).unsqueeze(0)
+    return F.binary_cross_entropy_with_logits(ratio.log_prob, wanted, reduction="none")
 
 
-def _squared_error(level: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
-    return (level.log_prob - batch["verdict"].to(level.log_prob.dtype).unsqueeze(0)).square()
+def _squared_error(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+    return (ratio.log_prob - batch["verdict"].to(ratio.log_prob.dtype).unsqueeze(0)).square()

@@ -167,12 +167,12 @@ class RecipeTrainer(_Trainer):  # type: ignore[misc]
             loss: Tensor = super()._compute_loss(model, inputs)
             return loss
         batch = self._batch(inputs)
-        evaluation, extra = self.host_policy.evaluate(model, batch, self.hosted.want | {"log_prob"}, training=True)
+        outputs, extra = self.host_policy.evaluate(model, batch, self.hosted.want | {"log_prob"}, training=True)
         if "log_prob" not in batch:  # the rollout is the policy's own: ratio 1
-            batch = batch.derive(log_prob=evaluation["log_prob"].detach())
+            batch = batch.derive(log_prob=outputs["log_prob"].detach())
         # divided by counts of the whole optimiser step, so that the losses of its pieces add up; TRL divides each
         # piece's mean by their number
-        loss, stats = surrogate(self.hosted.terms, evaluation, batch)
+        loss, stats = surrogate(self.hosted.terms, outputs, batch)
         if extra is not None:
             loss = loss + self.router_aux_loss_coef * extra / self.current_gradient_accumulation_steps
         self._accumulate(stats)

@@ -59,14 +59,14 @@ def table(arm: Tensor, group: Tensor, weight: Tensor) -> Data:
 def policy_gradient(baseline: str) -> Loss:
     """``-(R_beta - b) log pi``; the baseline is nothing, or a mean of R_beta over the data (weights) or the policy."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        regularised = (advantage - 0.5 * level.log_ratio[0]).detach()
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        regularised = (advantage - 0.5 * ratio.log_ratio[0]).detach()
         over = {
             "none": torch.zeros_like(regularised),
             "data": batch["weight"],
-            "policy": level.log_prob[0].detach().exp(),
+            "policy": ratio.log_prob[0].detach().exp(),
         }
-        return -(regularised - (over[baseline] * regularised).sum()) * level.log_prob
+        return -(regularised - (over[baseline] * regularised).sum()) * ratio.log_prob
 
     return loss
 
@@ -170,22 +170,22 @@ class OfflineCoPG(LLM.of(CoPG)):  # type: ignore[misc]
 def preference(kind: str) -> Loss:
     """DPO or IPO on the pairs of neighbouring columns, the better one chosen; ties are left out."""
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        ratio, score = (level.log_prob - level.log_ref)[0].view(-1, 2), advantage.view(-1, 2)
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        gain, score = (ratio.log_prob - ratio.log_ref)[0].view(-1, 2), advantage.view(-1, 2)
         sign = torch.sign(score[:, 0] - score[:, 1])
-        margin = sign * (ratio[:, 0] - ratio[:, 1])
+        margin = sign * (gain[:, 0] - gain[:, 1])
         value = -F.logsigmoid(BETA * margin) if kind == "DPO" else (margin - 1 / (2 * BETA)).square()
         return torch.where(sign != 0, value, 0.0).repeat_interleave(2).unsqueeze(0)
 
     return loss
 
 
-def importance_weighted(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
+def importance_weighted(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """Policy gradient on regularised rewards with sequence weights pi / mu and the weighted mean as baseline."""
-    weight = (level.log_prob[0].detach() - batch["log_prob"].sum(0)).exp()
-    regularised = (advantage - BETA * level.log_ratio[0]).detach()
+    weight = (ratio.log_prob[0].detach() - batch["log_prob"].sum(0)).exp()
+    regularised = (advantage - BETA * ratio.log_ratio[0]).detach()
     baseline = (weight * regularised).sum() / weight.sum().clamp_min(1e-8)
-    return (-weight * (regularised - baseline) * level.log_prob[0]).unsqueeze(0)
+    return (-weight * (regularised - baseline) * ratio.log_prob[0]).unsqueeze(0)
 
 
 def offline(method: str, seed: int, learning_rate: float = 3e-3) -> list[float]:

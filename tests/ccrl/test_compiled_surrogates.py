@@ -53,14 +53,14 @@ def reading(module: Tempered, held: Tensor | None = None) -> tuple[Term, ...]:
     :param held: what the loss reads in place of the module's log-temperatures.
     """
 
-    def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        return -advantage * level.ratio * (module.log_temperature if held is None else held)[0].exp()
+    def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        return -advantage * ratio.ratio * (module.log_temperature if held is None else held)[0].exp()
 
     def aggregate(valid: Tensor, batch: Data) -> Tensor:
         return valid * module.log_temperature[1].exp() / batch["n_valid"]
 
-    def ratio(evaluation: Outputs, batch: Data) -> LogRatio:
-        return LogRatio(evaluation["log_prob"] * module.log_temperature[2].exp(), batch["log_prob"], batch["valid"])
+    def ratio(outputs: Outputs, batch: Data) -> LogRatio:
+        return LogRatio(outputs["log_prob"] * module.log_temperature[2].exp(), batch["log_prob"], batch["valid"])
 
     kl = Term("kl", losses.k3, aggregates.mean, ratios.token, advantage=None)
     return (kl, Term("tempered", loss, aggregate, ratio))
@@ -163,9 +163,9 @@ def test_buffers_written_in_a_forward_pass_are_written_compiled() -> None:
 def test_pure_updates_share_one_graph() -> None:
     """Critic, then an actor that sees the critic's new parameters, in one graph: as two eager updates in turn."""
     critic = (
-        Term("q", lambda level, a, e, b: (e["q"] - b["advantage"]).square(), aggregates.mean, want=frozenset({"q"})),
+        Term("q", lambda ratio, a, e, b: (e["q"] - b["advantage"]).square(), aggregates.mean, want=frozenset({"q"})),
     )  # fmt: skip
-    actor = (Term("a", lambda level, a, e, b: (e["actor"] - 1).square(), aggregates.mean, want=frozenset({"actor"})),)
+    actor = (Term("a", lambda ratio, a, e, b: (e["actor"] - 1).square(), aggregates.mean, want=frozenset({"actor"})),)
     rows = batch()
 
     def made() -> tuple[TwoParts, FlatUpdater, FlatUpdater]:

@@ -46,9 +46,9 @@ class Simple(Cycle):
     def __init__(self, policy: Two, averages: tuple[Polyak, ...] = (), every: int = 1, **updaters: Any) -> None:
         super().__init__()
         self.averages = averages
-        first = term("a", lambda level, adv, out, batch: (out["first"] - batch["goal"]).square(), "first",
-                     stats=lambda level, adv, out, batch: {"seen": out["first"]})  # fmt: skip
-        second = term("b", lambda level, adv, out, batch: (out["second"] - batch["seen"]).square(), "second")
+        first = term("a", lambda ratio, adv, out, batch: (out["first"] - batch["goal"]).square(), "first",
+                     stats=lambda ratio, adv, out, batch: {"seen": out["first"]})  # fmt: skip
+        second = term("b", lambda ratio, adv, out, batch: (out["second"] - batch["seen"]).square(), "second")
         spec = Batching(size=4)
         self._phases = (
             Phase("one", (first,), spec, updaters["first"]),
@@ -120,7 +120,7 @@ def test_adam_of_three_gradients(beta: float, expected: float) -> None:
     policy = Two()
     updater = FlatUpdater(policy, prefixes=["first"], lr=1e-3, betas=(beta, 0.999), eps=1e-8)
     for sign in (1.0, -1.0, -1.0):
-        loss = term("x", lambda level, adv, out, batch, s=sign: s * out["first"], "first")
+        loss = term("x", lambda ratio, adv, out, batch, s=sign: s * out["first"], "first")
         updater.step((loss,), rows())
     assert float(policy.first.detach()) == pytest.approx(expected, rel=1e-4)
 
@@ -134,7 +134,7 @@ def test_a_parameter_that_belongs_to_no_updater_is_refused(compiled: bool) -> No
     """A multiplier held beside the policy: no updater moves it, so its gradient would be dropped without a word."""
     policy, multiplier = Two(), nn.Parameter(torch.ones(1))
     cycle = Fused(policy, **{name: FlatUpdater(policy, lr=0.1, prefixes=[name]) for name in ("first", "second")})
-    priced = term("a", lambda level, adv, out, batch: multiplier * out["first"], "first")
+    priced = term("a", lambda ratio, adv, out, batch: multiplier * out["first"], "first")
     cycle._phases = (Phase("one", (priced,), Batching(size=4), cycle._phases[0].updater),)
     cycle.compile_steps(compiled)
     with pytest.raises(ValueError, match=r"terms \['a'\].*a Parameter of shape \(1,\) that belongs to none"):
@@ -149,7 +149,7 @@ def test_one_graph_refuses_a_parameter_that_it_cannot_see_move() -> None:
     policy = Two()
     held = policy.first
     cycle = Fused(policy, **{name: FlatUpdater(policy, lr=0.1, prefixes=[name]) for name in ("first", "second")})
-    reads = term("b", lambda level, adv, out, batch: (out["second"] - 10.0 * held - 1.0).square(), "second")
+    reads = term("b", lambda ratio, adv, out, batch: (out["second"] - 10.0 * held - 1.0).square(), "second")
     cycle._phases = (cycle._phases[0], Phase("two", (reads,), Batching(size=4), cycle._phases[1].updater))
     cycle.compile_steps(True)
     with pytest.raises(RuntimeError, match=r"phases \['one', 'two'\]: the compiled step of \['second'\] is not"):

@@ -65,13 +65,13 @@ def same(a: Tensor, b: Tensor) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-def unit_denominator(evaluation: Outputs, data: Data) -> LogRatio:
-    log_prob = evaluation["log_prob"]
+def unit_denominator(outputs: Outputs, data: Data) -> LogRatio:
+    log_prob = outputs["log_prob"]
     return LogRatio(log_prob, torch.zeros_like(log_prob), data["valid"])
 
 
-def clipped_denominator(evaluation: Outputs, data: Data) -> LogRatio:
-    log_prob = evaluation["log_prob"]
+def clipped_denominator(outputs: Outputs, data: Data) -> LogRatio:
+    log_prob = outputs["log_prob"]
     rho = (log_prob.detach() - data["log_prob"]).exp().clamp(1 - EPS, 1 + EPS)
     return LogRatio(log_prob, log_prob.detach() - rho.log(), data["valid"])
 

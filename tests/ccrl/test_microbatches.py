@@ -70,8 +70,8 @@ def test_microbatches_never_split_what_a_loss_compares(kind: str, microbatch: in
     x = (1, 4, 3, -1) the gradient of member i is (x_i - x_j): (1 - 3, 4 + 1, 3 - 1, -1 - 4) = (-2, 5, 2, -5), of norm
     sqrt(58) = 7.6158. Pieces of one column would have no pairs and no gradient."""
 
-    def differences(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-        x, group = evaluation["log_prob"], batch["group"]
+    def differences(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+        x, group = outputs["log_prob"], batch["group"]
         same = (group.unsqueeze(1) == group).to(x.dtype)
         return 0.5 * (same * (x[0].unsqueeze(1) - x[0]).square()).sum(1).unsqueeze(0)
 

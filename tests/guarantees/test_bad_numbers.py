@@ -100,9 +100,7 @@ def test_loss(cls: type[Any], value: float, tmp_path: Path) -> None:
     """A further term whose coefficient turns bad after two iterations."""
     agent = small(cls, Faulty())
     coef = torch.zeros(())
-    bad = Term(
-        "bad", lambda level, a, evaluation, batch: evaluation["log_prob"], aggregates.mean, ratios.token, coef=coef
-    )
+    bad = Term("bad", lambda ratio, a, outputs, batch: outputs["log_prob"], aggregates.mean, ratios.token, coef=coef)
     first, *rest = agent.estimator.phases()
     agent.estimator._phases = (dataclasses.replace(first, terms=(*first.terms, bad)), *rest)
 

@@ -177,9 +177,9 @@ class NearRecipe(Recipe):
     def terms(self) -> tuple[Term, ...]:
         whole, scale = self.loss(), self.config.scale
 
-        def loss(level: LogRatio, advantage: Tensor, evaluation: Outputs, batch: Data) -> Tensor:
-            size = evaluation["hidden"].detach().square().mean(-1).sqrt()
-            return whole(level, advantage, evaluation, batch) * torch.exp(-size / scale)
+        def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+            size = outputs["hidden"].detach().square().mean(-1).sqrt()
+            return whole(ratio, advantage, outputs, batch) * torch.exp(-size / scale)
 
         return (self.policy_term(loss, want=frozenset({"log_prob", "hidden"})), *self.penalties())
 
