@@ -14,6 +14,7 @@ __all__ = ["METHODS", "get_method"]
 METHODS = {
     "adora": "agents.llm.adora:ADORA",
     "bnpo": "agents.llm.bnpo:BNPO",
+    "capo": "agents.llm.capo:CAPO",
     "cispo": "agents.llm.baselines:CISPO",
     "copg": "agents.llm.copg:CoPG",
     "copo": "agents.llm.copo:COPO",

@@ -18,6 +18,7 @@ PAPERS: dict[str, str] = {
     "adora": "lengths of completions where longer ones succeed more often, and where length does not matter",
     "awm": "a flow on eight Gaussians: reward by iteration, what keeps it stable, gradient variance beside Flow-GRPO",
     "bnpo": "variance of the gradient under three normalisers",
+    "capo": "a linear bandit with loud random contexts: the tail of the policy's shift per update",
     "copg": "the regularised optimum from any behaviour policies; a sequence bandit offline",
     "copo": "questions with a dominant wrong answer: what unanimous groups can learn from other prompts",
     "d3s": "what the selection keeps; learning per gradient token on sums of mixed difficulty",

@@ -119,6 +119,8 @@ def test_every_method_has_a_loss(name: str) -> None:
     given = {
         "reward": torch.tensor([1.0, 0, 1, 0, 0, 0, 0, 1]), "group": torch.arange(8) // 4, "ref_log_prob": old - 0.1,
         "entropy": draw().abs(), "tempered_log_prob": old + 0.05,
+        "hidden": torch.ones(3, 8, 2).double(), "topk_index": torch.zeros(3, 8, 2).long(),
+        "topk_log_prob": torch.zeros(3, 8, 2).double(), "action": torch.zeros(3, 8).long(),
         "sum_pi2": draw().sigmoid(), "answer": torch.tensor([0, 1, 0, 2, 3, 3, -1, 0]),
     }  # fmt: skip
     method = get_method(name)
