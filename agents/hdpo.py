@@ -40,7 +40,14 @@ from ccrl.inventory.functional_env import FunctionalEnv, Network, Split, State, 
 from ccrl.inventory.newsvendor import NewsvendorPolicy, demand_windows, fit_forecaster
 from ccrl.inventory.pathwise import Scenarios, Unrolled, average_cost, cost_term, scenario_data
 from ccrl.inventory.planner import PlannerPolicy
-from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
+from ccrl.inventory.policies import (
+    DataDrivenPolicy,
+    GNNPolicy,
+    OrderPolicy,
+    ScaledBySeries,
+    SymmetryAwarePolicy,
+    VanillaPolicy,
+)
 from ccrl.learn import Learner, RolloutLearner
 from ccrl.seeding import named_generator
 from ccrl.settings import Count, Positive, Settings
@@ -270,6 +277,8 @@ class HDPO(Agent):
             policy: OrderPolicy = PlannerPolicy.for_env(self.simulator, self._observed(), **own)
         else:
             policy = make(self.simulator.network, self._observed(), **own)
+            if "scale" in self._observed() and not isinstance(policy, NewsvendorPolicy):
+                policy = ScaledBySeries(policy, self._observed())
         policy = policy.to(self.device)
         possible, why = can_compile()
         if c.compile != "off":

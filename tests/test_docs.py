@@ -12,7 +12,18 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
 @pytest.mark.parametrize(
-    "page", ["index", "llm/div_prec", "llm/polar", "llm/reward_models", "own_agent", "running", "statistics", "tuning"]
+    "page",
+    [
+        "index",
+        "inventory_planning",
+        "llm/div_prec",
+        "llm/polar",
+        "llm/reward_models",
+        "own_agent",
+        "running",
+        "statistics",
+        "tuning",
+    ],
 )
 def test_the_python_runs(page, tmp_path, monkeypatch):
     code = "\n".join(re.findall(r"```python\n(.*?)```", (DOCS / f"{page}.md").read_text("utf-8"), flags=re.DOTALL))
