@@ -236,11 +236,11 @@ class HDPOLearner(RolloutLearner):
     def _log(self, data: Mapping[str, Any], stats: Stats, seconds: dict[str, float]) -> None:
         start = time.perf_counter()
         if self.iteration % self._agent.config.dev_every == 0 or self.iteration == 1 or not self.updaters:
-            self.score()
+            self.judge()
         super()._log(data, stats, seconds | {"dev": time.perf_counter() - start})
         self.scalars |= {"dev/cost": self.best.newest, "dev/best_cost": self.best.cost}
 
-    def score(self) -> None:
+    def judge(self) -> None:
         """The cost on the development scenarios; the best parameters are kept."""
         self.best.newest = self._agent.average(self.policy, "dev", self._agent.dev).mean().item()
         if self.best.newest < self.best.cost:
@@ -332,7 +332,7 @@ class HDPO(Agent):
             products = self.simulator.split("test").available
             assert products is not None
             policy.begin(self.simulator, self.scenarios("train", products, 2 * self.seed))
-            self.learner.score()  # the rule itself: training keeps only what is better than it
+            self.learner.judge()  # the rule itself: training keeps only what is better than it
         if self.finished:
             print(
                 f"[ccrl] hdpo: nothing better since epoch {self.learner.best.iteration}; training is over", flush=True

@@ -97,7 +97,7 @@ class DetaN(Agent):
         obs = {k: v.repeat(points, *[1] * (v.dim() - 1)) for k, v in self._first.items()}
         obs[STOCK] = starts.repeat_interleave(rows)
         theta = self.policy.quantiles(obs)
-        best = self.policy.scores(obs, theta).argmax(-1)
+        best = self.policy.utilities(obs, theta).argmax(-1)
         chosen = theta[torch.arange(len(theta), device=theta.device), best].double()
         inner = objective.utility(obs[STOCK][:, None] + chosen).mean(-1).view(points, rows).mean(1)
         return float(outer_search(objective, starts, inner)[0])

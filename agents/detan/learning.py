@@ -68,7 +68,7 @@ class DetaNCycle(Cycle):
         target: Any = ctx.bank.policy("target")
         after = tree_map(lambda x: x.flatten(0, 1), draw["next_obs"])
         theta = target.quantiles(after)
-        best = target.scores(after, theta).argmax(-1)
+        best = target.utilities(after, theta).argmax(-1)
         chosen = theta[torch.arange(len(theta), device=theta.device), best]  # [B, N] or [B, N, m]
         chosen = chosen.reshape(*draw.shape, *chosen.shape[1:])
         lead = (*draw.shape, *[1] * (chosen.dim() - 2))

@@ -18,7 +18,7 @@ from ccrl.wrappers.stock import STOCK
 __all__ = ["StockPolicy"]
 
 TIE = 1e-8
-"""Scores closer than this are equal: with ``f = min(x, 0)`` and a stock that cannot be lost every action scores 0."""
+"""Utilities closer than this are equal: with ``f = min(x, 0)`` and a stock that cannot be lost every action has 0."""
 
 
 class StockPolicy(QuantilePolicy):
@@ -55,7 +55,7 @@ class StockPolicy(QuantilePolicy):
         out: Tensor = self.actor.net(self.features(obs, "actor"))
         return out.reshape(-1, self.n_out, self.n_quantiles, *tail)
 
-    def scores(self, obs: Tree, quantiles: Tensor | None = None) -> Tensor:
+    def utilities(self, obs: Tree, quantiles: Tensor | None = None) -> Tensor:
         """``mean_i f(c + theta_i(s, c, a))`` ``[B, A]`` float64."""
         assert isinstance(obs, dict)
         stock = obs[STOCK].double()
@@ -70,8 +70,8 @@ class StockPolicy(QuantilePolicy):
     def act(
         self, obs: Tree, noise: Tensor | None, state: Tensor | None = None, first: Tensor | None = None
     ) -> dict[str, Tensor]:
-        scores = self.scores(obs)
-        top = scores >= scores.amax(-1, keepdim=True) - TIE
+        utilities = self.utilities(obs)
+        top = utilities >= utilities.amax(-1, keepdim=True) - TIE
         if noise is None:
             return {"action": top.long().argmax(-1)}
         best = torch.where(top, noise[:, 2:], -1.0).argmax(-1)

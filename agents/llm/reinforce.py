@@ -78,7 +78,7 @@ REINFORCE = LLMMethod(
     "Williams 1992, Machine Learning 8",
     REINFORCEConfig,
     REINFORCERecipe,
-    {"advantage": "score - batch mean", "ratio": "none", "loss": "-A log pi", "aggregate": "sequence sums"},
+    {"advantage": "reward - batch mean", "ratio": "none", "loss": "-A log pi", "aggregate": "sequence sums"},
 )
 """REINFORCE (Williams 1992)."""
 

@@ -66,9 +66,9 @@ class RiskPOConfig(MethodConfig):
     """With form released, the band from alpha to beta is shifted so that its advantage is 0 from q_b on."""
     standardise: bool = False
     """Advantages are divided by the deviation of the rewards of the same B questions (released)."""
-    credit: Literal["uniform", "std", "sum_mean", "score"] = "uniform"
+    credit: Literal["uniform", "std", "sum_mean", "correctness"] = "uniform"
     """A member gets all the bundle's advantage (uniform), that over its question's deviation (std), by how far it is
-    above its question's mean (sum_mean), or half of it if right and one and a half if not (score)."""
+    above its question's mean (sum_mean), or half of it if right and one and a half if not (correctness)."""
     level: Literal["sequence", "token"] = "sequence"
     """The ratio is the sequence's (the paper, a mean over sequences) or the token's (released, the configured
     aggregate)."""
@@ -148,7 +148,7 @@ def credit(mode: str, reward: Tensor, group: Tensor, bundle: Tensor) -> Tensor:
     ``[N]``."""
     if mode == "uniform":
         return torch.ones_like(reward, dtype=torch.float64)
-    if mode == "score":
+    if mode == "correctness":
         return torch.where(reward >= 1.0, 0.5, 1.5).double()
     groups = Groups(group)
     above = reward.double() - groups.mean(reward)[groups.index]

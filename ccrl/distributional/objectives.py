@@ -50,7 +50,7 @@ class Objective:
         """``f``: ``[...]`` (``[..., dims]`` of vectors) to ``[...]``."""
         raise NotImplementedError
 
-    def score(self, start: Tensor, expected_utility: Tensor) -> Tensor:
+    def from_start(self, start: Tensor, expected_utility: Tensor) -> Tensor:
         """The objective of episodes from ``start``, of ``E f(c_0 + G)``."""
         return expected_utility - start if self.searched else expected_utility
 
@@ -66,7 +66,7 @@ class Objective:
     def value(self, atoms: Tensor, weights: Tensor) -> Tensor:
         """The objective of one law of the return, atoms ``[K]`` (``[K, dims]``) with ``weights`` ``[K]``."""
         start = self.best_start(atoms, weights)
-        return self.score(start, (weights * self.utility(start + atoms)).sum(-1))
+        return self.from_start(start, (weights * self.utility(start + atoms)).sum(-1))
 
     def check_discount(self, gamma: float) -> None:
         """:raises ValueError: a discount for which the greedy step would not optimise this objective."""
@@ -85,10 +85,10 @@ def outer_search(objective: Objective, starts: Tensor, expected_utility: Tensor)
     Ties within 1e-12 go to the largest ``c_0``. Of estimated utilities the maximum is optimistic: report the value of
     the start found from other episodes than those it was found with.
     """
-    score = objective.score(starts, expected_utility)
-    top = score >= score.max() - 1e-12
+    value = objective.from_start(starts, expected_utility)
+    top = value >= value.max() - 1e-12
     best = torch.where(top, starts, torch.full_like(starts, -math.inf)).argmax()
-    return starts[best], score[best]
+    return starts[best], value[best]
 
 
 @dataclass(frozen=True)

@@ -156,16 +156,16 @@ def _rollout(
     if reward is None:
         parts = columns.get("reward_components")
         reward = torch.zeros(count, device=device) if parts is None else torch.as_tensor(parts, device=device).sum(1)
-    score = reward.to(old.dtype)
+    outcome = reward.to(old.dtype)
     length = valid.sum(0).long()
     later = valid.flip(0).cumsum(0).flip(0)
     last = ((later == 1) & (valid > 0)).to(old.dtype)
     found: dict[str, Tensor] = {
-        "valid": valid, "present": valid, "log_prob": old, "reward": score * last, "episode_reward": score,
+        "valid": valid, "present": valid, "log_prob": old, "reward": outcome * last, "episode_reward": outcome,
         "carry": (later > 0).to(old.dtype) * (1.0 - last), "length": length, "row": torch.arange(count, device=device),
         "group": torch.zeros(count, dtype=torch.int64, device=device) if group is None else group.long(),
         "demonstration": torch.zeros(count, dtype=old.dtype, device=device),
-        "reward_components": score.unsqueeze(1),
+        "reward_components": outcome.unsqueeze(1),
     }  # fmt: skip
     sequence = {"episode_reward", "length", "row", "group", "demonstration", "reward_components"}
     for name, value in columns.items():

@@ -105,17 +105,17 @@ def obs_of(*stocks):
 )
 def test_scores_by_hand(objective, score):
     policy = policy_of(objective, [[-3.0, -1.0, 0.0, 2.0]])
-    assert policy.scores(obs_of(1.0)).item() == pytest.approx(score)
+    assert policy.utilities(obs_of(1.0)).item() == pytest.approx(score)
 
 
 def test_scores_of_vectors():
     policy = policy_of(Homeostasis((0.0, 0.0)), [[[2.0, 3.0], [-1.0, -1.0]], [[-1.0, -1.0], [-1.0, -1.0]]])
     # stock (1, 1): particles (3, 4), (0, 0): -2.5; the second action is at 0
-    assert policy.scores(obs_of([1.0, 1.0])).tolist() == [[-2.5, 0.0]]
+    assert policy.utilities(obs_of([1.0, 1.0])).tolist() == [[-2.5, 0.0]]
     assert policy.act(obs_of([1.0, 1.0]), None)["action"].tolist() == [1]
     soft = policy_of(SoftConstraints((0.0,), trade_off=2.0), [[[2.0, 3.0], [-1.0, -1.0]]])
     # (3, 4) and (0, 0) with stock (1, 1): 3 and 0; with (1, -5): 3 - 2 * 2 and 0 - 2 * 6
-    assert soft.scores(obs_of([1.0, 1.0], [1.0, -5.0])).flatten().tolist() == [1.5, -6.5]
+    assert soft.utilities(obs_of([1.0, 1.0], [1.0, -5.0])).flatten().tolist() == [1.5, -6.5]
 
 
 def test_the_stock_changes_what_is_greedy_and_ties_are_broken_by_noise():
@@ -135,7 +135,7 @@ def test_the_network_sees_the_stock_clipped_and_the_utility_sees_it_whole():
     policy = policy_of(CVaR(1.0), [[0.0, 1.0]], low=-2.0, high=6.0)
     features = policy.features(obs_of(-9.0, -2.0, 2.0, 6.0, 99.0), "actor")
     assert features[:, -1].tolist() == [-1.0, -1.0, 0.0, 1.0, 1.0]
-    assert policy.scores(obs_of(-9.0)).item() == -8.5
+    assert policy.utilities(obs_of(-9.0)).item() == -8.5
 
 
 class Fixed:

@@ -225,7 +225,8 @@ def play_tail(cell: dict[str, Any]) -> Rows:
     if risky:
         grid = torch.linspace(low, high, 17).tolist()
         scores = [
-            float(CVaR(tau).score(torch.tensor(c), CVaR(tau).utility(c + returns(c, 1000, 1)).mean())) for c in grid
+            float(CVaR(tau).from_start(torch.tensor(c), CVaR(tau).utility(c + returns(c, 1000, 1)).mean()))
+            for c in grid
         ]
         start = grid[max(range(17), key=lambda i: scores[i])]
     final = returns(start, int(cell["episodes"]), 2)

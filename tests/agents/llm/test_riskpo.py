@@ -232,7 +232,7 @@ def test_shares_of_the_members() -> None:
     assert found[[0, 5, 10]].tolist() == pytest.approx([1.0, -1 / 3, 1 / 3])
     assert torch.bincount(bundle, found).tolist() == pytest.approx([1.0] * 5)
     assert credit("uniform", score, group, bundle).tolist() == [1.0] * 15
-    assert credit("score", score, group, bundle)[[0, 5]].tolist() == [0.5, 1.5]
+    assert credit("correctness", score, group, bundle)[[0, 5]].tolist() == [0.5, 1.5]
     std = math.sqrt((2 * 0.36 + 3 * 0.16) / 4)
     assert float(credit("std", score, group, bundle)[0]) == pytest.approx(1 / std)
     equal = double([1, 1, 0, 0])
@@ -308,7 +308,7 @@ def test_control_episodes_need_no_tokens() -> None:
         ({"alpha": 0.8}, "expected 0 < alpha < beta <= 1, got 0.8, 0.8"),
         ({"omega": -1.0}, "omega: expected >= 0, got -1.0"),
         ({"bundle": 0}, "bundle: expected >= 1, got 0"),
-        ({"credit": "mean"}, r"credit: expected one of 'uniform', 'std', 'sum_mean', 'score', got 'mean'"),
+        ({"credit": "mean"}, r"credit: expected one of 'uniform', 'std', 'sum_mean', 'correctness', got 'mean'"),
         ({"level": "group"}, r"level: expected one of 'sequence', 'token', got 'group'"),
         ({"quantiles": "batch"}, r"quantiles: expected one of 'track', 'bundle', got 'batch'"),
         ({"form": "code"}, r"form: expected one of 'paper', 'released', got 'code'"),
@@ -371,7 +371,7 @@ class TestRiskPOContract(RecipeContract):
         ({}, {"standardise": True}),
         ({}, {"credit": "std"}),
         ({}, {"credit": "sum_mean"}),
-        ({}, {"credit": "score"}),
+        ({}, {"credit": "correctness"}),
     )
     refused = {"verl": "learns between updates"}
     exceptions = {"test_order_of_the_sequences_does_not_matter": "bundles are drawn by where responses stand"}

@@ -74,7 +74,7 @@ def test_values_of_the_other_objectives():
     # no other c_0 is better
     for c in torch.linspace(-5, 3, 200, dtype=F):
         f = OCE(below=2.0, above=0.5)
-        assert float(f.score(c, (SPLIT.weights * f.utility(c + SPLIT.atoms)).sum())) <= 1.32 + 1e-12
+        assert float(f.from_start(c, (SPLIT.weights * f.utility(c + SPLIT.atoms)).sum())) <= 1.32 + 1e-12
 
 
 def test_utilities_of_vectors():
