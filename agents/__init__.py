@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from agents.dbqpg import DBQPG
     from agents.detan import DetaN
     from agents.dqn import DQN, QRDQN
+    from agents.flow.flow_ppo import FlowPPO
     from agents.grouped import Grouped
     from agents.harpg import HARPG
     from agents.hdpo import HDPO
@@ -38,9 +39,38 @@ if TYPE_CHECKING:
     from agents.td3 import TD3
 
 __all__ = [
-    "A2C", "AGENTS", "BAC", "BC", "BPG", "BPO", "CDSA", "DBQPG", "DQN", "FLOW_METHODS", "HARPG", "HDPO", "IQL",
-    "MDPO", "METHODS", "NPGIGT", "ORPO", "PGD", "PPO", "QRDQN", "SAC", "TD3", "TD3BC", "CrossQ", "DetaN", "Grouped",
-    "OffPolicyMDPO", "ReBRAC", "SubPO", "get_agent", "get_method",
+    "A2C",
+    "AGENTS",
+    "BAC",
+    "BC",
+    "BPG",
+    "BPO",
+    "CDSA",
+    "DBQPG",
+    "DQN",
+    "FLOW_METHODS",
+    "HARPG",
+    "HDPO",
+    "IQL",
+    "MDPO",
+    "METHODS",
+    "NPGIGT",
+    "ORPO",
+    "PGD",
+    "PPO",
+    "QRDQN",
+    "SAC",
+    "TD3",
+    "TD3BC",
+    "CrossQ",
+    "DetaN",
+    "FlowPPO",
+    "Grouped",
+    "OffPolicyMDPO",
+    "ReBRAC",
+    "SubPO",
+    "get_agent",
+    "get_method",
 ]  # fmt: skip
 
 AGENTS = {
@@ -54,6 +84,7 @@ AGENTS = {
     "dbqpg": ("agents.dbqpg", "DBQPG"),
     "detan": ("agents.detan", "DetaN"),
     "dqn": ("agents.dqn", "DQN"),
+    "flow_ppo": ("agents.flow.flow_ppo", "FlowPPO"),
     "grouped": ("agents.grouped", "Grouped"),
     "harpg": ("agents.harpg", "HARPG"),
     "hdpo": ("agents.hdpo", "HDPO"),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from agents.flow.parts import FlowRecipe, Needs
 from ccrl.data import Data
-from ccrl.diffusion.flow import flow_grid, flow_point, shift_time
+from ccrl.diffusion.flow import flow_point, shift_time
 from ccrl.estimators.base import Context
 from ccrl.estimators.stages import with_episode_reward
 
@@ -30,9 +30,8 @@ def draw_times(
     """
     place = (torch.arange(k, device=device) + torch.rand(k, generator=generator, device=device)) / k
     if kind == "grid":
-        last = max(2, math.floor(share * steps) + 1)
-        grid = torch.tensor(flow_grid(steps, shift)[1:last], dtype=place.dtype, device=device)
-        found = grid[(place * len(grid)).long().clamp_max(len(grid) - 1)]
+        count = max(1, math.floor(share * steps))
+        found = shift_time(1.0 - ((place * count).floor().clamp_max(count - 1) + 1.0) / steps, shift)
     elif kind == "uniform":
         found = shift_time(place, shift)
     else:

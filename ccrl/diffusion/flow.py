@@ -74,8 +74,8 @@ def flow_grid(steps: int, shift: float = 1.0) -> list[float]:
     """
     if steps < 1 or not 0.0 < shift < math.inf:
         raise ValueError(f"flow_grid: expected steps >= 1 and shift > 0, got {steps} and {shift}")
-    even = torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64)
-    return [float(t) for t in shift_time(even, shift)]
+    even = [1.0 - i / steps for i in range(steps + 1)]
+    return [shift * t / (1.0 + (shift - 1.0) * t) for t in even]
 
 
 def make_schedule(grid: Sequence[float], solver: FlowSolver, noise: float = 0.0) -> Schedule:
@@ -94,7 +94,7 @@ def make_schedule(grid: Sequence[float], solver: FlowSolver, noise: float = 0.0)
     :raises ValueError: a grid that does not fall, noise without a stochastic solver or the other way round, more noise
         than a solver has room for (cps and ddim: 1), or a first step of flow_sde that ends at 0.
     """
-    times = torch.tensor(list(grid), dtype=torch.float64)
+    times = torch.tensor(list(grid), dtype=torch.float64, device="cpu")
     if len(times) < 2 or bool((times[1:] >= times[:-1]).any()) or times[0] > 1.0 or times[-1] < 0.0:
         raise ValueError(f"make_schedule: expected at least two falling times in [0, 1], got {list(grid)}")
     if (solver == "ode") != (noise == 0.0) or not 0.0 <= noise < math.inf:

@@ -37,12 +37,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "crossq": REPLAY | {"critic_hidden": (8,)},
     "subpo": {"credit": "gae"},
     "orpo": {"coef": 0.0},
+    "flow_ppo": BATCHES | {"denoising_steps": 2, "critic_warmup": 0},
     "grouped": {"n_groups": 2, "group_size": 4, "n_steps": 32},
 }
 PENDULUM = gymnasium.spaces.Box(-8, 8, (3,)), gymnasium.spaces.Box(-2, 2, (1,))
 OFFLINE = ("bc", "cdsa", "iql", "pgd", "rebrac", "td3_bc")
 ENVS = {"bpo": "Pendulum-v1", "hdpo": "ccrl/InventoryOneStoreLost-v0"}
-ENVS |= dict.fromkeys(("sac", "td3", "crossq", "mdpo_off_policy", *OFFLINE), "Pendulum-v1")
+ENVS |= dict.fromkeys(("flow_ppo", "sac", "td3", "crossq", "mdpo_off_policy", *OFFLINE), "Pendulum-v1")
 
 
 @contextmanager
@@ -88,6 +89,15 @@ def test_control(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
                      "denoiser_features": 8, "regenerate_every": 64, "real_rows": 2}  # fmt: skip
     options = {"policy": MLPPolicy(*PENDULUM, hidden=(8,))} if name == "cdsa" else {}
     learns_elsewhere(cls(ENVS.get(name, "CartPole-v1"), cls.Config(**settings), **options), 64)
+
+
+@pytest.mark.parametrize("name", sorted(agents.FLOW_METHODS))
+def test_flow_policies(name: str) -> None:
+    cls = agents.get_agent(name)
+    more = {"teacher_steps": 1} if name == "diffusion_opd" else {}
+    agent = cls("ring2d", cls.Config(n_prompts=2, group_size=4, steps=3, hidden=(8,), compile="off", **more))
+    agent.collector.draw = on_the_host(agent.collector.draw)
+    learns_elsewhere(agent, 8)
 
 
 @pytest.mark.parametrize("name", sorted(agents.METHODS))
