@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ FORMS: dict[str, dict[str, Any]] = {
 """Without noise; with a = 0.7 in closed form, and by the policy gradient."""
 
 
+@lru_cache(maxsize=1)  # a study starts several students from it
 def start(seed: int) -> Any:
     """An agent with a pre-trained student and its teachers; others start from its state."""
     agent = DiffusionOPD("ring2d", seed=seed, env_kwargs={"conditions": 3}, **SIZE)

@@ -1,0 +1,1 @@
+"""Flow policies: see ``study.py``."""

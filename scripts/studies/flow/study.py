@@ -1,0 +1,173 @@
+"""Flow policies: proxy and gold rewards, steps to a reward, students and their teachers, control (docs/flow.md).
+
+    python scripts/studies/flow guard --out results/flow        # a proxy that can be hacked: with and without Guard
+    python scripts/studies/flow awm --out results/flow          # AWM, Flow-GRPO and rivals at equal samples and updates
+    python scripts/studies/flow opd --out results/flow          # students, joint training and a cascade
+    python scripts/studies/flow gridworld --out results/flow    # several right actions
+    python scripts/studies/flow maze --out results/flow         # fine-tuning of a cloned flow actor
+    python scripts/studies/flow pictures --figures docs/figures # samples over training, trajectories
+
+Every finished run is added to ``OUT/NAME.csv``; the same command again, or one with more seeds, runs what is missing.
+In the end ``FIGURES/flow_NAME.md``, ``.csv`` and ``.png`` are written.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from matplotlib.figure import Figure
+
+from ccrl.packages import check_siblings
+
+check_siblings("agents", "envs")
+
+from ccrl.experiment.cells import complete
+from ccrl.stats import paired_t, t_interval
+from scripts.studies import tables
+from scripts.studies.flow.cells import METHODS, play
+from scripts.studies.flow.pictures import Pictures
+from scripts.studies.tables import Rows
+
+__all__ = ["Study", "main", "steps_to"]
+
+ITERATIONS = {"guard": (60, 5), "awm": (200, 10), "opd": (150, 25), "gridworld": (150, 25), "maze": (60, 10)}
+"""Study -> iterations and how often they are measured."""
+SEEDS = {"guard": 5, "awm": 5, "opd": 3, "gridworld": 3, "maze": 3}
+SHOWN = {"guard": ("reward", "gold", "distance"), "awm": ("reward", "distance"), "opd": ("reward", "lowest"),
+         "gridworld": ("reward", "gold", "both"), "maze": ("reward",)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Study:
+    """One of the studies."""
+
+    out: Path
+    """Folder of the finished runs."""
+    figures: Path = Path("docs/figures")
+    """Folder that flow_* is written to."""
+    jobs: int = 1
+    """Runs at a time, each a process with one thread."""
+    seeds: int = 0
+    """Runs of each method; 0: as many as on the page."""
+    iterations: int = 0
+    """Iterations of each run; 0: as many as on the page."""
+    every: int = 0
+    """Iterations between measurements; 0: as on the page."""
+    name: tyro.conf.Suppress[str] = "guard"
+
+    def run(self) -> Rows:
+        """Every point of every curve."""
+        total, often = ITERATIONS[self.name]
+        cells = [
+            {"study": self.name, "method": method, "seed": seed, "iterations": self.iterations or total,
+             "every": self.every or often}
+            for seed in range(self.seeds or SEEDS[self.name]) for method in METHODS[self.name]
+        ]  # fmt: skip
+        rows = complete(self.out / f"{self.name}.csv", cells, play, jobs=self.jobs, name=f"flow {self.name}")
+        texts = ("study", "method")
+        return [{k: v if k in texts else float(v or "nan") for k, v in row.items()} for row in rows]
+
+    def table(self, rows: Rows) -> list[Rows]:
+        """Last points, mean and 95 % interval over seeds; what a study asks for beside them."""
+        out = Rows()
+        for method in METHODS[self.name]:
+            runs = _runs(rows, method)
+            row: dict[str, Any] = {"method": method, "seeds": len(runs)}
+            for column in SHOWN[self.name]:
+                row |= _interval(column, [run[-1][column] for run in runs])
+                row |= {f"{column} at the start": statistics.fmean(run[0][column] for run in runs)}
+            if self.name == "awm":
+                best = max(r["reward"] for r in rows)
+                found = [steps_to(run, 0.9 * best) for run in runs]
+                row |= {f"iterations to {0.9 * best:.3g} (median)": statistics.median(found),
+                        "runs that reach it": sum(math.isfinite(x) for x in found)}  # fmt: skip
+            if self.name == "guard":
+                row |= _interval("largest gold", [max(p["gold"] for p in run) for run in runs])
+                row |= _interval("gold where the proxy first reaches 1", [_gold_at(run, 1.0) for run in runs])
+            out.append(row)
+        return [out, *self.pairs(rows)]
+
+    def pairs(self, rows: Rows) -> list[Rows]:
+        """Paired differences over seeds of the page's questions."""
+        asked = {
+            "guard": [("grpo_guard", "flow_grpo", "gold"), ("ratio normalised", "flow_grpo", "gold")],
+            "awm": [("awm", "flow_grpo", "reward"), ("awm", "diffusion_nft", "reward")],
+            "opd": [("closed", "policy gradient", "reward"), ("closed", "joint awm", "lowest"),
+                    ("closed", "cascade awm", "lowest")],
+        }.get(self.name, [])  # fmt: skip
+        found = Rows()
+        for a, b, column in asked:
+            pairs = [[run[-1][column] for run in _runs(rows, m)] for m in (a, b)]
+            if len(pairs[0]) > 1:
+                mean, low, high = paired_t(*pairs)[:3]
+                found.append({"at the end": f"{a} less {b}", "of": column, "mean": float(mean), "95 % from": float(low),
+                              "to": float(high)})  # fmt: skip
+        return [found] if found else []
+
+    def figure(self, rows: Rows, command: str) -> Figure:
+        """Curves over iterations, seeds thin and their mean thick; of guard also gold against proxy."""
+        shown = SHOWN[self.name]
+        page = Figure(figsize=(4.2 * (len(shown) + (self.name == "guard")), 3.6), layout="constrained")
+        axes = page.subplots(1, len(shown) + (self.name == "guard"), squeeze=False)[0]
+        for i, method in enumerate(METHODS[self.name]):
+            runs = _runs(rows, method)
+            for axis, column in zip(axes, shown):
+                x = [p["iteration"] for p in runs[0]]
+                for run in runs:
+                    axis.plot(x, [p[column] for p in run], color=f"C{i}", alpha=0.25, linewidth=0.8)
+                mean = [statistics.fmean(run[k][column] for run in runs) for k in range(len(x))]
+                axis.plot(x, mean, color=f"C{i}", label=method)
+                axis.set(xlabel="iterations", title=column)
+            if self.name == "guard":
+                for run in runs:
+                    axes[-1].plot([p["reward"] for p in run], [p["gold"] for p in run], color=f"C{i}", alpha=0.6)
+                axes[-1].set(xlabel="proxy reward", ylabel="gold reward")
+        axes[0].legend(fontsize=7)
+        page.text(0.005, 0.002, command, fontsize=5, color="0.4")
+        return page
+
+
+def steps_to(run: Rows, reward: float) -> float:
+    """The first measured iteration with at least this reward; infinite if there is none."""
+    return next((p["iteration"] for p in run if p["reward"] >= reward), math.inf)
+
+
+def _gold_at(run: Rows, proxy: float) -> float:
+    return next((p["gold"] for p in run if p["reward"] >= proxy), math.nan)
+
+
+def _runs(rows: Rows, method: str) -> list[Rows]:
+    own = [row for row in rows if row["method"] == method]
+    return [[row for row in own if row["seed"] == seed] for seed in sorted({row["seed"] for row in own})]
+
+
+def _interval(name: str, values: list[float]) -> dict[str, float]:
+    kept = [v for v in values if math.isfinite(v)]
+    if len(kept) < 2:
+        return {name: kept[0] if kept else math.nan}
+    mean, low, high = (float(x) for x in t_interval(kept))
+    return {name: mean, f"{name} 95 % from": low, f"{name} to": high}
+
+
+def main(argv: list[str]) -> list[Rows]:
+    """Run one of the studies and write its files; its tables."""
+    torch.set_num_threads(1)
+    if argv[:1] == ["pictures"]:
+        return tyro.cli(Pictures, args=argv[1:], description=__doc__).run()
+    if not argv or argv[0] not in METHODS:
+        raise ValueError(f"expected one of {', '.join(METHODS)}, pictures and options, got {argv[:1] or 'nothing'}")
+    study = tyro.cli(Study, args=argv[1:], description=__doc__, default=Study(tyro.MISSING))
+    study = replace(study, name=argv[0])
+    rows = study.run()
+    found = study.table(rows)
+    stem, command = study.figures / f"flow_{argv[0]}", "python scripts/studies/flow " + shlex.join(argv)
+    tables.write(stem, command, found[0], rows, *found[1:])
+    study.figure(rows, command).savefig(stem.with_suffix(".png"), dpi=110)
+    return found

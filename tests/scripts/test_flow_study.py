@@ -1,0 +1,47 @@
+"""The studies of flow policies: tiny runs resume and write their files."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from scripts.reproductions import awm, diffusion_opd
+from scripts.studies.flow.study import main, steps_to
+
+
+def test_a_study_resumes_and_writes_its_files(tmp_path, monkeypatch):
+    argv = ["guard", "--out", str(tmp_path / "out"), "--figures", str(tmp_path / "figures"), "--seeds", "2"]
+    argv += ["--iterations", "1", "--every", "1"]
+    table, pairs = main(argv)
+    assert [row["method"] for row in table][:1] == ["flow_grpo"]
+    assert all(row["seeds"] == 2 for row in table)
+    assert math.isfinite(pairs[0]["mean"])
+    before = (tmp_path / "out" / "guard.csv").read_text()
+    assert repr(main(argv)) == repr([table, pairs])
+    assert (tmp_path / "out" / "guard.csv").read_text() == before, "nothing ran again"
+    for suffix in (".md", ".csv", ".png"):
+        assert (tmp_path / "figures" / f"flow_guard{suffix}").exists()
+
+
+@pytest.mark.parametrize("name", ["awm", "opd"])
+def test_studies_from_a_shared_start(name, tmp_path, monkeypatch):
+    for module, cached in ((awm, awm.base), (diffusion_opd, diffusion_opd.start)):
+        key = "START" if module is awm else "SIZE"
+        monkeypatch.setitem(getattr(module, key), "warm_start_steps", 2)
+        cached.cache_clear()
+    monkeypatch.setitem(diffusion_opd.SIZE, "teacher_steps", 2)
+    monkeypatch.setitem(diffusion_opd.SIZE, "group_size", 4)
+    argv = [name, "--out", str(tmp_path), "--figures", str(tmp_path), "--seeds", "1", "--iterations", "3"]
+    (table,) = main([*argv, "--every", "1"])
+    assert len(table) >= 4
+    for cached in (awm.base, diffusion_opd.start):
+        cached.cache_clear()
+
+
+def test_steps_to_a_reward():
+    run = [{"iteration": 0, "reward": 0.1}, {"iteration": 10, "reward": 0.5}]
+    assert steps_to(run, 0.4) == 10
+    assert steps_to(run, 0.9) == math.inf
+    with pytest.raises(ValueError, match="guard"):
+        main(["nothing"])
