@@ -10,7 +10,7 @@ from agents import AGENTS, get_agent
 from agents.llm.config import ModelConfig, OptimiserConfig, RolloutConfig
 from ccrl.testing.settings_contract import settings_faults
 
-TEXTS = {"base", "dataset", "method", "reference"}
+TEXTS = {"base", "clone_from", "dataset", "method", "reference"}
 """Settings that may hold any text. Those of methods are in their contracts."""
 
 

@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from ccrl.packages import check_siblings
+
+check_siblings("agents", "envs")
+
 import envs
 from agents import get_agent
 from agents.flow.flow_ppo import FlowPPO

@@ -9,6 +9,10 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 
+from ccrl.packages import check_siblings
+
+check_siblings("agents", "envs")
+
 from agents import get_agent
 from ccrl.diffusion import flow_grid, make_schedule
 from ccrl.flow import Sampling
