@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from ccrl.data import Data
 from ccrl.estimators import losses
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
-from ccrl.estimators.recipe import Aggregation, MethodConfig, Recipe
+from ccrl.estimators.recipe import Aggregation, MethodConfig, Parts, Recipe
 from ccrl.estimators.stages import GroupBaseline
 from ccrl.estimators.terms import LogRatio, Loss, Outputs
 from ccrl.settings import Above, ConfigError, Count, Nonnegative, Range
@@ -155,6 +155,12 @@ def blended(clipped: Loss) -> Loss:
 
 class COPORecipe(Recipe):
     """GRPO's advantages beside those of prompts, and the blend of their losses."""
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        if config.reads_answers and not hasattr(parts.policy, "temperature"):
+            raise ValueError(f"mode={config.mode!r} compares final answers: expected a token policy on a task that has "
+                             "them; use mode='forced', 'zero', 'global' or 'local' without coefficient")  # fmt: skip
+        super().__init__(config, parts)
 
     def stages(self) -> tuple[Stage, ...]:
         return (GroupBaseline(scale="std", eps=1e-6, single="keep"), Consistency(self.config))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from agents.grouped import Grouped
 from agents.llm.baselines import GRPOConfig
 from agents.llm.copo import COPO, Consistency, COPOConfig, COPORecipe, answer_entropy, blended, consistency_coefficient
 from ccrl.data import Batching, Data
@@ -34,7 +35,13 @@ def prepared(
     group = torch.arange(len(reward)) // 4
     data = rollout(torch.zeros(len(reward), steps), torch.ones(len(reward), steps), episode_reward=reward, group=group,
                    answer=torch.tensor(answer).flatten())  # fmt: skip
-    return recipe(COPORecipe, COPOConfig(**options)).prepare({"on": data}, None)["on"]
+    return made(recipe, **options).prepare({"on": data}, None)["on"]
+
+
+def made(recipe: Any, **options: Any) -> Any:
+    policy = torch.nn.Identity()
+    policy.register_buffer("temperature", torch.ones(()))  # of a token policy
+    return recipe(COPORecipe, COPOConfig(**options), policy)
 
 
 def blend(data: Data) -> Tensor:
@@ -93,15 +100,16 @@ def test_the_weight(gamma: float, rho: float, entropy: float, weight: float) -> 
     assert float(found) == pytest.approx(weight, rel=5e-3, abs=1e-300)
 
 
-def loss_and_gradient(recipe: Any, value_and_gradient: Any, data: Data, cls: Any, config: Any) -> tuple[float, Tensor]:
+def loss_and_gradient(value_and_gradient: Any, data: Data, whole: Any) -> tuple[float, Tensor]:
     moved = 0.5 * torch.randn(12, 2, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    return value_and_gradient(recipe(cls, config), moved, data.epoch(Batching("sequence", "full"), None)[0])
+    return value_and_gradient(whole, moved, data.epoch(Batching("sequence", "full"), None)[0])
 
 
 def test_limits_of_rho_are_grpo_and_the_global_loss(recipe: Any, rollout: Any, value_and_gradient: Any) -> None:
     def found(cls: Any = COPORecipe, **options: Any) -> tuple[float, Tensor]:
         data = prepared(recipe, rollout, steps=2, **options)
-        return loss_and_gradient(recipe, value_and_gradient, data, cls, COPOConfig(**options))
+        whole = made(recipe, **options) if cls is COPORecipe else recipe(cls, COPOConfig(**options))
+        return loss_and_gradient(value_and_gradient, data, whole)
 
     class Dual(Recipe):
         def loss(self) -> Any:
@@ -154,7 +162,7 @@ def test_the_global_gradient_is_a_gth_of_the_exact_one(recipe: Any, rollout: Any
     arm = torch.multinomial(p, 4 * 25_000, replacement=True, generator=torch.Generator().manual_seed(0))
     data = rollout(torch.zeros(len(arm), 1), torch.ones(len(arm), 1), episode_reward=reward[arm],
                    group=torch.arange(len(arm)) // 4)  # fmt: skip
-    advantage = recipe(COPORecipe, COPOConfig(mode="global")).prepare({"on": data}, None)["on"]["global_advantage"]
+    advantage = made(recipe, mode="global").prepare({"on": data}, None)["on"]["global_advantage"]
     deviation = reward[arm].view(-1, 4).mean(1).std()
     scores = torch.nn.functional.one_hot(arm, 5).double() - p
     found = deviation * (scores * advantage[:, None]).mean(0)
@@ -167,14 +175,12 @@ def test_forced_modes_leave_unanimous_groups_to_the_global_loss(recipe: Any, rol
 
 
 def test_forced_loss_of_a_unanimous_group_is_the_global_one(recipe: Any, rollout: Any, value_and_gradient: Any) -> None:
-    config = COPOConfig(mode="soft_forced")
+    blind = made(recipe, mode="soft_forced")
     data = prepared(recipe, rollout, steps=2, mode="soft_forced").take(torch.arange(8))
     leaf = 0.5 * torch.randn(8, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    value, gradient = value_and_gradient(
-        recipe(COPORecipe, config), leaf, data.epoch(Batching("sequence", "full"), None)[0]
-    )
+    value, gradient = value_and_gradient(blind, leaf, data.epoch(Batching("sequence", "full"), None)[0])
     alone = data.derive(advantage=data["global_advantage"].expand(2, -1)).derive_sequence(local_weight=torch.ones(8))
-    other = value_and_gradient(recipe(COPORecipe, config), leaf, alone.epoch(Batching("sequence", "full"), None)[0])
+    other = value_and_gradient(blind, leaf, alone.epoch(Batching("sequence", "full"), None)[0])
     assert value == other[0] != 0.0
     assert torch.equal(gradient, other[1])
 
@@ -200,24 +206,24 @@ def test_prompts_that_do_not_differ_have_no_global_advantage(recipe: Any, rollou
     reward = torch.full((11,), 0.1)
     data = rollout(torch.zeros(11, 1), torch.ones(11, 1), episode_reward=reward, answer=torch.zeros(11).long(),
                    group=torch.tensor([0] * 5 + [1] * 6))  # fmt: skip
-    assert not recipe(COPORecipe, COPOConfig()).prepare({"on": data}, None)["on"]["global_advantage"].any()
+    assert not made(recipe).prepare({"on": data}, None)["on"]["global_advantage"].any()
 
 
 def test_a_group_of_one_keeps_its_reward(recipe: Any, rollout: Any) -> None:
     data = rollout(torch.zeros(2, 1), torch.ones(2, 1), episode_reward=doubles(1, 0), answer=torch.tensor([0, 1]),
                    group=torch.tensor([0, 1]))  # fmt: skip
-    found = recipe(COPORecipe, COPOConfig(coefficient=True)).prepare({"on": data}, None)["on"]
+    found = made(recipe, coefficient=True).prepare({"on": data}, None)["on"]
     assert found["advantage"][0].tolist() == pytest.approx([1.0, 0.0], abs=1e-5)
     assert found["global_advantage"].tolist() == pytest.approx([0.7071, -0.7071], abs=5e-5)
 
 
 def test_failures_that_are_raised_are_counted(recipe: Any, rollout: Any) -> None:
     """Three of four right with one answer each: nearly unanimous, so the wrong one gets the prompt's advantage."""
-    made = recipe(COPORecipe, COPOConfig(gamma=20.0, rho=1.5))
+    found = made(recipe, gamma=20.0, rho=1.5)
     data = prepared(recipe, rollout, reward=[[1, 1, 1, 0], [0, 0, 0, 0]], answer=[[0, 0, 0, 1], [0, 1, 2, 3]],
                     gamma=20.0, rho=1.5)  # fmt: skip
     stats: dict[str, Tensor] = {}
-    made.after_update({"on": data}, stats, None)
+    found.after_update({"on": data}, stats, None)
     assert float(stats["raised_failures"]) == 1 / 8
     assert float(stats["answer_entropy"]) == pytest.approx((0.811278 + 2.0) / 2, abs=1e-6)
 
@@ -238,6 +244,15 @@ def test_failures_that_are_raised_are_counted(recipe: Any, rollout: Any) -> None
 def test_bad_settings_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         COPOConfig(**options)
+
+
+def test_control_episodes_have_no_answers() -> None:
+    options = {"method": "copo", "n_groups": 2, "group_size": 4, "n_steps": 30, "hidden": (8,), "seed": 0}
+    with pytest.raises(ValueError, match="'copo' does not fit control tasks: mode='soft' compares final answers"):
+        Grouped("CartPole-v1", **options)
+    agent = Grouped("CartPole-v1", mode="forced", **options)
+    agent.learn(until=agent.samples_per_iteration)
+    assert 0.0 < float(agent.scalars["train/local_weight"]) <= 1.0
 
 
 def test_defaults_are_grpos_elsewhere() -> None:
@@ -278,5 +293,5 @@ class TestCOPOContract(RecipeContract):
         ({}, {"mode": "forced"}),
         ({"clip_high": 0.0, "mode": "global"}, {"clip_high": 0.0, "mode": "global", "dual_clip": 1.0001}),
     )
-    refused = {"trl": "no column 'answer'", "verl": "no column 'answer'"}
+    refused = {"trl": "no column 'answer'", "verl": "compares final answers"}
     hosted = {"trl": {"mode": "forced"}}

@@ -43,6 +43,7 @@ REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
 REFUSED_BY_VERL: dict[str, tuple[dict[str, Any], str]] = {
     **REFUSED_BY_TRL,
     "adora": ({}, "compares with a reference policy"),
+    "copo": ({}, "compares final answers"),
     "d3s": ({}, "wants \\['entropy'\\] of the policy"),
     "dcpo": ({}, "two temperatures"),
     "epo": ({"kl_coef": 0.0}, "wants \\['entropy'\\]"),
