@@ -104,7 +104,7 @@ def test_flow_policies(name: str) -> None:
 def test_language_models(name: str) -> None:
     pytest.importorskip("transformers", reason="the extra llm is not installed")
     cls = agents.get_agent(name)
-    group = {} if name == "sft" else {"group_size": 4}
+    group = {} if name in ("div_prec", "sft") else {"group_size": 4}
     agent = cls("arithmetic", cls.Config(n_prompts=4, **group))
     agent.collector.collect = on_the_host(agent.collector.collect)
     agent.collector.draw = on_the_host(agent.collector.draw)
