@@ -29,7 +29,7 @@ if __package__ in (None, ""):
 import torch
 import tyro
 
-from ccrl.packages import check_siblings
+from ccrl.packages import check_siblings, require
 
 check_siblings("agents", "envs")
 
@@ -43,6 +43,7 @@ from ccrl.experiment.callbacks import Callback, CheckpointCallback, EvalCallback
 from ccrl.experiment.files import FolderInUseError, WriteError
 from ccrl.experiment.logger import Logger, digits
 from ccrl.experiment.run import RunFolder
+from ccrl.experiment.tracking import Service, Tracker
 from ccrl.settings import Count, Natural, Settings
 from scripts.group import Group, check_number
 
@@ -77,6 +78,10 @@ class TrainConfig(Settings):
     """A progress bar is shown, on a terminal."""
     tensorboard: bool = True
     """TensorBoard events are written."""
+    track: Service = "none"
+    """The same scalars, the configuration and the last checkpoint go to this service too."""
+    track_project: str = "ccrl"
+    """The service files the run under this project."""
     torch_threads: Count = 1
     """Torch's operators use this many threads: more than one slows small networks down and fights the simulator's
     threads."""
@@ -188,7 +193,12 @@ class Training:
     def _train(self) -> RunFolder:
         config, run, agent, step = self.config, self.run, self.agent, self.resumed_from
         print(f"[ccrl] run folder: {run.path}\n[ccrl] tensorboard --logdir {run.path}", flush=True)
-        logger, stop = Logger(run.path, tensorboard=config.tensorboard, resume_step=step), StopOnSignal()
+        tracker = None
+        if config.track != "none":
+            tracker = Tracker(config.track, config.track_project, run, configs.to_dict(config))
+        also = None if tracker is None else tracker.log
+        logger = Logger(run.path, tensorboard=config.tensorboard, resume_step=step, also=also)
+        stop = StopOnSignal()
         if step is None:
             logger.log_hparams(configs.flatten(configs.to_dict(config)))
         callbacks: list[Callback] = [LogCallback(logger, config.log_interval)]
@@ -208,6 +218,8 @@ class Training:
             sys.exit(f"[ccrl] stopped at {total}; {self._how_to_go_on()}")
         finally:
             logger.close()
+            if tracker is not None:
+                tracker.finish(checkpoint.latest(run.checkpoints))
             agent.close()
             if self.eval_env is not None:
                 self.eval_env.close()
@@ -228,6 +240,8 @@ def build(
     :param trust: names ``module:name`` in the folder that may import, see ``ccrl.registry.stored``.
     """
     torch.set_num_threads(config.torch_threads)
+    if config.track != "none":
+        require(config.track, "track")
     cls, group = agents.get_agent(agent_name), Group.join(config)
     if resume is None:
         config = replace(config, env_kwargs=absolute_files(config.env_kwargs))

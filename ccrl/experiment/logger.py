@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,7 @@ class Logger:
     Args:
         folder: run folder; made if missing.
         tensorboard, csv, stdout: where to write.
+        also: called with every row, ``also(step, scalars)``: a tracking service.
         resume_step: the step that a resumed run continues from. Rows past it (logged after the checkpoint, before
             the crash) leave ``progress.csv`` and are hidden in TensorBoard. None: a new run, in a folder without rows.
 
@@ -71,8 +72,10 @@ class Logger:
         csv: bool = True,
         stdout: bool = False,
         resume_step: int | None = None,
+        also: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
         self.folder = Path(folder)
+        self.also = also
         self.stdout = stdout
         self._events: Any = None
         self._owner = Owner(folder) if csv or tensorboard else None
@@ -97,6 +100,8 @@ class Logger:
             with writing(self.folder / "events.out.tfevents"):
                 self._events.add_summary(Summary(value=one), step)
                 self._events.flush()
+        if self.also is not None:
+            self.also(step, scalars)
         if self.stdout:
             print(table(step, scalars), flush=True)
         return scalars
