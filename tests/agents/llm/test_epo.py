@@ -270,8 +270,6 @@ def test_turns_of_a_conversation() -> None:
 
 
 class TestEPOContract(RecipeContract):
-    """With a history, so that the corridor is there: the bandit's entropies are near ln 4, ln 5 or 0."""
-
     method = EPO
     published = {
         "kappa_low": 0.0,
@@ -300,6 +298,7 @@ class TestEPOContract(RecipeContract):
     }
 
     def made(self, dtype: torch.dtype = torch.float64, moved: bool = True, **settings: Any) -> Any:
+        """With a history, so that the corridor is there: the bandit's entropies are near ln 4, ln 5 or 0."""
         agent = super().made(dtype, moved, **settings)
         agent.estimator.entropy_sum.fill_(1.39)
         agent.estimator.count.fill_(1.0)
