@@ -39,15 +39,8 @@ from ccrl.inventory.base_stock import BaseStockPolicy, CappedBaseStockPolicy, Ec
 from ccrl.inventory.functional_env import FunctionalEnv, Network, Split, State, resolve_functional_env
 from ccrl.inventory.newsvendor import NewsvendorPolicy, demand_windows, fit_forecaster
 from ccrl.inventory.pathwise import Scenarios, Unrolled, average_cost, cost_term, scenario_data
-from ccrl.inventory.planner import PlannerPolicy
-from ccrl.inventory.policies import (
-    DataDrivenPolicy,
-    GNNPolicy,
-    OrderPolicy,
-    ScaledBySeries,
-    SymmetryAwarePolicy,
-    VanillaPolicy,
-)
+from ccrl.inventory.planner import PlannerPolicy, ScaledBySeries
+from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy, OrderPolicy, SymmetryAwarePolicy, VanillaPolicy
 from ccrl.learn import Learner, RolloutLearner
 from ccrl.seeding import named_generator
 from ccrl.settings import Count, Positive, Settings
@@ -362,14 +355,15 @@ class HDPO(Agent):
 
     @torch.no_grad()
     def act(self, obs: Tree, deterministic: bool = False) -> Tensor:
-        """Quantities ``[B, E]`` of the best policy from ``FunctionalEnv.observe``, a dict of ``[B, ...]``."""
+        """Quantities ``[B, E]`` of the best policy from ``FunctionalEnv.observe``, a dict of ``[B, ...]``; whole units
+        with ``whole_units``."""
         if not isinstance(obs, dict):
             raise TypeError(
                 "act: expected the observations of FunctionalEnv.observe (a dict), got a tensor; the batched form of "
                 "the environment hides what this policy reads"
             )
         orders: Tensor = self.ctx.bank.policy("best")(obs)
-        return orders
+        return self.simulator.feasible(obs, orders.round()) if self.config.whole_units else orders
 
     def predict(
         self, observation: Any, state: Any = None, episode_start: Any = None, deterministic: bool = False

@@ -73,7 +73,10 @@ def main(config: NetworkConfig) -> list[Path]:
     env = agent.simulator.split(config.split)
     if not isinstance(env, InventoryEnv):
         raise ValueError(f"{config.run}: expected an inventory network of ours, got {type(env).__name__}")
-    trace = play(agent, env, agent.scenarios(config.split, config.count, 10**6 + config.seed))
+    count = min(config.count, env.available or config.count)
+    if config.scenario >= count:
+        raise ValueError(f"scenario: expected one of the {count} series, from 0, got {config.scenario}")
+    trace = play(agent, env, agent.scenarios(config.split, count, 10**6 + config.seed))
     name = env.task.name.replace("_", " ")
     title = config.title or f"{name}: {agent.config.policy}, best of {agent.iteration} epochs"
     figure = plot_network(env, trace, scenario=config.scenario, periods=config.periods, title=title)

@@ -3,8 +3,9 @@
 python scripts/inventory_report.py RUN --out report
 python scripts/inventory_report.py RUN --out report --what-if lead_time=+1 demand=*1.2
 
-Writes ``report/report.html``, which needs no other file and no network, ``products.csv`` and pictures. Rules are tuned
-product by product on the development weeks; differences are paired by product, with the 95 % interval of Student's t.
+Writes ``report/report.html``, which has the pictures in it and needs no other file and no network, and
+``report/products.csv``. Rules are tuned product by product on the development weeks; differences are paired by product,
+with the 95 % interval of Student's t.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class ReportConfig(Settings):
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder of inventory_train.py, or a checkpoint; what orders is the best parameters in it."""
     out: Path
-    """Page, table and pictures are written to this folder."""
+    """The page and the table of products are written to this folder."""
     what_if: tuple[str, ...] = ()
     """Each of these changes one thing: lead_time=+1, demand=*1.2, underage=5, lot=*2 ..."""
     pictures: Natural = 40

@@ -24,7 +24,7 @@ from ccrl.inventory.policies import OrderPolicy
 from ccrl.inventory.rules import Rule, RuleName, node_demand, positions, promotions, ration, tune
 from ccrl.policies.gnn import EdgeNet
 
-__all__ = ["PlannerPolicy"]
+__all__ = ["PlannerPolicy", "ScaledBySeries"]
 
 _DESIGNATED = 3.0
 """Logit of the rule's supplier against the others': 95 % of the orders of a node with two."""
@@ -190,3 +190,23 @@ class PlannerPolicy(OrderPolicy):
         season = torch.cat((season[:, :-1], season[:, -1:].clamp(-1.5, 1.5), near), 1)
         rows.append(season.unsqueeze(1).expand(-1, network.nodes, -1))
         return torch.cat(rows, -1).clamp(-20.0, 20.0)
+
+
+class ScaledBySeries(OrderPolicy):
+    """``policy`` in units of each product's usual demand: stocks and past demand come in divided by it, orders go out
+    times it. Where products differ a hundredfold, raw inputs leave a network to the fastest movers.
+
+    Its observations hold ``scale`` ``[B, K]``, whose mean over the stores is the unit.
+    """
+
+    def __init__(self, policy: OrderPolicy, like: State) -> None:
+        super().__init__(policy.network, like)
+        self.need(like, "scale")
+        self.policy = policy
+        self.foresight = policy.foresight
+
+    def forward(self, obs: State) -> Tensor:
+        unit = obs["scale"].mean(1)
+        scaled = {k: obs[k] / unit[:, None, None] for k in ("inventory", "past_demand", "future_demand") if k in obs}
+        orders: Tensor = self.policy(obs | scaled)
+        return orders * unit[:, None]

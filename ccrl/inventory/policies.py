@@ -20,7 +20,7 @@ from ccrl.inventory.functional_env import Network, State
 from ccrl.policies.encoders import mlp
 from ccrl.policies.gnn import EdgeNet
 
-__all__ = ["DataDrivenPolicy", "GNNPolicy", "OrderPolicy", "ScaledBySeries", "SymmetryAwarePolicy", "VanillaPolicy"]
+__all__ = ["DataDrivenPolicy", "GNNPolicy", "OrderPolicy", "SymmetryAwarePolicy", "VanillaPolicy"]
 
 Layer = Callable[[Tensor, Tensor], Tensor]
 """``(wanted [B, k], on_hand [B]) -> shipments [B, k]`` of one node."""
@@ -90,26 +90,6 @@ class OrderPolicy(nn.Module):
     def forward(self, obs: State) -> Tensor:
         """Feasible quantities ``[B, E]``."""
         raise NotImplementedError
-
-
-class ScaledBySeries(OrderPolicy):
-    """``policy`` in units of each product's usual demand: stocks and past demand come in divided by it, orders go out
-    times it. Where products differ a hundredfold, raw inputs leave a network to the fastest movers.
-
-    Its observations hold ``scale`` ``[B, K]``, whose mean over the stores is the unit.
-    """
-
-    def __init__(self, policy: OrderPolicy, like: State) -> None:
-        super().__init__(policy.network, like)
-        self.need(like, "scale")
-        self.policy = policy
-        self.foresight = policy.foresight
-
-    def forward(self, obs: State) -> Tensor:
-        unit = obs["scale"].mean(1)
-        scaled = {k: obs[k] / unit[:, None, None] for k in ("inventory", "past_demand", "future_demand") if k in obs}
-        orders: Tensor = self.policy(obs | scaled)
-        return orders * unit[:, None]
 
 
 def order_bound(obs: State) -> Tensor:

@@ -388,3 +388,12 @@ def test_bad_input_is_refused_at_construction(tmp_path: Path) -> None:
         HDPO.load(tmp_path / "a.pt", env=simulator("serial_system"))
     with pytest.raises(ValueError, match="pass env="):
         HDPO.load(tmp_path / "a.pt")
+
+
+def test_what_acts_orders_whole_units() -> None:
+    config = HDPOConfig(policy="base_stock", whole_units=True, **SMALL)
+    agent = HDPO(simulator(), config)
+    obs = observed(agent.simulator, 5, torch.float32)[1]
+    orders = agent.act(obs)
+    assert torch.equal(orders, orders.round())
+    assert not torch.equal(orders, agent.ctx.bank.policy("best")(obs)), "the policy itself asks for parts of units"
