@@ -25,6 +25,7 @@ from ccrl.policies import build_actor_critic
 from ccrl.policies.acting import Acting, has_memory, predict
 from ccrl.policies.build import PolicyLike
 from ccrl.seeding import stream_seed
+from ccrl.settings import Natural, checked
 from ccrl.updaters import Updater
 
 __all__ = ["Agent", "Callbacks"]
@@ -59,12 +60,13 @@ class Agent:
     collector: Any
     learner: Learner
 
+    @checked
     def __init__(
         self,
         env: Any,
         config: Any = None,
         *,
-        seed: int = 0,
+        seed: Natural = 0,
         device: torch.device | str = "cpu",
         env_kwargs: dict[str, Any] | None = None,
         policy: PolicyLike | None = None,

@@ -19,6 +19,7 @@ from ccrl.buffer import RolloutBuffer
 from ccrl.data import Data, Field, tree_leaves, tree_map
 from ccrl.policies.actions import RandomActor
 from ccrl.seeding import named_generator, stream_seed
+from ccrl.settings import Count, convert
 from ccrl.stream import EpisodeStats, Stream, finish_rollout, finish_step, note
 
 __all__ = ["Actor", "Collector", "EpisodeStats", "Request"]
@@ -54,6 +55,16 @@ class Request:
     """Of completions: the prompts' demonstrations in place of samples."""
 
     def __post_init__(self) -> None:
+        for name in ("steps", "episodes", "horizon", "groups"):
+            if getattr(self, name) is not None:
+                convert(getattr(self, name), Count, None, name)
+        if not isinstance(self.tag, str) or not isinstance(self.params, str | Tensor):
+            raise TypeError(
+                f"Request: expected a name as tag and a version or a vector as params, got {self.tag!r} and "
+                f"{type(self.params).__name__}"
+            )
+        if self.counts is not None and not (isinstance(self.counts, Tensor) and self.counts.dim() == 1):
+            raise TypeError(f"counts: expected a tensor [Q] of int64, got {type(self.counts).__name__}")
         forms = [name for name in ("steps", "episodes", "counts") if getattr(self, name) is not None]
         if len(forms) != 1:
             raise ValueError(f"Request: expected one of steps, episodes and counts, got {forms or 'none of them'}")

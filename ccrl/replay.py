@@ -294,7 +294,10 @@ def _concatenate(trees: list[Tree]) -> Tree:
 def _tensors(value: Any, device: torch.device) -> Tree:
     if isinstance(value, Mapping):
         return {k: _tensor(_tensors(v, device)) for k, v in value.items()}
-    tensor = torch.as_tensor(value, device=device)
+    try:
+        tensor = torch.as_tensor(value, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"ReplayBuffer: expected columns of numbers, got {type(value).__name__}: {error}") from error
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 

@@ -25,7 +25,10 @@ def stream_seed(seed: int, name: str) -> int:
         ValueError: a negative seed.
         TypeError: a seed that is no integer.
     """
-    number = operator.index(seed)
+    try:
+        number = operator.index(seed)
+    except TypeError:
+        raise TypeError(f"seed: expected an integer >= 0, got {seed!r}") from None
     if number < 0:
         raise ValueError(f"seed: expected an integer >= 0, got {seed}")
     mixed = np.random.SeedSequence(number, spawn_key=tuple(name.encode())).generate_state(1, np.uint32)

@@ -24,6 +24,7 @@ from ccrl.flow.task import FlowTask
 from ccrl.inventory.functional_env import FunctionalEnv
 from ccrl.llm.task import TextTask
 from ccrl.packages import require
+from ccrl.settings import Count, Natural, checked
 from ccrl.signals import shielded
 
 __all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_functional", "make_single_env", "make_vector_env"]
@@ -95,14 +96,15 @@ LAB_FAMILIES = ("isaac", "mjlab")
 BACKENDS = ("native", "sync", "async", "gymnasium")
 
 
+@checked
 def make(
     id: str,
-    num_envs: int = 1,
+    num_envs: Count = 1,
     *,
     device: torch.device | str = "cpu",
     backend: str | None = None,
     autoreset_mode: AutoresetMode | str | None = None,
-    seed: int | None = None,
+    seed: Natural | None = None,
     **env_kwargs: Any,
 ) -> BatchedEnv:
     """``num_envs`` copies of an environment.
@@ -129,8 +131,6 @@ def make(
         raise ValueError(f"expected backend None or one of {', '.join(BACKENDS)}, got {backend!r}")
     if autoreset_mode is not None:
         autoreset_mode = as_autoreset_mode(autoreset_mode, where=id)
-    if num_envs < 1:
-        raise ValueError(f"num_envs: expected >= 1, got {num_envs}")
     if id.partition(":")[0] in LAB_FAMILIES:
         if backend is not None:
             raise ValueError(f"{id}: expected backend=None, got {backend!r}")

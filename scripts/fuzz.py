@@ -1,4 +1,4 @@
-"""Bad input of seven kinds, from a seed, and how it is answered: by hand, not in CI.
+"""Bad input of nine kinds, from a seed, and how it is answered: by hand, not in CI.
 
     python scripts/fuzz.py --seed 7                       # 300 inputs of each kind
     python scripts/fuzz.py --kinds checkpoints csv --count 50 --out fuzz.md
@@ -41,8 +41,11 @@ from ccrl.settings import Count, Natural, Settings
 
 __all__ = ["Kind", "Options", "Verdict", "main", "play"]
 
-Kind = Literal["settings", "options", "checkpoints", "jsonl", "csv", "gymnasium", "commands"]
-WORDS = re.compile("expect|did you mean|refused|must|need|no such|has no|is not finite", re.IGNORECASE)
+Kind = Literal["settings", "options", "checkpoints", "jsonl", "csv", "gymnasium", "commands", "scripts", "uses"]
+WORDS = re.compile(
+    "expect|did you mean|refused|must|need|no such|has no|is not finite|cannot be written|make them|ask for",
+    re.IGNORECASE,
+)
 VERDICTS = ("clear", "late", "raw", "accepted", "hung")
 
 

@@ -106,8 +106,10 @@ class LLM(MethodAgent):
     def build(self) -> Learner:
         """:raises ValueError: if the method imitates with these settings and the task has no demonstrations."""
         c = self.config
-        if c.imitates and self.task.prompts(1, Generator().manual_seed(self.seed)).demonstration is None:
-            raise ValueError(f"task {self.task.name!r} has no demonstrations, and {self.name} imitates them with these "
+        shown = self.task.prompts(1, Generator().manual_seed(0)).demonstration
+        if shown is None and (c.imitates or c.warm_start_steps):
+            what = self.name if c.imitates else "warm_start_steps"
+            raise ValueError(f"task {self.task.name!r} has no demonstrations, and {what} imitates them with these "
                              "settings; choose another task, or settings that sample alone")  # fmt: skip
         policy = self.make_model().to(self.device)
         updater = ModuleUpdater(

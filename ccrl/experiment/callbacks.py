@@ -16,6 +16,7 @@ from ccrl.experiment.evaluation import EvalLog, evaluate_agent
 from ccrl.experiment.files import Owner
 from ccrl.experiment.logger import Logger
 from ccrl.experiment.saved import prune_segments, save_segmented, save_without_memory
+from ccrl.settings import Count, Finite, Natural, checked
 from ccrl.signals import DeferredSignals
 
 __all__ = [
@@ -76,9 +77,8 @@ class FunctionCallback(Callback):
 class LogCallback(Callback):
     """Writes the agent's scalars every ``every`` iterations."""
 
-    def __init__(self, logger: Logger, every: int = 1) -> None:
-        if every < 1:
-            raise ValueError(f"LogCallback: expected every >= 1 iterations, got {every}")
+    @checked
+    def __init__(self, logger: Logger, every: Count = 1) -> None:
         self.logger, self.every = logger, every
 
     def reads(self, iteration: int) -> bool:
@@ -93,9 +93,8 @@ class LogCallback(Callback):
 class _Periodic(Callback):
     """Due when the clock passes the next multiple of ``every`` steps."""
 
-    def __init__(self, every: int) -> None:
-        if every < 1:
-            raise ValueError(f"{type(self).__name__}: expected every >= 1 environment steps, got {every}")
+    @checked
+    def __init__(self, every: Count) -> None:
         self.every, self.next = every, every
 
     def reads(self, iteration: int) -> bool:
@@ -128,10 +127,9 @@ class CheckpointCallback(_Periodic):
         WriteError: the disk does not take a checkpoint.
     """
 
-    def __init__(self, folder: str | Path, every: int, keep: int = 3) -> None:
+    @checked
+    def __init__(self, folder: str | Path, every: Count, keep: Count = 3) -> None:
         super().__init__(every)
-        if keep < 1:
-            raise ValueError(f"CheckpointCallback: expected keep >= 1 checkpoints, got {keep}")
         self.folder, self.keep, self._saved_at = Path(folder), keep, -1
         self._owner: Owner | None = None
 
@@ -210,8 +208,9 @@ class EvalCallback(_Periodic):
         FileExistsError: ``eval.csv`` has rows and ``resume_step`` is None.
     """
 
+    @checked
     def __init__(
-        self, env: BatchedEnv, folder: str | Path, every: int, episodes: int = 10, seed: int = 10_000,
+        self, env: BatchedEnv, folder: str | Path, every: Count, episodes: Count = 10, seed: Natural = 10_000,
         logger: Logger | None = None, resume_step: int | None = None,
     ) -> None:  # fmt: skip
         super().__init__(every)
@@ -296,7 +295,8 @@ class StopOnSignal(Callback):
 class StopOnReward(Callback):
     """Ends training when the mean raw return of the last 100 training episodes reaches ``threshold``."""
 
-    def __init__(self, threshold: float) -> None:
+    @checked
+    def __init__(self, threshold: Finite) -> None:
         self.threshold = threshold
 
     def reads(self, iteration: int) -> bool:

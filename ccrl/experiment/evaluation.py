@@ -14,10 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree
+from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree, resolve_env
 from ccrl.experiment.csv_table import CsvTable, read_rows
 from ccrl.experiment.files import Owner, write_atomic
 from ccrl.seeding import stream_seed
+from ccrl.settings import Count, Natural, checked
 
 __all__ = ["EvalLog", "EvalResult", "Predict", "evaluate", "evaluate_agent"]
 
@@ -45,13 +46,14 @@ class EvalResult:
 
 
 @torch.no_grad()
+@checked
 def evaluate(
     predict: Predict,
     env: BatchedEnv,
-    episodes: int = 10,
-    seed: int = 0,
+    episodes: Count = 10,
+    seed: Natural = 0,
     deterministic: bool = True,
-    max_steps: int = 100_000,
+    max_steps: Count = 100_000,
 ) -> EvalResult:
     """Play ``episodes`` episodes from fresh resets with ``seed``.
 
@@ -66,9 +68,7 @@ def evaluate(
         RuntimeError: an episode ran past ``max_steps``.
         ValueError: ``episodes`` or ``max_steps`` below 1.
     """
-    for name, value in (("episodes", episodes), ("max_steps", max_steps)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1; received {value}.")
+    env = resolve_env(env, 1)
     device, n = env.device, env.num_envs
     rows = -(-episodes // n)
     slot = torch.arange(n, device=device)
@@ -116,8 +116,9 @@ def evaluate(
     return EvalResult(returns[order].cpu().numpy(), lengths[order].cpu().numpy())
 
 
+@checked
 def evaluate_agent(
-    agent: Any, env: BatchedEnv | None, episodes: int = 10, seed: int = 0, deterministic: bool = True
+    agent: Any, env: BatchedEnv | None, episodes: Count = 10, seed: Natural = 0, deterministic: bool = True
 ) -> EvalResult:
     """``evaluate`` with the agent's ``acting()`` or ``act``; or the agent's own
     ``evaluate(env, episodes, seed, deterministic)``, which agents have that do not play environments step by step."""

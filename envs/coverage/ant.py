@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ccrl.batched_env import Tree
+from ccrl.settings import Count, checked
 from ccrl.wrappers.set_reward import SetReward
 from envs.coverage.functions import Coverage
 from envs.coverage.grid import coordinates
@@ -17,12 +18,13 @@ from envs.coverage.grid import coordinates
 __all__ = ["ant_coverage"]
 
 
+@checked
 def ant_coverage(
-    num_envs: int = 1,
+    num_envs: Count = 1,
     *,
     device: torch.device | str = "cpu",
-    cells: int = 100,
-    block: int = 5,
+    cells: Count = 100,
+    block: Count = 5,
     paid: Literal["gain", "modular"] = "gain",
     **options: Any,
 ) -> SetReward:
@@ -39,8 +41,6 @@ def ant_coverage(
     """
     if str(device).partition(":")[0] != "cpu":
         raise ValueError(f"AntCoverage simulates on the CPU, got device={str(device)!r}; leave device at 'cpu'")
-    if cells < 1 or block < 1:
-        raise ValueError(f"AntCoverage: expected cells and block >= 1, got {cells} and {block}")
     from envs.mujoco import MujocoEnv  # late: who covers grids needs no MuJoCo
     from envs.mujoco.tasks.sweeping_ant import SweepingAnt
 

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from ccrl.batched_env import Tree
+from ccrl.settings import Count, Natural, Unit, checked
 from ccrl.torch_env import Array, TorchEnv
 
 __all__ = ["GridWorld", "Observation", "coordinates"]
@@ -46,14 +47,15 @@ class GridWorld(TorchEnv):
     id = "ccrl/GridWorld-v0"
     default_max_episode_steps = 19
 
+    @checked
     def __init__(
         self,
-        num_envs: int = 1,
+        num_envs: Count = 1,
         *,
-        size: tuple[int, int] = (10, 10),
-        start: int | None = 0,
+        size: tuple[Count, Count] = (10, 10),
+        start: Natural | None = 0,
         walls: Sequence[int] = (),
-        stochasticity: float = 0.0,
+        stochasticity: Unit = 0.0,
         observation: Observation = "raw",
         **options: Any,
     ) -> None:
@@ -65,10 +67,6 @@ class GridWorld(TorchEnv):
         free[list(walls)] = False
         if start is not None and not (0 <= start < self.cells and bool(free[start])):
             raise ValueError(f"{self.name}: expected a free cell below {self.cells} as start, got {start}")
-        if not 0.0 <= stochasticity <= 1.0:
-            raise ValueError(f"{self.name}: expected stochasticity in [0, 1], got {stochasticity}")
-        if observation not in ("raw", "scaled", "history"):
-            raise ValueError(f"{self.name}: expected observation raw, scaled or history, got {observation!r}")
         if self.max_episode_steps is None:
             raise ValueError(f"{self.name}: expected max_episode_steps, got None")
         self.start, self.stochasticity, self.observation = start, stochasticity, observation

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from ccrl.batched_env import Tree
+from ccrl.settings import Count, checked
 from ccrl.torch_env import Array, TorchEnv
 from ccrl.wrappers.set_reward import SetReward
 from envs.coverage.functions import Coverage
@@ -32,7 +33,8 @@ class PointMass(TorchEnv):
     id = "ccrl/PointMass-v0"
     default_max_episode_steps = 100
 
-    def __init__(self, num_envs: int = 1, *, cells: int = 20, **options: Any) -> None:
+    @checked
+    def __init__(self, num_envs: Count = 1, *, cells: Count = 20, **options: Any) -> None:
         super().__init__(num_envs, **options)
         if cells < 1 or self.max_episode_steps is None:
             raise ValueError(f"{self.name}: expected cells >= 1 and a limit, got {cells}, {self.max_episode_steps}")

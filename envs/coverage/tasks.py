@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ccrl.settings import Count, Natural, Positive, checked
 from ccrl.wrappers.set_reward import SetFunction, SetReward
 from envs.coverage.functions import Coverage, Facility, Groups, LogDet
 from envs.coverage.grid import GridWorld, coordinates
@@ -39,12 +40,13 @@ def footprints(world: GridWorld, disc: Literal["small", "large"] = "small") -> T
     return torch.stack(columns, 1).to(world.device)
 
 
+@checked
 def grid_coverage(
-    num_envs: int = 1,
+    num_envs: Count = 1,
     *,
     density: Density = "constant",
     disc: Literal["small", "large"] = "small",
-    instance: int = 0,
+    instance: Natural = 0,
     paid: Literal["gain", "modular"] = "gain",
     **options: Any,
 ) -> SetReward:
@@ -54,21 +56,18 @@ def grid_coverage(
         ValueError: an unknown density or disc, or what ``GridWorld`` refuses.
     """
     world = GridWorld(num_envs, **options)
-    if disc not in ("small", "large"):
-        raise ValueError(f"grid_coverage: expected disc small or large, got {disc!r}")
     if density == "constant":
         weights = torch.ones(world.cells)
     elif density == "bimodal":
         x, y = (torch.linspace(-1.0, 1.0, n) for n in world.size)
         weights = torch.sigmoid(x.unsqueeze(1) * y).flatten()
-    elif density == "gp":
-        weights = gp_density(world.size, instance)
     else:
-        raise ValueError(f"grid_coverage: expected density constant, bimodal or gp, got {density!r}")
+        weights = gp_density(world.size, instance)
     return _paying(world, Coverage(footprints(world, disc), weights.to(world.device)), paid)
 
 
-def two_rooms(num_envs: int = 1, *, paid: Literal["gain", "modular"] = "gain", **options: Any) -> SetReward:
+@checked
+def two_rooms(num_envs: Count = 1, *, paid: Literal["gain", "modular"] = "gain", **options: Any) -> SetReward:
     """Coverage of two rooms, 7 x 4 cells each, joined by a corridor of 2 x 6 cells; 39 moves by default."""
     walls = [x * 14 + y for x in range(7) for y in range(4, 10) if x not in (2, 3)]
     fixed: dict[str, Any] = {"size": (7, 14), "walls": walls, "start": 34, "max_episode_steps": 39}
@@ -76,12 +75,13 @@ def two_rooms(num_envs: int = 1, *, paid: Literal["gain", "modular"] = "gain", *
     return _paying(world, Coverage(footprints(world), torch.ones(world.cells, device=world.device)), paid)
 
 
+@checked
 def grid_items(
-    num_envs: int = 1,
+    num_envs: Count = 1,
     *,
-    groups: tuple[int, ...] = GROUPS,
-    demands: tuple[int, ...] = DEMANDS,
-    instance: int = 0,
+    groups: tuple[Natural, ...] = GROUPS,
+    demands: tuple[Natural, ...] = DEMANDS,
+    instance: Natural = 0,
     paid: Literal["gain", "modular"] = "gain",
     **options: Any,
 ) -> SetReward:
@@ -105,11 +105,12 @@ def grid_items(
     return _paying(world, Groups(members.to(world.device), torch.tensor(demands, device=world.device)), paid)
 
 
+@checked
 def grid_design(
-    num_envs: int = 1,
+    num_envs: Count = 1,
     *,
-    noise: float = 0.01,
-    instance: int = 0,
+    noise: Positive = 0.01,
+    instance: Natural = 0,
     paid: Literal["gain", "modular"] = "gain",
     **options: Any,
 ) -> SetReward:
@@ -121,12 +122,13 @@ def grid_design(
     return _paying(world, LogDet(covariance, noise, world.max_episode_steps + 1), paid)
 
 
+@checked
 def grid_facility(
-    num_envs: int = 1,
+    num_envs: Count = 1,
     *,
-    customers: int = 20,
-    width: float = 2.0,
-    instance: int = 0,
+    customers: Count = 20,
+    width: Positive = 2.0,
+    instance: Natural = 0,
     paid: Literal["gain", "modular"] = "gain",
     **options: Any,
 ) -> SetReward:
@@ -136,8 +138,6 @@ def grid_facility(
     Raises:
         ValueError: no customer, or a width that is not positive.
     """
-    if customers < 1 or not width > 0.0:
-        raise ValueError(f"grid_facility: expected customers >= 1 and width > 0, got {customers} and {width}")
     world = GridWorld(num_envs, **options)
     generator = torch.Generator().manual_seed(instance)
     xy = coordinates(world.size).float()

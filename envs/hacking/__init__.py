@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from ccrl.settings import Count, checked
 from envs.hacking.exact import Agreement, ExactTask
 from envs.hacking.point import PointGoal, RewardModel, point_goal
 from envs.hacking.proxy import ProxyReward, agreement
@@ -15,6 +16,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-def tomato(num_envs: int = 1, *, paid: Literal["proxy", "true"] = "proxy", **options: Any) -> ProxyReward:
+@checked
+def tomato(num_envs: Count = 1, *, paid: Literal["proxy", "true"] = "proxy", **options: Any) -> ProxyReward:
     """The tomato world, paid by the proxy."""
     return ProxyReward(Tomato(num_envs, **options), paid=paid)

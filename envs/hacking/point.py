@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from ccrl.batched_env import Tree
+from ccrl.settings import Count, Natural, Nonnegative, Range, checked
 from ccrl.torch_env import Array, TorchEnv
 from envs.hacking.proxy import ProxyReward
 
@@ -83,12 +84,13 @@ class RewardModel:
         return torch.tanh(inputs @ self._in + self._bias) @ self._out
 
 
+@checked
 def point_goal(
-    num_envs: int = 1,
+    num_envs: Count = 1,
     *,
-    labels: int = 30,
-    label_noise: float = 0.1,
-    instance: int = 0,
+    labels: Annotated[int, Range(2)] = 30,
+    label_noise: Nonnegative = 0.1,
+    instance: Natural = 0,
     paid: Literal["proxy", "true"] = "proxy",
     **options: Any,
 ) -> ProxyReward:
@@ -98,8 +100,6 @@ def point_goal(
     Raises:
         ValueError: fewer than 2 labels, or a negative noise.
     """
-    if labels < 2 or label_noise < 0.0:
-        raise ValueError(f"point_goal: expected labels >= 2 and label_noise >= 0, got {labels} and {label_noise}")
     env = PointGoal(num_envs, **options)
     generator = torch.Generator().manual_seed(instance)
     teacher = PointGoal(64)

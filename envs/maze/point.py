@@ -11,6 +11,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor
 
+from ccrl.settings import Count, checked
 from ccrl.torch_env import TorchEnv
 
 __all__ = ["MAPS", "MASS", "PointMaze", "integrate", "large", "medium", "u_maze"]
@@ -58,16 +59,15 @@ class PointMaze(TorchEnv):
         ValueError: an unknown map.
     """
 
+    @checked
     def __init__(
         self,
-        num_envs: int = 1,
+        num_envs: Count = 1,
         *,
         maze: Literal["u_maze", "medium", "large"] = "u_maze",
         dense: bool = False,
         **options: Any,
     ) -> None:
-        if maze not in MAPS:
-            raise ValueError(f"PointMaze: expected maze in {sorted(MAPS)}, got {maze!r}")
         rows, limit = MAPS[maze]
         options["max_episode_steps"] = (
             limit if options.get("max_episode_steps") is None else options["max_episode_steps"]

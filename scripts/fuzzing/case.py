@@ -29,6 +29,9 @@ SIZES: dict[str, Any] = {
     "num_envs": 2, "n_steps": 8, "batch_size": 8, "n_epochs": 1, "hidden": (4,), "compile": "off", "n_prompts": 2,
     "group_size": 2, "model": "tabular", "n_train": 4, "n_dev": 2, "dev_every": 1, "critic_epochs": 1, "n_groups": 2,
     "inner_steps": 2, "median_hidden": (4,), "learning_starts": 8, "buffer_size": 64, "likelihood_points": 8,
-    "kernel_hidden": (4,), "kernel_features": 2, "rank": 2, "cg_iterations": 2, "critic_batch_size": 8,
+    "kernel_hidden": (4,), "kernel_features": 2, "rank": 2, "cg_iterations": 2, "critic_batch_size": 8, "updates": 2,
+    "rounds": 2, "steps": 3, "denoiser_steps": 2, "denoiser_features": 8, "reference_steps": 16, "eval_steps": 2,
+    "warm_start_steps": 2, "teacher_steps": 2, "n_times": 2, "trajectories": 2, "model_hidden": (4,), "iterations": 2,
+    "generations": 1,
 }  # fmt: skip
 """Settings that make a training of any agent short."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import math
+import os
 import random
+import runpy
+import shutil
+import sys
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -18,15 +24,19 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 import agents
+import envs.flow
+import envs.inventory
+import envs.text
 from ccrl.adapters import from_gymnasium
 from ccrl.batched_env import resolve_env
+from ccrl.flow.task import resolve_flow_task
 from ccrl.llm.task import resolve_task
 from ccrl.settings import hints_of
 from scripts import benchmark, train
-from scripts.fuzzing import files
+from scripts.fuzzing import files, uses
 from scripts.fuzzing.case import SIZES, Case
 
-__all__ = ["case"]
+__all__ = ["case", "env_for", "sizes_of"]
 
 # -- settings and options ---------------------------------------------------------------------------------------------
 
@@ -35,9 +45,16 @@ NUMBERS: tuple[Any, ...] = (
 )  # fmt: skip
 OTHERS: tuple[Any, ...] = (None, True, False, "", "no", "1", "auto", [], [1], [-1], (0,), {}, {"a": 1}, b"x", object)
 
-ENVS = {"hdpo": "ccrl/InventoryOneStoreLost-v0", "subpo": "ccrl/GridCoverage-v0", "sac": "Pendulum-v1",
-        "td3": "Pendulum-v1", "crossq": "Pendulum-v1", "mdpo_off_policy": "Pendulum-v1"}  # fmt: skip
-OFFLINE = {"bc", "td3_bc", "iql", "rebrac", "cdsa", "pgd"}
+ENVS = {"mdpo_off_policy": "Pendulum-v1", "sac": "Pendulum-v1", "td3": "Pendulum-v1", "crossq": "Pendulum-v1"}
+
+
+def env_for(name: str, cls: Any) -> str:
+    """An id or a task that the agent accepts."""
+    if train.is_text(cls):
+        return getattr(cls, "example_env", "modsum") if name in agents.FLOW_METHODS else "sequence_match"
+    if hasattr(cls.Config, "dataset"):
+        return "InvertedPendulum-v5"
+    return ENVS.get(name, getattr(cls, "example_env", "CartPole-v1"))
 
 
 def _value(rng: random.Random, hint: Any) -> Any:
@@ -48,65 +65,74 @@ def _value(rng: random.Random, hint: Any) -> Any:
     return rng.choice(NUMBERS if bare in (int, float) and rng.random() < 0.8 else NUMBERS + OTHERS)
 
 
-def _settings(rng: random.Random, folder: Path) -> Case:
-    names = sorted((agents.AGENTS.keys() - OFFLINE) | agents.METHODS.keys())
-    name = rng.choice(names)
-    cls = agents.get_agent(name)
-    text = train.is_text(cls)
+def sizes_of(name: str, cls: Any, folder: Path) -> dict[str, Any]:
+    """Settings of a short training, with a data set where the agent learns from one."""
     known = {f.name for f in fields(cls.Config) if f.init}
-    field = rng.choice(sorted(known))
+    found = {k: v for k, v in SIZES.items() if k in known and not _unused(name, k)}
+    if "dataset" in known:
+        found |= {"dataset": str(files.dataset(folder)), "batch_size": 8, "hidden": (4,)}
+        own: dict[str, dict[str, Any]] = {"pgd": {"real_rows": 2}, "cdsa": {"base": str(files.cloned())}}
+        found |= own.get(name, {})
+    return found
+
+
+def _settings(rng: random.Random, folder: Path) -> Case:
+    name = rng.choice(sorted(agents.AGENTS.keys() | agents.METHODS.keys() | agents.FLOW_METHODS.keys()))
+    cls = agents.get_agent(name)
+    field = rng.choice(sorted(f.name for f in fields(cls.Config) if f.init))
     value = _value(rng, hints_of(cls.Config)[field])
-    sizes = {k: v for k, v in SIZES.items() if k in known} | {field: value}
-    sizes = {k: v for k, v in sizes.items() if k == field or not _unused(name, k)}
+    sizes = sizes_of(name, cls, folder) | {field: value}
     made: list[Any] = []
 
     def begin() -> None:
-        env = "modsum" if text else ENVS.get(name, "CartPole-v1")
-        made.append(cls(env, cls.Config(**sizes)))
+        made.append(cls(env_for(name, cls), cls.Config(**sizes)))
 
     return Case(f"{name} {field}={value!r}", begin, lambda: made[0].learn(1))
 
 
 def _unused(name: str, setting: str) -> bool:
-    """Settings that some agents have by inheritance and refuse."""
-    return (name in ("bac", "bpg") and setting == "hidden") or (name == "npg_igt" and setting == "compile")
+    """Settings of ``SIZES`` that mean something else to an agent, or that it refuses."""
+    return setting in {
+        "bac": ("hidden",), "bpg": ("hidden", "model"), "npg_igt": ("compile",), "hdpo": ("rounds",),
+        "subpo": ("batch_size", "n_epochs"), "sft": ("group_size",), "div_prec": ("group_size",),
+    }.get(name, ()) or (setting == "warm_start_steps" and name not in agents.FLOW_METHODS)  # fmt: skip
 
 
-OPTIONS: dict[str, tuple[str, ...]] = {
-    "CartPole-v1": ("sutton_barto_reward", "max_episode_steps", "num_envs", "autoreset_mode", "backend", "dtype"),
-    "Pendulum-v1": ("g", "max_episode_steps"),
-    "MountainCar-v0": ("goal_velocity",),
-    "ccrl/LQR-v0": ("horizon", "gamma"),
-    "ccrl/Bandit-v0": ("kind",),
-    "ccrl/RandomMDP-v0": ("states", "actions", "concentration", "gamma", "horizon", "mdp_seed"),
-    "ccrl/RandomWalk-v0": ("states", "gamma"),
-    "ccrl/ShipSteering-v0": ("substeps",),
-    "ccrl/InventoryOneStoreLost-v0": ("lead_time", "underage", "mean", "split", "max_episode_steps"),
-    "ccrl/InventoryTransshipment-v0": ("stores", "lead_time", "underage", "correlation"),
+COMMON = ("num_envs", "max_episode_steps", "autoreset_mode", "backend", "no_such_option")
+CLASSES = {
+    "Hopper-v5": ("healthy_z_range", "terminate_when_unhealthy", "healthy_reward", "reset_noise_scale", "frame_skip"),
     "HalfCheetah-v5": ("ctrl_cost_weight", "frame_skip", "reset_noise_scale", "xml_file", "nthread", "unstable"),
-    "Hopper-v5": ("healthy_z_range", "terminate_when_unhealthy", "healthy_reward"),
-    "FrozenLake-v1": ("is_slippery", "map_name", "backend"),
-    "arithmetic": ("operands", "digits", "operators", "modulus", "max_new_tokens"),
-    "modsum": ("questions", "fixed_length", "symbols"),
-    "dead_prompts": ("dead", "smallest", "largest", "seed"),
-    "countdown": ("numbers", "largest", "target", "operators"),
-    "guessing": ("numbers", "turns"),
-    "sorting": ("digits",),
-    "code": ("degree", "largest", "cpu_seconds", "memory"),
-    "arms": ("rewards",),
+    "FrozenLake-v1": ("is_slippery", "map_name"),
 }
-TEXTS = {"arithmetic", "modsum", "dead_prompts", "countdown", "guessing", "sorting", "code", "arms"}
+TEXTS, FLOWS = set(envs.text.TASKS) - {"jsonl", "reasoning_gym"}, set(envs.flow.TASKS)
+
+
+def _options_of(id: str) -> list[str]:
+    """Names that the constructor behind an id takes, and some that it does not."""
+    tables: tuple[Any, ...] = (envs.text.TASKS, envs.flow.TASKS, {f"ccrl/{k}": v for k, v in envs.OWN.items()},
+                               {k: ("envs.classic", v) for k, v in envs.CLASSIC.items()})  # fmt: skip
+    where = next((table[id] for table in tables if id in table), None)
+    common = ("no_such_option",) if id in TEXTS | FLOWS else COMMON
+    if where is None:
+        return [*CLASSES[id], *common]
+    if where[0] == "envs.inventory":
+        return [*inspect.signature(envs.inventory.TASKS[where[1]]).parameters, "split", *common]
+    found = inspect.signature(getattr(importlib.import_module(where[0]), where[1])).parameters
+    return sorted({name for name in found if name not in ("options", "device", "self")} | set(common))
 
 
 def _options(rng: random.Random, folder: Path) -> Case:
-    id = rng.choice(sorted(OPTIONS))
-    option = rng.choice([*OPTIONS[id], "no_such_option"])
+    own = [f"ccrl/{name}" for name in envs.OWN if name != "InventoryOwn-v0"]
+    id = rng.choice(sorted([*own, *envs.CLASSIC, *CLASSES, *TEXTS, *FLOWS]))
+    option = rng.choice(_options_of(id))
     value = rng.choice(NUMBERS + OTHERS + ("sync", "next_step", "SameStep", (0.1, math.nan), "+-", "é"))
     made: list[Any] = []
 
     def begin() -> None:
         if id in TEXTS:
             made.append(resolve_task(id, **{option: value}))
+        elif id in FLOWS:
+            made.append(resolve_flow_task(id, **{option: value}))
         else:
             arguments: dict[str, Any] = {"num_envs": 2} | {option: value}
             made.append(resolve_env(id, **arguments))
@@ -114,6 +140,7 @@ def _options(rng: random.Random, folder: Path) -> Case:
     def go_on() -> None:
         if id in TEXTS:
             made[0].prompts(2, torch.Generator().manual_seed(0))
+        if id in TEXTS | FLOWS:
             return
         env = made[0]
         env.reset(seed=0)
@@ -174,15 +201,17 @@ def _gymnasium(rng: random.Random, folder: Path) -> Case:
     def observation() -> Any:
         return value.sample() if value is not None else np.zeros(2, np.float32)
 
-    backend = rng.choice(["sync", "sync", "async"])
+    backend, name = rng.choice(["sync", "sync", "async"]), rng.choice(["ppo", "ppo", "a2c", "dqn"])
     made: list[Any] = []
 
     def begin() -> None:
-        cls = agents.get_agent("ppo")
+        cls = agents.get_agent(name)
         env = from_gymnasium(Odd, 2, asynchronous=backend == "async")
-        made.append(cls(env, cls.Config(num_envs=2, n_steps=8, n_epochs=1, batch_size=8, hidden=(4,), compile="off")))
+        made.append(cls(env, cls.Config(**sizes_of(name, cls, folder))))
 
-    return Case(f"{backend} {slot}={value!r}{' later' if late else ''}", begin, lambda: made[0].learn(32), (Theirs,))
+    return Case(
+        f"{name} {backend} {slot}={value!r}{' later' if late else ''}", begin, lambda: made[0].learn(32), (Theirs,)
+    )
 
 
 # -- command lines ----------------------------------------------------------------------------------------------------
@@ -226,9 +255,54 @@ def _commands(rng: random.Random, folder: Path) -> Case:
     return Case(" ".join(argv[: len(argv) - 4]), lambda: made.append(train.prepare(argv)), lambda: made[0]())
 
 
+SCRIPTS: dict[str, list[str]] = {
+    "evaluate": ["RUN", "--episodes", "2"],
+    "plot": ["RUN", "--out", "OUT"],
+    "export": ["RUN", "--out", "OUT/x.onnx"],
+    "tune": ["--agent", "ppo", "--env", "CartPole-v1", "--total-timesteps", "512", "--trials", "1", "--out", "OUT"],
+    "make_dataset": ["agent", "--env", "Pendulum-v1", "--steps", "400", "--num-envs", "2", "--out", "OUT/x.npz"],
+    "methods": ["--format", "plain"],
+    "gradient_lab": ["--env", "bandit", "--estimators", "mc", "--episodes", "4", "--repeats", "2"],
+    "inventory_network": ["ccrl/InventoryOneStoreLost-v0", "--out", "OUT"],
+    "reproduce": ["--papers", "none", "--out", "OUT"],
+}
+WRONG = [
+    "--no-such", "", "nan", "-1", "0", "x", "/none", "--help=1", "é", "--trust", "evilmod:X", "--checkpoint", "best",
+    "--episodes", "--seed", "--device", "cuda:9", "[]", "{}", "1e9999", "--out", "/proc/no/x", "--video",
+]  # fmt: skip
+
+
+def _scripts(rng: random.Random, folder: Path) -> Case:
+    name = rng.choice(sorted(SCRIPTS))
+    argv = list(SCRIPTS[name])
+    for _ in range(rng.randint(1, 2)):
+        at = rng.randrange(len(argv))
+        how = rng.choice(["put", "replace", "replace", "drop"])
+        if how == "drop":
+            argv.pop(at)
+        else:
+            argv[at : at + (how == "replace")] = [rng.choice(WRONG)]
+        argv = argv or ["x"]
+    filled = [x.replace("RUN", str(folder / "run")).replace("OUT", str(folder / "out")) for x in argv]
+    shutil.copytree(files.trained(rng.choice(["ppo", "sac", "grpo"])), folder / "run")
+    path = Path(__file__).parents[1] / f"{name}.py"
+
+    def begin() -> None:
+        before, where = sys.argv, os.getcwd()
+        sys.argv = [str(path), *filled]
+        os.chdir(folder)  # a path without a folder is written here
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        finally:
+            sys.argv = before
+            os.chdir(where)
+
+    return Case(f"{name} {' '.join(map(repr, argv))}", begin)
+
+
 KINDS = {
     "settings": _settings, "options": _options, "checkpoints": files.checkpoints, "jsonl": files.jsonl,
-    "csv": files.csv, "gymnasium": _gymnasium, "commands": _commands,
+    "csv": files.csv, "gymnasium": _gymnasium, "commands": _commands, "scripts": _scripts, "uses": uses.uses,
 }  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ccrl.packages import check_siblings
@@ -27,19 +28,51 @@ from ccrl.experiment.curves import load_study
 from scripts import evaluate, train
 from scripts.fuzzing.case import SIZES, Case
 
-__all__ = ["checkpoints", "csv", "jsonl"]
+__all__ = ["checkpoints", "csv", "dataset", "jsonl", "trained"]
 
 
 # -- checkpoints and run folders --------------------------------------------------------------------------------------
 
 
+KINDS_OF_RUN = {
+    "ppo": ["ppo", "--env", "CartPole-v1", "--num-envs", "2", "--n-steps", "8", "--hidden", "4", "--n-epochs", "1",
+            "--compile", "off"],
+    "sac": ["sac", "--env", "Pendulum-v1", "--num-envs", "2", "--rounds", "4", "--hidden", "4", "--learning-starts",
+            "8", "--buffer-size", "64", "--batch-size", "8", "--compile", "off"],
+    "grpo": ["llm", "--method", "grpo", "--task", "modsum", "--model", "tabular", "--n-prompts", "2", "--group-size",
+             "4"],
+}  # fmt: skip
+
+
 @cache
-def _trained() -> Path:
+def trained(kind: str = "ppo") -> Path:
+    """The folder of a finished run of 32 samples."""
     folder = Path(tempfile.mkdtemp(prefix="fuzz"))
-    argv = ["ppo", "--env", "CartPole-v1", "--total-timesteps", "32", "--num-envs", "2", "--n-steps", "8", "--hidden",
-            "4", "--n-epochs", "1", "--compile", "off", "--eval-every", "16", "--eval-episodes", "2", "--run-root",
-            str(folder), "--no-tensorboard", "--no-progress"]  # fmt: skip
+    argv = [*KINDS_OF_RUN[kind], "--total-timesteps", "32", "--eval-every", "16", "--eval-episodes", "2",
+            "--checkpoint-every", "16", "--run-root", str(folder), "--no-tensorboard", "--no-progress"]  # fmt: skip
     return train.main(argv).path
+
+
+@cache
+def cloned() -> Path:
+    """A checkpoint of an agent that was trained on ``dataset``."""
+    folder = Path(tempfile.mkdtemp(prefix="fuzz"))
+    options = {"dataset": str(dataset(folder)), "batch_size": 8, "updates": 2, "hidden": (4,), "compile": "off"}
+    agents.get_agent("bc")("InvertedPendulum-v5", **options).learn(2).save(folder / "bc.pt")
+    return folder / "bc.pt"
+
+
+def dataset(folder: Path) -> Path:
+    """A small data set for InvertedPendulum-v5: 60 transitions of three episodes."""
+    rng = np.random.default_rng(0)
+    last = np.arange(60) % 20 == 19
+    rows = {
+        "obs": rng.normal(size=(60, 4)).astype(np.float32), "action": rng.uniform(-3, 3, (60, 1)).astype(np.float32),
+        "reward": np.ones(60, np.float32), "next_obs": rng.normal(size=(60, 4)).astype(np.float32),
+        "terminated": last, "truncated": np.zeros(60, bool), "episode": np.arange(60) // 20,
+    }  # fmt: skip
+    np.savez(folder / "rows.npz", **rows)
+    return folder / "rows.npz"
 
 
 def _change(rng: random.Random, tree: Any) -> str:
@@ -62,11 +95,13 @@ def _change(rng: random.Random, tree: Any) -> str:
 
 
 def checkpoints(rng: random.Random, folder: Path) -> Case:
-    run = folder / "run"
-    shutil.copytree(_trained(), run)
+    run, kind = folder / "run", rng.choice(["ppo", "sac", "grpo"])
+    shutil.copytree(trained(kind), run)
     newest = checkpoint.latest(run / "checkpoints")
     assert newest is not None
-    how = rng.choice(["tree", "tree", "bytes", "cut", "foreign", "yaml", "json", "other"])
+    how = rng.choice(["tree", "tree", "bytes", "cut", "foreign", "yaml", "json", "other", "segment"])
+    if how == "segment" and kind != "sac":
+        how = "tree"
     what = how
     if how == "tree":
         tree = torch.load(newest, weights_only=True)
@@ -92,6 +127,10 @@ def checkpoints(rng: random.Random, folder: Path) -> Case:
                                 "env: evilmod:X", "agent: 3"])  # fmt: skip
         file.write_text("\n".join(lines))
         what = f"line {at} of {file.name} is {lines[at]!r}"
+    elif how == "segment":
+        segment = rng.choice(sorted((run / "checkpoints" / "replay").iterdir()))
+        size = rng.randrange(segment.stat().st_size)
+        segment.write_bytes(segment.read_bytes()[:size]) if rng.random() < 0.5 else segment.unlink()
     else:
         torch.save({"x": 1}, newest)
     act = rng.choice(["resume", "evaluate", "load"])
@@ -99,7 +138,7 @@ def checkpoints(rng: random.Random, folder: Path) -> Case:
 
     def begin() -> None:
         if act == "load":
-            made.append(agents.get_agent("ppo").load(newest))
+            made.append(agents.get_agent(kind).load(newest))
         elif act == "evaluate":
             evaluate.main(evaluate.EvaluateConfig(run, episodes=2))
         else:
@@ -113,7 +152,7 @@ def checkpoints(rng: random.Random, folder: Path) -> Case:
         elif act == "resume":
             made[0]()
 
-    return Case(f"{act}, {what}", begin, go_on)
+    return Case(f"{kind} {act}, {what}", begin, go_on)
 
 
 # -- data files -------------------------------------------------------------------------------------------------------
@@ -162,10 +201,43 @@ def jsonl(rng: random.Random, folder: Path) -> Case:
                 begin, go_on)  # fmt: skip
 
 
+def _rows(rng: random.Random, folder: Path) -> Case:
+    path = dataset(folder)
+    columns: dict[str, Any] = dict(np.load(path))
+    name = rng.choice(sorted(columns))
+    how = rng.choice(["gone", "nan", "inf", "short", "text", "shape", "object", "bytes", "empty", "type"])
+    x = columns[name]
+    changed: dict[str, Any] = {
+        "nan": np.where(np.arange(60).reshape(-1, *[1] * (x.ndim - 1)) == 7, math.nan, x), "short": x[:-1],
+        "inf": x * math.inf, "text": np.full(60, "x"), "shape": x[:, None, None], "type": x.astype(np.complex64),
+        "object": np.array([{}] * 60),
+    }  # fmt: skip
+    if how == "gone":
+        del columns[name]
+    elif how == "empty":
+        columns = {k: v[:0] for k, v in columns.items()}
+    elif how != "bytes":
+        columns[name] = changed[how]
+    np.savez(path, **columns)
+    if how == "bytes":
+        data = bytearray(path.read_bytes())
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(data)
+    agent, made = rng.choice(["bc", "td3_bc", "iql"]), list[Any]()
+
+    def begin() -> None:
+        cls = agents.get_agent(agent)
+        made.append(cls("InvertedPendulum-v5", dataset=str(path), batch_size=8, updates=2, hidden=(4,), compile="off"))
+
+    return Case(f"rows.npz {agent} {name} {how}", begin, lambda: made[0].learn(2))
+
+
 def csv(rng: random.Random, folder: Path) -> Case:
     run = folder / "run"
-    shutil.copytree(_trained(), run)
-    target = rng.choice(["progress.csv", "eval.csv", "demand.csv"])
+    shutil.copytree(trained(), run)
+    target = rng.choice(["progress.csv", "eval.csv", "demand.csv", "rows.npz"])
+    if target == "rows.npz":
+        return _rows(rng, folder)
     path = run / target if target != "demand.csv" else folder / target
     if target == "demand.csv":
         rows = [f"{i},{week},{(i * week) % 7}" for i in range(2) for week in range(150)]

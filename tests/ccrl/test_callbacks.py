@@ -57,9 +57,9 @@ def test_a_list_may_hold_functions() -> None:
 
 
 def test_counts_below_one_are_refused_at_construction(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="LogCallback: expected every >= 1 iterations, got 0"):
+    with pytest.raises(ValueError, match="every: expected >= 1, got 0"):
         LogCallback(None, 0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="CheckpointCallback: expected keep >= 1 checkpoints, got 0"):
+    with pytest.raises(ValueError, match="keep: expected >= 1, got 0"):
         CheckpointCallback(tmp_path, 10, keep=0)
 
 

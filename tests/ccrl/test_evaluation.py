@@ -167,7 +167,7 @@ def test_endless_episodes_stop():
 
 @pytest.mark.parametrize("arguments", [{"episodes": 0}, {"max_steps": 0}])
 def test_bad_numbers(arguments):
-    with pytest.raises(ValueError, match=r"expected at least 1; received 0"):
+    with pytest.raises(ValueError, match=r"expected >= 1, got 0"):
         evaluate(zero, Script(LENGTHS, AutoresetMode.SAME_STEP), **arguments)
 
 

@@ -79,7 +79,7 @@ def test_rewards() -> None:
 
 
 def test_wrong_options() -> None:
-    with pytest.raises(ValueError, match="expected maze in"):
+    with pytest.raises(ValueError, match="maze: expected one of"):
         PointMaze(1, maze="spiral")  # type: ignore[arg-type]
     assert envs.make("ccrl/PointMazeLarge-v0").max_episode_steps == 800
 
