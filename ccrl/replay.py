@@ -15,6 +15,7 @@ from ccrl import segments
 from ccrl.batched_env import Tree
 from ccrl.buffer import space_like
 from ccrl.data import Batching, Data, Field, tree_columns, tree_leaves
+from ccrl.settings import Count, checked
 
 __all__ = ["Mixture", "Relabel", "ReplayBuffer"]
 
@@ -35,9 +36,10 @@ class ReplayBuffer:
     :raises ValueError: if ``capacity < 1``, a field is per sequence, or ``folder`` is given for another device.
     """
 
+    @checked
     def __init__(
         self,
-        capacity: int,
+        capacity: Count,
         observation_space: gym.Space[Any],
         action_space: gym.Space[Any],
         *,
@@ -45,8 +47,6 @@ class ReplayBuffer:
         device: torch.device | str = "cpu",
         folder: Path | None = None,
     ) -> None:
-        if capacity < 1:
-            raise ValueError(f"ReplayBuffer: expected capacity >= 1, got {capacity}")
         if any(f.per != "step" for f in fields):
             raise ValueError("ReplayBuffer: a ring of steps has no per-sequence columns; declare the field per step")
         if folder is not None and torch.device(device).type != "cpu":
@@ -104,6 +104,10 @@ class ReplayBuffer:
         terminated = _tensor(rows["terminated"]).bool()
         truncated = _tensor(rows.get("truncated", torch.zeros_like(terminated))).bool()
         rows |= {"terminated": terminated, "truncated": truncated & ~terminated, "alive": (~terminated).float()}
+        for name in ("reward", "terminated", "truncated"):
+            if _tensor(rows[name]).dim() != 1:
+                raise ValueError(f"ReplayBuffer.from_arrays: {name}: expected a number per row [M], got shape "
+                                 f"{tuple(_tensor(rows[name]).shape)}")  # fmt: skip
         capacity = terminated.shape[0]
         ring = cls.__new__(cls)
         spare = tree_columns(rows, lambda x: torch.zeros((capacity + 1, *x.shape[1:]), dtype=x.dtype, device=target))
@@ -298,6 +302,8 @@ def _tensors(value: Any, device: torch.device) -> Tree:
         tensor = torch.as_tensor(value, device=device)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"ReplayBuffer: expected columns of numbers, got {type(value).__name__}: {error}") from error
+    if tensor.dim() == 0:
+        raise ValueError(f"ReplayBuffer: expected columns [M, ...], got the number {value!r}")
     return tensor.float() if tensor.dtype == torch.float64 else tensor
 
 

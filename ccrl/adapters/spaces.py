@@ -179,6 +179,8 @@ def _array(value: Any, space: Space[Any], key: str) -> NDArray[Any]:
     if isinstance(value, tuple) and any(isinstance(part, Mapping) for part in value):
         raise ValueError(f"{expected}, got a tuple with a dict; reset() returns the observation and an info: take [0]")
     array = np.asarray(value)
+    if not (np.issubdtype(array.dtype, np.number) or array.dtype == bool):
+        raise TypeError(f"{expected} of numbers, got {array.dtype}")
     if array.ndim - len(shape) not in (0, 1) or array.shape[array.ndim - len(shape) :] != shape:
         raise ValueError(f"{expected}, got {array.shape}")
     return array

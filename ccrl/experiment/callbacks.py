@@ -319,7 +319,7 @@ def as_callback(
         return []
     if isinstance(callback, Callback):
         return [callback]
-    if not isinstance(callback, Sequence):
+    if not isinstance(callback, Sequence) or isinstance(callback, str | bytes):
         return [FunctionCallback(callback)]
     found = [c if isinstance(c, Callback) else FunctionCallback(c) for c in callback]
     keys = [c.key for c in found]

@@ -110,8 +110,9 @@ def save(path: str | os.PathLike[str], state: Mapping[str, Any]) -> None:
     Raises ``TypeError`` for what is not portable, ``ccrl.experiment.files.WriteError`` where the disk does not take it.
     """
     path = Path(path)
-    if not path.name or "\0" in str(path) or path.is_dir():
-        raise ValueError(f"path: expected the name of a file, got {str(path)!r}")
+    with writing(path):
+        if not path.name or "\0" in str(path) or path.is_dir():
+            raise ValueError(f"path: expected the name of a file, got {str(path)!r}")
     tree = {"format_version": FORMAT, "ccrl": ccrl.__version__, **portable(state)}
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

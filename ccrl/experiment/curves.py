@@ -262,6 +262,9 @@ def load_study(
         raise ValueError(f"points: expected at least 2, the first and the last step; received {points}.")
     places = [Path(path) for path in paths]
     files = [path for path in places if path.suffix == ".csv" and path.is_file()]
+    for path in places:
+        if path not in files and not find_runs([path]):
+            raise ValueError(f"{path}: expected a run, a folder with runs below it or a CSV file, found none of them")
     runs = find_runs([path for path in places if path not in files])
     curves: dict[tuple[str, str, int], Curve] = {}
     notes: list[str] = []

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from torch import Tensor
 
 from ccrl.batched_env import Tree
-from ccrl.settings import Count, checked
+from ccrl.settings import Count, Positive, checked
 from ccrl.torch_env import Array, TorchEnv
 from ccrl.wrappers.set_reward import SetReward
 from envs.coverage.functions import Coverage
@@ -82,11 +82,12 @@ def discs(cells: int, radius: float) -> Tensor:
     return torch.stack(columns, 1)
 
 
+@checked
 def point_coverage(
-    num_envs: int = 1,
+    num_envs: Count = 1,
     *,
-    cells: int = 20,
-    radius: float = 1.5,
+    cells: Count = 20,
+    radius: Positive = 1.5,
     paid: Literal["gain", "modular"] = "gain",
     **options: Any,
 ) -> SetReward:
@@ -95,8 +96,6 @@ def point_coverage(
     Raises:
         ValueError: a radius that is not positive, or what ``PointMass`` refuses.
     """
-    if not 0.0 < radius < math.inf:
-        raise ValueError(f"point_coverage: expected radius > 0, got {radius}")
     env = PointMass(num_envs, cells=cells, **options)
     weights = torch.full((cells * cells,), 1.0 / cells**2, device=env.device)
     return SetReward(env, Coverage(discs(cells, radius).to(env.device), weights), paid=paid)

@@ -80,7 +80,7 @@ def test_metric_of_eval_csv_and_unknown_metric(tmp_path):
     assert load_study([tmp_path], "eval/mean_reward").curves[0].values[-1] == 100
     with pytest.raises(ValueError, match=r"expected runs with eval/x; received 1 runs.* eval/mean_reward, time/fps"):
         load_study([tmp_path], "eval/x")
-    with pytest.raises(ValueError, match="received 0 runs"):
+    with pytest.raises(ValueError, match="expected a run, a folder with runs below it"):
         load_study([tmp_path / "nothing"])
 
 
