@@ -91,6 +91,8 @@ class InventoryTrainConfig(Settings):
     """A table of source, target, lead_time says who ships to whom; None: every location orders from a supplier."""
     stock: Path | None = None
     """A table of product, on_hand, arriving_1 ... is the stock that training begins with; None begins with nothing."""
+    stock_periods: Nonnegative | None = None
+    """Training begins with so many periods of usual demand on stock, where no table says what there is."""
     backlog: bool = False
     """Demand that is not served waits; otherwise it is lost."""
     vary_lead_time: Natural = 0

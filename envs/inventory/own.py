@@ -59,6 +59,7 @@ def own_demand(
     costs: str | Path | None = None,
     network: str | Path | None = None,
     stock: str | Path | None = None,
+    stock_periods: Nonnegative | None = None,
     lost: bool = True,
     vary_lead_time: Natural = 0,
     horizons: dict[str, tuple[int, int, int]] | None = None,
@@ -86,8 +87,8 @@ def own_demand(
         network: a table ``source, target, lead_time`` and optionally ``lead_time_min`` ... ``capacity``, a row per
             link. Targets are locations of the sales or warehouses, sources warehouses or ``supplier``. ``None``: every
             location orders from a supplier.
-        stock: a table of what lies and is on its way at the start, see :func:`read_stock`; ``None``: nothing, which the
-            warm-up is for.
+        stock: a table of what lies and is on its way at the start, see :func:`read_stock`. stock_periods: instead, so
+            many periods of each node's usual demand lie there. Neither: nothing, which the warm-up is for.
         lost: demand that is not served is lost; else it waits.
         vary_lead_time: the policy is trained for lead times up to this many periods shorter and longer, too.
         horizons: see :class:`~envs.inventory.task.Task`; ``None``: by the length of the series, see
@@ -143,6 +144,13 @@ def own_demand(
             f"({len(late)} products); they are planned as the slowest movers",
             stacklevel=4,
         )
+    if stock is not None and stock_periods is not None:
+        raise ValueError("stock_periods: expected none with a stock table, got both; leave one of them out")
+    if stock_periods is not None:
+        on_hand = torch.zeros(len(usual), net.nodes, net.slots)
+        below = usual.sum(1, keepdim=True).expand(-1, net.first_store)
+        on_hand[:, :, 0] = (stock_periods * torch.cat((below, usual), 1)).round()
+        by_series["stock"] = on_hand
     if stock is not None:
         by_series["stock"] = read_stock(stock, demand, net, links.nodes, product, location or "location")
     return Task(

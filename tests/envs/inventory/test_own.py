@@ -124,6 +124,11 @@ def test_stock_from_a_file(tmp_path: Path) -> None:
     assert task.by_series["stock"].tolist() == [[[3, 0]], [[7, 2]]]
     scenarios = InventoryEnv(task, "test").sample(2, torch.Generator())
     assert scenarios["inventory"].tolist() == [[[3, 0]], [[7, 2]]]
+    with pytest.raises(ValueError, match="stock_periods: expected none with a stock table"):
+        own_demand(retail_sales(2), stock=path, stock_periods=1.0, **NUMBERS)
+    filled = own_demand(retail_sales(2), stock_periods=2.0, **NUMBERS)
+    assert torch.equal(filled.by_series["stock"][:, 0, 0], (2 * filled.by_series["scale"][:, 0]).round())
+    assert filled.by_series["stock"][:, :, 1:].sum() == 0
     bare = write(tmp_path, "bare.csv", "sku,on_hand\nP02,7\nP01,3\n")
     with pytest.warns(UserWarning, match="nothing is taken to be on its way"):
         own_demand(retail_sales(2), stock=bare, **NUMBERS)
