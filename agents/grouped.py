@@ -20,6 +20,7 @@ from typing import Any, ClassVar, Self, cast
 
 from agents.base import Agent
 from agents.llm import get_method
+from agents.on_policy import check_unused
 from ccrl.batched_env import BatchedEnv, resolve_env
 from ccrl.collect import Request
 from ccrl.estimators.recipe import MethodConfig, Parts
@@ -69,6 +70,8 @@ class GroupedConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.normalise_obs:
+            check_unused(self, "it clips normalised observations, normalise_obs is off", "clip_norm")
         if isinstance(self, MethodConfig) and self.imitates:
             raise ValueError(
                 f"method: expected one that learns from episodes alone, got {self.method!r} with settings that need "

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from agents.base import Agent
+from agents.on_policy import check_unused
 from ccrl.batched_env import Tree
 from ccrl.data import Data, tree_map
 from ccrl.estimators import aggregates
@@ -65,6 +66,11 @@ class OffPolicyConfig(Settings):
     compile: Compile = "auto"
     """Gradient steps are compiled graphs: always (on), never (off), or from 20,000 of them on where there is a C++
     compiler (auto)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.normalise_obs:
+            check_unused(self, "it clips normalised observations, normalise_obs is off", "clip_norm")
 
 
 @dataclass(frozen=True)

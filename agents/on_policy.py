@@ -94,6 +94,8 @@ class ActorCriticConfig(OnPolicyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not (self.normalise_obs or self.normalise_reward):
+            check_unused(self, "it clips what is normalised, and nothing is", "clip_norm")
         if self.recurrent == "none":
             check_unused(self, "there is no recurrent layer", "recurrent_size")
         elif self.compile == "on":

@@ -49,7 +49,7 @@ class LLMLearner(GroupLearner):
         self, agent: LLM, policy: nn.Module, estimator: Recipe, updater: ModuleUpdater, reference: Snapshot | None
     ) -> None:
         super().__init__(agent, policy, estimator, updater)
-        self._components = agent.task.components
+        self._updater, self._components = updater, agent.task.components
         self.reference = reference
         """Of a model with adapters the policy as it was when reinforcement began; else that is the bank's ``ref``."""
         if reference is not None:
@@ -63,8 +63,7 @@ class LLMLearner(GroupLearner):
 
     def _log(self, data: Mapping[str, Any], stats: Stats, seconds: dict[str, float]) -> None:
         super()._log(data, stats, seconds)
-        updater = self.updaters["policy"]
-        assert isinstance(updater, ModuleUpdater)
+        updater = self._updater
         if updater.skip_norm is not None or updater.skipped:  # of all updates so far those whose gradient was too large
             self.scalars["train/skipped_updates"] = updater.skipped
         if self.clock_unit == "demonstrations":

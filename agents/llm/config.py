@@ -71,7 +71,7 @@ class RolloutConfig(Settings):
     n_prompts: Count = 16
     """Prompts per iteration."""
     max_new_tokens: Natural = 0
-    """Length cap of completions in tokens; 0 takes the task's."""
+    """Completions are cut after this many tokens, at most the task's own cap, which 0 takes."""
     temperature: Positive = 1.0
     """Temperature of sampling and of scoring."""
     pad_to_multiple_of: Count = 1

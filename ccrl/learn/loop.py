@@ -21,12 +21,14 @@ def run(agent: Any, end: int, callbacks: Sequence[Callback], progress_bar: bool)
     between two iterations, where the agent can be saved; the second one at once.
     """
     learner, bar = agent.learner, ProgressBar(end, agent.num_timesteps, progress_bar)
+    step = end  # what an iteration adds to the clock: which one is the last is told from the one before it
     try:
         with DeferredSignals(signal.SIGINT) as interrupt, running(callbacks, agent):
             while learner.clock < end and not agent.finished and not learner.agree(bool(interrupt.received)):
-                last = learner.clock + learner.samples_per_iteration >= end
-                learner.watched = last or any(c.reads(learner.iteration + 1) for c in callbacks)
+                before = learner.clock
+                learner.watched = before + step >= end or any(c.reads(learner.iteration + 1) for c in callbacks)
                 learner.iterate()
+                step = learner.clock - before
                 bar.update(learner.clock, agent.ep_rew_mean)
                 if learner.agree(False in _all(callbacks, lambda c: c.on_iteration(agent))):
                     break

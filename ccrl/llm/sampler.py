@@ -58,6 +58,8 @@ class TokenCollector:
     :param fields: more raw columns that an estimator declares; ``entropy`` (nats, of the sampling distribution) is the
         one there is.
     :param pad_to_multiple_of: completions are padded to a multiple of it, so that compiled and cached shapes are few.
+    :param max_new_tokens: a shorter cap of completions than the task's; None: the task's.
+    :raises ValueError: a cap that would do nothing, above the task's or of completions of a fixed length.
     """
 
     def __init__(
@@ -71,7 +73,9 @@ class TokenCollector:
             raise ValueError(f"pad_to_multiple_of: expected >= 1, got {pad_to_multiple_of}")
         self.task, self.device, self.pad_to_multiple_of = task, torch.device(device), pad_to_multiple_of
         fixed = getattr(task, "fixed_length", None)
-        self.steps = int(fixed or min(task.max_new_tokens, max_new_tokens or task.max_new_tokens))
+        if max_new_tokens is not None:
+            _check_cap(task, max_new_tokens, fixed)
+        self.steps = int(fixed or max_new_tokens or task.max_new_tokens)
         self._fixed = fixed is not None
         self._entropy = bool(fields)
         self.generator = named_generator(seed, "completions", self.device)
@@ -293,3 +297,12 @@ class TokenCollector:
         self.prompt_generator.set_state(state["prompt_generator"].cpu())
         self.total_steps, self.tokens, self._left = state["total_steps"], state["tokens"], state["left"].cpu().clone()
         self._drawn = None
+
+
+def _check_cap(task: TextTask, cap: int, fixed: int | None) -> None:
+    if fixed is not None and cap != fixed:
+        raise ValueError(f"max_new_tokens: all completions of task {task.name!r} have {fixed} tokens, got a cap of "
+                         f"{cap}; leave it out")  # fmt: skip
+    if not 0 < cap <= task.max_new_tokens:
+        raise ValueError(f"max_new_tokens: expected 1 to {task.max_new_tokens}, the longest completion of task "
+                         f"{task.name!r}, got {cap}; give the task itself a longer one")  # fmt: skip

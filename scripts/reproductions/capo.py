@@ -99,8 +99,9 @@ def _ranks(seeds: list[int]) -> list[Measurement]:
     found = []
     for seed in seeds:
         generator = torch.Generator().manual_seed(seed)
-        draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731, B023
-        hidden, weight, advantage = draw(400, WIDTH) / 4.0, draw(ACTIONS, WIDTH) / 2.0, draw(400)
+        options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+        hidden, weight = torch.randn(400, WIDTH, **options) / 4.0, torch.randn(ACTIONS, WIDTH, **options) / 2.0
+        advantage = torch.randn(400, **options)
         log_prob = (hidden @ weight.t()).log_softmax(1)
         action = torch.multinomial(log_prob.exp(), 1, generator=generator)
         index = torch.arange(ACTIONS).expand(400, -1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from agents import BPO, MDPO, PPO
+from agents import BPO, MDPO, PPO, get_agent
 from agents.bpo import BPOConfig
 from agents.mdpo import MDPOConfig
 from agents.ppo import PPOConfig
@@ -182,3 +182,12 @@ def test_sizes_that_learn_are_accepted(cls: type[Any], options: dict[str, Any]) 
     before = torch.cat([p.detach().flatten().clone() for p in agent.policy.actor.parameters()])
     agent.learn(agent.samples_per_iteration)
     assert not torch.equal(torch.cat([p.detach().flatten() for p in agent.policy.actor.parameters()]), before)
+
+
+@pytest.mark.parametrize("name", ["ppo", "sac", "dqn", "grouped"])
+def test_a_clip_of_nothing_is_refused(name: str) -> None:
+    """``clip_norm`` clips what normalisers give, and there is none."""
+    config = get_agent(name).Config
+    with pytest.raises(ValueError, match=r"clip_norm: it clips .*; expected the default 10.0, got 5.0"):
+        config(clip_norm=5.0)
+    assert config(clip_norm=5.0, normalise_obs=True).clip_norm == 5.0

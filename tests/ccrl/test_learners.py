@@ -324,7 +324,7 @@ def test_a_failing_callback_takes_nobodys_turn() -> None:
 
 
 def test_statistics_of_an_update_are_taken_where_somebody_reads_them() -> None:
-    """Of five iterations the first (which learns their names), every second (logged) and the last; the logged numbers
+    """Of five iterations the first, every second (logged) and the last; the logged numbers
     and the parameters are those of a run that is read after every iteration, and no stale number stands in between."""
 
     class Every(Callback):

@@ -18,6 +18,7 @@ from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.llm.task import Prompts, Score, TextTask
 from ccrl.testing.recipe_contract import RaggedTask
+from envs.text import make_task
 
 Build = Callable[..., CausalLMPolicy]
 
@@ -151,7 +152,11 @@ def test_the_length_cap(build: Build, task: TextTask, prompts: Prompts) -> None:
     assert torch.equal(data["capped"], ~ended)
     assert torch.equal(data["truncated"].any(0), ~ended)
     assert torch.equal(data["terminated"].any(0), ended)
-    assert TokenCollector(task, max_new_tokens=100).steps == task.max_new_tokens
+    assert TokenCollector(task).steps == task.max_new_tokens
+    with pytest.raises(ValueError, match=r"max_new_tokens: expected 1 to \d+, the longest completion .*, got 100"):
+        TokenCollector(task, max_new_tokens=100)
+    with pytest.raises(ValueError, match=r"all completions of task 'modsum' have \d+ tokens, got a cap of 2"):
+        TokenCollector(make_task("modsum"), max_new_tokens=2)
 
 
 def test_tasks_of_fixed_length_end_at_the_last_position() -> None:
