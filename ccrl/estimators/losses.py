@@ -18,7 +18,7 @@ from ccrl.policies.distributions import Distribution
 
 __all__ = [
     "bounded_ratio", "bounded_target", "capped_weight", "check_trainable", "cispo", "clip", "closed_form_kl",
-    "cut_ratio", "k1", "k2", "k3", "k3_plus", "median_loss", "modulated_ratio", "neg_entropy", "neg_log_prob",
+    "cut_ratio", "k1", "k2", "k3", "k3_plus", "median_loss", "neg_entropy", "neg_log_prob",
     "ratio_stats", "sigmoid_gate", "value_loss", "weighted_ratio",
 ]  # fmt: skip
 
@@ -29,11 +29,6 @@ __all__ = [
 def weighted_ratio(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
     """``-A * ratio``: the unified surrogate without a mask (MDPO; with ``ratios.plain`` REINFORCE)."""
     return -advantage * ratio.ratio
-
-
-def modulated_ratio(column: str) -> Loss:
-    """``-M * A * ratio`` with a float mask column ``M`` (Lv et al. 2025, the unified estimator's surrogate)."""
-    return lambda ratio, advantage, outputs, batch: -batch[column] * advantage * ratio.ratio
 
 
 def cut_ratio(ratio: LogRatio) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
+from ccrl.estimators.modulations import modulated
 from ccrl.estimators.stages import GroupBaseline
 from ccrl.estimators.terms import LogRatio, Outputs, Ratio, Term, surrogate
 
@@ -42,7 +43,7 @@ def batch(advantage: float, mask: Tensor | float = 1.0) -> Data:
 def unified(mask: Tensor | float, ratio: Ratio, advantage: float, scale: float = 1.0) -> Tensor:
     """Gradient of the generic surrogate, summed over tokens and divided by ``scale``."""
     x = logits()
-    term = Term("upge", losses.modulated_ratio("mask"), aggregates.fixed(scale), ratio)
+    term = Term("upge", modulated(lambda ratio, advantage, batch: batch["mask"]), aggregates.fixed(scale), ratio)
     loss, _ = surrogate((term,), {"log_prob": log_probs(x)[:, None]}, batch(advantage, mask))
     return torch.autograd.grad(loss, x)[0]
 
