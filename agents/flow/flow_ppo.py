@@ -130,7 +130,7 @@ class FlowPPOEstimator(OnPolicyEstimator):
         )
 
     def _warming(self, data: Data, ctx: Context) -> bool:
-        return int(ctx.k) < self.config.critic_warmup
+        return bool(int(ctx.k) < self.config.critic_warmup)
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
         have = super().prepare(have, ctx)

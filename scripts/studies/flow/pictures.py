@@ -14,7 +14,7 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from agents import get_agent
-from ccrl.diffusion import flow_grid, make_schedule
+from ccrl.diffusion import FlowSolver, flow_grid, make_schedule
 from ccrl.flow import Sampling
 from scripts.reproductions import awm as awm_test
 from scripts.studies.tables import Rows
@@ -70,9 +70,10 @@ class Pictures:
     def paths(self, start: Any) -> Figure:
         """Twenty trajectories from noise to data by each sampler, 14 steps."""
         page = Figure(figsize=(14.0, 2.9), layout="constrained")
-        for axis, (solver, noise) in zip(
-            page.subplots(1, 5), (("ode", 0.0), ("flow_sde", 0.7), ("dance_sde", 0.7), ("cps", 0.7), ("ddim", 1.0))
-        ):
+        solvers: tuple[tuple[FlowSolver, float], ...] = (
+            ("ode", 0.0), ("flow_sde", 0.7), ("dance_sde", 0.7), ("cps", 0.7), ("ddim", 1.0),
+        )  # fmt: skip
+        for axis, (solver, noise) in zip(page.subplots(1, 5), solvers):
             sampling = Sampling(make_schedule(flow_grid(14), solver, noise))
             generator = torch.Generator().manual_seed(3)
             first = torch.randn(20, 2, generator=generator)
@@ -91,7 +92,7 @@ class Pictures:
         page = Figure(figsize=(9.0, 6.0), layout="constrained")
         axes = page.subplots(3, 10)
         label = torch.arange(10) % 5
-        rows = []
+        rows: list[Any] = []
         for reward in ("match", "bright"):
             agent = get_agent("awm")(
                 "shapes", seed=self.seed, env_kwargs={"reward": reward}, base="exact", hidden=(128, 128), n_prompts=10,

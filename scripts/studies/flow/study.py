@@ -104,9 +104,9 @@ class Study:
         }.get(self.name, [])  # fmt: skip
         found = Rows()
         for a, b, column in asked:
-            pairs = [[run[-1][column] for run in _runs(rows, m)] for m in (a, b)]
-            if len(pairs[0]) > 1:
-                mean, low, high = paired_t(*pairs)[:3]
+            first, second = ([run[-1][column] for run in _runs(rows, m)] for m in (a, b))
+            if len(first) > 1:
+                mean, low, high = paired_t(first, second)[:3]
                 found.append({"at the end": f"{a} less {b}", "of": column, "mean": float(mean), "95 % from": float(low),
                               "to": float(high)})  # fmt: skip
         return [found] if found else []
