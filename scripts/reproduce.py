@@ -99,6 +99,8 @@ def page(folder: Path) -> str:
     for kind in ("identity", "estimate", "claim"):
         counts = [count[kind, verdict] for verdict in ("yes", "open", "no")]
         lines.append(f"| {kind} | {' | '.join(map(str, counts))} | {total[kind]} |")
+    if missing := sorted(set(PAPERS) - set(found)):
+        lines += ["", f"No numbers are kept yet of: {', '.join(missing)}."]
     for slug, (numbers, seconds) in found.items():
         seeds = max(len(row.values) for row in numbers)
         lines += ["", f"## {slug}: {PAPERS[slug]}", "", f"{seeds} seeds, {seconds} s. "

@@ -66,6 +66,7 @@ def test_the_page_keeps_the_numbers_of_papers_that_did_not_run(tmp_path: Path, m
     assert "| identity | 2 | 0 | 0 | 2 |" in text
     assert "| estimate | 0 | 0 | 2 | 2 |" in text
     assert "| claim | 1 | 1 | 0 | 2 |" in text  # (2, 1) is open with two seeds, (2, 2) is not
+    assert "No numbers are kept yet of:" in text
     page.unlink()
     assert reproduce.main(reproduce.Options(page_only=True, results=tmp_path)) == {}
     assert page.read_text() == text
