@@ -59,34 +59,34 @@ MANY = {"n_epochs": 10, "clip_low": 0.3, "clip_high": 0.3}
 GBPO_EPOCHS = Claim(
     "gbpo",
     "with ten epochs per rollout and bounds of 0.3, GBPO reaches a higher reward than GRPO",
-    "ModSum, table, 60 updates of 16 x 8 completions, Adam; step size of both from three",
+    "ModSum, table, 60 updates of 16 x 8 completions, Adam; step size of all from five",
     "mean reward of the last 10 updates",
     (
-        Arm("GBPO", modsum(GBPO, 60, 10), rates(0.02, 0.05, 0.1, **MANY)),
-        Arm("GRPO", modsum(GRPO, 60, 10), rates(0.02, 0.05, 0.1, **MANY)),
-        Arm("GBPO, 1 epoch, bounds 0.2", modsum(GBPO, 60, 10), rates(0.02, 0.05, 0.1)),
+        Arm("GBPO", modsum(GBPO, 60, 10), rates(0.02, 0.05, 0.1, 0.2, 0.4, **MANY)),
+        Arm("GRPO", modsum(GRPO, 60, 10), rates(0.02, 0.05, 0.1, 0.2, 0.4, **MANY)),
+        Arm("GBPO, 1 epoch, bounds 0.2", modsum(GBPO, 60, 10), rates(0.02, 0.05, 0.1, 0.2, 0.4)),
     ),
     (("GBPO", "GRPO"), ("GBPO", "GBPO, 1 epoch, bounds 0.2")),
 )
 REAL_AREA = Claim(
     "real",
     "bounded gradient weights learn faster than GRPO's at each one's best step size",
-    "ModSum, table, 150 updates of 16 x 8 completions, 8 epochs, Adam; step size of both from four",
+    "ModSum, table, 150 updates of 16 x 8 completions, 8 epochs, Adam; step size of both from five",
     "mean reward of all updates",
     (
-        Arm("REAL", modsum(REAL, 150), rates(0.02, 0.05, 0.1, 0.2, n_epochs=8)),
-        Arm("GRPO", modsum(GRPO, 150), rates(0.02, 0.05, 0.1, 0.2, n_epochs=8)),
+        Arm("REAL", modsum(REAL, 150), rates(0.05, 0.1, 0.2, 0.4, 0.8, n_epochs=8)),
+        Arm("GRPO", modsum(GRPO, 150), rates(0.05, 0.1, 0.2, 0.4, 0.8, n_epochs=8)),
     ),
     (("REAL", "GRPO"),),
 )
 MHPO_AREA = Claim(
     "mhpo",
     "the modulated ratio learns at least as well as the clip when a rollout is used sixteen times",
-    "ModSum, table, 60 updates of 16 x 8 completions, 16 epochs, Adam; step size of both from three",
+    "ModSum, table, 60 updates of 16 x 8 completions, 16 epochs, Adam; step size of both from four",
     "mean reward of all updates",
     (
-        Arm("MHPO", modsum(MHPO, 60), rates(0.02, 0.05, 0.1, n_epochs=16)),
-        Arm("GRPO", modsum(GRPO, 60), rates(0.02, 0.05, 0.1, n_epochs=16)),
+        Arm("MHPO", modsum(MHPO, 60), rates(0.05, 0.1, 0.2, 0.4, n_epochs=16)),
+        Arm("GRPO", modsum(GRPO, 60), rates(0.05, 0.1, 0.2, 0.4, n_epochs=16)),
     ),
     (("MHPO", "GRPO"),),
 )
@@ -107,12 +107,12 @@ def success_rates(method: LLMMethod) -> Any:
     return play
 
 
-STEPS = rates(8.0, 24.0, 72.0)
+STEPS = rates(24.0, 72.0, 216.0, 648.0, 1944.0)
 BNPO_AREA = Claim(
     "bnpo",
     "advantages normalised by an adaptive Beta learn faster than with GRPO's deviation or without",
     "64 questions, one token of ten, success rates from Beta(2, 6), table, 60 updates of 64 x 16, SGD; step size from "
-    "three",
+    "five",
     "mean reward of all updates",
     tuple(Arm(name, success_rates(m), STEPS) for name, m in (("BNPO", BNPO), ("GRPO", GRPO), ("RLOO", RLOO))),
     (("BNPO", "GRPO"), ("BNPO", "RLOO")),
@@ -163,7 +163,7 @@ GDPO_BOTH = Claim(
     "size, and for GRPO the format's weight",
     "the smaller of P(correct) and P(format) at the end",
     (
-        Arm("GDPO", both_rewards(GDPO), rates(2.0, 4.0, 8.0, 12.0, 16.0, 24.0, format_weight=1.0)),
+        Arm("GDPO", both_rewards(GDPO), rates(8.0, 16.0, 24.0, 32.0, 48.0, 64.0, format_weight=1.0)),
         Arm("GRPO", both_rewards(GRPO), tuple(
             {"learning_rate": rate, "format_weight": weight} for rate in (8.0, 16.0) for weight in (1.0, 3.0, 6.0))),
     ),
@@ -308,17 +308,17 @@ D3S_TOKENS = Claim(
     "d3s",
     "choosing what to learn from gains more reward per gradient token than learning from all",
     "sum_rule, shared perceptron, spending of 18 rollouts' tokens (D3S: all of 150 updates of 32 x 16), AdamW; step "
-    "size from three",
+    "size from four",
     "reward gained at that spending",
-    tuple(Arm(name, shared(m, "tokens"), rates(0.01, 0.03, 0.1)) for name, m in (("D3S", D3S), ("GRPO", GRPO))),
+    tuple(Arm(name, shared(m, "tokens"), rates(0.01, 0.03, 0.1, 0.3)) for name, m in (("D3S", D3S), ("GRPO", GRPO))),
     (("D3S", "GRPO"),),
 )
 RISKPO_PASS = Claim(
     "riskpo",
     "the mixed value at risk finds right answers to more questions (pass@8) than GRPO's mean",
-    "sum_rule, shared perceptron, 150 updates of 40 x 8, AdamW; step size from three",
+    "sum_rule, shared perceptron, 150 updates of 40 x 8, AdamW; step size from four",
     "share of questions with a right answer among 8 samples",
-    tuple(Arm(name, shared(m, "pass", n_prompts=40, group_size=8), rates(0.003, 0.01, 0.03))
+    tuple(Arm(name, shared(m, "pass", n_prompts=40, group_size=8), rates(0.0003, 0.001, 0.003, 0.01))
           for name, m in (("RiskPO", RiskPO), ("GRPO", GRPO))),
     (("RiskPO", "GRPO"),),
 )  # fmt: skip
@@ -336,9 +336,9 @@ def offline(method: str) -> Any:
 COPG_OFFLINE = Claim(
     "copg",
     "from data of another policy, CoPG reaches a higher regularised return than DPO, IPO and importance weights",
-    "sequences of 6 tokens of 8, 512 completions of a worse policy, perceptron, 60 epochs, AdamW; step size from three",
+    "sequences of 6 tokens of 8, 512 completions of a worse policy, perceptron, 60 epochs, AdamW; step size from five",
     "regularised return of the best epoch",
-    tuple(Arm(name, offline(name), rates(1e-3, 3e-3, 1e-2)) for name in ("CoPG", "DPO", "IPO", "IW-PG")),
+    tuple(Arm(name, offline(name), rates(3e-4, 1e-3, 3e-3, 1e-2, 3e-2)) for name in ("CoPG", "DPO", "IPO", "IW-PG")),
     tuple(("CoPG", other) for other in ("DPO", "IPO", "IW-PG")),
 )
 
