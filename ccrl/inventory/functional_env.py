@@ -18,7 +18,7 @@ device, under autograd and inside ``torch.compile``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from numbers import Integral
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -33,6 +33,12 @@ State = dict[str, Tensor]
 """Tensors ``[B, ...]`` by name."""
 
 Split = Literal["train", "dev", "test"]
+
+
+@lru_cache(maxsize=256)
+def _index(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Made once: policies ask for it in every period, and on a device each would be a copy from the host."""
+    return torch.tensor(numbers, device=device)
 
 
 @dataclass(frozen=True)
@@ -115,11 +121,11 @@ class Network:
 
     def source(self, device: torch.device | str = "cpu") -> Tensor:
         """``[E]`` int64 sources of the edges, -1 for the outside supplier."""
-        return torch.tensor([source for source, _ in self.edges], device=device)
+        return _index(tuple(source for source, _ in self.edges), torch.device(device))
 
     def target(self, device: torch.device | str = "cpu") -> Tensor:
         """``[E]`` int64 targets of the edges."""
-        return torch.tensor([target for _, target in self.edges], device=device)
+        return _index(tuple(target for _, target in self.edges), torch.device(device))
 
 
 @runtime_checkable

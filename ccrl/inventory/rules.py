@@ -142,7 +142,7 @@ def tune(
         fixed_cost: also gaps of whole periods' demand, for (s, S).
 
     Raises:
-        ValueError: an unknown rule, a forecast that is missing, (r, Q) and the newsvendor in networks.
+        ValueError: an unknown rule, a forecast or planned promotions that are missing, the newsvendor in networks.
     """
     if name not in get_args(RuleName):
         raise ValueError(f"rule: expected one of {', '.join(get_args(RuleName))}, got {name!r}")
@@ -164,6 +164,8 @@ def tune(
         periods = torch.tensor((1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0))
         gaps = torch.cat((gaps, (usual.unsqueeze(-1) * periods).round()), -1)
     if name == "seasonal_newsvendor":
+        if network.nodes > 1:
+            raise ValueError(f"seasonal_newsvendor: expected one store, got a network of {network.nodes} nodes")
         if forecast is None:
             raise ValueError("seasonal_newsvendor: expected a forecast, got none; see seasonal_forecast")
         mean, deviation = forecast.unbind(-1)

@@ -133,6 +133,9 @@ def test_what_does_not_fit() -> None:
         tune("seasonal_newsvendor", env, scenarios)
     with pytest.raises(ValueError, match="expected sales with planned promotions, got none"):
         tune("promotion_base_stock", env, scenarios)
+    fan = InventoryEnv(network_task())
+    with pytest.raises(ValueError, match="expected one store, got a network of 3 nodes"):
+        tune("seasonal_newsvendor", fan, fan.sample(3, torch.Generator()))
     other = InventoryEnv(make_task("one_store_lost"))
     seen = other.observe(other.initial(other.sample(1, torch.Generator())))
     with pytest.raises(ValueError, match="planner: expected recorded demand with constants by series"):

@@ -19,6 +19,7 @@ TITLES = {
     "planner_warehouse": "One warehouse, five stores",
     "planner_two_warehouses": "Two warehouses, five stores",
     "planner_terms": "One store, lots and a capacity",
+    "planner_fixed_cost": "One store, a fixed cost of every order",
 }
 
 

@@ -3,6 +3,7 @@
     python scripts/studies/planner run --out results/planner --cases store
     python scripts/studies/planner run --out results/planner                      # the networks too
     python scripts/studies/planner terms --out results/planner                    # lot size and capacity
+    python scripts/studies/planner terms --out results/planner --lot 1 --capacity 0 --fixed-cost 20
     python scripts/studies/planner report --out results/planner --figures docs/figures
 
 Every training is a cell (case, demand seed), a row of ``OUT/NAME.csv`` when it is done; the same command again runs
@@ -27,7 +28,7 @@ from agents.hdpo import HDPO, HDPOConfig
 from ccrl.experiment.cells import CellsFailed, complete
 from ccrl.inventory.functional_env import Network
 from ccrl.inventory.rules import Rule, RuleName, seasonal_forecast, tune
-from ccrl.settings import Count, Settings
+from ccrl.settings import Count, Nonnegative, Settings
 from envs.inventory import InventoryEnv, Recorded, Task, retail_sales
 from envs.inventory.own import own_demand
 from envs.inventory.scores import score
@@ -175,9 +176,9 @@ class TermsCase(Settings):
     """Each number makes other sales, and seeds the policy."""
     lot: Count = 6
     """Orders are multiples of this many units."""
-    capacity: float = 2.0
-    """No order is larger than this many weeks of usual demand (and than one lot)."""
-    fixed_cost: float = 0.0
+    capacity: Nonnegative = 2.0
+    """No order is larger than this many weeks of usual demand (and than one lot); 0 says that there is no limit."""
+    fixed_cost: Nonnegative = 0.0
     """Each order costs this."""
     products: Count = 40
     """So many products are sold."""
@@ -193,7 +194,8 @@ class TermsCase(Settings):
     def cells(self) -> dict[str, list[dict[str, Any]]]:
         names = ("lot", "capacity", "fixed_cost", "products", "weeks", "epochs", "patience")
         same = {name: getattr(self, name) for name in names}
-        return {"planner_terms": [{"case": "store", "seed": s, **same} for s in self.seeds]}
+        name = "planner_fixed_cost" if self.fixed_cost else "planner_terms"
+        return {name: [{"case": "store", "seed": s, **same} for s in self.seeds]}
 
 
 @dataclass(frozen=True)
