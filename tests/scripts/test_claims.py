@@ -53,9 +53,16 @@ def test_settings_are_chosen_on_other_seeds_than_those_reported(tmp_path: Path) 
 def test_paired_differences_by_hand() -> None:
     noise = {"a": [1.0, 2.0, 3.0, 4.0], "b": [0.5, 1.0, 2.5, 3.0], "c": [0.5, 1.0, 2.5, 3.0]}
     rows = [
-        {"purpose": "test", "arm": arm, "settings": "{}", "seed": str(100 + i), "score": str(value)}
+        {"purpose": "test", "arm": arm, "settings": '{"rate": 3.0}', "seed": str(100 + i), "score": str(value)}
         for arm, values in noise.items() for i, value in enumerate(values)
     ]  # fmt: skip
+    tries = [
+        {"purpose": "tune", "arm": arm, "settings": json.dumps(grid), "seed": "1000", "score": str(grid["rate"])}
+        for arm in "abc" for grid in GRID
+    ]  # fmt: skip
+    # of the settings before the grid was wider: no part of the comparison
+    old = [row | {"settings": '{"rate": 1.0}', "score": "99"} for row in rows if row["arm"] == "b"]
+    rows += tries + old
     first, second = judge(CLAIM, rows)
     # differences .5, 1, .5, 1: mean .75, deviation .2887, standard error .1443, t = 5.196 with 3 degrees: p = .0138
     assert first.difference.difference == 0.75

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from ccrl.experiment.cells import complete
 from ccrl.experiment.protocol import SEEDS, check_seeds
 from ccrl.stats import Paired, holm, paired_t
 
-__all__ = ["Arm", "Claim", "Result", "judge", "run"]
+__all__ = ["Arm", "Claim", "Result", "chosen", "judge", "run"]
 
 Rows = list[dict[str, str]]
 Verdict = Literal["supported", "not supported", "contradicted"]
@@ -124,26 +125,31 @@ def _cell(claim: Claim, purpose: str, arm: Arm, settings: dict[str, Any], seed: 
     }  # fmt: skip
 
 
-def best(claim: Claim, arm: Arm, rows: Rows) -> dict[str, Any]:
+def best(claim: Claim, arm: Arm, rows: Sequence[dict[str, str]]) -> dict[str, Any]:
     """The setting with the highest mean over the tuning seeds (the first of equals)."""
 
     def mean(settings: dict[str, Any]) -> float:
         text = json.dumps(settings, sort_keys=True)
         mine = [float(row["score"]) for row in rows
                 if (row["purpose"], row["arm"], row["settings"]) == ("tune", arm.name, text)]  # fmt: skip
-        return statistics.fmean(mine)
+        return statistics.fmean(mine) if mine else -math.inf
 
     return arm.grid[0] if len(arm.grid) == 1 else max(arm.grid, key=mean)
 
 
+def chosen(claim: Claim, rows: Sequence[dict[str, str]]) -> dict[str, str]:
+    """The best settings of every arm, as JSON."""
+    return {arm.name: json.dumps(best(claim, arm, rows), sort_keys=True) for arm in claim.arms}
+
+
 def judge(claim: Claim, rows: Sequence[dict[str, str]]) -> list[Result]:
-    """The paired differences of the test seeds, with Holm's correction over the claim's comparisons."""
+    """The paired differences of the test seeds, with Holm's correction over the claim's comparisons. Rows of other
+    settings than the best of today's grid are those of an earlier grid, and are left alone."""
+    settings = chosen(claim, rows)
     scores: dict[str, dict[int, float]] = {}
-    settings: dict[str, str] = {}
     for row in rows:
-        if row["purpose"] == "test":
+        if row["purpose"] == "test" and row["settings"] == settings[row["arm"]]:
             scores.setdefault(row["arm"], {})[int(row["seed"])] = float(row["score"])
-            settings[row["arm"]] = row["settings"]
     lists = {name: [found[seed] for seed in claim.seeds("test")] for name, found in scores.items()}
     pairs = [paired_t(lists[a], lists[b]) for a, b in claim.pairs]
     adjusted = holm([pair.p for pair in pairs])

@@ -23,7 +23,7 @@ from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.files import write_atomic
 from ccrl.packages import ROOT
 from scripts.studies.claims import control, language
-from scripts.studies.claims.claim import Arm, Claim, Result, judge, run
+from scripts.studies.claims.claim import Arm, Claim, Result, chosen, judge, run
 
 __all__ = ["CLAIMS", "Options", "main", "page", "play"]
 
@@ -74,10 +74,18 @@ def main(options: Options) -> dict[str, list[Result]]:
 
 
 def _result(path: Path, claim: Claim) -> list[Result] | None:
-    """None while test seeds are missing."""
+    """None while runs are missing."""
     rows = read_rows(path) if path.exists() else []
-    have = {(row["arm"], int(row["seed"])) for row in rows if row["purpose"] == "test"}
-    wanted = {(arm.name, seed) for arm in claim.arms for seed in claim.seeds("test")}
+    settings = chosen(claim, rows)
+    have = {(r["arm"], r["settings"], int(r["seed"])) for r in rows if r["purpose"] == "test"}
+    wanted = {(arm.name, settings[arm.name], seed) for arm in claim.arms for seed in claim.seeds("test")}
+    tried = {(r["arm"], r["settings"], int(r["seed"])) for r in rows if r["purpose"] == "tune"}
+    wanted_tries = {
+        (arm.name, json.dumps(grid, sort_keys=True), seed)
+        for arm in claim.arms for grid in arm.grid for seed in claim.seeds("tune") if len(arm.grid) > 1
+    }  # fmt: skip
+    if not wanted_tries <= tried:
+        return None
     return judge(claim, rows) if wanted <= have else None
 
 
