@@ -50,6 +50,7 @@ METHODS = {
     "rpo": "agents.llm.rpo:RPO",
     "sapo": "agents.llm.baselines:SAPO",
     "sft": "agents.llm.preferences:SFT",
+    "v0": "agents.llm.v0:V0",
 }
 """Command-line name -> ``module:name`` of the ``Method``."""
 

@@ -44,6 +44,7 @@ PAPERS: dict[str, str] = {
     "real": "the shape of its gradient weights; REAL and GRPO on ModSum",
     "riskpo": "entropy kept and accuracy paid on independent questions, beside GRPO",
     "rpo": "mass on an unseen response, and the likelihood of the preferred ones, under DPO and RPO",
+    "v0": "success of unseen policies from outcomes in context, on simulated item responses",
 }
 """Slug -> what the experiment shows, in a few words; the module has the slug's name."""
 

@@ -38,6 +38,7 @@ REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
     "polar": ({}, "second rollout \\('reference': demonstrations\\)"),
     "real": ({}, "compares completions of one group"),
     "rpo": ({}, "compares completions of one group"),
+    "v0": ({}, "divides completions among prompts"),
     "sft": ({}, "trains on demonstrations, and the host samples completions"),
 }
 REFUSED_BY_VERL: dict[str, tuple[dict[str, Any], str]] = {

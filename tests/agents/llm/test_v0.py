@@ -1,0 +1,462 @@
+"""V0: utility and division of a budget, losses by hand, invariances of the value model, learning, routing."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from agents.llm.v0 import (
+    V0,
+    Adapter,
+    ContextHead,
+    ContextLogistic,
+    OutcomeLog,
+    TokenStates,
+    V0Config,
+    ValueModel,
+    divide,
+    intra_auc,
+    loss_terms,
+    outcome_pairs,
+    rank_loss,
+    residuals,
+    route,
+    soft_cross_entropy,
+    utility,
+)
+from ccrl.data import Batching
+from ccrl.estimators.terms import surrogate
+from ccrl.learn import Cycle, DatasetLearner
+from ccrl.testing.recipe_contract import RecipeContract
+
+F64 = torch.float64
+
+
+def double(*x: float) -> Tensor:
+    return torch.tensor(x, dtype=F64)
+
+
+# -- the budget -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n", "p", "value"),
+    [
+        (2, 0.5, 0.5),
+        (8, 0.25, 5.1990966797),
+        (8, 0.5, 3.96875),
+        (8, 0.05, 2.2926365497),
+        (16, 0.05, 8.1579733016),
+        (128, 0.01, 91.3597865),
+        (8, 0.0, 0.0),
+        (8, 1.0, 0.0),
+        (1, 0.3, 0.0),
+    ],
+)
+def test_the_utility_by_hand_and_by_the_binomial(n: int, p: float, value: float) -> None:
+    found = float(utility(double(n), double(p)))
+    assert found == pytest.approx(value, abs=1e-7)
+    explicit = sum((n - k) * math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(1, n + 1))
+    assert found == pytest.approx(explicit, abs=1e-9)
+    assert 0.0 <= found < max(n * (1 - p), 1e-9)
+
+
+def test_of_two_it_is_the_variance() -> None:
+    p = torch.linspace(0, 1, 11, dtype=F64)
+    torch.testing.assert_close(utility(double(2.0), p), 2 * p * (1 - p))
+
+
+@pytest.mark.parametrize(("p", "bend"), [(0.05, 38.99), (0.25, 6.95)])
+def test_it_is_convex_and_then_concave(p: float, bend: float) -> None:
+    assert -2.0 / math.log(1.0 - p) == pytest.approx(bend, abs=5e-3)
+    n = torch.arange(1, 80, dtype=F64)
+    second = utility(n, double(p)).diff().diff()  # around n = 2, 3, ...
+    middle = n[1:-1]
+    assert (second[middle < bend - 1.0] > 0).all()
+    assert (second[middle > bend + 1.0] < 0).all()
+
+
+@pytest.mark.parametrize(
+    ("p", "total", "high", "greedy", "exact"),
+    [
+        ((0.1, 0.4, 0.7), 24, 20, ((2, 20, 2), 12.5993), ((20, 2, 2), 16.4685)),
+        ((0.05, 0.5), 40, 38, ((2, 38), 19.095), ((38, 2), 31.189)),
+        ((0.05, 0.3, 0.6, 0.95), 32, 24, ((2, 24, 4, 2), 18.4830), ((2, 24, 4, 2), 18.4830)),
+    ],
+)
+def test_greedy_division_is_not_the_best(p: Any, total: int, high: int, greedy: Any, exact: Any) -> None:
+    for solver, (counts, value) in (("greedy", greedy), ("dp", exact)):
+        found = divide(double(*p), total, 2, high, solver)
+        assert found.tolist() == list(counts)
+        assert float(utility(found.double(), double(*p)).sum()) == pytest.approx(value, abs=5e-4)
+
+
+def test_exact_division_is_that_of_trying_all() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for total in (10, 13, 16):
+        p = torch.rand(4, generator=generator, dtype=F64)
+        best = max(
+            float(utility(double(*counts), p).sum())
+            for counts in itertools.product(range(2, 9), repeat=4)
+            if sum(counts) == total
+        )
+        found = divide(p, total, 2, 8, "dp")
+        assert int(found.sum()) == total
+        assert float(utility(found.double(), p).sum()) == pytest.approx(best, abs=1e-12)
+
+
+def test_greedy_takes_the_largest_next_gain() -> None:
+    """Also where a gain is larger than the one before it."""
+    p = torch.rand(5, generator=torch.Generator().manual_seed(1), dtype=F64)
+    counts = torch.full((5,), 2)
+    while int(counts.sum()) < 40:
+        gain = utility(counts + 1.0, p) - utility(counts.double(), p)
+        counts[torch.where(counts < 15, gain, -1.0).argmax()] += 1
+    assert divide(p, 40, 2, 15, "greedy").tolist() == counts.tolist()
+
+
+@pytest.mark.parametrize("solver", ["greedy", "dp"])
+def test_budgets_that_cannot_be(solver: Any) -> None:
+    for total in (3, 21):
+        with pytest.raises(ValueError, match="expected 0 <= low <= high and 2 prompts"):
+            divide(double(0.5, 0.5), total, 2, 10, solver)
+    assert divide(double(0.0, 1.0), 4, 2, 10, solver).tolist() == [2, 2]
+    assert int(divide(double(0.0, 1.0), 15, 2, 10, solver).sum()) == 15
+
+
+# -- losses -----------------------------------------------------------------------------------------------------------
+
+SCORES, LABELS = double(1.2, -0.4, 0.3, 0.9), double(1.0, 0.0, 0.75, 0.25)
+
+
+def test_losses_by_hand() -> None:
+    """Pairs: softplus(-1.6) = 0.183901 and softplus(0.6) = 1.037488. Combined: 0.25 and 0.75 of the two."""
+    assert float(rank_loss(SCORES)) == pytest.approx(0.6106943457, abs=1e-10)
+    assert float(soft_cross_entropy(SCORES, LABELS)) == pytest.approx(0.6054517097, abs=1e-10)
+    assert combined(SCORES) == pytest.approx(0.6067623687, abs=1e-10)
+
+
+def combined(scores: Tensor) -> float:
+    data = log(1).sample(Batching(size=1), torch.Generator().manual_seed(0))
+    batch = type(data)({**data, "query_label": LABELS[None]}, sequence=data.sequence, scalars=data.scalars)
+    total, _ = surrogate(loss_terms(0.25), {"score": scores[None, None]}, batch)
+    return float(total)
+
+
+def log(policies: int, **options: Any) -> OutcomeLog:
+    """Prompts are numbers; each policy solves those above its own threshold."""
+    generator = torch.Generator().manual_seed(0)
+    rows = {}
+    for i in range(policies):
+        x = torch.randn(60, 1, 2, generator=generator)
+        rows[i] = (x, torch.ones(60, 1), (x[:, 0, 0] > 0.3 * (i % 3 - 1)).float())
+    return OutcomeLog(rows, **{"sizes": (24,), "queries": 8} | options)
+
+
+def test_an_offset_of_the_context_is_in_no_rank_loss() -> None:
+    generator = torch.Generator().manual_seed(0)
+    slopes, values, entropies = [], [], []
+    for offset in (0.0, 5.0):
+        model = small()
+        batch = log(4).sample(Batching(size=3), generator.manual_seed(1))
+        score = model(batch, frozenset({"score"}))["score"][0].double() + offset
+        loss = rank_loss(score).mean()
+        slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.head.mlp[0].weight)]))
+        values.append(float(loss.detach()))
+        entropies.append(float(soft_cross_entropy(score, batch["query_label"].double()).mean().detach()))
+    assert values[0] == pytest.approx(values[1], abs=1e-12)
+    torch.testing.assert_close(*slopes, rtol=0.0, atol=1e-7)  # parameters are float32
+    assert abs(entropies[0] - entropies[1]) > 0.1
+
+
+def test_the_shortcut_through_the_contexts_mean() -> None:
+    """Policies that solve 0.2 and 0.8 of the prompts: the mean alone leaves H(0.2) = 0.7219 bits, less than 1."""
+    label = torch.tensor([1.0] * 2 + [0.0] * 8, dtype=F64)
+    score = torch.full((10,), math.log(0.25), dtype=F64)
+    found = [soft_cross_entropy(score, label), soft_cross_entropy(-score, 1.0 - label)]
+    bits = float(torch.stack(found).mean()) / math.log(2.0)
+    assert bits == pytest.approx(0.7219, abs=5e-5)
+    assert float(soft_cross_entropy(torch.zeros(10, dtype=F64), label)) / math.log(2.0) == pytest.approx(1.0)
+
+
+# -- pairs and contexts -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("high", "low"), [(3, 7), (7, 3), (1, 5), (4, 4)])
+def test_pairs_use_every_outcome(high: int, low: int) -> None:
+    label = torch.tensor([1.0] * high + [0.0] * low)
+    pairs = outcome_pairs(label, torch.Generator().manual_seed(0))
+    assert len(pairs) == 2 * max(high, low)
+    assert set(pairs.tolist()) == set(range(high + low))
+    assert label[pairs[0::2]].tolist() == [1.0] * max(high, low)
+    assert label[pairs[1::2]].tolist() == [0.0] * max(high, low)
+
+
+def test_one_outcome_makes_no_pairs() -> None:
+    assert len(outcome_pairs(torch.ones(5))) == 0
+
+
+def test_draws_keep_policies_apart_and_queries_out_of_the_context() -> None:
+    rows = {}
+    for i in range(5):
+        x = torch.arange(40.0).view(40, 1, 1) + 100 * i
+        rows[i] = (x, torch.ones(40, 1), (torch.arange(40) % 4 == i % 4).float())
+    rows["always"] = (torch.zeros(40, 1, 1), torch.ones(40, 1), torch.ones(40))
+    found = OutcomeLog(rows, sizes=(16,), queries=6)
+    assert "always" not in found.rows, "one outcome alone ranks nothing"
+    batch = found.sample(Batching(size=8), torch.Generator().manual_seed(0))
+    assert batch["context"].shape == (8, 16, 1, 1)
+    for context, query, label in zip(batch["context"][..., 0, 0], batch["query"][..., 0, 0], batch["query_label"]):
+        assert len({int(x) // 100 for x in [*context, *query]}) == 1
+        assert not {*context.tolist()} & {*query.tolist()}
+        assert label.tolist() == [1.0, 0.0] * 3
+    with pytest.raises(ValueError, match="expected policies with solved and unsolved prompts"):
+        OutcomeLog({"always": rows["always"]})
+    with pytest.raises(ValueError, match="queries: expected an even number"):
+        OutcomeLog(rows, queries=3)
+
+
+# -- the value model --------------------------------------------------------------------------------------------------
+
+
+def small(**options: Any) -> ValueModel:
+    torch.manual_seed(0)
+    adapter = Adapter(2, queries=4, bottleneck=8, **options)
+    return ValueModel(2, adapter=adapter, head=ContextHead(adapter.outputs, width=16, heads=2)).eval()
+
+
+def inputs(n: int = 12, q: int = 5, length: int = 3) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.ones(n, length)
+    mask[::2, 2] = 0.0
+    labels = (torch.arange(n) % 3 == 0).float()
+    return (
+        torch.randn(n, length, 2, generator=generator), mask, labels, torch.randn(q, length, 2, generator=generator),
+        torch.ones(q, length),
+    )  # fmt: skip
+
+
+def test_the_published_adapter() -> None:
+    adapter = Adapter(1024)
+    assert adapter.outputs == 168 * 6 == 1008
+    assert adapter.attention.num_heads == 3
+    assert adapter.generate[0].out_features == 128
+    assert adapter.generate[3].p == 0.2
+
+
+def test_at_the_start_queries_do_not_depend_on_the_prompt() -> None:
+    states, mask, *_ = inputs()
+    one, other = small().adapter, small(dynamic=False).adapter
+    assert torch.equal(one(states, mask), other(states, mask))
+    with torch.no_grad():
+        nn.init.normal_(one.generate[-1].weight)
+    assert not torch.allclose(one(states, mask), other(states, mask))
+
+
+def test_masked_tokens_do_not_count() -> None:
+    states, mask, *_ = inputs()
+    changed = torch.where(mask.unsqueeze(-1) > 0, states, 100.0)
+    adapter = small().adapter
+    torch.testing.assert_close(adapter(states, mask), adapter(changed, mask))
+
+
+def test_the_order_of_the_context_does_not_matter() -> None:
+    states, mask, labels, *rest = inputs()
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    for value in (small(), ContextLogistic()):
+        found = value.predict(states, mask, labels, *rest)
+        torch.testing.assert_close(found, value.predict(states[order], mask[order], labels[order], *rest))
+        assert found.shape == (5,)
+
+
+def test_labels_are_cut_at_one_half_in_the_context() -> None:
+    states, mask, labels, *rest = inputs()
+    soft = torch.where(labels > 0, 0.6, 0.4)
+    model = small()
+    assert torch.equal(model.predict(states, mask, labels, *rest), model.predict(states, mask, soft, *rest))
+
+
+@pytest.mark.parametrize("n", [1, 6])
+def test_a_context_of_one_outcome(n: int) -> None:
+    states, mask, _, *rest = inputs(n)
+    for right in (0.0, 1.0):
+        found = small().predict(states, mask, torch.full((n,), right), *rest)
+        assert found.tolist() == pytest.approx([(right * n + 1.0) / (n + 2.0)] * 5)
+        fitted = ContextLogistic().predict(states, mask, torch.full((n,), right), *rest)
+        assert ((fitted > 0.5) == (right > 0.5)).all()
+        assert fitted.isfinite().all()
+
+
+def test_a_context_of_the_same_prompt_again_and_again() -> None:
+    states, mask, labels, *rest = inputs()
+    same = states[:1].expand_as(states), torch.ones_like(mask)
+    assert small().predict(*same, labels, *rest).isfinite().all()
+    assert ContextLogistic().predict(*same, labels, *rest).isfinite().all()
+
+
+class Learning(Cycle):
+    """One phase on the losses of the value model."""
+
+    def __init__(self, updater: Any) -> None:
+        super().__init__()
+        from ccrl.estimators.base import Phase
+
+        self._phases = (Phase("value", loss_terms(), Batching(), updater),)
+
+    def phases(self) -> Any:
+        return self._phases
+
+
+def test_it_learns_in_context() -> None:
+    """On the learner of data sets; a policy is known by its context alone."""
+    from ccrl.updaters import ModuleUpdater
+
+    model = small(dropout=0.0)
+    updater = ModuleUpdater(model, lambda params: torch.optim.Adam(params, lr=3e-3))
+    learner = DatasetLearner(log(12), model, Learning(updater), {"value": updater}, batch_size=4, updates=30)
+    learner.check()
+    before = float(learner.iterate()["rank_loss"])
+    for _ in range(2):
+        after = float(learner.iterate()["rank_loss"])
+    assert after < 0.8 * before, (before, after)
+    assert learner.clock == 90
+
+
+# -- how good it is ---------------------------------------------------------------------------------------------------
+
+
+def test_auc_within_policies() -> None:
+    """1 of 4 rows, 0.5 of 2, a policy of one outcome left out: (4 + 1) / 6. Pooled it would be less."""
+    groups = [
+        (double(0.1, 0.2, 0.3, 0.4), double(0, 0, 1, 1)),
+        (double(0.9, 0.9), double(0, 1)),
+        (double(0.9, 0.1), double(1, 1)),
+    ]
+    assert intra_auc(groups) == pytest.approx(5 / 6)
+    assert math.isnan(intra_auc(groups[2:]))
+
+
+def test_residuals() -> None:
+    mean, prompt = double(0.25, 0.25, 0.75, 0.75), double(0.125, 0.5, 0.125, 0.5)
+    truth = double(0.0, 1.0, 0.0, 1.0)
+    assert residuals(truth + mean, truth, mean, prompt) == pytest.approx((1.0, 0.0))
+    assert residuals(truth - prompt, truth, mean, prompt) == pytest.approx((0.0, -1.0))
+
+
+# -- routing ----------------------------------------------------------------------------------------------------------
+
+
+class Mean(nn.Module):
+    """Says the context's mean label, of every prompt."""
+
+    def predict(self, context: Tensor, mask: Tensor, labels: Tensor, query: Tensor, query_mask: Tensor) -> Tensor:
+        return labels.mean().expand(len(query))
+
+
+def test_the_router_weighs_success_and_cost() -> None:
+    states, mask, _, *query = inputs()
+    contexts = [(states, mask, torch.full((12,), r)) for r in (0.5, 0.75)]
+    assert route(Mean(), *query, contexts, (0.0, 1.0)).tolist() == [1] * 5
+    # 0.5 (0.5 + 1) = 0.75 and 0.5 (0.75 + 0) = 0.375
+    assert route(Mean(), *query, contexts, (0.0, 1.0), beta=0.5).tolist() == [0] * 5
+    for cost, beta in (((0.0,), 1.0), ((0.0, 2.0), 1.0), ((0.0, 1.0), 1.5)):
+        with pytest.raises(ValueError, match="cost"):
+            route(Mean(), *query, contexts, cost, beta)
+
+
+def test_the_router_finds_who_can_do_it() -> None:
+    """One policy solves prompts with a positive first number, the other one the rest."""
+    generator = torch.Generator().manual_seed(0)
+    x, query = torch.randn(200, 1, 2, generator=generator), torch.randn(50, 1, 2, generator=generator)
+    ones, high = torch.ones(200, 1), (x[:, 0, 0] > 0).float()
+    found = route(ContextLogistic(), query, torch.ones(50, 1), [(x, ones, high), (x, ones, 1.0 - high)], (0.0, 0.0))
+    clear = query[:, 0, 0].abs() > 0.2
+    assert torch.equal(found[clear], (query[clear, 0, 0] < 0).long())
+
+
+# -- the method -------------------------------------------------------------------------------------------------------
+
+TABLE: dict[str, Any] = {"model": "tabular", "learning_rate": 0.05}
+
+
+def budget(agent: Any, n: int = 12) -> list[int]:
+    agent.ctx.prompts = agent.collector.draw(n)
+    counts: Sequence[int] = agent.estimator.plan({}, {}, agent.ctx)[0].counts.tolist()
+    return list(counts)
+
+
+def test_budgets_are_uniform_before_there_is_a_context_and_then_go_where_they_help() -> None:
+    agent = V0("easy_hard", n_prompts=12, group_size=4, context_needed=20, max_rollouts=24, seed=0, **TABLE)
+    assert budget(agent) == [4] * 12
+    agent.learn(3 * agent.samples_per_iteration)
+    counts = budget(agent)
+    assert sum(counts) == 48
+    assert min(counts) >= 2
+    assert max(counts) <= 24
+    assert len(set(counts)) > 1
+    assert float(agent.scalars["train/value_error"]) < 0.6
+    assert agent.scalars["train/largest_budget"] > 4
+
+
+def test_a_budget_needs_prompts() -> None:
+    agent = V0("easy_hard", n_prompts=12, group_size=4, **TABLE)
+    agent.ctx.prompts = None
+    with pytest.raises(ValueError, match="there are none in ctx"):
+        agent.estimator.plan({}, {}, agent.ctx)
+
+
+def test_a_trained_value_model_from_a_file(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = ValueModel(4)
+    torch.save(model.state_dict(), tmp_path / "value.pt")
+    options = {"value": str(tmp_path / "value.pt"), "embedding_width": 4, "context_needed": 4, "max_rollouts": 16}
+    agent = V0("easy_hard", n_prompts=6, group_size=4, **options, **TABLE)
+    agent.learn(2 * agent.samples_per_iteration)
+    assert not any(p.requires_grad for p in agent.estimator.value.parameters())
+    assert sum(budget(agent, 6)) == 24
+
+
+def test_token_states_are_fixed_and_masked() -> None:
+    one, other = TokenStates(3), TokenStates(3)
+    tokens, valid = torch.tensor([[-1, 2, 5000]]), torch.tensor([[0.0, 1.0, 1.0]])
+    assert torch.equal(one(tokens, valid), other(tokens, valid))
+    assert not one(tokens, valid)[0, 0].any()
+    assert not list(one.parameters())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"group_size": 1}, "group_size: expected min_rollouts to max_rollouts, 2 to 128, got 1"),
+        ({"context_needed": 300}, "context_needed: expected at most context_size = 256, got 300"),
+        ({"solver": "lp"}, "solver: expected one of"),
+    ],
+)
+def test_bad_settings(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        V0Config(**settings)
+
+
+class TestV0Contract(RecipeContract):
+    method = V0
+    published = {
+        "value": "logistic",
+        "embedding_width": 32,
+        "context_size": 256,
+        "context_needed": 16,
+        "min_rollouts": 2,
+        "max_rollouts": 128,
+        "solver": "greedy",
+        "aggregate": "token_mean",
+    }
+    options = {"context_needed": 1}
+    texts = ("value",)
+    matters = (({}, {"clip_high": 0.01}),)
+    refused = {"trl": "divides completions among prompts", "verl": "divides completions among prompts"}
