@@ -115,7 +115,16 @@ class AWMRecipe(MatchingRecipe):
         scale = c.max_advantage if c.scale_advantage else 1.0
         return (ClippedAdvantage(c.advantage_std, c.max_advantage, scale),)
 
+    @property
+    def once(self) -> bool:
+        """Whether an iteration takes one step: the ratio is then 1 with the surrogate's gradient, and needs no old
+        one."""
+        c = self.config
+        return c.n_epochs == 1 and not 0 < c.batch_size < self.parts.request.counts.sum()  # type: ignore[union-attr]
+
     def finish(self, rows: Data, ctx: Context) -> Data:
+        if self._once:
+            return rows
         velocity = self.evaluated(ctx, "live", rows, "velocity")
         return rows.derive(old_surrogate=self.surrogate({"velocity": velocity}, rows))
 
@@ -127,7 +136,8 @@ class AWMRecipe(MatchingRecipe):
 
     def likelihood_ratio(self, outputs: Outputs, batch: Data) -> LogRatio:
         """At every row, or of the sample's mean over rows."""
-        new, old, valid = self.surrogate(outputs, batch), batch["old_surrogate"].double(), batch["valid"]
+        new, valid = self.surrogate(outputs, batch), batch["valid"]
+        old = new.detach() if self._once else batch["old_surrogate"].double()
         if self.config.ratio == "sum_first":
             new, old, valid = new.mean(0, keepdim=True), old.mean(0, keepdim=True), valid.amax(0, keepdim=True)
         return LogRatio(new, old, valid.to(new.dtype))
@@ -135,8 +145,9 @@ class AWMRecipe(MatchingRecipe):
     def terms(self) -> tuple[Term, ...]:
         c, velocity = self.config, frozenset({"velocity"})
         whole = aggregates.mean if c.ratio == "exp_first" else aggregates.sequence_mean
-        policy = self.policy_term(self.loss(), self.likelihood_ratio, whole, want=velocity)
-        found = [policy]
+        self._once = self.once
+        # no statistics of ratios: they are no likelihood ratios, and would cost a forward pass
+        found = [Term("policy_gradient_loss", self.loss(), whole, self.likelihood_ratio, velocity)]
         for name, version, coef in (("kl", "ref", c.kl_coef), ("ema_kl", "ema", c.ema_coef)):
             if coef:
                 loss = velocity_distance(f"{version}_velocity", c.kl_weight)

@@ -112,7 +112,12 @@ class DiffusionOPDRecipe(FlowRecipe):
         for i in range(len(names)):
             (columns,) = torch.nonzero(owner == i, as_tuple=True)
             if len(columns):
-                mean = self.evaluated(ctx, f"teacher/{i}", data.take(columns), "mean")
+                own = data.take(columns)
+                # as the student's columns are stored: another shape of a product rounds otherwise, and a student that
+                # equals its teacher would move
+                time = data["time"][:, :1].expand(-1, len(columns))
+                own = Data({**own, "time": time}, sequence=own.sequence)
+                mean = self.evaluated(ctx, f"teacher/{i}", own, "mean")
                 found.index_copy_(1, columns, mean.to(found.dtype))
         return data.derive(teacher_mean=found)
 

@@ -97,11 +97,17 @@ class VelocityMLP(nn.Module):
             nn.init.zeros_(last.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor, time: Tensor, condition: Tensor | None = None) -> Tensor:
+        return self.at(x, self.shared(time, condition))
+
+    def shared(self, time: Tensor, condition: Tensor | None = None) -> Tensor:
+        """What the first layer adds for times and conditions: a sampler computes it once for all its steps."""
         angle = math.pi * time.unsqueeze(-1) * torch.arange(1, 5, dtype=time.dtype, device=time.device)
-        h = self.x(x) + self.t(torch.cat([time.unsqueeze(-1), angle.sin(), angle.cos()], -1))
-        if self.c is not None and condition is not None:
-            h = h + self.c(condition)
-        return self.rest(nn.functional.silu(h))  # type: ignore[no-any-return]
+        h: Tensor = self.t(torch.cat([time.unsqueeze(-1), angle.sin(), angle.cos()], -1))
+        return h if self.c is None or condition is None else h + self.c(condition)
+
+    def at(self, x: Tensor, shared: Tensor) -> Tensor:
+        """The output at ``x``, given ``shared``."""
+        return self.rest(nn.functional.silu(self.x(x) + shared))  # type: ignore[no-any-return]
 
 
 class UNet1d(nn.Module):

@@ -7,6 +7,7 @@ the factors that the sampler used (columns ``mean_x``, ``mean_v``); ``log_prob``
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from ccrl.data import Data, Unit
 from ccrl.diffusion.flow import Schedule, gaussian_log_prob, mean_step
+from ccrl.diffusion.networks import VelocityMLP
 from ccrl.estimators.terms import Outputs
 
 __all__ = ["OUTPUTS", "FlowPolicy", "Reduce"]
@@ -61,7 +63,10 @@ class FlowPolicy(nn.Module):
 
     def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """``want`` of ``OUTPUTS`` ``[T', B, ...]``."""
-        out = {"velocity": self.velocity(batch["obs"], batch["time"], batch["condition"])}
+        time = batch["time"]
+        if time.stride(-1) == 0:  # one time for all columns, as collectors store it: its features are computed once
+            time = time[:, :1]
+        out = {"velocity": self.velocity(batch["obs"], time, batch["condition"])}
         if want & {"mean", "log_prob"}:
             out["mean"] = mean_step(batch["obs"], out["velocity"], batch["mean_x"], batch["mean_v"])
         if "log_prob" in want:
@@ -81,8 +86,15 @@ class FlowPolicy(nn.Module):
         steps = schedule.to(start.device, start.dtype)
         states, means = start.new_empty(len(steps) + 1, *start.shape), start.new_empty(len(steps), *start.shape)
         states[0] = start
+        velocity = self._stepper(steps.time, condition)
         for i in range(len(steps)):
-            velocity = self.velocity(states[i], steps.time[i].view(1), condition)
-            means[i] = mean_step(states[i], velocity, steps.x[i].view(1), steps.v[i].view(1))
-            states[i + 1] = means[i] if noise is None else means[i] + steps.std[i] * noise[i]
+            means[i] = mean_step(states[i], velocity(states[i], i), steps.x[i].view(1), steps.v[i].view(1))
+            states[i + 1] = means[i] if noise is None else torch.addcmul(means[i], noise[i], steps.std[i])
         return states, means
+
+    def _stepper(self, time: Tensor, condition: Tensor) -> Callable[[Tensor, int], Tensor]:
+        """``(x [N, D], step) -> velocity [N, D]``; what does not depend on ``x`` is computed once for all steps."""
+        if self.base is not None or self.guidance != 1.0 or not isinstance(self.net, VelocityMLP):
+            return lambda x, i: self.velocity(x, time[i].view(1), condition)
+        net, shared = self.net, self.net.shared(time.view(-1, 1), condition).unbind()
+        return lambda x, i: net.at(x, shared[i])

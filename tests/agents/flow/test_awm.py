@@ -93,7 +93,7 @@ class TestLoss:
 
     def test_gradient_by_finite_differences_and_sign(self):
         torch.manual_seed(0)
-        agent = AWM("ring2d", kl_coef=0.0, ema_coef=0.0, sampler="ode", noise_level=0.0, **SMALL)
+        agent = AWM("ring2d", kl_coef=0.0, ema_coef=0.0, n_epochs=2, sampler="ode", noise_level=0.0, **SMALL)
         agent.policy.double()
         agent.before_learning()
         x, target = torch.randn(2, 3, 4, 2, dtype=torch.float64)
@@ -134,8 +134,18 @@ class TestLoss:
             "with other noise the ratio is not 1 for the same policy"
         )
 
+    def test_one_step_needs_no_old_surrogate(self):
+        """The first pass of two has the gradient of the only pass of one, which computes no old surrogate."""
+        found = []
+        for epochs in (1, 2):
+            rows, phase = prepared(AWM("ring2d", seed=2, n_epochs=epochs, **SMALL))
+            assert ("old_surrogate" in rows) == (epochs == 2)
+            batch = rows.epoch(phase.batching, None)[0]
+            found.append(phase.updater.gradient(phase.terms, batch).mean.clone())
+        torch.testing.assert_close(*found, rtol=1e-6, atol=1e-9)
+
     def test_one_ratio_per_sample(self):
-        agent = AWM("ring2d", ratio="sum_first", **SMALL)
+        agent = AWM("ring2d", ratio="sum_first", n_epochs=2, **SMALL)
         rows, phase = prepared(agent)
         batch = rows.epoch(phase.batching, None)[0]
         level = agent.estimator.likelihood_ratio(agent.policy(batch, frozenset({"velocity"})), batch)

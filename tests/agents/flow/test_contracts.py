@@ -44,7 +44,7 @@ class TestAWM(FlowContract):
         "times": "grid", "ratio": "exp_first", "kl_coef": 0.01, "ema_coef": 1.0, "kl_weight": "uniform",
         "scale_advantage": True,
     }  # fmt: skip
-    options = {"n_times": 2, "kl_coef": 0.1}
+    options = {"n_times": 2, "kl_coef": 0.1, "n_epochs": 2}
     matters = [
         ({}, {"weighting": "uniform"}), ({}, {"weighting": "t"}), ({}, {"weighting": "t2"}),
         ({}, {"weighting": "huber"}), ({}, {"power": 0.5}), ({}, {"n_times": 3}), ({}, {"times": "uniform"}),
