@@ -15,17 +15,11 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
     "page",
     [
         "index",
-<<<<<<< HEAD
         "inventory_planning",
         "llm/div_prec",
         "llm/polar",
         "llm/reward_models",
-=======
-        "llm/div_prec",
-        "llm/polar",
-        "llm/reward_models",
         "llm/v0",
->>>>>>> 6bd1a09 (V0: success of a policy from outcomes in context, as GRPO's budget and as a router)
         "own_agent",
         "running",
         "statistics",
