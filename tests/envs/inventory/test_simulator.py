@@ -9,7 +9,7 @@ import torch
 
 from ccrl.inventory.functional_env import FunctionalEnv, Network
 from ccrl.inventory.pathwise import Unrolled, average_cost
-from envs.inventory import TASKS, InventoryEnv, Normal, Task, make_task, simulate
+from envs.inventory import TASKS, InventoryEnv, Normal, Task, make_task, retail_sales, simulate
 
 F64 = torch.float64
 
@@ -197,7 +197,7 @@ def test_gradcheck(name):
 @pytest.mark.parametrize("name", TASKS)
 def test_stock_is_conserved(name):
     """What enters is sold, on hand or in transit, over 500 periods, and no node that ships goes below zero."""
-    env = small(name, periods=500) if "real" not in name else small(name, periods=95)
+    env = small(name, periods=95 if "real" in name or name == "own_demand" else 500)
     scenarios = env.sample(3, torch.Generator().manual_seed(0), dtype=F64)
     mean = torch.tensor(env.task.demand.mean).mean()
     edges, generator = len(env.network.edges), torch.Generator().manual_seed(2)
@@ -272,9 +272,14 @@ def test_protocol(name):
     seen = env.observe(state)
     shapes = {"inventory": (4, net.nodes, net.slots), "holding": (4, net.nodes), "underage": (4, net.stores)}
     shapes |= {"lead_time": (4, len(net.edges)), "edge_cost": (4, len(net.edges))}
-    if "real" in name:
+    recorded = "real" in name or name == "own_demand"
+    if recorded:
         shapes |= {"past_demand": (4, net.stores, 16), "days_from_christmas": (4, 1)}
-    else:
+    if name == "own_demand":
+        shapes |= dict.fromkeys(("fixed_cost", "minimum", "lot", "capacity", "scale"), (4, 1))
+        shapes |= {"series": (4,), "season": (4, 4), "planned": (4, 1, net.slots + 1)}
+        assert seen.pop("week").tolist() == [16] * 4
+    if not recorded:
         shapes |= {"mean": (4, net.stores), "std": (4, net.stores)}
     assert {key: tuple(value.shape) for key, value in seen.items()} == shapes
     assert {value.dtype for value in seen.values()} == {F64}
@@ -282,7 +287,7 @@ def test_protocol(name):
     assert env.noise(scenarios).is_contiguous()
     other = env.sample(4, torch.Generator().manual_seed(0))
     assert all(torch.equal(value, scenarios[key].float()) for key, value in other.items())
-    if "real" not in name:
+    if not recorded:
         assert not torch.equal(env.sample(4, torch.Generator().manual_seed(1))["demand"], other["demand"])
 
 
@@ -372,4 +377,8 @@ def test_bad_networks(edges, leads, match):
 
 
 def small(name, **options):
-    return InventoryEnv(make_task(name, **({"count": 4} if "real" in name else {})), **{"ignore": 0} | options)
+    own = {"sales": retail_sales(4), "holding": 1.0, "underage": 9.0, "lead_time": 3, "unit_cost": 0.5}
+    given = own if name == "own_demand" else {"count": 4} if "real" in name else {}
+    # whole units have derivatives of their own: test_terms.py
+    task = dataclasses.replace(make_task(name, **given), terms=None)
+    return InventoryEnv(task, **{"ignore": 0} | options)
