@@ -88,7 +88,8 @@ def plot_network(
         _draw_rows(axes, env, trace, summary, scenario, shown)
         heading = textwrap.shorten(title or env.task.name.replace("_", " "), 110, placeholder=" …")
         figure.text(0.02, 1 - 0.1 / height, heading, fontsize=12, fontweight="bold", va="top")
-        per_store = summary.cost.sum() / net.stores
+        after = slice(env.ignore if total > env.ignore else 0, None)
+        per_store = float(trace.cost[after].double().mean()) / net.stores
         kind = "profit" if env.task.profit else "cost"
         counted = total - env.ignore if total > env.ignore else total
         figure.text(
@@ -120,6 +121,8 @@ def _summarise(env: InventoryEnv, trace: Trace) -> _Summary:
         cost[:, :, first:] += -price * met if task.profit else price * (-left[:, :, first:]).clamp_min(0.0)
         for edge, (_, target) in enumerate(net.edges):
             cost[:, :, target] += trace.seen["edge_cost"][:, edge].double() * action[:, :, edge]
+            if "fixed_cost" in trace.seen:
+                cost[:, :, target] += trace.seen["fixed_cost"][:, edge].double() * (action[:, :, edge] > 0)
     wanted = demand.clamp_min(0.0).sum((0, 1))
     served = np.where(wanted > 0, met.clamp_min(0.0).sum((0, 1)) / wanted.clamp_min(1e-12), np.nan)
     return _Summary(stock.mean((0, 1)).numpy(), action.mean((0, 1)).numpy(), cost.mean((0, 1)).numpy(), served)

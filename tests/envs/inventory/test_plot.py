@@ -6,12 +6,15 @@ import pytest
 import torch
 
 from ccrl.experiment.plots import save
-from envs.inventory import TASKS, InventoryEnv, make_task, simulate
+from envs.inventory import TASKS, InventoryEnv, make_task, retail_sales, simulate
 from envs.inventory.plot import _summarise, plot_network
 
 
 def run(name, **options):
-    task = make_task(name, **({"count": 3} if "real" in name else {}))
+    given = {"count": 3} if "real" in name else {}
+    if name == "own_demand":
+        given = {"sales": retail_sales(3, stores=2), "holding": 1.0, "underage": 9.0, "lead_time": 2, "fixed_cost": 3.0}
+    task = make_task(name, **given)
     env = InventoryEnv(task, **({"periods": 20, "ignore": 8} | options))
     generator = torch.Generator().manual_seed(0)
     scenarios = env.sample(3, generator)
