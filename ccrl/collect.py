@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -10,14 +9,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from gymnasium import Space
-from gymnasium.spaces import Dict, Discrete
 from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree, resume_note
 from ccrl.buffer import RolloutBuffer
-from ccrl.data import Data, Field, tree_leaves, tree_map
+from ccrl.data import Data, Field, tree_map
 from ccrl.policies.actions import RandomActor
+from ccrl.rollout_checks import check_finite, check_states
 from ccrl.seeding import named_generator, stream_seed
 from ccrl.settings import Count, convert
 from ccrl.stream import EpisodeStats, Stream, finish_rollout, finish_step, note
@@ -275,8 +273,8 @@ class Collector:
             data, self.stats = finish_step(stream, buffer, hidden)
         else:
             data, self.stats = finish_rollout(stream, buffer, hidden)
-        _check_finite(buffer, data)
-        _check_states(buffer.obs, env.single_observation_space)
+        check_finite(buffer, data)
+        check_states(buffer.obs, env.single_observation_space)
         return data if first is None else data.with_raw(first=first[:-1])
 
     # -- state --------------------------------------------------------------------------------------------------------
@@ -349,59 +347,3 @@ class Collector:
         self.env.close()
         if self._fresh is not None:
             self._fresh.env.close()
-
-
-def _check_finite(buffer: RolloutBuffer, data: Data) -> None:
-    """One check per rollout, before anything is learnt from it.
-
-    Reports the first bad number in time: a NaN observation makes the next action NaN and that the next reward, and
-    naming one of those would lead astray.
-    """
-    # a sum shows any bad number for one pass and one wait; it may also overflow, so it only says where to look closer
-    total = buffer.reward.sum()
-    for value in (*tree_leaves(buffer.obs), *tree_leaves(data.successors.rows), buffer.action):
-        if value.is_floating_point() and value.numel():
-            total = total + value.sum()
-    if math.isfinite(float(total)):
-        return
-    ended = buffer.terminated | buffer.truncated
-    columns: list[tuple[int, str, Tensor, Tensor | None]] = [
-        (0, name, value, None) for name, value in _named(buffer.obs)
-    ]
-    columns += [(1, "action", buffer.action, None), (2, "reward", buffer.reward, None)]
-    if buffer.final_obs is not None:
-        columns += [(2, f"final {name}", value, ended) for name, value in _named(buffer.final_obs)]
-    found: list[tuple[int, str, str, list[float]]] = []
-    for place, name, value, where in columns:
-        if not value.is_floating_point():
-            continue
-        bad = (~value.isfinite()).reshape(*value.shape[:2], -1).any(-1)
-        bad = bad if where is None else bad & where
-        if bool(bad.any()):
-            row, env = bad.nonzero()[0].tolist()
-            # observation t + 1 is what step t returned
-            step = row - 1 if place == 0 else row
-            when = f"environment {env}, " + (f"step {step} of the rollout" if step >= 0 else "at its first reset")
-            found.append((3 * row + place, name, when, value[row, env].flatten()[:8].tolist()))
-    if found:
-        _, name, when, numbers = min(found)
-        raise FloatingPointError(f"{name} is not finite: {when} (value {numbers})")
-
-
-def _check_states(obs: Tree, space: Space[Any]) -> None:
-    """Discrete observations that their space does not have: policies would take all of them for one state."""
-    for name, value in _named(obs):
-        leaf = space[name] if isinstance(space, Dict) else space
-        if not isinstance(leaf, Discrete):
-            continue
-        bad = ((value < 0) | (value >= leaf.n)).nonzero()
-        if len(bad):
-            row, env = bad[0].tolist()
-            raise ValueError(
-                f"{name}: expected one of {leaf}, got {int(value[row, env])} from environment {env} (observation {row} "
-                "of the rollout); mend the environment or its observation space"
-            )
-
-
-def _named(tree: Tree) -> list[tuple[str, Tensor]]:
-    return list(tree.items()) if isinstance(tree, dict) else [("obs", tree)]

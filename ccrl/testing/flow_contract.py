@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import unittest
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from ccrl.data import Batching, Data
 from ccrl.diffusion.flow import STOCHASTIC
-from ccrl.estimators.recipe import MethodConfig
 from ccrl.estimators.terms import surrogate
 from ccrl.settings import ConfigError
-from ccrl.testing.settings_contract import settings_faults
+from ccrl.testing.method_contract import MethodContract
 
 __all__ = ["FlowContract", "LineTask"]
 
@@ -45,26 +42,11 @@ class LineTask:
         return {"gold": self.score(sample, label).squeeze(1), "distance": sample.norm(dim=1)}
 
 
-class FlowContract:
+class FlowContract(MethodContract):
     """Subclass it, name the class ``Test...``, set ``method``.
 
     Every test that a method promises something else about is left out by name in ``exceptions``, with the reason.
     """
-
-    method: ClassVar[Any]
-    published: ClassVar[Mapping[str, Any]] = {}
-    """The numbers of the paper (or released code) as the defaults must have them: every setting of its own."""
-    options: ClassVar[Mapping[str, Any]] = {}
-    """Settings of the tests, on top of ``SMALL``."""
-    matters: ClassVar[Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]] = ()
-    """Pairs of settings, the usual and others: another gradient on the same rollout."""
-    texts: ClassVar[tuple[str, ...]] = ()
-    """Settings that may hold any text."""
-    exceptions: ClassVar[Mapping[str, str]] = {}
-
-    def setup_method(self, method: Callable[..., None]) -> None:
-        if method.__name__ in self.exceptions:
-            raise unittest.SkipTest(self.exceptions[method.__name__])
 
     def made(self, double: bool = True, **settings: Any) -> Any:
         """The agent, its policy moved a little from the copies that it keeps, in float64."""
@@ -171,17 +153,6 @@ class FlowContract:
         )
 
     # -- settings -----------------------------------------------------------------------------------------------------
-
-    def test_settings_are_checked_and_say_what_they_do(self) -> None:
-        assert settings_faults(self.method.Config(), self.texts) == []
-
-    def test_defaults_are_the_published_ones(self) -> None:
-        shared = {f.name: f.default for f in fields(MethodConfig)}
-        config = self.method.Config()
-        found = {f.name: getattr(config, f.name) for f in fields(config)} | dict(self.method.defaults)
-        own = {name for name in found if name not in shared or found[name] != shared[name]}
-        assert own <= self.published.keys(), f"published: say the number of {sorted(own - self.published.keys())}"
-        assert {name: found.get(name) for name in self.published} == dict(self.published)
 
     def test_other_settings_are_other_gradients(self) -> None:
         for usual, other in self.matters:

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import unittest
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,14 +18,14 @@ from torch import Generator, Tensor, nn
 
 from ccrl.data import Batching, Data
 from ccrl.estimators import losses, ratios
-from ccrl.estimators.recipe import MethodConfig, Recipe
+from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.rollouts import evaluate_columns
 from ccrl.estimators.terms import Aggregate, Term, surrogate
 from ccrl.llm import trl, verl
 from ccrl.llm.hosted import INSTEAD, Host, build_hosted
 from ccrl.packages import require
+from ccrl.testing.method_contract import MethodContract
 from ccrl.testing.ragged_task import RaggedTask
-from ccrl.testing.settings_contract import settings_faults
 
 __all__ = ["RaggedTask", "RecipeContract"]
 
@@ -49,7 +48,7 @@ def _in_verl(recipe: Callable[[Any, Any], Recipe], config: Any) -> None:
 HOSTS = {"trl": _in_trl, "verl": _in_verl}
 
 
-class RecipeContract:
+class RecipeContract(MethodContract):
     """Subclass it, name the class ``Test...``, set ``method``: a method has its contract tests without an edit here.
 
         class TestMine(RecipeContract):
@@ -60,35 +59,17 @@ class RecipeContract:
     Every test of a recipe that promises something else is left out by name in ``exceptions``, with the reason.
     """
 
-    method: ClassVar[Any]
-    """A method that can be called: ``method(task, seed=..., **settings)`` is an agent with ``estimator``,
-    ``collector``, ``policy``, ``ctx``, ``learn``, ``save``; ``method.load(path)`` restores one."""
-    published: ClassVar[Mapping[str, Any]] = {}
-    """The numbers of the paper (or released code) as the defaults must have them: every setting of its own, and those
-    of model, optimiser and rollout that it brings."""
-    options: ClassVar[Mapping[str, Any]] = {}
-    """Settings of the tests, on top of ``SMALL``."""
     model: ClassVar[str] = "tabular"
     """What the invariants are tested on: a table of logits, or tiny (a Llama, needs transformers) for a recipe that
     reads ``hidden``."""
     graded: ClassVar[bool] = True
     """Whether it takes rewards other than 0 and 1."""
-    matters: ClassVar[Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]]] = ()
-    """Pairs of settings, the usual and others: another gradient on the same rollout."""
     refused: ClassVar[Mapping[str, str]] = {}
     """Host (trl, verl) that has not what the recipe needs by default -> a part of the message."""
     hosted: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Host -> settings with which it does take the recipe."""
     on_policy: ClassVar[Aggregate | None] = None
     """On the policy that sampled, the gradient is REINFORCE's with the same advantages and this aggregation."""
-    texts: ClassVar[Collection[str]] = ()
-    """Settings that may hold any text, as names of reward components do; others of type ``str`` are choices."""
-    exceptions: ClassVar[Mapping[str, str]] = {}
-    """Name of a test -> why it does not hold for this method."""
-
-    def setup_method(self, method: Callable[..., None]) -> None:
-        if method.__name__ in self.exceptions:
-            raise unittest.SkipTest(self.exceptions[method.__name__])
 
     # -- invariants ---------------------------------------------------------------------------------------------------
 
@@ -179,19 +160,6 @@ class RecipeContract:
         assert all(p.grad is None for version in bank.names() for p in bank.policy(version).parameters())
 
     # -- settings and hosts -------------------------------------------------------------------------------------------
-
-    def test_settings_are_checked_and_say_what_they_do(self) -> None:
-        """Wrong types, NaN and numbers outside a range are refused; every flag has a sentence."""
-        assert settings_faults(self.method.Config(), self.texts) == []
-
-    def test_defaults_are_the_published_ones(self) -> None:
-        """Every setting that the method adds or changes says here where its default comes from."""
-        shared = {f.name: f.default for f in fields(MethodConfig)}
-        config = self.method.Config()
-        found = {f.name: getattr(config, f.name) for f in fields(config)} | dict(self.method.defaults)
-        own = {name for name in found if name not in shared or found[name] != shared[name]}
-        assert own <= self.published.keys(), f"published: say the number of {sorted(own - self.published.keys())}"
-        assert {name: found.get(name) for name in self.published} == dict(self.published)
 
     def test_other_settings_are_other_gradients(self) -> None:
         for usual, other in self.matters:

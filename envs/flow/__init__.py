@@ -5,12 +5,10 @@ All are mixtures of Gaussians, so the density, the velocity and the optimum of a
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 from typing import Any
 
 from ccrl.flow.task import FlowTask
+from envs.door import make_from
 
 __all__ = ["TASKS", "make_flow_task"]
 
@@ -36,17 +34,5 @@ def make_flow_task(name: str, **options: Any) -> FlowTask:
         ValueError: there is no such task, or an option has a value the task cannot have.
         TypeError: the task has no such option.
     """
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=3)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        raise ValueError(f"no flow task {name!r}; {hint}expected one of {', '.join(TASKS)}")
-    module, attribute = TASKS[name]
-    task = getattr(importlib.import_module(module), attribute)
-    accepted = list(inspect.signature(task).parameters)
-    for option in options:
-        if option not in accepted:
-            near = difflib.get_close_matches(option, accepted, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise TypeError(f"{name} has no option {option!r}; {hint}expected some of {', '.join(accepted) or 'none'}")
-    made: FlowTask = task(**options)
+    made: FlowTask = make_from(TASKS, "flow task", name, options)
     return made

@@ -5,12 +5,10 @@ Nothing here is imported before a task is built, and no task needs more than tor
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import inspect
 from typing import Any
 
 from ccrl.llm.task import TextTask
+from envs.door import make_from
 
 __all__ = ["TASKS", "make_task"]
 
@@ -43,17 +41,5 @@ def make_task(name: str, **options: Any) -> TextTask:
         ValueError: there is no such task, or an option has a value the task cannot have.
         TypeError: the task has no such option.
     """
-    if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=3)
-        hint = f"did you mean {', '.join(near)}? " if near else ""
-        raise ValueError(f"no text task {name!r}; {hint}expected one of {', '.join(TASKS)}")
-    module, attribute = TASKS[name]
-    task = getattr(importlib.import_module(module), attribute)
-    accepted = list(inspect.signature(task).parameters)
-    for option in options:
-        if option not in accepted:
-            near = difflib.get_close_matches(option, accepted, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise TypeError(f"{name} has no option {option!r}; {hint}expected some of {', '.join(accepted)}")
-    made: TextTask = task(**options)
+    made: TextTask = make_from(TASKS, "text task", name, options)
     return made
