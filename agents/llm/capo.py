@@ -11,14 +11,14 @@ and the sampled one ``a``, ``v = e_a - pi``, the token's gradient ``g = A v h^T`
     D    = g                                                                          sgd
     D    = ((b1 m + (1 - b1) g) / (1 - b1^(t+1))) / (sqrt((b2 q + (1 - b2) g^2) / (1 - b2^(t+1))) + eps)     adam
 
-``m``, ``q`` are moments of ``g`` per row of ``W``, moved once per iteration by the mean over the kept tokens that touch
-the row. Everything else is GRPO. Slot: data = which tokens. Needs a policy with hidden states.
+``m``, ``q`` are moments of ``g`` per row of ``W``, moved at every optimiser step by the mean over the kept tokens that
+touch the row. Everything else is GRPO. Slot: data = which tokens. Needs a policy with hidden states.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from agents.llm.agent import LLMMethod
 from ccrl.data import Data
+from ccrl.estimators import ratios
 from ccrl.estimators.base import Context
 from ccrl.estimators.recipe import Aggregation, MethodConfig, Parts, Recipe
+from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.settings import Natural, Positive, Range
 from ccrl.updaters import Stats
 
@@ -37,7 +39,7 @@ Threshold = Annotated[float, Range(0.0, above=True, also=(math.inf,))]
 B1, B2, EPS = 0.9, 0.999, 1e-8
 TABLE = 2**22
 """Numbers of a gradient ``[M, k, H]`` that are made at once."""
-WANT = frozenset({"hidden", "topk_index", "topk_log_prob"})
+WANT = frozenset({"log_prob", "hidden", "topk_index", "topk_log_prob"})
 
 
 @dataclass(frozen=True)
@@ -127,9 +129,11 @@ class Moments(nn.Module):
             return g
         self._fit(int(tokens.rows.max()) + 1, tokens.hidden)
         t = self.steps + 1
-        m, q = (x[tokens.rows] for x in (self.first, self.second))
-        first, second = B1 * m + (1.0 - B1) * g, B2 * q + (1.0 - B2) * g.square()
-        return first / (1.0 - B1**t) / ((second / (1.0 - B2**t)).sqrt() + EPS)
+        first, second = (x[tokens.rows] for x in (self.first, self.second))
+        # in place: [M, k, H] is large
+        first.mul_(B1).add_(g, alpha=1.0 - B1).div_(1.0 - B1**t)
+        second.mul_(B2).addcmul_(g, g, value=1.0 - B2).div_(1.0 - B2**t).sqrt_().add_(EPS)
+        return first.div_(second)
 
     def move(self, total: Tensor, count: Tensor) -> None:
         """One step with the sums ``[V, H]`` of the kept gradients of every row and their number ``[V]``; rows that
@@ -162,14 +166,11 @@ def predict(tokens: Tokens, lr: float, moments: Moments | None = None) -> Predic
     """The effect of a step of size ``lr``, of gradient ascent or (with ``moments``) of Adam's."""
     if moments is None or not moments.steps:
         # D = g in closed form: no [M, k, H]
-        size = tokens.hidden.square().sum(1)
-        u = (tokens.advantage * size).unsqueeze(1) * tokens.error
-        slope = tokens.advantage.square() * tokens.error.square().sum(1) * size
+        u = (tokens.advantage * tokens.hidden.square().sum(1)).unsqueeze(1) * tokens.error
     else:
-        step = moments.step(tokens)
-        u = (step @ tokens.hidden.unsqueeze(2)).squeeze(2)
-        slope = (tokens.gradient * step).sum((1, 2))
+        u = (moments.step(tokens) @ tokens.hidden.unsqueeze(2)).squeeze(2)
     along = (tokens.error * u).sum(1)
+    slope = tokens.advantage * along  # <g, D>, as g = A v h^T
     spread = (tokens.pi * u.square()).sum(1) - (tokens.pi * u).sum(1).square()
     fisher = 0.5 * lr**2 * along.square()
     return Prediction(lr * slope + 0.5 * lr**2 * tokens.advantage * (along.square() - spread), fisher)
@@ -188,7 +189,7 @@ def acceptable(
 
 
 class CAPORecipe(Recipe):
-    """GRPO on tokens whose step is predicted to stay within bounds."""
+    """GRPO on tokens whose step is predicted to stay within bounds, from the forward pass of the update itself."""
 
     config: CAPOConfig
 
@@ -200,108 +201,107 @@ class CAPORecipe(Recipe):
                              "model with hidden states")  # fmt: skip
         super().__init__(config, parts)
         self.moments = Moments()
-        self._found: tuple[Stats, Tensor, Tensor] | None = None
+        self._warm = True
+        self._pieces: dict[int, _Piece] = {}
+        """Of the minibatch at hand, by the first column of each piece: what is looked at twice counts once."""
+        self._stats: list[Tensor] = []
 
-    def step_size(self, warm: bool) -> float:
+    def step_size(self) -> float:
         """Of the modelled step. :raises ValueError: nobody says it, and the warm-up is over."""
         if self.config.modelled_step is not None:
             return self.config.modelled_step
-        if self.parts.updater is None and warm:
+        if self.parts.updater is not None:
+            return float(self.parts.updater.lr)
+        if self._warm:
             return 0.0
-        if self.parts.updater is None:
-            raise ValueError("modelled_step: expected a number where there is no optimiser, got None")
-        return float(self.parts.updater.lr)
+        raise ValueError("modelled_step: expected a number where there is no optimiser, got None")
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
-        """``on`` with ``valid`` 0 on tokens that are left out; they stay in the context, and count nowhere."""
         found = super().prepare(have, ctx)
-        data, c = found["on"], self.config
-        inside = data["valid"] > 0
-        adam, warm = c.curvature == "adam", int(ctx.k) < c.warm_up_iterations
-        predictions, good, totals = list[Prediction](), list[Tensor](), list[tuple[Tensor, Tensor]]()
-        shown = list[Tensor]()
-        for piece in data.microbatches(c.microbatch or None):
-            tokens = self.tokens(piece)
-            lr = self.step_size(warm)
-            room = max(1, TABLE // max(1, tokens.rows.shape[1] * tokens.hidden.shape[1])) if adam else len(tokens.pi)
-            verdicts = [torch.zeros(0, dtype=torch.bool, device=inside.device)]
-            for part in tokens.split(max(1, room)):
-                predictions.append(predict(part, lr, self.moments if adam else None))
-                fine = torch.stack(
-                    acceptable(predictions[-1], c.fisher_threshold, c.objective_threshold, c.symmetric)
-                )  # fmt: skip
-                if warm:
-                    fine = torch.ones_like(fine)
-                good.append(fine)
-                verdicts.append(fine.all(0))
-                if adam:
-                    totals.append(_sums(part, fine.all(0)))
-            mask = piece["valid"].t()
-            shown.append(torch.zeros_like(mask).masked_scatter(mask > 0, torch.cat(verdicts).to(mask.dtype)))
-        kept = torch.cat(shown).t().contiguous()  # as it was: sums over another layout round differently
-        self._found = (_summary(predictions, good), *_added(totals))
-        return found | {"on": data.with_raw(valid=kept)}
+        self._warm = int(ctx.k) < self.config.warm_up_iterations
+        self._pieces, self._stats = {}, []
+        on = found["on"]
+        return found | {"on": on.derive_sequence(place=torch.arange(on.shape[1], device=on["valid"].device))}
 
-    def tokens(self, data: Data) -> Tokens:
-        """The valid tokens, by sequence and in it by time; hidden states are what the last layer multiplies, over the
-        temperature."""
-        out = self.parts.policy(data, WANT)
-        rows = (data["valid"] > 0).t()
+    def terms(self) -> tuple[Term, ...]:
+        """Without statistics of the ratio: one more forward pass per iteration."""
+        return (replace(self.policy_term(self.loss(), self.kept, want=WANT), stats=None), *self.penalties())
 
-        def flat(x: Tensor) -> Tensor:
-            return x.transpose(0, 1)[rows]
+    def kept(self, evaluation: Outputs, batch: Data) -> LogRatio:
+        """The token's ratio, ``valid`` 0 on tokens that are left out: aggregates do not count them."""
+        level = ratios.token(evaluation, batch)
+        with torch.no_grad():
+            keep = self._judge({name: evaluation[name].detach() for name in WANT}, batch)
+        return level._replace(valid=level.valid * keep)
 
+    def _judge(self, out: Outputs, batch: Data) -> Tensor:
+        """``[T', B]``: 1 where kept."""
+        c, adam = self.config, self.config.curvature == "adam"
+        valid = batch["valid"]
+        inside = valid > 0
         temperature: Any = self.parts.policy.temperature
-        hidden = flat(out["hidden"]) / temperature
-        return Tokens.of(
-            hidden, flat(out["topk_index"]), flat(out["topk_log_prob"]), flat(data["action"]), flat(data["log_prob"]),
-            flat(data["advantage"]),
+        tokens = Tokens.of(
+            out["hidden"][inside] / temperature, out["topk_index"][inside], out["topk_log_prob"][inside],
+            batch["action"][inside], out["log_prob"][inside], batch["advantage"][inside],
         )  # fmt: skip
+        if not len(tokens.pi):
+            return torch.ones_like(valid)
+        size = max(1, TABLE // (tokens.rows.shape[1] * tokens.hidden.shape[1])) if adam else len(tokens.pi)
+        lr, piece = self.step_size(), _Piece()
+        for part in tokens.split(size):
+            found = predict(part, lr, self.moments if adam else None)
+            good = torch.stack(acceptable(found, c.fisher_threshold, c.objective_threshold, c.symmetric))
+            piece.add(part, found, torch.ones_like(good) if self._warm else good, adam)
+        self._pieces[int(batch["place"][0])] = piece
+        return torch.zeros_like(valid).masked_scatter(inside, torch.cat(piece.kept).to(valid.dtype))
 
-    def idle(self, data: Data, ctx: Context) -> bool:
-        return not bool((data["valid"] > 0).any())
+    def after_minibatch(self, stats: Stats, ctx: Context) -> None:
+        """The moments move by the kept tokens of the step."""
+        pieces, self._pieces = list(self._pieces.values()), {}
+        self._stats += [piece.stats for piece in pieces]
+        sums = [found for piece in pieces for found in piece.sums]
+        if sums:
+            rows = max(len(count) for _, count in sums)
+            total, count = (x.new_zeros(rows, *x.shape[1:]) for x in sums[0])
+            for more, number in sums:
+                total[: len(more)] += more
+                count[: len(number)] += number
+            if bool((count > 0).any()):
+                self.moments.move(total, count)
 
     def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
-        """The moments move. Shares of the tokens that each threshold left out; mean predictions before and after."""
-        assert self._found is not None
-        found, total, count = self._found
-        stats |= found
-        if bool((count > 0).any()):
-            self.moments.move(total, count)
-        self._found = None
+        """Shares of the tokens that each threshold left out; mean predictions of all tokens and of those kept."""
+        if not self._stats:
+            return
+        count, left, *sums = torch.stack(self._stats).sum(0)
+        names = ("rejected_share", "rejected_by_fisher", "rejected_by_objective", "predicted_change", "predicted_kl")
+        stats |= {name: value / count for name, value in zip(names, sums)}
+        kept = zip(("predicted_change_kept", "predicted_kl_kept"), sums[len(names) :], strict=True)
+        stats |= {name: value / left.clamp_min(1.0) for name, value in kept}
 
 
-def _sums(tokens: Tokens, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum ``[V, H]`` and number ``[V]`` of the kept gradients of every row."""
-    width, rows = tokens.hidden.shape[1], int(tokens.rows.max()) + 1 if tokens.rows.numel() else 0
-    index = tokens.rows[kept].flatten()
-    total = tokens.hidden.new_zeros(rows, width).index_add(0, index, tokens.gradient[kept].flatten(0, 1))
-    return total, tokens.hidden.new_zeros(rows).index_add(0, index, torch.ones_like(tokens.pi[kept].flatten()))
+class _Piece:
+    """What is noted of the tokens of one forward pass."""
 
+    def __init__(self) -> None:
+        self.kept: list[Tensor] = []
+        self.sums: list[tuple[Tensor, Tensor]] = []
+        """Sum ``[V, H]`` and number ``[V]`` of the kept gradients of every row."""
+        self.stats: Tensor = torch.zeros(())
 
-def _added(totals: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    if not totals:
-        return torch.zeros(0, 0), torch.zeros(0)
-    rows = max(len(count) for _, count in totals)
-    total, count = (x.new_zeros(rows, *x.shape[1:]) for x in totals[0])
-    for more, number in totals:
-        total[: len(more)] += more
-        count[: len(number)] += number
-    return total, count
-
-
-def _summary(predictions: list[Prediction], good: list[Tensor]) -> Stats:
-    objective, fisher = (torch.cat([p[i] for p in predictions]) for i in (0, 1))
-    fine = torch.cat(good, 1)
-    kept = fine.all(0)
-    count = max(1, len(kept))
-    left = kept.sum().clamp_min(1)
-    return {
-        "rejected_share": (~kept).sum() / count, "rejected_by_fisher": (~fine[0]).sum() / count,
-        "rejected_by_objective": (~fine[1]).sum() / count,
-        "predicted_change": objective.sum() / count, "predicted_change_kept": objective[kept].sum() / left,
-        "predicted_kl": fisher.sum() / count, "predicted_kl_kept": fisher[kept].sum() / left,
-    }  # fmt: skip
+    def add(self, tokens: Tokens, found: Prediction, good: Tensor, adam: bool) -> None:
+        kept = good.all(0)
+        self.kept.append(kept)
+        some = kept.to(found.fisher.dtype)
+        numbers = (torch.ones_like(some), some, 1.0 - some, ~good[0], ~good[1], found.objective, found.fisher,
+                   found.objective * some, found.fisher * some)  # fmt: skip
+        self.stats = self.stats.to(some) + torch.stack([x.double().sum() for x in numbers])
+        if adam:
+            width, rows = tokens.hidden.shape[1], int(tokens.rows.max()) + 1
+            index = tokens.rows[kept].flatten()
+            total = tokens.hidden.new_zeros(rows, width).index_add(0, index, tokens.gradient[kept].flatten(0, 1))
+            number = tokens.hidden.new_zeros(rows).index_add(0, index, torch.ones_like(tokens.pi[kept].flatten()))
+            self.sums.append((total, number))
 
 
 CAPO = LLMMethod(

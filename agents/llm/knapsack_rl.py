@@ -230,10 +230,10 @@ class KnapsackRLRecipe(Recipe):
     def terms(self) -> tuple[Term, ...]:
         return (replace(self.policy_term(self.loss()), weight="prompt_weight"), *self.penalties())
 
-    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
+    def fit(self, have: dict[str, Data], ctx: Context) -> Stats:
         """The history grows by what was sampled. Of the division: share of the completions in groups with both
         outcomes, largest and median count, share given to prompts never solved, mean error of the estimated rates."""
-        sampled = data["sampled"]
+        sampled = have["on"]
         groups = Groups(sampled["group"])
         first = torch.full_like(groups.count, len(groups.index), dtype=torch.int64).scatter_reduce(
             0, groups.index, torch.arange(len(groups.index), device=groups.index.device), "amin"
@@ -241,7 +241,7 @@ class KnapsackRLRecipe(Recipe):
         prompts = sampled["index"][first]
         known, rate = self.history.states(prompts)
         right = sampled["reward_components"][:, 0]
-        stats |= {
+        stats = {
             "effective_share": informative(sampled).double().mean(),
             "largest_budget": groups.count.max(), "median_budget": groups.count.median(),
             "unsolved_share": groups.count[known & (rate <= 0.0)].sum() / groups.count.sum(),
@@ -252,6 +252,7 @@ class KnapsackRLRecipe(Recipe):
         order, sizes = groups.index.argsort(stable=True), groups.count.long().tolist()
         for prompt, rewards in zip(prompts.tolist(), torch.split(right[order], sizes), strict=True):
             self.history.update(prompt, rewards.tolist())
+        return stats
 
 
 KnapsackRL = LLMMethod(

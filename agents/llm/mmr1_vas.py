@@ -238,18 +238,17 @@ class MMR1Recipe(Recipe):
         )  # fmt: skip
         return torch.cat([drawn, self.order[ahead]])
 
-    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
-        """Mean variance of the outcome in the groups trained on, share of groups whose outcomes differ; of all prompts
-        at the last refresh the pass rate and the score."""
-        sampled = data["sampled"]
-        groups = Groups(sampled["group"])
-        rate = groups.mean((sampled["reward_components"][:, 0] >= 1.0).double())
-        stats |= {
+    def fit(self, have: dict[str, Data], ctx: Context) -> Stats:
+        """Nothing is fitted: mean variance of the outcome in the groups to be trained on, share of groups whose
+        outcomes differ; of all prompts at the last refresh the pass rate and the score."""
+        sampled = have["on"]
+        rate = Groups(sampled["group"]).mean((sampled["reward_components"][:, 0] >= 1.0).double())
+        stats = {
             "outcome_variance": (rate * (1.0 - rate)).mean(),
             "informative_share": ((rate > 0) & (rate < 1)).double().mean(),
         }
-        if self.config.mixture:
-            stats |= {"pool_success": self.rate.mean(), "pool_score": self.score.mean()}
+        probed = {"pool_success": self.rate.mean(), "pool_score": self.score.mean()} if self.config.mixture else {}
+        return stats | probed
 
 
 MMR1 = LLMMethod(

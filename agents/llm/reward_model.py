@@ -262,6 +262,10 @@ def judged(
             asked: list[Request] = super().plan(points, {tag: self._view(data) for tag, data in have.items()}, ctx)
             return asked
 
+        def fit(self, have: dict[str, Data], ctx: Context) -> Stats:
+            fitted: Stats = super().fit({tag: self._view(data) for tag, data in have.items()}, ctx)
+            return fitted
+
         def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
             found = super().prepare({tag: self._view(data) for tag, data in have.items()}, ctx)
             self._seen = []
