@@ -52,7 +52,8 @@ TRIED: dict[str, tuple[str, ...]] = {
     ),
     "point": (
         "none", "sqrt_chi2:1", "sqrt_chi2:0.5", "sqrt_chi2:0.2", "sqrt_chi2:0.1", "sqrt_chi2:0.05", "sqrt_chi2:0.02",
-        "action_kl:0.03", "action_kl:0.01", "action_kl:0.005", "action_kl:0.003", "action_kl:0.001", "stop:0.5", "stop:2", "stop:10",
+        "action_kl:0.03", "action_kl:0.01", "action_kl:0.005", "action_kl:0.003", "action_kl:0.001",
+        "stop:0.5", "stop:2", "stop:10",
     ),
 }  # fmt: skip
 """Task -> methods with their weights."""
