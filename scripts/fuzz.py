@@ -133,6 +133,8 @@ def _where(error: BaseException) -> str:
 def _begin() -> None:
     import torch
 
+    # environments in processes: a spawned one would import everything again, for every input
+    multiprocessing.set_start_method("fork" if hasattr(os, "fork") else None, force=True)
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
 

@@ -11,7 +11,7 @@ import numpy as np
 from ccrl.offline.dataset import Array, DataError, Dataset
 from ccrl.packages import require
 
-__all__ = ["from_arrays", "load_npz", "load_parquet"]
+__all__ = ["from_arrays", "load_npz", "load_parquet", "read_archive"]
 
 _NEEDED = ("obs", "action", "reward", "terminated")
 _FLAGS = ("terminated", "truncated")
@@ -58,12 +58,18 @@ def from_arrays(arrays: Mapping[str, Any], name: str = "arrays", scores: tuple[f
 
 def load_npz(path: str | Path) -> Dataset:
     """A NumPy archive with the columns of ``from_arrays``. :raises DataError: as there, or no such archive."""
+    return from_arrays(read_archive(path), str(path))
+
+
+def read_archive(path: str | Path) -> dict[str, Array]:
+    """The arrays of a NumPy archive. :raises DataError: there is none, or it is damaged."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {k: file[k] for k in file.files}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected an .npz archive of plain arrays, got {error}") from error
-    return from_arrays(arrays, str(path))
+            return {k: file[k] for k in file.files}
+    except Exception as error:  # which one depends on the bits that flipped
+        raise DataError(
+            f"{path}: expected an .npz archive of plain arrays, got {type(error).__name__}: {error}"
+        ) from error
 
 
 def load_parquet(path: str | Path) -> Dataset:
@@ -71,7 +77,11 @@ def load_parquet(path: str | Path) -> Dataset:
 
     :raises DataError: as there, an empty cell, or lists of different lengths.
     """
-    table = require("pyarrow.parquet", "offline").read_table(path)
+    reader = require("pyarrow.parquet", "offline")
+    try:
+        table = reader.read_table(path)
+    except Exception as error:  # as above
+        raise DataError(f"{path}: expected a Parquet table, got {type(error).__name__}: {error}") from error
     arrays: dict[str, Array] = {}
     numbered: dict[str, dict[int, Array]] = {}
     for name in table.column_names:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ccrl.offline.arrays import from_arrays
+from ccrl.offline.arrays import from_arrays, read_archive
 from ccrl.offline.dataset import Array, DataError, Dataset
 from ccrl.packages import require
 
@@ -27,11 +27,7 @@ def load_ogbench(path: str | Path, reward: Callable[[Array], Array] | None = Non
     :param reward: ``next_obs [M, S] -> [M]``.
     :raises DataError: a key is missing, or neither the file nor the caller has rewards.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            raw = {k: file[k] for k in file.files}
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: expected an .npz archive of plain arrays, got {error}") from error
+    raw = read_archive(path)
     if missing := [k for k in _NEEDED if k not in raw]:
         raise DataError(f"{path}: expected the keys {list(_NEEDED)}, missing {missing}; got {sorted(raw)}")
     ends = raw["terminals"].reshape(-1).astype(bool).copy()
