@@ -258,7 +258,7 @@ class CAPORecipe(Recipe):
     def after_minibatch(self, stats: Stats, ctx: Context) -> None:
         """The moments move by the kept tokens of the step."""
         pieces, self._pieces = list(self._pieces.values()), {}
-        self._stats += [piece.stats for piece in pieces]
+        self._stats += [piece.stats for piece in pieces if piece.stats is not None]
         sums = [found for piece in pieces for found in piece.sums]
         if sums:
             rows = max(len(count) for _, count in sums)
@@ -287,7 +287,7 @@ class _Piece:
         self.kept: list[Tensor] = []
         self.sums: list[tuple[Tensor, Tensor]] = []
         """Sum ``[V, H]`` and number ``[V]`` of the kept gradients of every row."""
-        self.stats: Tensor = torch.zeros(())
+        self.stats: Tensor | None = None
 
     def add(self, tokens: Tokens, found: Prediction, good: Tensor, adam: bool) -> None:
         kept = good.all(0)
@@ -295,7 +295,8 @@ class _Piece:
         some = kept.to(found.fisher.dtype)
         numbers = (torch.ones_like(some), some, 1.0 - some, ~good[0], ~good[1], found.objective, found.fisher,
                    found.objective * some, found.fisher * some)  # fmt: skip
-        self.stats = self.stats.to(some) + torch.stack([x.double().sum() for x in numbers])
+        sums = torch.stack([x.double().sum() for x in numbers])
+        self.stats = sums if self.stats is None else self.stats + sums
         if adam:
             width, rows = tokens.hidden.shape[1], int(tokens.rows.max()) + 1
             index = tokens.rows[kept].flatten()

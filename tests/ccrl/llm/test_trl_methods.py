@@ -21,7 +21,7 @@ REFERENCE = {"kl_coef": 0.1}
 WITHOUT_KL = {"kl_coef": 0.0}
 
 REFUSED_BY_TRL: dict[str, tuple[dict[str, Any], str]] = {
-    "capo": ({}, "wants \\['hidden', 'topk_index', 'topk_log_prob'\\] of the policy"),
+    "capo": ({}, "wants \\['hidden', 'topk_index', 'topk_log_prob'\\]"),
     "copg": ({}, "compares completions of one group"),
     "copo": ({}, "no column 'answer'"),
     "d3s": ({}, "trains on a selection of the completions"),
