@@ -73,7 +73,8 @@ class TrainConfig(Settings):
     eval_episodes: Count = 10
     """An evaluation plays this many episodes, deterministic and stochastic each."""
     log_interval: Count = 1
-    """A row of progress.csv and TensorBoard is written every so many iterations."""
+    """A row of progress.csv and TensorBoard is written every so many iterations; only for a row are statistics taken
+    that cost a forward pass of their own."""
     progress: bool = True
     """A progress bar is shown, on a terminal."""
     tensorboard: bool = True
