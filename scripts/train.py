@@ -5,6 +5,7 @@ python scripts/train.py ppo --env Hopper-v5 --total-timesteps 300000 --num-envs 
 python scripts/train.py ppo --env Hopper-v5 --config my.yaml        # flags win over the file
 python scripts/train.py --resume runs/HalfCheetah-v5__mdpo__0__...  # continues bit for bit; also after Ctrl-C
 python scripts/train.py llm --method grpo --task arithmetic         # a language model on a text task
+python scripts/train.py llm --method bnpo --model DIR --prompts data.jsonl --reward module:function --lora-rank 8
 python scripts/train.py awm --env ring2d                            # a flow policy on a generation task
 python scripts/train.py grouped --method grpo --env CartPole-v1     # the same recipe on a control task
 torchrun --nproc-per-node 2 scripts/train.py ppo --num-envs 8       # two processes of 8 environments each, one training
@@ -19,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, make_dataclass, replace
+from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ from ccrl.experiment.run import RunFolder
 from ccrl.experiment.tracking import Service, Tracker
 from ccrl.settings import Count, Natural, Settings
 from scripts.group import Group, check_number
+from scripts.whole_paths import whole_paths, with_prompts
 
 __all__ = ["TrainConfig", "Training", "build", "main", "prepare", "run_config", "timed", "train"]
 
@@ -96,6 +98,13 @@ class TextConfig(TrainConfig):
 
     env: str = "arithmetic"
     """The text task has this name, or module:name (``--task``); its options go into env_kwargs."""
+    prompts: Path | None = None
+    """The prompts are in this file, one JSON object per line: the task is then jsonl."""
+    test_prompts: Path | None = None
+    """The test questions are in this file; without one a tenth of the prompts are held out."""
+    reward: tuple[str, ...] = ()
+    """The reward of a completion is what these functions say, module:function, a component each; without one it is 1
+    for a completion that equals the line's answer."""
     total_timesteps: Count = 20_000
     """Training takes this many completions."""
     checkpoint_every: Count = 5_000
@@ -245,7 +254,7 @@ def build(
         require(config.track, "track")
     cls, group = agents.get_agent(agent_name), Group.join(config)
     if resume is None:
-        config = replace(config, env_kwargs=absolute_files(config.env_kwargs))
+        config = whole_paths(with_prompts(config))
         own = config if group is None else group.own(config)
         agent = cls(own.env, own.agent, seed=own.seed, device=own.device, env_kwargs=own.env_kwargs)
         if group is not None:
@@ -298,12 +307,6 @@ def _note_resume(run: RunFolder, agent: Any) -> None:
 def train(agent_name: str, config: Any, resume: Path | None = None, trust: Collection[str] = ()) -> RunFolder:
     """Build and train."""
     return build(agent_name, config, resume, trust)()
-
-
-def absolute_files(options: dict[str, Any]) -> dict[str, Any]:
-    """Options of an environment with the files among them (recorded demand, prompts) by their whole path: a run is
-    resumed and evaluated from other folders too."""
-    return {k: str(Path(v).resolve()) if isinstance(v, str) and Path(v).is_file() else v for k, v in options.items()}
 
 
 def _restore(cls: type[Any], run: RunFolder, config: Any, trust: Collection[str], group: Group | None = None) -> Any:

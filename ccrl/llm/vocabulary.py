@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from ccrl.packages import require
 
-__all__ = ["HFVocabulary", "Vocabulary", "encode_prompt", "end_tokens", "folder_ends", "has_tokenizer"]
+__all__ = [
+    "HFVocabulary", "Vocabulary", "encode_prompt", "end_tokens", "folder_ends", "has_tokenizer", "write_messages",
+]  # fmt: skip
 
 
 class Vocabulary(Protocol):
@@ -41,6 +43,18 @@ def encode_prompt(vocab: Vocabulary, text: str) -> list[int]:
     templates write it) gets no second one."""
     tokens = vocab.encode(text)
     return tokens if vocab.bos < 0 or tokens[:1] == [vocab.bos] else [vocab.bos, *tokens]
+
+
+def write_messages(vocab: Vocabulary | None, messages: Sequence[Mapping[str, str]]) -> str:
+    """Chat messages (``role`` and ``content``) as the text that the assistant goes on from: with the vocabulary's chat
+    template, or, of a vocabulary that is no tokenizer, one below the other.
+
+    :raises ValueError: a tokenizer without a template, or one whose template refuses these messages.
+    """
+    template: Callable[[Sequence[Mapping[str, str]]], str] | None = getattr(vocab, "chat", None)
+    if template is None:
+        return "\n".join(message["content"] for message in messages) + "\n"
+    return template(messages)
 
 
 class HFVocabulary:
@@ -87,6 +101,22 @@ class HFVocabulary:
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of ``tokens``, special tokens left out."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages in the tokenizer's chat template, up to where the assistant's answer begins.
+
+        :raises ValueError: the tokenizer has no template, or its template refuses these messages.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise ValueError("expected a tokenizer with a chat template for messages, got one without; set "
+                             "tokenizer.chat_template and save it, or write the prompts as texts")  # fmt: skip
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # of jinja2, which this project does not import
+            raise ValueError(f"the chat template refuses the messages {list(messages)!r}: {error}") from error
+        return text
 
     def with_ends(self, ends: Sequence[int]) -> HFVocabulary:
         """The same with more end tokens."""

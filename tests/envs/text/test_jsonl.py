@@ -94,7 +94,7 @@ def test_rewards_that_are_no_numbers(write: Write, reward: Any, error: type[Exce
         ([RECORDS[0], "", "[1]"], r"prompts\.jsonl:3: expected a JSON object, got list"),
         ([{"promt": "a", "answer": "b"}], r":1: expected the field 'prompt', got \['answer', 'promt'\] \(did you mean"),
         ([{"prompt": "a"}], r":1: expected the field 'answer', got \['prompt'\]; add it or give a reward function"),
-        ([{"prompt": 3, "answer": "b"}], ":1: expected a string as 'prompt', got 3"),
+        ([{"prompt": 3, "answer": "b"}], ":1: expected a string or a list of messages as 'prompt', got 3"),
         ([{"prompt": "a", "answer": 3}], ":1: expected a string as 'answer', got 3"),
         ([{"prompt": "a", "answer": "b", "demonstration": None}], ":1: expected a string as 'demonstration', got None"),
         (
@@ -263,3 +263,90 @@ def test_a_tokenizer(write: Write) -> None:
         HFVocabulary(endless)
     with pytest.raises(ValueError, match=r":1: expected a prompt of at least one token, got ' '"):
         make_task("jsonl", path=write([{"prompt": " ", "answer": "1"}]), vocab=vocab)
+
+
+CHAT = [{"role": "system", "content": "add"}, {"role": "user", "content": "1+1"}]
+
+
+def test_chat_messages(write: Write) -> None:
+    """OpenAI's form; without a tokenizer messages stand below each other."""
+    shown = {"messages": [*CHAT, {"role": "assistant", "content": "2"}], "answer": "2"}
+    task = small(write([shown, {"prompt": CHAT[1:], "answer": "2"}, {"prompt": "1+1", "answer": "2"}]), system="add")
+    prompts = task.ask(torch.arange(3), "train")  # type: ignore[attr-defined]
+    assert [task.vocab.decode(row) for row in prompts.tokens.tolist()] == ["add\n1+1\n", "add\n1+1\n", "1+1"]
+    assert prompts.demonstration_valid.sum(1).tolist() == [2.0, 0.0, 0.0]
+    assert task.vocab.decode(prompts.demonstration[0].tolist()) == "2"
+    for bad in ([], "no", [{"role": "user"}], [{"role": "assistant", "content": "2"}]):
+        with pytest.raises(ValueError, match=r":1: expected a (list of messages|message to answer)"):
+            small(write([{"messages": bad, "answer": "2"}]))
+    with pytest.raises(ValueError, match="system: expected prompts of chat messages"):
+        small(write(RECORDS), system="add")
+
+
+def test_a_chat_template(write: Write) -> None:
+    """Once around texts (``chat``) and messages; a tokenizer without one refuses messages and names the line."""
+
+    class Template:
+        eos_token_id, pad_token_id, bos_token_id, chat_template = 0, 0, None, "any"
+
+        def __len__(self) -> int:
+            return 128
+
+        def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+            return [*text.encode()]
+
+        def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+            return bytes(tokens).decode()
+
+        def apply_chat_template(self, messages: Any, tokenize: bool, add_generation_prompt: bool) -> str:
+            assert add_generation_prompt
+            assert not tokenize
+            return "".join(f"<{m['role']}>{m['content']}" for m in messages) + "<assistant>"
+
+    path = write([{"prompt": CHAT, "answer": "2"}, {"prompt": "1+2", "answer": "3"}])
+    task = small(path, chat=True).reencoded(HFVocabulary(Template()))  # type: ignore[attr-defined]
+    prompts = task.ask(torch.arange(2), "train")
+    texts = [
+        task.vocab.decode(row[int(v.numel() - v.sum()) :]) for row, v in zip(prompts.tokens.tolist(), prompts.valid)
+    ]
+    assert texts == ["<system>add<user>1+1<assistant>", "<user>1+2<assistant>"]
+    Template.chat_template = ""
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: expected a tokenizer with a chat template"):
+        small(path).reencoded(HFVocabulary(Template()))  # type: ignore[attr-defined]
+
+
+def test_rewards_as_trl_calls_them(write: Write) -> None:
+    """All at once, with the columns of the file by name; of chat messages both sides are lists of messages."""
+    seen: list[Any] = []
+
+    def level(completions: Any, prompts: Any, level: Any, **rest: Any) -> list[float | None]:
+        seen.append((prompts, completions, level, sorted(rest)))
+        return [0.5, None, 2]
+
+    path = write([{"prompt": "1+1", "answer": "2", "level": 3}, {"prompt": CHAT, "answer": "2"}, {"prompt": "2"}])
+    task = small(path, reward=level)
+    prompts = task.ask(torch.arange(3), "train")  # type: ignore[attr-defined]
+    tokens = pad_right([[*task.vocab.encode("2"), task.vocab.eos]] * 3, task.vocab.pad).t()
+    score = task.score(prompts, torch.arange(3), tokens, torch.full((3,), 2))
+    assert score.components.tolist() == [[0.5], [0.0], [2.0]]
+    (found,) = seen
+    assert found[0] == ["1+1", CHAT, "2"]
+    assert found[1] == ["2", [{"role": "assistant", "content": "2"}], "2"]
+    assert found[2:] == ([3, None, None], ["answer", "completion_ids"])
+
+    def one(completions: Any) -> list[float]:
+        return [1.0]
+
+    with pytest.raises(ValueError, match="one: expected a list of 3 rewards, one per completion, got 1"):
+        rewards(small(path, reward=one), "2")
+
+
+def test_several_rewards_are_components(write: Write) -> None:
+    def short(completions: list[str]) -> list[bool]:
+        return [len(text) < 2 for text in completions]
+
+    task = small(write([{"prompt": "a7", "bonus": 0.5}] * 3), reward=[short, length_of])
+    assert task.components == ("short", "length_of")
+    assert rewards(task, "7a7") == [[0.0, 3.5]] * 3
+    with pytest.raises(ValueError, match=r"components: expected one name per reward function, got \('a',\) for 2"):
+        small(write([{"prompt": "a7"}]), reward=[short, length_of], components=("a",))

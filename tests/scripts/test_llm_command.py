@@ -1,0 +1,116 @@
+"""By command: a model's folder with a tokenizer, a file of prompts, reward functions of one's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ccrl.packages import require
+
+ROOT = Path(__file__).resolve().parents[2]
+CHARACTERS = "0123456789+=abcdefghijklmnopqrstuvwxyz :\n"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+REWARD = '''
+def digits(completions, answer, **columns):
+    """As TRL calls it: all completions at once; of chat messages each is a list of messages."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float(bool(t) and t.strip().isdigit()) for t in texts]
+
+def short(prompt, completion, record):
+    return 1.0 if len(completion) <= len(record["answer"]) else 0.0
+'''
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``base`` (a Llama of one layer with a tokenizer of characters and a chat template), ``data.jsonl``
+    (texts and chat messages) and ``my_rewards.py``."""
+    try:
+        transformers, tokenizers = require("transformers", "llm"), require("tokenizers", "llm")
+    except ImportError as error:
+        pytest.skip(str(error))
+    work = tmp_path_factory.mktemp("engineer")
+    known = {token: i for i, token in enumerate([*CHARACTERS, "<pad>", "<bos>", "<eos>", "<unk>"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+        chat_template=TEMPLATE,
+    ).save_pretrained(work / "base")  # fmt: skip
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(
+        transformers.LlamaConfig(
+            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
+        )
+    ).save_pretrained(work / "base")  # fmt: skip
+    lines: list[dict[str, Any]] = []
+    for i in range(60):
+        ask: Any = f"{i}+1=" if i % 2 else [{"role": "system", "content": "add"}, {"role": "user", "content": f"{i}+1"}]
+        lines.append({"prompt": ask, "answer": str(i + 1)})
+    (work / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (work / "my_rewards.py").write_text(REWARD)
+    return work
+
+
+def command(script: str, *argv: str, cwd: Path, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / f"{script}.py"), *argv],
+        cwd=cwd, capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | env,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+SIZES = ("--n-prompts", "4", "--group-size", "4", "--max-new-tokens", "4", "--checkpoint-every", "32")
+
+
+@pytest.fixture(scope="module")
+def run(work: Path) -> Path:
+    """Trained by command, with paths relative to the folder one works in."""
+    pytest.importorskip("peft")
+    command(
+        "train", "llm", "--model", "base", "--prompts", "data.jsonl", "--reward", "my_rewards:digits",
+        "my_rewards:short", "--method", "bnpo", "--lora-rank", "2", "--total-timesteps", "64", "--eval-every", "32",
+        "--eval-episodes", "4", "--run-root", "runs", *SIZES, cwd=work,
+    )  # fmt: skip
+    (found,) = (work / "runs").iterdir()
+    return found
+
+
+def test_the_run_holds_out_questions_and_two_rewards(run: Path) -> None:
+    from ccrl.experiment.run import RunFolder
+
+    config = RunFolder.open(run).config()
+    assert Path(config["agent"]["model"]).is_absolute()
+    assert config["env"] == "jsonl"
+    assert Path(config["env_kwargs"]["path"]).is_absolute()
+    assert config["env_kwargs"]["max_new_tokens"] == 4
+    head = (run / "progress.csv").read_text().splitlines()[0].split(",")
+    assert {"rollout/digits", "rollout/short", "rollout/success"} <= set(head)
+    assert (run / "evaluations.npz").is_file() or list(run.glob("eval*"))
+
+
+def test_it_goes_on_from_another_folder(work: Path, run: Path, tmp_path: Path) -> None:
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("total_timesteps: 64", "total_timesteps: 96"))
+    trust = ("--trust", "my_rewards:digits", "my_rewards:short")
+    out = command("train", "--resume", str(run), *trust, cwd=tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{work}")
+    assert "96 steps" in out
+    said = command(
+        "evaluate", str(run), "--episodes", "4", "--samples", "2", *trust, cwd=tmp_path,
+        PYTHONPATH=f"{ROOT}{os.pathsep}{work}",
+    )  # fmt: skip
+    assert "pass@1" in said
