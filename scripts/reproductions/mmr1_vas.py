@@ -62,12 +62,12 @@ def _sampling(seeds: list[int]) -> list[Measurement]:
         weighted = float(torch.stack([probabilities(row) @ row for row in score]).mean())
         uniform = float(score.mean())
         rows.append([uniform + mixture * (weighted - uniform) for mixture in MIXTURES])
-    # E v = 1/9 and E v^2 / E v = 0.1851 with v = p (1 - p), by Beta integrals
-    written = (0.111, 0.148, 0.185)
+    # E v = 1/9 and E v^2 / E v = 7/38 with v = p (1 - p), by Beta integrals
+    closed = (1 / 9, (1 / 9 + 7 / 38) / 2, 7 / 38)
     found = [
-        Measurement(f"reward variance of a sampled prompt, lambda {mixture:g}", f"{value:g} (closed form)",
-                    (value - 0.0015, value + 0.0015), tuple(row[i] for row in rows))
-        for i, (mixture, value) in enumerate(zip(MIXTURES, written, strict=True))
+        Measurement(f"reward variance of a sampled prompt, lambda {mixture:g}", f"{value:.4f} (closed form)",
+                    (value - 0.001, value + 0.001), tuple(row[i] for row in rows))
+        for i, (mixture, value) in enumerate(zip(MIXTURES, closed, strict=True))
     ]  # fmt: skip
     for i, value in ((1, 1.33), (2, 1.66)):
         found.append(Measurement(f"the same over that of lambda 0, lambda {MIXTURES[i]:g}", f"{value:g} (closed form)",
