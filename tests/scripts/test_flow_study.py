@@ -7,18 +7,18 @@ import math
 import pytest
 
 from scripts.reproductions import awm, diffusion_opd
-from scripts.studies.flow.study import main, steps_to
+from scripts.studies.flow.study import gold_at, main, steps_to
 
 
 def test_a_study_resumes_and_writes_its_files(tmp_path, monkeypatch):
     argv = ["guard", "--out", str(tmp_path / "out"), "--figures", str(tmp_path / "figures"), "--seeds", "2"]
     argv += ["--iterations", "1", "--every", "1"]
-    table, pairs = main(argv)
+    (table,) = main(argv)
     assert [row["method"] for row in table][:1] == ["flow_grpo"]
     assert all(row["seeds"] == 2 for row in table)
-    assert math.isfinite(pairs[0]["mean"])
+    assert all(math.isfinite(row["gold"]) for row in table)
     before = (tmp_path / "out" / "guard.csv").read_text()
-    assert repr(main(argv)) == repr([table, pairs])
+    assert repr(main(argv)) == repr([table])
     assert (tmp_path / "out" / "guard.csv").read_text() == before, "nothing ran again"
     for suffix in (".md", ".csv", ".png"):
         assert (tmp_path / "figures" / f"flow_guard{suffix}").exists()
@@ -43,5 +43,9 @@ def test_steps_to_a_reward():
     run = [{"iteration": 0, "reward": 0.1}, {"iteration": 10, "reward": 0.5}]
     assert steps_to(run, 0.4) == 10
     assert steps_to(run, 0.9) == math.inf
+    hacked = [{"reward": 0.2, "gold": 0.4}, {"reward": 0.6, "gold": 0.8}, {"reward": 2.0, "gold": 0.1}]
+    assert gold_at(hacked, 0.5) == pytest.approx(0.7)
+    assert gold_at(hacked, 1.3) == pytest.approx(0.45)
+    assert math.isnan(gold_at(hacked, 3.0))
     with pytest.raises(ValueError, match="guard"):
         main(["nothing"])

@@ -33,6 +33,8 @@ METHODS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "flow_grpo": ("flow_grpo", HACKED),
         "ratio normalised": ("grpo_guard", HACKED | {"step_weight": "none"}),
         "grpo_guard": ("grpo_guard", HACKED),
+        "flow_grpo, eps 2e-2": ("flow_grpo", HACKED | {"clip_low": 2e-2, "clip_high": 2e-2}),
+        "grpo_guard, eps 2e-4": ("grpo_guard", HACKED | {"clip_low": 2e-4, "clip_high": 2e-4}),
         "flow_grpo + KL": ("flow_grpo", HACKED | {"kl_coef": 0.02}),
         "grpo_guard + KL": ("grpo_guard", HACKED | {"kl_coef": 0.02}),
     },

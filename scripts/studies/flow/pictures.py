@@ -89,7 +89,7 @@ class Pictures:
 
     def shapes(self) -> Figure:
         """Images before and after AWM with the brightness proxy and with the matching reward."""
-        page = Figure(figsize=(9.0, 6.0), layout="constrained")
+        page = Figure(figsize=(9.0, 3.4), layout="constrained")
         axes = page.subplots(3, 10)
         label = torch.arange(10) % 5
         rows: list[Any] = []

@@ -13,6 +13,7 @@ In the end ``FIGURES/flow_NAME.md``, ``.csv`` and ``.png`` are written.
 
 from __future__ import annotations
 
+import itertools
 import math
 import shlex
 import statistics
@@ -35,7 +36,7 @@ from scripts.studies.flow.cells import METHODS, play
 from scripts.studies.flow.pictures import Pictures
 from scripts.studies.tables import Rows
 
-__all__ = ["Study", "main", "steps_to"]
+__all__ = ["Study", "gold_at", "main", "steps_to"]
 
 ITERATIONS = {"guard": (60, 5), "awm": (200, 10), "opd": (150, 25), "gridworld": (150, 25), "maze": (60, 10)}
 """Study -> iterations and how often they are measured."""
@@ -90,25 +91,28 @@ class Study:
                         "runs that reach it": sum(math.isfinite(x) for x in found)}  # fmt: skip
             if self.name == "guard":
                 row |= _interval("largest gold", [max(p["gold"] for p in run) for run in runs])
-                row |= _interval("gold where the proxy first reaches 1", [_gold_at(run, 1.0) for run in runs])
+                row |= _interval("gold at proxy 0.5", [gold_at(run, 0.5) for run in runs])
             out.append(row)
         return [out, *self.pairs(rows)]
 
     def pairs(self, rows: Rows) -> list[Rows]:
         """Paired differences over seeds of the page's questions."""
         asked = {
-            "guard": [("grpo_guard", "flow_grpo", "gold"), ("ratio normalised", "flow_grpo", "gold")],
+            "guard": [("grpo_guard", "flow_grpo, eps 2e-2", "gold at proxy 0.5"),
+                      ("grpo_guard, eps 2e-4", "flow_grpo", "gold at proxy 0.5"),
+                      ("grpo_guard", "flow_grpo", "gold at proxy 0.5")],
             "awm": [("awm", "flow_grpo", "reward"), ("awm", "diffusion_nft", "reward")],
             "opd": [("closed", "policy gradient", "reward"), ("closed", "joint awm", "lowest"),
                     ("closed", "cascade awm", "lowest")],
         }.get(self.name, [])  # fmt: skip
         found = Rows()
         for a, b, column in asked:
-            first, second = ([run[-1][column] for run in _runs(rows, m)] for m in (a, b))
-            if len(first) > 1:
-                mean, low, high = paired_t(first, second)[:3]
-                found.append({"at the end": f"{a} less {b}", "of": column, "mean": float(mean), "95 % from": float(low),
-                              "to": float(high)})  # fmt: skip
+            pairs = [[gold_at(run, 0.5) if column.startswith("gold at") else run[-1][column]
+                      for run in _runs(rows, method)] for method in (a, b)]  # fmt: skip
+            if len(pairs[0]) > 1 and all(map(math.isfinite, [*pairs[0], *pairs[1]])):
+                mean, low, high = paired_t(*pairs)[:3]
+                found.append({"difference": f"{a} less {b}", "of": column, "mean": float(mean),
+                              "95 % from": float(low), "to": float(high)})  # fmt: skip
         return [found] if found else []
 
     def figure(self, rows: Rows, command: str) -> Figure:
@@ -139,8 +143,14 @@ def steps_to(run: Rows, reward: float) -> float:
     return next((p["iteration"] for p in run if p["reward"] >= reward), math.inf)
 
 
-def _gold_at(run: Rows, proxy: float) -> float:
-    return next((p["gold"] for p in run if p["reward"] >= proxy), math.nan)
+def gold_at(run: Rows, proxy: float) -> float:
+    """The gold reward where the proxy passes ``proxy``, between the two measurements around it; NaN if it never
+    does."""
+    for before, after in itertools.pairwise(run):
+        if before["reward"] < proxy <= after["reward"]:
+            share = (proxy - before["reward"]) / (after["reward"] - before["reward"])
+            return float(before["gold"] + share * (after["gold"] - before["gold"]))
+    return math.nan
 
 
 def _runs(rows: Rows, method: str) -> list[Rows]:
