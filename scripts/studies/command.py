@@ -12,8 +12,10 @@ __all__ = ["run"]
 
 
 def run(main: Callable[[list[str]], Any]) -> None:
-    """Call ``main`` with the command line's arguments. Exits with the text of what it refuses or misses, or with 1 where
-    it returns a number of failures."""
+    """Call ``main`` with the command line's arguments.
+
+    Exits with the text of what it refuses or misses, or with 1 where it returns a number of failures.
+    """
     try:
         found = main(sys.argv[1:])
     except (ValueError, ImportError, FileNotFoundError, CellsFailed) as error:
