@@ -42,6 +42,7 @@ PAPERS: dict[str, str] = {
     "polar": "a trained reward beside the exact one, unseen policies, reinforcement toward a policy",
     "r2vpo": "the exact solution on a bandit; the ratio variance held at its budget on ModSum and in PPO on CartPole",
     "real": "the shape of its gradient weights; REAL and GRPO on ModSum",
+    "reward_models": "accuracy by number of labels; over-optimisation, in the verifier's reward",
     "riskpo": "entropy kept and accuracy paid on independent questions, beside GRPO",
     "rpo": "mass on an unseen response, and the likelihood of the preferred ones, under DPO and RPO",
     "v0": "success of unseen policies from outcomes in context, on simulated item responses",
