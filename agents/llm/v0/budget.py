@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
@@ -118,8 +120,16 @@ class V0Recipe(Recipe):
         c = self.config
         if c.value == "logistic":
             return ContextLogistic()
+        if not Path(c.value).is_file():
+            raise FileNotFoundError(
+                f"value: expected 'logistic' or a file with the state of a ValueModel, got {c.value!r}"
+            )
         model = ValueModel(c.embedding_width)
-        model.load_state_dict(torch.load(c.value, weights_only=True))
+        try:
+            model.load_state_dict(torch.load(c.value, weights_only=True))
+        except (RuntimeError, AttributeError, TypeError, UnpicklingError) as error:
+            raise ValueError(f"value: expected the state of a ValueModel({c.embedding_width}) in {c.value!r}, as "
+                             "embedding_width says; it has another one") from error  # fmt: skip
         return model.requires_grad_(False)
 
     def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:

@@ -161,18 +161,20 @@ def log(policies: int, **options: Any) -> OutcomeLog:
 
 
 def test_an_offset_of_the_context_is_in_no_rank_loss() -> None:
-    generator = torch.Generator().manual_seed(0)
+    model = small().double()
+    drawn = log(4).sample(Batching(size=3), torch.Generator().manual_seed(1))
+    columns = {k: v.double() if v.is_floating_point() else v for k, v in ((k, drawn[k]) for k in drawn)}
+    batch = type(drawn)(columns, sequence=drawn.sequence, scalars=drawn.scalars)
     slopes, values, entropies = [], [], []
     for offset in (0.0, 5.0):
-        model = small()
-        batch = log(4).sample(Batching(size=3), generator.manual_seed(1))
-        score = model(batch, frozenset({"score"}))["score"][0].double() + offset
+        score = model(batch, frozenset({"score"}))["score"][0] + offset
         loss = rank_loss(score).mean()
-        slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, model.head.mlp[0].weight)]))
+        slopes.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(model.head.parameters())[:-1])]))
         values.append(float(loss.detach()))
-        entropies.append(float(soft_cross_entropy(score, batch["query_label"].double()).mean().detach()))
+        entropies.append(float(soft_cross_entropy(score, batch["query_label"]).mean().detach()))
     assert values[0] == pytest.approx(values[1], abs=1e-12)
-    torch.testing.assert_close(*slopes, rtol=0.0, atol=1e-7)  # parameters are float32
+    torch.testing.assert_close(*slopes, rtol=0.0, atol=1e-12)
+    assert slopes[0].abs().max() > 1e-4
     assert abs(entropies[0] - entropies[1]) > 0.1
 
 
@@ -421,6 +423,10 @@ def test_a_trained_value_model_from_a_file(tmp_path: Path) -> None:
     agent.learn(2 * agent.samples_per_iteration)
     assert not any(p.requires_grad for p in agent.estimator.value.parameters())
     assert sum(budget(agent, 6)) == 24
+    with pytest.raises(ValueError, match=r"expected the state of a ValueModel\(8\)"):
+        V0("easy_hard", n_prompts=6, group_size=4, **options | {"embedding_width": 8}, **TABLE)
+    with pytest.raises(FileNotFoundError, match="value: expected 'logistic' or a file"):
+        V0("easy_hard", n_prompts=6, group_size=4, value="logistics", **TABLE)
 
 
 def test_token_states_are_fixed_and_masked() -> None:
