@@ -224,7 +224,7 @@ class CAPORecipe(Recipe):
         return found | {"on": on.derive_sequence(place=torch.arange(on.shape[1], device=on["valid"].device))}
 
     def terms(self) -> tuple[Term, ...]:
-        """Without statistics of the ratio: one more forward pass per iteration."""
+        """No statistics of the ratio: they would take one more forward pass per iteration."""
         return (replace(self.policy_term(self.loss(), self.kept, want=WANT), stats=None), *self.penalties())
 
     def kept(self, evaluation: Outputs, batch: Data) -> LogRatio:
@@ -237,7 +237,7 @@ class CAPORecipe(Recipe):
     def _judge(self, out: Outputs, batch: Data) -> Tensor:
         """``[T', B]``: 1 where kept."""
         c, adam = self.config, self.config.curvature == "adam"
-        valid = batch["valid"]
+        valid, first = batch["valid"], int(batch["place"][0])
         inside = valid > 0
         temperature: Any = self.parts.policy.temperature
         tokens = Tokens.of(
@@ -252,7 +252,7 @@ class CAPORecipe(Recipe):
             found = predict(part, lr, self.moments if adam else None)
             good = torch.stack(acceptable(found, c.fisher_threshold, c.objective_threshold, c.symmetric))
             piece.add(part, found, torch.ones_like(good) if self._warm else good, adam)
-        self._pieces[int(batch["place"][0])] = piece
+        self._pieces[first] = piece
         return torch.zeros_like(valid).masked_scatter(inside, torch.cat(piece.kept).to(valid.dtype))
 
     def after_minibatch(self, stats: Stats, ctx: Context) -> None:

@@ -249,6 +249,16 @@ def test_moments_are_of_the_kept_tokens_and_of_any_piece() -> None:
     assert other.steps == 3
 
 
+def test_every_optimiser_step_moves_the_moments() -> None:
+    """Two epochs over 12 sequences in batches of 4, each in pieces of 2: six steps, and twice 12 sequences' tokens."""
+    agent = CAPO(RaggedTask(), n_prompts=3, group_size=4, batch_size=4, n_epochs=2, microbatch=2, seed=0, **SIZE)
+    agent.learn(until=12)
+    assert agent.estimator.moments.steps == 6
+    counts = torch.stack(agent.estimator._stats)
+    assert int(counts[:, 0].sum()) == 2 * agent.collector.tokens
+    assert len(counts) == 12
+
+
 # -- what it needs ----------------------------------------------------------------------------------------------------
 
 
