@@ -96,6 +96,24 @@ def test_the_published_quantities_of_the_reference(task):
     assert (r, sigma_true, sigma_proxy) == pytest.approx((0.7823, 0.02166, 0.02311), abs=5e-5)
 
 
+def test_returns_of_an_episode(task):
+    """Exact true and proxy returns of 100 steps, which docs/orpo.md compares samples with."""
+
+    def returns(policy):
+        now, total = torch.zeros(352, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+        now[task.start] = 1.0
+        for _ in range(100):
+            moved = now.unsqueeze(1) * policy
+            total += torch.stack([(moved * x).sum() for x in (task.true, task.proxy)])
+            now = torch.zeros_like(now).index_add(0, task.successor.flatten(), moved.flatten())
+        return total.tolist()
+
+    assert returns(task.reference()) == pytest.approx([8.94, 9.05], abs=5e-3)
+    assert returns(torch.full((352, 4), 0.25, dtype=torch.float64)) == pytest.approx([6.49, 7.99], abs=5e-3)
+    assert returns(task.greedy(task.true)) == pytest.approx([9.72, 9.72])
+    assert returns(task.greedy(task.proxy)) == pytest.approx([2.06, 21.26]), "the hacker's"
+
+
 def test_the_agent_is_paid_the_proxy_and_told_the_truth():
     for mode in AutoresetMode:
         env = tomato(2, max_episode_steps=2, autoreset_mode=mode)
