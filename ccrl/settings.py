@@ -42,6 +42,9 @@ class ConfigError(ValueError):
     the fix."""
 
 
+_SMALLEST, _LARGEST = 1.2e-38, 3.4e38
+
+
 @dataclass(frozen=True)
 class Range:
     """Numbers from ``low`` to ``high``, both included unless ``above`` (``low`` is not) or ``below`` (``high`` is not).
@@ -81,6 +84,11 @@ class Range:
         if value not in self:
             finite = "" if math.isfinite(value) or self.also or "finite" in str(self) else " and finite"
             raise ConfigError(f"{name}: expected {self}{finite}, got {value!r}")
+        # in float32, which networks compute in, others are 0 or infinite: the number would mean something else
+        if value and math.isfinite(value) and not _SMALLEST <= abs(value) <= _LARGEST:
+            raise ConfigError(
+                f"{name}: expected {self}, 0 or of a size from {_SMALLEST:g} to {_LARGEST:g}, got {value!r}"
+            )
         return value
 
 

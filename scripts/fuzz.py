@@ -4,7 +4,8 @@
     python scripts/fuzz.py --kinds checkpoints csv --count 50 --out fuzz.md
 
 clear: refused before anything runs, in words. late: in words, but after it began. raw: an error without words for
-whoever gave the input. hung: nothing for --limit seconds. accepted: it worked; a reader judges the list.
+whoever gave the input. hung: nothing for --limit seconds. accepted: it worked, listed with the
+reason why that is right (scripts/fuzzing/reasons.py).
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from ccrl.settings import Count, Natural, Settings
+from scripts.fuzzing.reasons import reason
 
 __all__ = ["Kind", "Options", "Verdict", "main", "play"]
 
 Kind = Literal["settings", "options", "checkpoints", "jsonl", "csv", "gymnasium", "commands", "scripts", "uses"]
 WORDS = re.compile(
-    "expect|did you mean|refused|must|need|no such|has no|is not finite|cannot be written|make them|ask for",
+    "expect|did you mean|refused|must|need|no such|has no|is not finite|cannot be written|make them|ask for|pass |"
+    "take a ",
     re.IGNORECASE,
 )
 VERDICTS = ("clear", "late", "raw", "accepted", "hung")
@@ -181,9 +184,16 @@ def report(options: Options, found: list[Verdict]) -> str:
         lines.append(f"| {kind} | {' | '.join(str(counts[name]) for name in VERDICTS)} |")
     for name in VERDICTS[1:]:
         chosen = sorted((v for v in found if v.verdict == name), key=lambda v: (v.kind, v.what))
-        if chosen:
+        if chosen and name != "accepted":
             lines += ["", f"## {name}", ""]
             lines += [f"- {v.kind} {v.number}: {v.what}" + (f": {v.answer}" if v.answer else "") for v in chosen]
+    accepted: dict[tuple[str, str], list[Verdict]] = {}
+    for v in found:
+        if v.verdict == "accepted":
+            accepted.setdefault((v.kind, reason(v.kind, v.what) or "to be judged"), []).append(v)
+    for (where, why), mine in sorted(accepted.items()):
+        lines += ["", f"## accepted, {where}: {why}", ""]
+        lines += [f"- {v.number}: {' '.join(v.what.split())}" for v in mine]
     return "\n".join(lines) + "\n"
 
 

@@ -151,7 +151,7 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a dict; received {type(state).__name__}. Write it with save().")
     version = state.get("format_version")
-    if version != FORMAT or type(version) is not int:
+    if type(version) is not int or version != FORMAT:
         found = "no format version" if version is None else f"format {version!r}"
         reader = "0.1.0" if version is None else state.get("ccrl")
         raise FormatError(

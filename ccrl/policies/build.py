@@ -66,6 +66,8 @@ def build_actor_critic(
             observation_space, action_space, heads=heads, encoders=encoders, **_settings(config, cls), **settings
         )
     else:
+        if not callable(cls):
+            raise TypeError(f"policy: expected a module, or a class or function that makes one, got {cls!r}")
         made = cls if isinstance(cls, nn.Module) else cls(observation_space, action_space, heads=heads)
     check_policy(made, heads)
     return made

@@ -131,7 +131,7 @@ def own_demand(
         "holding": numbers["holding"], "underage": numbers["underage"], "edge_cost": numbers["unit_cost"],
         "lead_time": leads, **{k: numbers[k] for k in ("fixed_cost", "minimum", "lot", "capacity")},
     }  # fmt: skip
-    windows = horizons or horizons_of(demand.series.shape[1], demand.history, demand.history)
+    windows = horizons_of(demand.series.shape[1], demand.history, demand.history) if horizons is None else horizons
     start, periods, _ = windows.get("train", (0, 0, 0))
     training = demand.series[:, start : start + demand.history + periods]
     usual = training.mean(1)

@@ -149,7 +149,9 @@ class Task:
     @property
     def split_horizons(self) -> dict[str, tuple[int, int, int]]:
         """Per split: first week, periods, warm-up periods."""
-        return self.horizons or (RECORDED_HORIZONS if isinstance(self.demand, Recorded) else SYNTHETIC_HORIZONS)
+        if self.horizons is not None:
+            return self.horizons
+        return RECORDED_HORIZONS if isinstance(self.demand, Recorded) else SYNTHETIC_HORIZONS
 
 
 def _shorter(weeks: int, history: int) -> str:

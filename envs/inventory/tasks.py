@@ -224,7 +224,11 @@ def _by_series(name: str, value: Any, size: int) -> tuple[Any, ...]:
 def _series(series: Recorded | str | Path | None, count: int, stores: int) -> Recorded:
     if series is None:
         return synthetic_series(count, stores)
-    return load_series(series) if isinstance(series, (str, Path)) else series
+    if isinstance(series, Recorded):
+        return series
+    if not isinstance(series, str | Path):
+        raise TypeError(f"series: expected the path of a file or Recorded demand, got {series!r}")
+    return load_series(series)
 
 
 def _store(lead_time: int) -> Network:

@@ -61,6 +61,10 @@ def test_counts_below_one_are_refused_at_construction(tmp_path: Path) -> None:
         LogCallback(None, 0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="keep: expected >= 1, got 0"):
         CheckpointCallback(tmp_path, 10, keep=0)
+    with pytest.raises(ValueError, match="threshold: expected a finite number, got nan"):
+        callbacks.StopOnReward(float("nan"))  # no return is less: it would stop at once
+    with pytest.raises(TypeError, match="expected a Callback or a function"):
+        as_callback("")  # type: ignore[arg-type]
 
 
 class Player:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -244,3 +245,19 @@ def test_bad_input() -> None:
     for spec in (Batching(size="full"), Batching("sequence", 4)):
         with pytest.raises(ValueError, match="transition"):
             full.sample(spec, generator())
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "message"),
+    [
+        ("terminated", np.zeros((3, 1)), r"terminated: expected a number per row \[M\], got shape \(3, 1\)"),
+        ("reward", np.float32(2.0), r"expected columns \[M, ...\], got the number"),
+        ("action", "x", "expected columns of numbers, got str"),
+    ],
+)
+def test_columns_that_are_no_rows_are_refused(column: str, value: Any, message: str) -> None:
+    """Flags ``[M, 1]`` would be compared with values ``[M]`` as ``[M, M]``."""
+    rows: dict[str, Any] = {"obs": np.zeros((3, 2)), "action": np.zeros((3, 1)), "reward": np.zeros(3)}
+    rows |= {"next_obs": np.zeros((3, 2)), "terminated": np.zeros(3, bool)}
+    with pytest.raises((TypeError, ValueError), match=message):
+        ReplayBuffer.from_arrays(rows | {column: value})

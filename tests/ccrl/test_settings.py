@@ -186,3 +186,11 @@ def test_arguments_of_functions() -> None:
             build(**arguments)
     with pytest.raises(TypeError, match="missing a required argument: 'n'"):
         build()
+
+
+@pytest.mark.parametrize("value", [1e-300, 1e300, -1e39])
+def test_numbers_that_float32_does_not_hold_are_refused(value: float) -> None:
+    """In a network 1e-300 is 0 and 1e300 infinite: a step size of 1e-300 would do nothing, in silence."""
+    with pytest.raises(ConfigError, match=r"of a size from 1\.2e-38 to 3\.4e"):
+        Range().check("x", value)
+    assert Range().check("x", 0.0) == 0.0

@@ -30,11 +30,17 @@ from ccrl.settings import ConfigError
         ("HalfCheetah-v5", {"frame_skip": 0}, "frame_skip: expected >= 1, got 0"),
         ("Hopper-v5", {"healthy_z_range": (math.nan, 1.0)}, r"healthy_z_range\[0\]: expected a finite number"),
         ("Hopper-v5", {"terminate_when_unhealthy": "yes"}, "terminate_when_unhealthy: expected bool"),
+        ("CartPole-v1", {"num_envs": "2"}, "num_envs: expected int, got '2'"),
+        ("ccrl/PointMazeU-v0", {"dense": "no"}, "dense: expected bool, got 'no'"),
+        ("ccrl/GridCoverage-v0", {"stochasticity": math.nan}, r"stochasticity: expected a number in \[0, 1\]"),
+        ("ccrl/GridFacility-v0", {"width": -1.0}, "width: expected > 0, got -1.0"),
+        ("ccrl/PointGoal-v0", {"label_noise": math.inf}, "label_noise: expected >= 0"),
+        ("ccrl/PointCoverage-v0", {"radius": ""}, "radius: expected float"),
     ],
 )
 def test_refused_by_name(id: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        envs.make(id, 2, **options)
+        envs.make(id, **{"num_envs": 2} | options)
 
 
 def test_ends_of_ranges_may_be_open() -> None:
