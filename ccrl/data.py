@@ -22,7 +22,10 @@ from ccrl.batched_env import Tree
 if TYPE_CHECKING:
     from ccrl.successors import Successors
 
-__all__ = ["Batching", "Data", "Field", "Unit", "columns_read", "masked", "tree_columns", "tree_leaves", "tree_map"]
+__all__ = [
+    "Batching", "Data", "Field", "Unit", "columns_read", "masked", "masked_mean", "masked_sum", "tree_columns",
+    "tree_leaves", "tree_map",
+]  # fmt: skip
 
 Unit = Literal["transition", "sequence", "group"]
 
@@ -73,6 +76,16 @@ def tree_leaves(tree: Tree, like: Tree | None = None) -> list[Tensor]:
 def masked(x: Tensor, valid: Tensor) -> Tensor:
     """``x`` where valid, else 0: chosen, not multiplied, because what padding holds may be infinite or NaN."""
     return torch.where(valid > 0, x, torch.zeros_like(x))
+
+
+def masked_sum(x: Tensor, valid: Tensor) -> Tensor:
+    """``[1, B]``: over the valid steps of ``x [T, B]``."""
+    return masked(x, valid).sum(0, keepdim=True)
+
+
+def masked_mean(x: Tensor, valid: Tensor) -> Tensor:
+    """``[1, B]``: over the valid steps of ``x [T, B]``; 0 where there is none."""
+    return masked_sum(x, valid) / valid.sum(0, keepdim=True).clamp_min(1.0)
 
 
 class Data(Mapping[str, Tree]):

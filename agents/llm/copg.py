@@ -28,7 +28,7 @@ from torch import Tensor
 
 from agents.llm.agent import LLMMethod
 from ccrl.collect import Request
-from ccrl.data import Data
+from ccrl.data import Data, masked_sum
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.recipe import MethodConfig, Parts, Recipe
@@ -146,16 +146,12 @@ def sequence_sum(outputs: Outputs, batch: Data) -> LogRatio:
     """Whole completions against the reference ``[1, B]``, sums over tokens."""
     valid = batch["valid"]
     present = (valid.sum(0, keepdim=True) > 0).to(valid.dtype)
-    return LogRatio(_sum(outputs["log_prob"], valid), _sum(batch["ref_log_prob"], valid), present)
+    return LogRatio(masked_sum(outputs["log_prob"], valid), masked_sum(batch["ref_log_prob"], valid), present)
 
 
 def prompt_mean(valid: Tensor, batch: Data) -> Tensor:
     """Sum over a prompt's completions, mean over prompts."""
     return valid / batch["n_groups"]
-
-
-def _sum(x: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid > 0, x, 0.0).sum(0, keepdim=True)
 
 
 # -- the method -----------------------------------------------------------------------------------------------------

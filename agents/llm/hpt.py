@@ -30,7 +30,7 @@ from torch import Tensor
 
 from agents.llm.agent import LLMMethod
 from ccrl.collect import Request
-from ccrl.data import Data
+from ccrl.data import Data, masked_mean
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.groups import Groups
@@ -165,9 +165,7 @@ class Mix:
 
 def sequence_entropy(outputs: Outputs, batch: Data) -> Tensor:
     """``[1, B]``: every sequence's mean entropy per token under the policy, detached."""
-    valid = batch["valid"]
-    entropy = torch.where(valid > 0, outputs["entropy"].detach(), 0.0)
-    return entropy.sum(0, keepdim=True) / valid.sum(0, keepdim=True).clamp_min(1.0)
+    return masked_mean(outputs["entropy"].detach(), batch["valid"])
 
 
 def uncertainty_weighted(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from ccrl.data import Data, masked
+from ccrl.data import Data, masked_mean, masked_sum
 from ccrl.estimators.terms import LogRatio, Outputs
 
 __all__ = ["plain", "reference", "sequence", "sequence_product", "sequence_token", "token"]
@@ -30,8 +28,8 @@ def sequence(outputs: Outputs, batch: Data) -> LogRatio:
     """Length-normalised sequence ratio ``exp(mean_t log-ratio)``, one element per column ``[1, B]`` (GSPO)."""
     valid = batch["valid"]
     return LogRatio(
-        _masked_mean(outputs["log_prob"], valid),
-        _masked_mean(batch["log_prob"], valid),
+        masked_mean(outputs["log_prob"], valid),
+        masked_mean(batch["log_prob"], valid),
         (valid.sum(0, keepdim=True) > 0).to(valid.dtype),
     )
 
@@ -40,8 +38,8 @@ def sequence_product(outputs: Outputs, batch: Data) -> LogRatio:
     """The ratio of whole sequences ``exp(sum_t log-ratio)``, one element per column ``[1, B]`` (TRL's RLOO)."""
     valid = batch["valid"]
     return LogRatio(
-        _masked_sum(outputs["log_prob"], valid),
-        _masked_sum(batch["log_prob"], valid),
+        masked_sum(outputs["log_prob"], valid),
+        masked_sum(batch["log_prob"], valid),
         (valid.sum(0, keepdim=True) > 0).to(valid.dtype),
     )
 
@@ -49,13 +47,5 @@ def sequence_product(outputs: Outputs, batch: Data) -> LogRatio:
 def sequence_token(outputs: Outputs, batch: Data) -> LogRatio:
     """The sequence ratio's value on every token, gradient through the token only (GSPO-token; Zheng et al. 2025)."""
     valid, log_prob = batch["valid"], outputs["log_prob"]
-    mean = _masked_mean(log_prob.detach() - batch["log_prob"], valid)
+    mean = masked_mean(log_prob.detach() - batch["log_prob"], valid)
     return LogRatio(log_prob, log_prob.detach() - mean, valid)
-
-
-def _masked_sum(x: Tensor, valid: Tensor) -> Tensor:
-    return masked(x, valid).sum(0, keepdim=True)
-
-
-def _masked_mean(x: Tensor, valid: Tensor) -> Tensor:
-    return _masked_sum(x, valid) / valid.sum(0, keepdim=True).clamp_min(1.0)

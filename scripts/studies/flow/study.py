@@ -110,7 +110,7 @@ class Study:
             pairs = [[gold_at(run, 0.5) if column.startswith("gold at") else run[-1][column]
                       for run in _runs(rows, method)] for method in (a, b)]  # fmt: skip
             if len(pairs[0]) > 1 and all(map(math.isfinite, [*pairs[0], *pairs[1]])):
-                mean, low, high = paired_t(*pairs)[:3]
+                mean, low, high = paired_t(pairs[0], pairs[1])[:3]
                 found.append({"difference": f"{a} less {b}", "of": column, "mean": float(mean),
                               "95 % from": float(low), "to": float(high)})  # fmt: skip
         return [found] if found else []
