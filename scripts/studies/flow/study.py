@@ -107,7 +107,7 @@ class Study:
         }.get(self.name, [])  # fmt: skip
         found = Rows()
         for a, b, column in asked:
-            pairs = [[gold_at(run, 0.5) if column.startswith("gold at") else run[-1][column]
+            pairs = [[float(gold_at(run, 0.5) if column.startswith("gold at") else run[-1][column])
                       for run in _runs(rows, method)] for method in (a, b)]  # fmt: skip
             if len(pairs[0]) > 1 and all(map(math.isfinite, [*pairs[0], *pairs[1]])):
                 mean, low, high = paired_t(pairs[0], pairs[1])[:3]
