@@ -40,11 +40,9 @@ METHODS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     },
     "awm": {
         "awm": ("awm", PLAIN),
-        "awm, SDE samples": ("awm", {}),
         "diffusion_nft": ("diffusion_nft", PLAIN),
         "flow_grpo": ("flow_grpo", {}),
         "flow_grpo, rate 2e-3": ("flow_grpo", {"learning_rate": 2e-3}),
-        "grpo_guard": ("grpo_guard", {}),
     },
     "opd": {
         "ode": ("ode", {}), "closed": ("closed", {}), "policy gradient": ("policy_gradient", {}),
