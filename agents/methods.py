@@ -6,7 +6,7 @@ LLM.of(GRPO)                          # or names the agent's class, for what wan
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,6 +17,7 @@ from ccrl.estimators.recipe import Method, Recipe
 from ccrl.experiment.flat import join, unpack
 from ccrl.learn import RolloutLearner
 from ccrl.updaters import Updater
+from ccrl.updaters.schedules import rate_factor
 
 __all__ = ["CallableMethod", "GroupLearner", "MethodAgent"]
 
@@ -82,10 +83,12 @@ class GroupLearner(RolloutLearner):
     def __init__(self, agent: Any, policy: nn.Module, estimator: Recipe, updater: Updater) -> None:
         c = agent.config
         samples = c.n_prompts * c.group_size
+        follows = c.lr_warmup > 0 or c.lr_schedule != "constant"
         super().__init__(
             agent.collector, policy, estimator, {"policy": updater}, samples=samples, columns=samples,
-            clock_unit=estimator.clock_unit, anneal=c.anneal_lr, seed=agent.seed, device=agent.device,
+            clock_unit=estimator.clock_unit, seed=agent.seed, device=agent.device,
             compile=getattr(c, "compile", "off"),
+            anneal=partial(rate_factor, shape=c.lr_schedule, warmup=c.lr_warmup) if follows else False,
         )  # fmt: skip
         self._n_prompts = c.n_prompts
         self.warm = torch.zeros((), dtype=torch.bool, device=self.device)

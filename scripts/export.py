@@ -2,6 +2,7 @@
 
     python scripts/export.py runs/Hopper-v5__ppo__0__...                         # policy.onnx in the run folder
     python scripts/export.py RUN --format torchscript --checkpoint best --out hopper.ts
+    python scripts/export.py RUN --out DIR                # a language model: AutoModelForCausalLM.from_pretrained(DIR)
 
 ONNX needs the extra ``export``. The file is compared with the policy before the command ends. docs/export.md says what
 is in it and how to run it.
@@ -9,10 +10,11 @@ is in it and how to run it.
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,6 +32,8 @@ import envs  # noqa: F401  (registers the environments that runs name)
 from ccrl import registry
 from ccrl.experiment import checkpoint
 from ccrl.experiment.run import RunFolder
+from ccrl.llm.export import export_model
+from ccrl.llm.vocabulary import HFVocabulary
 from ccrl.policies.export import Deployed, Format, export, largest_difference
 from ccrl.settings import Settings
 
@@ -45,12 +49,15 @@ class ExportConfig(Settings):
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder is read from here."""
-    format: Format = "onnx"
-    """The file is ONNX, for onnxruntime and its relatives, or TorchScript, for libtorch."""
+    format: Format | Literal["auto", "huggingface"] = "auto"
+    """The policy is written as ONNX, for onnxruntime and its relatives, or TorchScript, for libtorch; a language model
+    as a folder of Hugging Face's (huggingface), with adapters merged and with its tokenizer. Auto takes ONNX, and
+    huggingface for language models."""
     checkpoint: str = "latest"
     """The policy is that of the newest checkpoint (latest), of the highest evaluation (best), or of a file."""
     out: Path | None = None
-    """The file is written here; unset, it is policy.onnx or policy.ts in the run folder."""
+    """The file (of a language model the folder) is written here; unset, it is policy.onnx, policy.ts or model in the
+    run folder."""
     trust: tuple[str, ...] = ()
     """Names of the form module:name that the run folder may import: repeat those you know, no others."""
 
@@ -70,20 +77,27 @@ def main(config: ExportConfig) -> Path:
         raise FileNotFoundError(f"{run.path}: expected a checkpoint {config.checkpoint!r}, found none")
     with registry.stored(str(run.path), config.trust):
         cls = agents.get_agent(run.info["agent"])
+        text = getattr(cls, "text", False)
+        if text != (config.format == "huggingface") and config.format != "auto":
+            raise ValueError(f"format: expected auto or {'huggingface' if text else 'onnx or torchscript'} for "
+                             f"{cls.name}, got {config.format}")  # fmt: skip
+        if text:
+            return _export_model(cls.load(path, trust=config.trust), config.out or run.path / "model")
         if not getattr(cls, "steps_env", True):
             raise ValueError(f"export: expected a policy that reads observations, got the one of {run.path}, which "
-                             "completes texts or generates samples")  # fmt: skip
+                             "generates samples")  # fmt: skip
         agent = cls.load(path, trust=config.trust)
     try:
         deployed = Deployed(agent.policy, agent.env.single_observation_space)
     finally:
         agent.close()
-    out = config.out or run.path / f"policy{SUFFIX[config.format]}"
+    form: Any = "onnx" if config.format == "auto" else config.format
+    out = config.out or run.path / f"policy{SUFFIX[form]}"
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"ccrl": ccrl.__version__, "agent": agent.name, "env": agent.env_id, "step": agent.num_timesteps}
-    export(deployed, out, config.format, facts)
+    export(deployed, out, form, facts)
     try:
-        gap = largest_difference(deployed, out, config.format)
+        gap = largest_difference(deployed, out, form)
     except ValueError:
         out.unlink()
         raise
@@ -94,7 +108,17 @@ def main(config: ExportConfig) -> Path:
     return out
 
 
+def _export_model(agent: Any, out: Path) -> Path:
+    gap = export_model(agent.policy, agent.task.vocab, out)
+    tokenizer = (
+        "with its tokenizer" if isinstance(agent.task.vocab, HFVocabulary) else "without a tokenizer: it has none"
+    )
+    print(f"{out}: for AutoModelForCausalLM.from_pretrained, {tokenizer}; within {gap:.1e} of the policy")
+    return out
+
+
 if __name__ == "__main__":
+    sys.path.append(os.getcwd())  # for --trust; last, so that it shadows nothing
     options = tyro.cli(ExportConfig, description=__doc__)
     try:
         main(options)

@@ -40,7 +40,14 @@ from ccrl import registry
 from ccrl.batched_env import evaluation_env
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
-from ccrl.experiment.callbacks import Callback, CheckpointCallback, EvalCallback, LogCallback, StopOnSignal
+from ccrl.experiment.callbacks import (
+    Callback,
+    CheckpointCallback,
+    EvalCallback,
+    LogCallback,
+    SamplesCallback,
+    StopOnSignal,
+)
 from ccrl.experiment.files import FolderInUseError, WriteError
 from ccrl.experiment.logger import Logger, digits
 from ccrl.experiment.run import RunFolder
@@ -212,6 +219,8 @@ class Training:
         if step is None:
             logger.log_hparams(configs.flatten(configs.to_dict(config)))
         callbacks: list[Callback] = [LogCallback(logger, config.log_interval)]
+        if is_text(type(agent)):
+            callbacks.append(SamplesCallback(logger))
         evaluation = None
         if config.eval_every:
             evaluation = EvalCallback(self.eval_env, run.path, config.eval_every, config.eval_episodes, logger=logger,

@@ -16,8 +16,9 @@ from agents.llm.config import ModelConfig, OptimiserConfig, RolloutConfig, make_
 from agents.methods import CallableMethod, GroupLearner, MethodAgent
 from ccrl.batched_env import BatchedEnv, Tree
 from ccrl.collect import Request
-from ccrl.data import Batching, Field
+from ccrl.data import Batching, Data, Field
 from ccrl.estimators import aggregates, losses, ratios
+from ccrl.estimators.groups import Groups
 from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.terms import Term
 from ccrl.experiment.evaluation import EvalResult
@@ -50,6 +51,8 @@ class LLMLearner(GroupLearner):
     ) -> None:
         super().__init__(agent, policy, estimator, updater)
         self._updater, self._components = updater, agent.task.components
+        self.last: Data | None = None
+        """The last rollout, until the next one is sampled."""
         self.reference = reference
         """Of a model with adapters the policy as it was when reinforcement began; else that is the bank's ``ref``."""
         if reference is not None:
@@ -69,10 +72,11 @@ class LLMLearner(GroupLearner):
         if self.clock_unit == "demonstrations":
             self.scalars = {name: x for name, x in self.scalars.items() if not name.startswith("rollout/")}
             return
-        on = data.get("sampled", data["on"])
+        on = self.last = data.get("sampled", data["on"])
         self.scalars |= {
             "rollout/success": (on["reward_components"][:, 0] >= 1.0).float().mean(),
             "rollout/capped": on["capped"].float().mean(),
+            "rollout/zero_spread": zero_spread(on),
             "time/tokens": self.source.tokens,
             **{f"rollout/{name}": on["reward_components"][:, i].mean() for i, name in enumerate(self._components)},
         }
@@ -100,7 +104,7 @@ class LLM(MethodAgent):
         c = self.config
         return TokenCollector(self.task, seed=seed, device=self.device, fields=fields,
                               pad_to_multiple_of=c.pad_to_multiple_of,
-                              max_new_tokens=c.max_new_tokens or None)  # fmt: skip
+                              max_new_tokens=c.max_new_tokens or None, top_p=c.top_p, top_k=c.top_k)  # fmt: skip
 
     def build(self) -> Learner:
         """:raises ValueError: if the method imitates with these settings and the task has no demonstrations."""
@@ -183,6 +187,19 @@ class LLM(MethodAgent):
             loss = updater.step(terms, batch)["sft_loss"]
         return float(loss)
 
+    def samples(self, most: int = 8) -> list[tuple[str, str, float]]:
+        """Prompt, completion and reward of some completions of the last rollout, of different prompts first."""
+        on = self.learner.last
+        if on is None:
+            return []
+        order = sorted(range(on.shape[1]), key=_turns(on["group"].tolist()).__getitem__)[:most]
+        vocab, found = self.task.vocab, list[tuple[str, str, float]]()
+        for n in order:
+            prompt = on["prompt"][n][on["prompt_valid"][n] > 0].tolist()
+            written = on["action"][: int(on["length"][n]), n].tolist()
+            found.append((vocab.decode(prompt), vocab.decode(written), float(on["episode_reward"][n])))
+        return found
+
     # -- acting -------------------------------------------------------------------------------------------------------
 
     def act(self, obs: Tree, deterministic: bool = False) -> Tensor:
@@ -227,3 +244,21 @@ class LLM(MethodAgent):
         question = torch.arange(len(prompts), device=self.device)
         data = collector.sample(self.policy, prompts, question, deterministic=deterministic)
         return EvalResult(data["episode_reward"].double().cpu().numpy(), data["length"].cpu().numpy())
+
+
+def zero_spread(on: Data) -> Tensor:
+    """Share of the groups (of two or more) whose completions have one reward: those that teach nothing."""
+    groups = Groups(on["group"])
+    several = groups.count > 1
+    constant = groups.constant(on["episode_reward"]) & several
+    return (constant.sum() / several.sum().clamp_min(1)).float()
+
+
+def _turns(labels: list[int]) -> list[int]:
+    """For each how many equal ones come before it."""
+    seen: dict[int, int] = {}
+    turns = []
+    for label in labels:
+        turns.append(seen.get(label, 0))
+        seen[label] = turns[-1] + 1
+    return turns

@@ -4,12 +4,13 @@ model; methods bring published ones (``Method.defaults``), and a real model want
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
-from ccrl.settings import Count, Natural, Nonnegative, Positive, Settings
+from ccrl.settings import Above, Count, Natural, Nonnegative, Positive, Range, Settings
+from ccrl.updaters.schedules import Shape
 
 __all__ = ["ModelConfig", "OptimiserConfig", "RolloutConfig", "make_optimiser"]
 
@@ -29,6 +30,12 @@ class ModelConfig(Settings):
     """Attention heads of the tiny model."""
     lora_rank: Natural = 0
     """Low-rank adapters of this rank are trained instead of the model (needs peft); 0 trains the model itself."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Matrices are multiplied in this type; trained weights and log-probabilities stay float32, and weights that
+    adapters leave alone are stored in it."""
+    gradient_checkpointing: bool = False
+    """Layers are computed again in the backward pass instead of kept, which trades a third of the update's speed for
+    most of its memory; prompts are then not shared between the completions of a group."""
     logits_chunk_size: Natural | None = None
     """Tokens per piece of the vocabulary projection, which is most of the memory of a large vocabulary; 0 projects all
     tokens in one piece, none takes 256 per piece from a vocabulary of 16,384 tokens up and else one piece."""
@@ -49,8 +56,10 @@ class OptimiserConfig(Settings):
     skip_grad_norm: Nonnegative = 0.0
     """Gradients with a larger norm (before they are scaled down) change nothing, the optimiser's moments included; 0
     skips none."""
-    anneal_lr: bool = False
-    """Whether the step size falls linearly to 0 over the run."""
+    lr_schedule: Shape = "constant"
+    """Over the run the step size stays (constant), or falls to 0 along a line (linear) or half a cosine (cosine)."""
+    lr_warmup: Annotated[float, Range(0, 1, below=True)] = 0.0
+    """The step size rises linearly over this share of the run before it follows its schedule."""
     warm_start_steps: Natural = 0
     """Supervised steps on the task's demonstrations before the first rollout."""
     warm_start_batch: Count = 64
@@ -74,6 +83,11 @@ class RolloutConfig(Settings):
     """Completions are cut after this many tokens, at most the task's own cap, which 0 takes."""
     temperature: Positive = 1.0
     """Temperature of sampling and of scoring."""
+    top_p: Annotated[float, Above(0, 1)] = 1.0
+    """Tokens are sampled from the smallest set with this probability; 1 takes all. Scores remain those of the whole
+    distribution, as in TRL: ratios start at 1, and what was cut off is a bias of the gradient."""
+    top_k: Natural = 0
+    """Tokens are sampled from the so many most probable ones; 0 takes all. Scores as for top_p."""
     pad_to_multiple_of: Count = 1
     """Completions are padded to a multiple of this many tokens."""
 

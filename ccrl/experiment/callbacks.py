@@ -25,6 +25,7 @@ __all__ = [
     "EvalCallback",
     "FunctionCallback",
     "LogCallback",
+    "SamplesCallback",
     "StopOnReward",
     "StopOnSignal",
     "as_callback",
@@ -88,6 +89,31 @@ class LogCallback(Callback):
         if agent.iteration % self.every == 0:
             self.logger.log(agent.num_timesteps, agent.scalars)
         return None
+
+
+class SamplesCallback(Callback):
+    """Writes ``agent.samples()`` (prompt, completion, reward) to TensorBoard as ``rollout/samples``, every ``every``
+    iterations and after the first."""
+
+    @checked
+    def __init__(self, logger: Logger, every: Count = 10, most: Count = 8) -> None:
+        self.logger, self.every, self.most = logger, every, most
+
+    def reads(self, iteration: int) -> bool:
+        return False
+
+    def on_iteration(self, agent: Any) -> bool | None:
+        if agent.iteration == 1 or agent.iteration % self.every == 0:
+            # indented by four: Markdown leaves such a block as it is written
+            rows = [f"reward {reward:g}\n\n{_block(prompt)}\n\n{_block(text)}" for prompt, text, reward in
+                    agent.samples(self.most)]  # fmt: skip
+            if rows:
+                self.logger.log_text(agent.num_timesteps, "rollout/samples", "\n\n---\n\n".join(rows))
+        return None
+
+
+def _block(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.split("\n"))
 
 
 class _Periodic(Callback):

@@ -106,6 +106,16 @@ class Logger:
             print(table(step, scalars), flush=True)
         return scalars
 
+    def log_text(self, step: int, tag: str, text: str) -> None:
+        """Write a text (Markdown) to TensorBoard's TEXT tab."""
+        if self._events is None:
+            return
+        from torch.utils.tensorboard.summary import text as text_summary
+
+        with writing(self.folder / "events.out.tfevents"):
+            self._events.add_summary(text_summary(tag, text), step)  # type: ignore[no-untyped-call]
+            self._events.flush()
+
     def log_hparams(self, hparams: Mapping[str, Any], metrics: tuple[str, ...] = ("rollout/ep_rew_mean",)) -> None:
         """Fill TensorBoard's HPARAMS tab: flat ``hparams`` (``a.b`` for nested ones; other than numbers, bools and
         strings as text) beside the tags in ``metrics``, which ``log`` writes."""

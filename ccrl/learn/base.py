@@ -90,7 +90,8 @@ class Learner(ABC):
     :param updaters: by name, each of one parameter set.
     :param device: of the policy and of every tensor made here.
     :param seed: of the generator that shuffles and draws (``ctx.generator``).
-    :param anneal: the step sizes of all updaters fall linearly to 0 over the training.
+    :param anneal: the step sizes of all updaters fall linearly to 0 over the training; or follow ``(progress, share of
+        an iteration) -> factor``.
     :param compile: auto (from 1,000 gradient steps on, where a C++ compiler is), on, off.
     :param report: more scalars for the log.
     :param remember: training episodes whose mean return is logged.
@@ -107,7 +108,7 @@ class Learner(ABC):
         *,
         device: torch.device | str = "cpu",
         seed: int = 0,
-        anneal: bool = False,
+        anneal: bool | Callable[[Tensor, Tensor], Tensor] = False,
         compile: str = "off",
         report: Report | None = None,
         remember: int = 100,
@@ -122,6 +123,7 @@ class Learner(ABC):
             k=zero.clone(), clock=zero.clone(), start=zero, end=one, samples=one.clone(),
         )  # fmt: skip
         self._decay = {name: float(u.lr) for name, u in self.updaters.items()} if anneal else {}
+        self._schedule = anneal if callable(anneal) else None
         self.counters, self.episodes = _Counters(self.ctx), Episodes(remember)
         self.scalars: dict[str, Any] = {}
         """Of the last iteration, for loggers and callbacks."""
@@ -209,7 +211,10 @@ class Learner(ABC):
         """
         self.healthy = False
         for name, rate in self._decay.items():
-            linear_decay([self.updaters[name]], rate, self.ctx.progress)
+            done = self.ctx.progress
+            if self._schedule is not None:
+                done = 1.0 - self._schedule(done, self.ctx.share)
+            linear_decay([self.updaters[name]], rate, done)
         data, stats, seconds = self._iterate()
         self._check_finite(stats)
         self.counters.iteration += 1

@@ -10,7 +10,7 @@ from ccrl.llm.policy import TokenPolicy, entropy_of
 from ccrl.llm.task import ConversationTask, Prompts, TextTask
 from ccrl.llm.vocabulary import end_tokens
 
-__all__ = ["COMPACT", "LOOK", "decode"]
+__all__ = ["COMPACT", "LOOK", "decode", "truncate"]
 
 COMPACT = 0.75
 """Finished completions leave the computation when at most this share of the rows still runs."""
@@ -21,7 +21,7 @@ LOOK = 8
 @torch.no_grad()
 def decode(
     policy: TokenPolicy, task: TextTask, prompts: Prompts, question: Tensor, buffer: RolloutBuffer, noise: Tensor, *,
-    fixed: bool = False, deterministic: bool = False,
+    fixed: bool = False, deterministic: bool = False, top_p: float = 1.0, top_k: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write a completion per entry of ``question`` ``[N]`` into a cleared ``buffer``: tokens, flags, ``log_prob`` and,
     where it has the column, ``entropy``. Returns ``valid`` (chosen by the policy) and ``present`` (in the context)
@@ -31,6 +31,8 @@ def decode(
         sample.
     :param fixed: the last position is the end, not a cut.
     :param deterministic: the most probable tokens.
+    :param top_p, top_k: what samples are drawn from, see ``truncate``; ``log_prob`` stays that of the whole
+        distribution.
     """
     steps, n = noise.shape
     device = noise.device
@@ -47,7 +49,7 @@ def decode(
     every = 1 if device.type == "cpu" else LOOK
     for t in range(steps):
         log_probs = (logits.float() / temperature).log_softmax(-1)
-        token = log_probs.argmax(-1) if deterministic else _draw(log_probs, noise[t, here])
+        token = log_probs.argmax(-1) if deterministic else _draw(truncate(log_probs, top_p, top_k), noise[t, here])
         chosen = running
         if talk is not None:
             reply = talk.forced[t, here]
@@ -104,6 +106,23 @@ class _Conversation:
             written = torch.tensor(answer, dtype=self.forced.dtype, device=self.forced.device)
             self.forced[t + 1 : t + 1 + len(answer), n] = written
         return ends
+
+
+def truncate(log_probs: Tensor, top_p: float = 1.0, top_k: int = 0) -> Tensor:
+    """``log_probs`` ``[R, V]`` with -inf on all but the ``top_k`` most probable tokens (0: all), and of these on all
+    but the smallest set of most probable ones with at least ``top_p`` of their probability (Holtzman et al. 2020). Not
+    normalised again; tokens as probable as the last one stay."""
+    if 0 < top_k < log_probs.shape[-1]:
+        least = log_probs.topk(top_k).values[..., -1:]
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
+    if top_p < 1.0:
+        ordered = log_probs.log_softmax(-1).sort(-1, descending=True).values
+        mass = ordered.double().exp()
+        inside = mass.cumsum(-1) - mass < top_p  # what is before a token, so that the first one always stays
+        place = inside.sum(-1, keepdim=True) - 1
+        least = log_probs.sort(-1, descending=True).values.gather(-1, place)
+        log_probs = log_probs.masked_fill(log_probs < least, -torch.inf)
+    return log_probs
 
 
 def _draw(log_probs: Tensor, uniform: Tensor) -> Tensor:

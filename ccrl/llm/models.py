@@ -43,7 +43,7 @@ def tiny_model(
     return model
 
 
-def load_model(directory: str | Path) -> nn.Module:
+def load_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The causal language model in a local directory; nothing is downloaded and no code of the model's runs.
 
     :raises FileNotFoundError: if there is no such directory.
@@ -55,7 +55,7 @@ def load_model(directory: str | Path) -> nn.Module:
         )
     transformers = require("transformers", "llm")
     model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-        str(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+        str(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
     )
     return model
 
@@ -77,6 +77,8 @@ def build_policy(config: Any, task: TextTask) -> nn.Module:
         and a completion need, or if a table is asked for where prompts are not numbers of questions, or with adapters.
     """
     options = {"temperature": config.temperature}
+    dtype: torch.dtype = getattr(torch, getattr(config, "dtype", "float32"))
+    again: bool = getattr(config, "gradient_checkpointing", False)
     if config.model == "tabular":
         if not hasattr(task, "fixed_length"):
             raise ValueError(
@@ -85,6 +87,9 @@ def build_policy(config: Any, task: TextTask) -> nn.Module:
         if config.lora_rank:
             raise ValueError(f"lora_rank: expected 0 with model='tabular' (a table has no layers), got "
                              f"{config.lora_rank}")  # fmt: skip
+        if dtype != torch.float32 or again:
+            raise ValueError("dtype, gradient_checkpointing: expected the defaults with model='tabular' (it has no "
+                             f"layers), got {dtype} and {again}")  # fmt: skip
         bandit: Any = task
         init = bandit.initial_logits() if hasattr(bandit, "initial_logits") else None
         return TabularTokenPolicy(bandit.questions, bandit.fixed_length, task.vocab.size, init=init, **options)
@@ -96,14 +101,19 @@ def build_policy(config: Any, task: TextTask) -> nn.Module:
             max_length=max(256, longest + cap), pad=task.vocab.pad if 0 <= task.vocab.pad < task.vocab.size else None,
         )  # fmt: skip
     else:
-        model = load_model(config.model)
+        model = load_model(config.model, dtype if config.lora_rank else torch.float32)
+    if config.model == "tiny" and config.lora_rank:
+        model = model.to(dtype)
     rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
     if rows < task.vocab.size:
         raise ValueError(f"model: expected at least the task's {task.vocab.size} tokens, got {rows}")
     check_positions(model_positions(model), longest, cap, which)
     if config.lora_rank:
         model = add_adapters(model, config.lora_rank)
-    return CausalLMPolicy(model, logits_chunk_size=config.logits_chunk_size, vocab_size=task.vocab.size, **options)
+    return CausalLMPolicy(
+        model, logits_chunk_size=config.logits_chunk_size, vocab_size=task.vocab.size,
+        dtype=dtype, gradient_checkpointing=again, **options,
+    )  # fmt: skip
 
 
 def longest_prompt(task: TextTask) -> tuple[int, str]:

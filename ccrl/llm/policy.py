@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ccrl.data import Data, Unit
 from ccrl.estimators.terms import Outputs
+from ccrl.llm.memory import checkpoint_layers
 from ccrl.llm.task import Prompts
 
 __all__ = [
@@ -126,8 +127,11 @@ class CausalLMPolicy(nn.Module):
         for vocabularies from ``CHUNK_FROM`` tokens up, where the logits are a projection, else in one piece.
     :param vocab_size: tokens that can be chosen, the first ones; None: all that the model has. Models pad their
         vocabularies beyond the tokenizer's: what is padding is neither sampled nor part of any probability.
+    :param dtype: matrices are multiplied in float32 or bfloat16; log-probabilities are float32.
+    :param gradient_checkpointing: layers are computed again in the backward pass (``ccrl.llm.memory``).
     :raises ValueError: for a temperature that is not positive, a negative chunk, a chunk with a model whose logits are
-        more than a projection of its last hidden state, or more tokens than the model has.
+        more than a projection of its last hidden state, more tokens than the model has, or layers that cannot be
+        computed again.
     """
 
     unit: Unit = "sequence"
@@ -140,6 +144,8 @@ class CausalLMPolicy(nn.Module):
         k: int = 16,
         logits_chunk_size: int | None = None,
         vocab_size: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if temperature <= 0:
@@ -148,7 +154,7 @@ class CausalLMPolicy(nn.Module):
         if logits_chunk_size is not None and logits_chunk_size < 0:
             raise ValueError(f"logits_chunk_size: expected None or >= 0, got {logits_chunk_size}")
         self.model = model.eval()
-        self.temperature, self.k = temperature, k
+        self.temperature, self.k, self.dtype = temperature, k, dtype
         rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]
         if vocab_size is not None and not 1 <= vocab_size <= rows:
             raise ValueError(f"vocab_size: expected 1 to the model's {rows} tokens, got {vocab_size}")
@@ -168,6 +174,9 @@ class CausalLMPolicy(nn.Module):
         if logits_chunk_size is None:
             logits_chunk_size = CHUNK if rows >= CHUNK_FROM and _is_projection(model) else 0
         self.logits_chunk_size = logits_chunk_size
+        self.gradient_checkpointing = gradient_checkpointing
+        if gradient_checkpointing:
+            checkpoint_layers(model)
 
     def train(self, mode: bool = True) -> CausalLMPolicy:
         """Stays in evaluation mode: dropout would make the score disagree with the sample."""
@@ -188,14 +197,19 @@ class CausalLMPolicy(nn.Module):
 
     def _evaluate(self, batch: Data, want: frozenset[str], temperature: float) -> Outputs:
         tokens = batch["action"].t()
-        if not self.logits_chunk_size and "hidden" not in want:
-            out = token_outputs(self._before(batch, self._logits), tokens, want, temperature, self.k)
-        else:
-            hidden = self._before(batch, self._hidden)
-            out = self._pieces(hidden, tokens, want - {"hidden"}, temperature)
-            if "hidden" in want:
-                out["hidden"] = hidden
+        with self._precision(tokens.device):
+            out = self._outputs(batch, tokens, want, temperature)
         return {k: v.transpose(0, 1) for k, v in out.items()}
+
+    def _precision(self, device: torch.device) -> torch.autocast:
+        return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def _outputs(self, batch: Data, tokens: Tensor, want: frozenset[str], temperature: float) -> dict[str, Tensor]:
+        if not self.logits_chunk_size and "hidden" not in want:
+            return token_outputs(self._before(batch, self._logits), tokens, want, temperature, self.k)
+        hidden = self._before(batch, self._hidden)
+        out = self._pieces(hidden, tokens, want - {"hidden"}, temperature)
+        return out | {"hidden": hidden} if "hidden" in want else out
 
     def _before(self, batch: Data, run: Run) -> Tensor:
         """What ``run`` gives ``[B, T, X]`` at the token before each token of a completion.
@@ -210,7 +224,9 @@ class CausalLMPolicy(nn.Module):
         rows, width = prompt.shape
         attention = torch.cat([mask, present], 1)
         position = positions_of(attention)
-        if self._shares and tokens.shape[1] and (rows - 1) * width >= SHARE:
+        # a layer that is computed again would write its keys into the cache again
+        shares = self._shares and not (self.gradient_checkpointing and torch.is_grad_enabled())
+        if shares and tokens.shape[1] and (rows - 1) * width >= SHARE:
             distinct, row = torch.unique(torch.cat([prompt, mask], 1), dim=0, return_inverse=True)
             if (rows - distinct.shape[0]) * width >= SHARE:
                 ids, mask = distinct.split(width, 1)
@@ -273,9 +289,10 @@ class CausalLMPolicy(nn.Module):
         check_positions(self.positions, prompts.tokens.shape[1], steps, "the longest of the prompts")
         mask = prompts.valid.long()
         position = positions_of(mask)
-        out = self.model(
-            input_ids=prompts.tokens, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1
-        )
+        with self._precision(mask.device):
+            out = self.model(
+                input_ids=prompts.tokens, attention_mask=mask, position_ids=position, use_cache=True, logits_to_keep=1
+            )
         cache = getattr(out, self._cache)
         cache.reorder_cache(question)
         block = _caches().make_blocks(cache) if self._blocks and mask.device.type == "cpu" else 1
@@ -289,10 +306,11 @@ class CausalLMPolicy(nn.Module):
         seen = cache.get_seq_length()
         attention[:, seen] = present.long()
         length = (seen // block + 1) * block  # of the cache with this token in it
-        out = self.model(
-            input_ids=token.unsqueeze(1), attention_mask=attention[:, :length], position_ids=position.unsqueeze(1),
-            use_cache=True, **{self._cache: cache},
-        )  # fmt: skip
+        with self._precision(token.device):
+            out = self.model(
+                input_ids=token.unsqueeze(1), attention_mask=attention[:, :length],
+                position_ids=position.unsqueeze(1), use_cache=True, **{self._cache: cache},
+            )  # fmt: skip
         return (cache, attention, position, block), self._real(out.logits[:, -1])
 
     @torch.inference_mode()

@@ -58,13 +58,14 @@ class TokenCollector:
     :param fields: more raw columns that an estimator declares; ``entropy`` (nats, of the sampling distribution) is the
         one there is.
     :param pad_to_multiple_of: completions are padded to a multiple of it, so that compiled and cached shapes are few.
+    :param top_p, top_k: what tokens are sampled from, see ``ccrl.llm.decoding.truncate``; scores are not truncated.
     :param max_new_tokens: a shorter cap of completions than the task's; None: the task's.
     :raises ValueError: a cap that would do nothing, above the task's or of completions of a fixed length.
     """
 
     def __init__(
         self, task: TextTask, *, seed: int = 0, device: torch.device | str = "cpu", fields: tuple[Field, ...] = (),
-        pad_to_multiple_of: int = 1, max_new_tokens: int | None = None,
+        pad_to_multiple_of: int = 1, max_new_tokens: int | None = None, top_p: float = 1.0, top_k: int = 0,
     ) -> None:  # fmt: skip
         unknown = {f.name for f in fields} - {"entropy"}
         if unknown:
@@ -72,6 +73,9 @@ class TokenCollector:
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of: expected >= 1, got {pad_to_multiple_of}")
         self.task, self.device, self.pad_to_multiple_of = task, torch.device(device), pad_to_multiple_of
+        if not 0.0 < top_p <= 1.0 or top_k < 0:
+            raise ValueError(f"top_p, top_k: expected a number in (0, 1] and one >= 0, got {top_p} and {top_k}")
+        self.top_p, self.top_k = top_p, top_k
         fixed = getattr(task, "fixed_length", None)
         if max_new_tokens is not None:
             _check_cap(task, max_new_tokens, fixed)
@@ -161,8 +165,9 @@ class TokenCollector:
         source = self.generator if generator is None else generator
         noise = torch.rand(self.steps, n, generator=source, device=self.device)
         valid, present = decode(
-            policy, self.task, prompts, question, buffer, noise, fixed=self._fixed, deterministic=deterministic
-        )
+            policy, self.task, prompts, question, buffer, noise, fixed=self._fixed, deterministic=deterministic,
+            top_p=self.top_p, top_k=self.top_k,
+        )  # fmt: skip
         return Completions(buffer, prompts, question, valid, present)
 
     def score(self, written: Completions) -> Data:

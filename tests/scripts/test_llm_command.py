@@ -74,6 +74,8 @@ def command(script: str, *argv: str, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
+MEMORY = ("--dtype", "bfloat16", "--gradient-checkpointing", "--logits-chunk-size", "8", "--microbatch", "8")
+SAMPLING = ("--top-p", "0.9", "--top-k", "20", "--lr-schedule", "cosine", "--lr-warmup", "0.5")
 SIZES = ("--n-prompts", "4", "--group-size", "4", "--max-new-tokens", "4", "--checkpoint-every", "32")
 
 
@@ -84,7 +86,7 @@ def run(work: Path) -> Path:
     command(
         "train", "llm", "--model", "base", "--prompts", "data.jsonl", "--reward", "my_rewards:digits",
         "my_rewards:short", "--method", "bnpo", "--lora-rank", "2", "--total-timesteps", "64", "--eval-every", "32",
-        "--eval-episodes", "4", "--run-root", "runs", *SIZES, cwd=work,
+        "--eval-episodes", "4", "--run-root", "runs", *SIZES, *MEMORY, *SAMPLING, cwd=work,
     )  # fmt: skip
     (found,) = (work / "runs").iterdir()
     return found
@@ -100,7 +102,50 @@ def test_the_run_holds_out_questions_and_two_rewards(run: Path) -> None:
     assert config["env_kwargs"]["max_new_tokens"] == 4
     head = (run / "progress.csv").read_text().splitlines()[0].split(",")
     assert {"rollout/digits", "rollout/short", "rollout/success"} <= set(head)
-    assert (run / "evaluations.npz").is_file() or list(run.glob("eval*"))
+    assert (run / "eval.csv").is_file()
+
+
+def test_tensorboard_shows_completions_and_groups_without_spread(run: Path) -> None:
+    accumulators = require("tensorboard.backend.event_processing.event_accumulator", "tensorboard")
+    found = accumulators.EventAccumulator(str(run), size_guidance={"tensors": 0})
+    found.Reload()
+    scalars = {e.value for e in found.Scalars("rollout/zero_spread")}
+    assert scalars
+    assert all(0.0 <= value <= 1.0 for value in scalars)
+    # 64 completions in 4 iterations, warm-up over the first half: 1/2 and 1 of the step size, then half a cosine from
+    # 1/2 of the run on: 1 and (1 + cos(pi / 2)) / 2 = 1/2
+    rates = [e.value for e in found.Scalars("train/learning_rate")][:4]
+    assert rates == pytest.approx([1.5e-4, 3e-4, 3e-4, 1.5e-4])
+    (first, *_) = found.Tensors("rollout/samples/text_summary")
+    text = first.tensor_proto.string_val[0].decode()
+    assert "reward " in text
+    assert "+1" in text
+
+
+def test_export_is_opened_by_transformers(
+    work: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Merged: no adapter is left; the tokenizer has its chat template; a second export into the folder is refused."""
+    transformers = require("transformers", "llm")
+    trust = ("--trust", "my_rewards:digits", "my_rewards:short")
+    out = command("export", str(run), "--out", str(tmp_path / "merged"), *trust, cwd=work)
+    assert "with its tokenizer" in out
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert not [name for name in model.state_dict() if "lora" in name]
+    asked = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "3+1"}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    written = model.generate(**asked, max_new_tokens=3, do_sample=False)
+    assert written.shape[1] > asked["input_ids"].shape[1]
+    from scripts import export
+
+    monkeypatch.syspath_prepend(work)
+
+    with pytest.raises(ValueError, match="out: expected a new or an empty folder"):
+        export.main(export.ExportConfig(run, out=tmp_path / "merged", trust=trust[1:]))
+    with pytest.raises(ValueError, match="format: expected auto or huggingface for bnpo, got onnx"):
+        export.main(export.ExportConfig(run, "onnx", trust=trust[1:]))
 
 
 def test_it_goes_on_from_another_folder(work: Path, run: Path, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_lengths() -> None:
 
 
 def test_the_step_size_falls_to_zero() -> None:
-    agent, rates = made(anneal_lr=True, learning_rate=0.4), list[float]()
+    agent, rates = made(lr_schedule="linear", learning_rate=0.4), list[float]()
 
     def look(agent: Any) -> bool:
         rates.append(float(agent.updaters["policy"].lr))

@@ -138,7 +138,13 @@ def test_learns(agent: LLMMethod) -> None:
 
 @agents
 def test_resumes_exactly(agent: LLMMethod, tmp_path: Path) -> None:
-    options = {"optimiser": "adamw", "batch_size": 16, "n_epochs": 2, "anneal_lr": True, **SHAPED.get(agent.name, {})}
+    options = {
+        "optimiser": "adamw",
+        "batch_size": 16,
+        "n_epochs": 2,
+        "lr_schedule": "linear",
+        **SHAPED.get(agent.name, {}),
+    }
     whole = make(agent, **options)
     whole.learn(until=48 * 4)
     half = make(agent, **options)
