@@ -34,12 +34,18 @@ def make_task(name: str, **options: Any) -> TextTask:
     """The text task ``name``.
 
     Args:
-        name: one of :data:`TASKS`.
+        name: one of :data:`TASKS`, or ``reasoning_gym:NAME`` for a data set of reasoning-gym.
         options: of the task, the arguments of its class.
 
     Raises:
         ValueError: there is no such task, or an option has a value the task cannot have.
         TypeError: the task has no such option.
     """
+    family, colon, data_set = name.partition(":")
+    if colon and family == "reasoning_gym":
+        from envs.text.reasoning import ReasoningGym
+
+        found: TextTask = ReasoningGym(data_set, **options)
+        return found
     made: TextTask = make_from(TASKS, "text task", name, options)
     return made

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -74,8 +76,15 @@ def command(script: str, *argv: str, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
+def page(script: str) -> list[str]:
+    """The arguments of the page's command of a script."""
+    text = (ROOT / "docs/own_language_model.md").read_text(encoding="utf-8")
+    (line,) = re.findall(rf"^python scripts/{script}\.py (?!--resume)(.*)$", text, flags=re.MULTILINE)
+    return shlex.split(line)
+
+
 MEMORY = ("--dtype", "bfloat16", "--gradient-checkpointing", "--logits-chunk-size", "8", "--microbatch", "8")
-SAMPLING = ("--top-p", "0.9", "--top-k", "20", "--lr-schedule", "cosine", "--lr-warmup", "0.5")
+SAMPLING = ("--top-p", "0.9", "--top-k", "20", "--learning-rate", "3e-4", "--lr-warmup", "0.5")
 SIZES = ("--n-prompts", "4", "--group-size", "4", "--max-new-tokens", "4", "--checkpoint-every", "32")
 
 
@@ -84,9 +93,8 @@ def run(work: Path) -> Path:
     """Trained by command, with paths relative to the folder one works in."""
     pytest.importorskip("peft")
     command(
-        "train", "llm", "--model", "base", "--prompts", "data.jsonl", "--reward", "my_rewards:digits",
-        "my_rewards:short", "--method", "bnpo", "--lora-rank", "2", "--total-timesteps", "64", "--eval-every", "32",
-        "--eval-episodes", "4", "--run-root", "runs", *SIZES, *MEMORY, *SAMPLING, cwd=work,
+        "train", *page("train"), "--lora-rank", "2", "--total-timesteps", "64", "--eval-every", "32", "--eval-episodes",
+        "4", "--run-root", "runs", *SIZES, *MEMORY, *SAMPLING, cwd=work,
     )  # fmt: skip
     (found,) = (work / "runs").iterdir()
     return found
@@ -128,7 +136,8 @@ def test_export_is_opened_by_transformers(
     """Merged: no adapter is left; the tokenizer has its chat template; a second export into the folder is refused."""
     transformers = require("transformers", "llm")
     trust = ("--trust", "my_rewards:digits", "my_rewards:short")
-    out = command("export", str(run), "--out", str(tmp_path / "merged"), *trust, cwd=work)
+    named = {"RUN": str(run), "merged": str(tmp_path / "merged")}
+    out = command("export", *(named.get(word, word) for word in page("export")), cwd=work)
     assert "with its tokenizer" in out
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
@@ -154,8 +163,6 @@ def test_it_goes_on_from_another_folder(work: Path, run: Path, tmp_path: Path) -
     trust = ("--trust", "my_rewards:digits", "my_rewards:short")
     out = command("train", "--resume", str(run), *trust, cwd=tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{work}")
     assert "96 steps" in out
-    said = command(
-        "evaluate", str(run), "--episodes", "4", "--samples", "2", *trust, cwd=tmp_path,
-        PYTHONPATH=f"{ROOT}{os.pathsep}{work}",
-    )  # fmt: skip
+    asked = [str(run) if word == "RUN" else word for word in page("evaluate")]
+    said = command("evaluate", *asked, cwd=tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{work}")
     assert "pass@1" in said
