@@ -38,16 +38,9 @@ import agents
 import envs  # noqa: F401  (registers its ids)
 from ccrl import registry
 from ccrl.batched_env import evaluation_env
+from ccrl.experiment import callbacks as hooks
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
-from ccrl.experiment.callbacks import (
-    Callback,
-    CheckpointCallback,
-    EvalCallback,
-    LogCallback,
-    SamplesCallback,
-    StopOnSignal,
-)
 from ccrl.experiment.files import FolderInUseError, WriteError
 from ccrl.experiment.logger import Logger, digits
 from ccrl.experiment.run import RunFolder
@@ -162,7 +155,7 @@ def is_text(cls: type[Any]) -> bool:
 
 
 @contextmanager
-def timed(run: RunFolder, learner: Any, evaluation: EvalCallback | None) -> Iterator[None]:
+def timed(run: RunFolder, learner: Any, evaluation: hooks.EvalCallback | None) -> Iterator[None]:
     """Writes ``finished`` into ``run.json`` after training that was not broken off: ``step``, the training return of
     the last 100 episodes, and wall and CPU seconds and steps per second, all without evaluation and since ``since``
     (a resumed run starts its clocks anew)."""
@@ -215,18 +208,18 @@ class Training:
             tracker = Tracker(config.track, config.track_project, run, configs.to_dict(config))
         also = None if tracker is None else tracker.log
         logger = Logger(run.path, tensorboard=config.tensorboard, resume_step=step, also=also)
-        stop = StopOnSignal()
+        stop = hooks.StopOnSignal()
         if step is None:
             logger.log_hparams(configs.flatten(configs.to_dict(config)))
-        callbacks: list[Callback] = [LogCallback(logger, config.log_interval)]
-        if is_text(type(agent)):
-            callbacks.append(SamplesCallback(logger))
+        callbacks: list[hooks.Callback] = [hooks.LogCallback(logger, config.log_interval)]
+        if hasattr(agent, "samples"):
+            callbacks.append(hooks.SamplesCallback(logger))
         evaluation = None
         if config.eval_every:
-            evaluation = EvalCallback(self.eval_env, run.path, config.eval_every, config.eval_episodes, logger=logger,
-                                      resume_step=step)  # fmt: skip
+            evaluation = hooks.EvalCallback(self.eval_env, run.path, config.eval_every, config.eval_episodes,
+                                            logger=logger, resume_step=step)  # fmt: skip
             callbacks.append(evaluation)
-        callbacks += [CheckpointCallback(run.checkpoints, config.checkpoint_every, config.keep_checkpoints), stop]
+        callbacks += [hooks.CheckpointCallback(run.checkpoints, config.checkpoint_every, config.keep_checkpoints), stop]
         try:
             with timed(run, agent, evaluation):
                 agent.learn(callback=callbacks, progress_bar=config.progress, until=config.total_timesteps)
