@@ -212,7 +212,7 @@ class Training:
         if step is None:
             logger.log_hparams(configs.flatten(configs.to_dict(config)))
         callbacks: list[hooks.Callback] = [hooks.LogCallback(logger, config.log_interval)]
-        if hasattr(agent, "samples"):
+        if hasattr(agent, "last_completions"):
             callbacks.append(hooks.SamplesCallback(logger))
         evaluation = None
         if config.eval_every:

@@ -187,7 +187,7 @@ class LLM(MethodAgent):
             loss = updater.step(terms, batch)["sft_loss"]
         return float(loss)
 
-    def samples(self, most: int = 8) -> list[tuple[str, str, float]]:
+    def last_completions(self, most: int = 8) -> list[tuple[str, str, float]]:
         """Prompt, completion and reward of some completions of the last rollout, of different prompts first."""
         on = self.learner.last
         if on is None:

@@ -92,8 +92,8 @@ class LogCallback(Callback):
 
 
 class SamplesCallback(Callback):
-    """Writes ``agent.samples()`` (prompt, completion, reward) to TensorBoard as ``rollout/samples``, every ``every``
-    iterations and after the first."""
+    """Writes ``agent.last_completions()`` (prompt, completion, reward) to TensorBoard as ``rollout/samples``, every
+    ``every`` iterations and after the first."""
 
     @checked
     def __init__(self, logger: Logger, every: Count = 10, most: Count = 8) -> None:
@@ -106,7 +106,7 @@ class SamplesCallback(Callback):
         if agent.iteration == 1 or agent.iteration % self.every == 0:
             # indented by four: Markdown leaves such a block as it is written
             rows = [f"reward {reward:g}\n\n{_block(prompt)}\n\n{_block(text)}" for prompt, text, reward in
-                    agent.samples(self.most)]  # fmt: skip
+                    agent.last_completions(self.most)]  # fmt: skip
             if rows:
                 self.logger.log_text(agent.num_timesteps, "rollout/samples", "\n\n---\n\n".join(rows))
         return None
