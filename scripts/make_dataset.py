@@ -14,7 +14,7 @@ Files are ``.npz`` (``ccrl.offline.load_npz``) or, with ``minari:ID``, data sets
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ check_siblings("agents", "envs")
 
 import agents
 import envs
+from ccrl import registry
 from ccrl.batched_env import AutoresetMode, BatchedEnv
 from ccrl.experiment import checkpoint
 from ccrl.experiment.logger import digits
@@ -57,6 +58,8 @@ class Common(Settings):
     """The data set is written to this .npz file, or as minari:ID under Minari's root."""
     seed: Natural = 0
     """Environments and noise have this seed; evaluation uses others."""
+    trust: tuple[str, ...] = ()
+    """The checkpoint may import these names, module:name; all others that are not registered are refused."""
 
 
 @dataclass(frozen=True)
@@ -173,8 +176,9 @@ class Agent(Common):
                 raise ValueError("expected env or checkpoint, got neither")
             env = envs.make(self.env, self.num_envs)
             return collect(env, uniform(env, self.seed), self.steps, self.seed, self.out)
-        agent = _load(self.checkpoint)
-        env = envs.make(self.env or agent.env_id, self.num_envs, **agent.env_kwargs)
+        agent = _load(self.checkpoint, self.trust)
+        with registry.stored(str(self.checkpoint), [*self.trust, *([self.env] if self.env else [])]):
+            env = envs.make(self.env or agent.env_id, self.num_envs, **agent.env_kwargs)
         torch.manual_seed(self.seed)
         return collect(env, lambda o: agent.act(o, self.deterministic), self.steps, self.seed, self.out)
 
@@ -187,7 +191,7 @@ class Replay(Common):
     """The memory is in this checkpoint."""
 
     def make(self) -> Dataset:
-        agent = _load(self.checkpoint)
+        agent = _load(self.checkpoint, self.trust)
         ring = getattr(agent.learner, "ring", None)
         if ring is None:
             raise ValueError(f"{self.checkpoint}: expected an agent with a replay memory, got {agent.name}")
@@ -317,8 +321,9 @@ def _joined(rows: list[tuple[Tensor, ...]], name: str, scores: tuple[float, floa
     return from_arrays(columns | {"episode": np.cumsum(np.r_[False, ended.reshape(-1)[:-1]])}, name, scores)
 
 
-def _load(path: Path) -> Any:
-    return agents.get_agent(checkpoint.load(path)["agent"]).load(path)
+def _load(path: Path, trust: Sequence[str]) -> Any:
+    with registry.stored(str(path), trust):
+        return agents.get_agent(checkpoint.load(path)["agent"]).load(path, trust=trust)
 
 
 def _environment(config: Command) -> str | None:

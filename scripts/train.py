@@ -19,7 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
@@ -383,7 +383,10 @@ def prepare(argv: list[str]) -> Callable[[], RunFolder]:
     settings = (configs.load_yaml(overlay) if overlay else {}).get("agent") or {}
     if "--method" in rest[:-1]:
         settings = settings | {"method": rest[rest.index("--method") + 1]}
-    return build(name, configs.parse(run_config(name, settings), rest, overlay, prog=f"train.py {name}"))
+    # the file may be somebody else's: of its names only those that the command line repeats may import
+    words = [name, *(part for word in rest for part in word.split("=", 1))]
+    with nullcontext() if overlay is None else registry.stored(overlay, words):
+        return build(name, configs.parse(run_config(name, settings), rest, overlay, prog=f"train.py {name}"))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ REASONS: tuple[tuple[str, str, str], ...] = (
      "the newest checkpoint is damaged: the one before it goes on, and a warning says so"),
     ("checkpoints", r"\['ccrl'\]", "the version that wrote it is for messages; the format's number decides"),
     ("checkpoints", r"\['rng'\]|\['seed'\]", "another number of the same kind"),
+    ("checkpoints", r"\['callbacks'\]", "the state of a callback that is not in use here"),
     ("checkpoints", "a bit of byte", "a bit in the padding of the archive, in none of its files"),
     ("checkpoints", "segment", "a segment that the command does not read"),
     ("checkpoints", "(resume|evaluate), .*(removed|renamed|is )",

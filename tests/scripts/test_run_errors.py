@@ -104,3 +104,23 @@ def test_a_folders_yaml_does_not_import(tmp_path: Path) -> None:
         assert "was imported" not in said
         assert "evilmod:X" in said
         (run / file).write_text(text)
+
+
+def test_files_from_elsewhere_do_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint whose header names a module, and a YAML file that does: neither runs it."""
+    (tmp_path / "evilmod.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    from agents import PPO
+    from ccrl.experiment import checkpoint
+    from ccrl.registry import UntrustedError
+    from scripts import make_dataset, train
+
+    PPO("CartPole-v1", num_envs=2, n_steps=8, hidden=(4,), compile="off").save(tmp_path / "a.pt")
+    for part in ("agent", "env"):
+        checkpoint.save(tmp_path / "b.pt", checkpoint.load(tmp_path / "a.pt") | {part: "evilmod:X"})
+        with pytest.raises(UntrustedError, match="names 'evilmod:X'"):
+            make_dataset.Agent(checkpoint=tmp_path / "b.pt", steps=10).make()
+    (tmp_path / "c.yaml").write_text("env: evilmod:X\n")
+    with pytest.raises(UntrustedError, match=r"c\.yaml names 'evilmod:X'"):
+        train.prepare(["ppo", "--config", str(tmp_path / "c.yaml"), "--run-root", str(tmp_path)])
+    assert not (tmp_path / "ran").exists()
