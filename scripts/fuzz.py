@@ -46,7 +46,7 @@ __all__ = ["Kind", "Options", "Verdict", "main", "play"]
 Kind = Literal["settings", "options", "checkpoints", "jsonl", "csv", "gymnasium", "commands", "scripts", "uses"]
 WORDS = re.compile(
     "expect|did you mean|refused|must|need|no such|has no|is not finite|cannot be written|make them|ask for|pass |"
-    "take a ",
+    "take a |leave |enlarge",
     re.IGNORECASE,
 )
 VERDICTS = ("clear", "late", "raw", "accepted", "hung")

@@ -82,6 +82,9 @@ class ReplayLearner(_CycleLearner):
                 raise ValueError(f"{name}: expected >= 1, got {value}")
         self.source, self.ring, self.n_steps, self.updates = source, ring, n_steps, updates
         self.learning_starts, self.rounds = learning_starts, rounds
+        rows = n_steps * source.env.num_envs
+        if ring.capacity < rows:
+            raise ValueError(f"buffer_size: expected at least the {rows} rows of one collection, got {ring.capacity}")
         ring.refills = True
         self._explorer = Explorer(policy)
         self._refilled = torch.zeros((), dtype=torch.int64)

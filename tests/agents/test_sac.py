@@ -172,3 +172,8 @@ def test_wrong_action_spaces_are_refused() -> None:
         SAC(SpacesEnv(BOX, BOX), num_envs=2, alpha_learning_rate=None, target_entropy=-3.0)
     with pytest.raises(ValueError, match="tau"):
         SAC(SpacesEnv(BOX, BOX), num_envs=2, tau=0.0)
+
+
+def test_a_memory_smaller_than_one_collection_is_refused() -> None:
+    with pytest.raises(ValueError, match="buffer_size: expected at least the 16 rows of one collection, got 8"):
+        SAC("Pendulum-v1", num_envs=2, n_steps=8, buffer_size=8, hidden=(4,), compile="off")
