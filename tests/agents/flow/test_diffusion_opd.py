@@ -137,6 +137,31 @@ class TestTraining:
             alone = agent.ctx.bank.policy(f"teacher/{label}")(data.take(columns), frozenset({"mean"}))["mean"]
             torch.testing.assert_close(on["teacher_mean"][:, columns], alone)
 
+    def test_other_next_states_change_the_policy_gradient_form_alone(self):
+        """At fixed states, next states drawn again: the closed form has one gradient, the other one varies around
+        it."""
+        agent, wide = self.trained(), {"clip_low": 1.0, "clip_high": math.inf}
+        detour = DiffusionOPD("ring2d", **(SMALL | TASK), form="policy_gradient", **wide).estimator.phases()[0].terms
+        data = agent.collector.collect(Request(counts=torch.tensor([40, 40])), agent.policy)
+        on = agent.estimator.prepare({"on": data}, agent.ctx)["on"]
+        phase = agent.estimator.phases()[0]
+        found = {"closed": [], "policy_gradient": []}
+        for seed in range(40):
+            noise = torch.randn(on["action"].shape, generator=torch.Generator().manual_seed(seed))
+            action = on["old_mean"] + on["std"].unsqueeze(-1) * noise
+            log_prob = gaussian_log_prob(action, on["old_mean"], on["std"], "sum")
+            drawn = Data({**on, "action": action, "log_prob": log_prob}, sequence=on.sequence)
+            batch = drawn.epoch(phase.batching, None)[0]
+            agent.policy.reduce = "sum"
+            for form, terms in (("closed", phase.terms), ("policy_gradient", detour)):
+                found[form].append(phase.updater.gradient(terms, batch).mean.clone())
+        found = {form: torch.stack(rows) for form, rows in found.items()}
+        assert torch.equal(found["closed"].var(0), torch.zeros_like(found["closed"][0]))
+        mean, spread = found["policy_gradient"].mean(0), found["policy_gradient"].var(0).sum()
+        assert float(spread) > 0.0
+        off = (mean - found["closed"][0]).square().sum()
+        assert float(off) < 3.0 * float(spread) / 40.0
+
     def test_without_noise_a_rollout_repeats(self):
         agent = DiffusionOPD("ring2d", seed=1, sampler="ode", noise_level=0.0, **SMALL, **TASK)
         labels = torch.tensor([0, 1, 0])
