@@ -34,8 +34,8 @@ class ModelConfig(Settings):
     """Matrices are multiplied in this type; trained weights and log-probabilities stay float32, and weights that
     adapters leave alone are stored in it."""
     gradient_checkpointing: bool = False
-    """Layers are computed again in the backward pass instead of kept, which trades a third of the update's speed for
-    most of its memory; prompts are then not shared between the completions of a group."""
+    """Layers are computed again in the backward pass instead of kept, which trades speed of the update for memory;
+    prompts are then not shared between the completions of a group."""
     logits_chunk_size: Natural | None = None
     """Tokens per piece of the vocabulary projection, which is most of the memory of a large vocabulary; 0 projects all
     tokens in one piece, none takes 256 per piece from a vocabulary of 16,384 tokens up and else one piece."""
