@@ -144,7 +144,11 @@ def checked(function: F) -> F:
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        try:
+            bound = signature.bind(*args, **kwargs)
+        except TypeError as error:
+            known = ", ".join(name for name in signature.parameters if name != "self")
+            raise TypeError(f"{function.__qualname__}: expected arguments among {known}: {error}") from None
         for name, value in bound.arguments.items():
             if name in hints() and signature.parameters[name].kind not in (
                 inspect.Parameter.VAR_POSITIONAL,

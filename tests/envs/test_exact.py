@@ -99,7 +99,9 @@ class TestShipSteering(EnvContract):
 
 
 def test_ids():
-    for name in envs.OWN:
+    with pytest.raises(TypeError, match=r"own_demand: expected arguments among .*: missing a required argument"):
+        envs.make("ccrl/InventoryOwn-v0")  # it is whose sales it is told
+    for name in envs.OWN.keys() - {"InventoryOwn-v0"}:
         env = envs.make(f"ccrl/{name}", 2, seed=0)
         vector_env = gymnasium.make_vec(f"ccrl/{name}", num_envs=2)
         assert vector_env.single_action_space == env.single_action_space
