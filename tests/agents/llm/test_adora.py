@@ -214,7 +214,7 @@ class TestADORAContract(RecipeContract):
     matters = (
         ({"criterion": "difficulty"}, {"criterion": "difficulty", "advantaged_weight": 3.0}),
         ({"criterion": "difficulty"}, {"criterion": "difficulty", "tau": 0.0}),
-        ({"n_prompts": 12}, {"n_prompts": 12, "criterion": "difficulty"}),
+        ({"n_prompts": 30}, {"n_prompts": 30, "criterion": "difficulty"}),
         ({}, {"criterion": "either"}),
         ({"criterion": "difficulty"}, {"criterion": "difficulty", "correct_above": 1.2}),
         ({"criterion": "length"}, {"criterion": "length", "failure_cap": 3}),
