@@ -5,6 +5,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from sphinx import addnodes
+
 import ccrl
 
 project = "ccrl"
@@ -53,5 +55,15 @@ def literal_blocks(app, what, name, obj, options, lines):
     lines[:] = found
 
 
+def short_sidebar(app, env):
+    """The reference is one entry of the sidebar, not one for every module on every page: pages times entries is most
+    of the time of a build."""
+    for name, toc in env.tocs.items():
+        if name == "api" or name.startswith("api/"):
+            for node in list(toc.findall(addnodes.toctree)):
+                node.parent.remove(node)
+
+
 def setup(app):
+    app.connect("env-check-consistency", short_sidebar)
     app.connect("autodoc-process-docstring", literal_blocks, priority=400)  # before napoleon reads sections

@@ -9,7 +9,7 @@
     v_ema <- d v_ema + (1 - d) v after every iteration,  d = min(0.3, 0.001 iterations)
 
 A policy gradient whose denoising target is the clean sample, not the next noisy state: the same expectation, less
-variance (theorem 1 of the paper; docs/awm.md). |A| <= 1 and beta_ema = 1 keep the squared velocity's coefficient
+variance (theorem 1 of the paper; docs/awm.md). ``|A| <= 1`` and beta_ema = 1 keep the squared velocity's coefficient
 A + beta + beta_ema from turning negative, where a bad sample would pay without bound.
 
 Slots: source = clean samples of any sampler; likelihood = matching error; advantage = group mean, batch deviation; loss

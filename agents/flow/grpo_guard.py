@@ -7,10 +7,10 @@ With x' = mu_old + s z and dmu = mu - mu_old the log-ratio of a step is (means o
 RatioNorm:   lhat = (l + mean(dmu^2) / (2 s^2)) s = mean(z dmu):   mean 0, deviation ||dmu|| / D at every step
 Loss:        1 / (-dt) max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),   rho = exp(lhat)
 
-d mu / d v = k dt with k nearly constant, so the gradient's size by step is |dt| k / s (raw), |dt| k (RatioNorm), k
-(with 1 / |dt|). The gradient flows through both summands of lhat: d lhat / d mu = z / D.
+d mu / d v = k dt with k nearly constant, so the gradient's size by step is ``|dt| k / s`` (raw), ``|dt| k`` (with
+RatioNorm), k (with ``1 / |dt|``). The gradient flows through both summands of lhat: d lhat / d mu = z / D.
 
-Slots: ratio = normalised transition; weight = 1 / |dt|; the rest is flow_grpo's. Coupled: it needs a log-probability
+Slots: ratio = normalised transition; weight = ``1 / |dt|``; the rest is flow_grpo's. Coupled: it needs the log-prob
 and the mean of the policy that sampled. For Gaussian policies of any kind; tokens have no mean.
 """
 
@@ -44,9 +44,9 @@ class GRPOGuardConfig(FlowGRPOConfig):
     normalise: bool = True
     """Ratios are normalised; if false they are those of the transitions, as Flow-GRPO's."""
     step_weight: Literal["none", "dt", "beta_dt", "dt_over_beta"] = "dt"
-    """A step's loss is multiplied by 1 / |dt| (dt), by the paper's beta_t / |dt| for dance_sde (beta_dt), which leaves
-    gradients proportional to beta_t squared, by 1 / (beta_t |dt|), which makes them equal (dt_over_beta), or by 1 as in
-    some trainers (none)."""
+    """A step's loss is multiplied by ``1 / |dt|`` (dt), by the paper's ``beta_t / |dt|`` for dance_sde (beta_dt), which
+    leaves gradients proportional to beta_t squared, by ``1 / (beta_t |dt|)``, which makes them equal (dt_over_beta), or
+    by 1 as in some trainers (none)."""
 
 
 def ratio_norm(outputs: Outputs, batch: Data) -> LogRatio:

@@ -13,7 +13,7 @@ and a batch of ``B`` prompts has ``floor(lambda B)`` drawn with replacement in p
 random order of all. The loss is GRPO's. Slot: data = which prompts.
 
 Why variance: a step of size eta <= c / (4 L Gamma) raises J by at least (eta c / 4) Var_y[R(x, y)] in expectation
-(theorem 1, with c a bound of the squared gradient by the variance and Gamma = E |grad log pi|^2).
+(theorem 1, with c a bound of the squared gradient by the variance and ``Gamma = E |grad log pi|^2``).
 """
 
 from __future__ import annotations
