@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -72,6 +72,8 @@ class Agent:
         policy: PolicyLike | None = None,
         **settings: Any,
     ) -> None:
+        if env_kwargs is not None and not isinstance(env_kwargs, Mapping):
+            raise TypeError(f"env_kwargs: expected options by name, as {{'option': 1}}, got {env_kwargs!r}")
         self.config, self.seed, self.env_kwargs = self.configure(config, settings), seed, dict(env_kwargs or {})
         self.env_id = env if isinstance(env, str) else None
         self.own_policy = policy
@@ -260,7 +262,15 @@ class Agent:
         self.callbacks = as_callback(callback)
         for c in self.callbacks:
             if c.key in self._pending_callback_state:
-                c.load_state_dict(self._pending_callback_state.pop(c.key))
+                state = self._pending_callback_state.pop(c.key)
+                try:
+                    c.load_state_dict(state)
+                except (KeyError, TypeError) as error:
+                    raise checkpoint.CheckpointError(
+                        f"the checkpoint's state of the callback {c.key} is not one of {type(c).__name__}: expected what "
+                        f"its state_dict gives, got the keys {sorted(map(str, state))}; leave the callback out, or "
+                        "continue from another checkpoint"
+                    ) from error
         run(self, end, self.callbacks, progress_bar)
         return self
 

@@ -232,7 +232,15 @@ def from_gymnasium(
     # The adapter copies once into its own buffers; a second copy inside the vector environment would be waste.
     mode = as_autoreset_mode(autoreset_mode, where="from_gymnasium")
     with shielded():
-        env = vector(borders_of(single, num_envs), copy=False, autoreset_mode=mode)
+        try:
+            env = vector(borders_of(single, num_envs), copy=False, autoreset_mode=mode)
+        except TypeError as error:
+            if "dynamic shape" not in str(error):
+                raise
+            raise ValueError(
+                "expected an observation space of a fixed shape, got one that processes cannot share: "
+                f"{str(error).partition(' has a dynamic')[0].removeprefix('As ')}; make it a Box, or a Dict of boxes"
+            ) from error
     if not asynchronous and len({id(copy.unwrapped) for copy in env.envs}) < num_envs:
         raise ValueError(
             f"expected a function that makes a new environment at every call, got {num_envs} times the same "

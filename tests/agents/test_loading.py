@@ -10,6 +10,8 @@ import torch
 import envs
 from agents import BPO, MDPO, PPO
 from ccrl.adapters import from_gymnasium
+from ccrl.experiment import checkpoint
+from ccrl.experiment.callbacks import CheckpointCallback
 from ccrl.seeding import stream_seed
 
 CONFIG = PPO.Config(num_envs=4, n_steps=32, batch_size=32, n_epochs=4, hidden=(8,), compile="off")
@@ -117,3 +119,23 @@ def test_states_that_a_discrete_space_does_not_have():
     message = r"obs: expected one of Discrete\(3\), got 3 from environment 0 \(observation 1 of the rollout\)"
     with pytest.raises(ValueError, match=message):
         agent.learn(until=128)
+
+
+@pytest.mark.parametrize("options", [float("inf"), "no", ["gravity"]])
+def test_options_of_an_environment_that_are_none(options):
+    with pytest.raises(TypeError, match="env_kwargs: expected options by name"):
+        PPO("CartPole-v1", env_kwargs=options)
+
+
+def test_the_state_of_a_callback_with_other_names(tmp_path):
+    agent = PPO("CartPole-v1", CONFIG)
+    agent.learn(128, callback=CheckpointCallback(tmp_path / "a", 128))
+    state = agent.state_dict()
+    (key,) = state["callbacks"]
+    state["callbacks"] = {key: {"following": 64}}
+    other = PPO("CartPole-v1", CONFIG)
+    other.load_state_dict(state)
+    with pytest.raises(
+        checkpoint.CheckpointError, match=r"not one of CheckpointCallback.*got the keys \['following'\]"
+    ):
+        other.learn(128, callback=CheckpointCallback(tmp_path / "b", 128))

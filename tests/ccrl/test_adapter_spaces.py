@@ -64,6 +64,17 @@ def test_spaces_that_are_not_supported_fail_at_construction(observation, action,
         from_gymnasium(Odd, 2)
 
 
+def test_processes_cannot_share_what_has_no_fixed_shape():
+    class Odd(gymnasium.Env):
+        observation_space = spaces.Sequence(spaces.Box(-1, 1, (2,)))
+        action_space = spaces.Discrete(2)
+
+    with pytest.raises(
+        ValueError, match="expected an observation space of a fixed shape, got one that processes cannot"
+    ):
+        from_gymnasium(Odd, 2, asynchronous=True)
+
+
 ACTED = []
 
 
