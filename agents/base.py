@@ -267,9 +267,9 @@ class Agent:
                     c.load_state_dict(state)
                 except (KeyError, TypeError) as error:
                     raise checkpoint.CheckpointError(
-                        f"the checkpoint's state of the callback {c.key} is not one of {type(c).__name__}: expected what "
-                        f"its state_dict gives, got the keys {sorted(map(str, state))}; leave the callback out, or "
-                        "continue from another checkpoint"
+                        f"the checkpoint's state of the callback {c.key} is not one of {type(c).__name__}: expected "
+                        f"what its state_dict gives, got the keys {sorted(map(str, state))}; leave the callback out, "
+                        "or continue from another checkpoint"
                     ) from error
         run(self, end, self.callbacks, progress_bar)
         return self
