@@ -254,9 +254,16 @@ def from_gymnasium(
 def _made(id: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:
     try:
         return gymnasium.make(id, **options)
-    except (KeyError, IndexError, AttributeError, AssertionError) as error:  # said of options by environments
+    except (
+        KeyError,
+        IndexError,
+        AttributeError,
+        AssertionError,
+        TypeError,
+    ) as error:  # what environments say of options
         if not options:
             raise
-        raise ValueError(
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(
             f"{id}: expected options that the environment takes, got {options}: {type(error).__name__}: {error}"
         ) from error

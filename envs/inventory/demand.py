@@ -203,7 +203,7 @@ def load_series(path: str | Path) -> Recorded:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(
-            f"series: no file {str(path)!r}"
+            f"series: expected a file, got {str(path)!r}, which there is not"
             + ("" if path.is_absolute() else f" in {Path.cwd()}; a relative path counts from the working folder")
         )
     if path.suffix == ".npz":

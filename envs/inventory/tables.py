@@ -65,7 +65,7 @@ def read_table(path: str | Path, what: str) -> Table:
     path = Path(path)
     if not path.is_file():
         where = "" if path.is_absolute() else f" in {Path.cwd()}; a relative path counts from the working folder"
-        raise FileNotFoundError(f"{what}: no file {str(path)!r}{where}")
+        raise FileNotFoundError(f"{what}: expected a file, got {str(path)!r}, which there is not{where}")
     if path.suffix == ".parquet":
         parquet = require("pyarrow.parquet", "offline")
         try:

@@ -13,7 +13,7 @@ from gymnasium.wrappers.vector import RecordEpisodeStatistics
 
 import envs
 from ccrl.adapters import GymnasiumEnv, TorchVectorEnv, as_vector_env
-from ccrl.batched_env import AutoresetMode, BatchedEnv
+from ccrl.batched_env import AutoresetMode, BatchedEnv, resolve_env
 from envs.classic import CartPole
 
 
@@ -59,6 +59,10 @@ def test_options_reach_the_environment():
     assert envs.make("Pendulum-v1", 1, g=1.0, max_episode_steps=5, dtype=torch.float64).g == 1.0
     sync = envs.make("Pendulum-v1", 1, backend="sync", g=1.0)
     assert sync.env.envs[0].unwrapped.g == 1.0
+    with pytest.raises(
+        TypeError, match=r"FrozenLake-v1: expected options that the environment takes, got \{'map_name'"
+    ):
+        resolve_env("FrozenLake-v1", 1, map_name={"a": 1})
     with pytest.raises(TypeError, match="gravity"):
         envs.make("Pendulum-v1", 1, gravity=1.0)
 

@@ -116,7 +116,7 @@ def test_newer_sales_and_their_mistakes(tmp_path: Path, monkeypatch: pytest.Monk
     ):
         inventory_orders.main(config)
     short = inventory_orders.OrdersConfig(folder, tmp_path / "none.csv", tmp_path / "o.csv")
-    with pytest.raises(FileNotFoundError, match="stock: no file"):
+    with pytest.raises(FileNotFoundError, match="stock: expected a file"):
         inventory_orders.main(short)
     with pytest.raises(FileNotFoundError, match="expected a run folder of inventory_train"):
         inventory_orders.load_plan(tmp_path)

@@ -97,8 +97,8 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
         "the seeds 1000, 1001, ..., with as many tries on both sides, reported on 100, 101, ... with shared seeds "
         "([protocol](protocol.md)). Effects are mean paired differences with Student's 95 % interval; p is two-sided, "
         "with Holm's correction over the comparisons of a claim. **Supported**: p below .05 in the claimed direction. "
-        "**Contradicted**: p below .05 in the other. Nothing here speaks of the papers' own, larger settings. On tables "
-        "most methods prefer the largest step size tried, however wide the grid: their effects are those at that end.", "",
+        "**Contradicted**: p below .05 in the other. Nothing here speaks of the papers' own, larger settings. On "
+        "tables most methods prefer the largest step size tried, however wide the grid: effects are those at it.", "",
         "Made by `python scripts/studies/claims`; every run is a line of `docs/figures/claims/NAME.csv`.", "",
         "| paper | comparison | n | effect | p | verdict | minutes |", "|---|---|--:|---|--:|---|--:|",
     ]  # fmt: skip

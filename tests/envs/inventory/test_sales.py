@@ -115,7 +115,7 @@ def test_what_is_wrong_is_named(tmp_path: Path, text: str, options: dict[str, An
 
 
 def test_files_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="sales: no file"):
+    with pytest.raises(FileNotFoundError, match="sales: expected a file"):
         read_sales(tmp_path / "none.csv")
     with pytest.raises(ValueError, match=r"expected a .csv or .parquet file"):
         read_sales(write(tmp_path, "x", "sales.xls"))
