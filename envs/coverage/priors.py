@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ccrl.packages import require
 from envs.coverage.grid import coordinates
 
 __all__ = ["gp_covariance", "gp_density"]
@@ -15,11 +16,8 @@ _SCALE, _NOISE = 0.6931471805599453, 1e-3
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:
     """Matern-5/2 of length scale 1."""
-    try:
-        from gpytorch.kernels import MaternKernel, ScaleKernel
-    except ImportError as error:
-        raise ImportError("densities and designs from a GP need gpytorch: pip install 'ccrl[gp]'") from error
-    kernel = ScaleKernel(MaternKernel(nu=2.5)).double()
+    kernels = require("gpytorch.kernels", "gp")
+    kernel = kernels.ScaleKernel(kernels.MaternKernel(nu=2.5)).double()
     kernel.base_kernel.lengthscale, kernel.outputscale = 1.0, _SCALE
     with torch.no_grad():
         found: Tensor = kernel(a, b).to_dense()
