@@ -269,5 +269,8 @@ def test_series_without_dates_and_files_that_are_not_there(tmp_path, monkeypatch
     with pytest.warns(UserWarning, match=r"sales.csv: the series have no dates: week 0 .* 2013-01-01"):
         load_series(file)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"no file 'other.csv' in .*; a relative path counts from the working"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"expected a file, got 'other.csv', which there is not in .*; a relative path counts from the working",
+    ):
         load_series("other.csv")
