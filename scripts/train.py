@@ -203,9 +203,7 @@ class Training:
     def _train(self) -> RunFolder:
         config, run, agent, step = self.config, self.run, self.agent, self.resumed_from
         print(f"[ccrl] run folder: {run.path}\n[ccrl] tensorboard --logdir {run.path}", flush=True)
-        tracker = None
-        if config.track != "none":
-            tracker = Tracker(config.track, config.track_project, run, configs.to_dict(config))
+        tracker = Tracker.of(config.track, config.track_project, run, configs.to_dict(config))
         also = None if tracker is None else tracker.log
         logger = Logger(run.path, tensorboard=config.tensorboard, resume_step=step, also=also)
         stop = hooks.StopOnSignal()
@@ -230,11 +228,11 @@ class Training:
             sys.exit(f"[ccrl] stopped at {total}; {self._how_to_go_on()}")
         finally:
             logger.close()
-            if tracker is not None:
-                tracker.finish(checkpoint.latest(run.checkpoints))
             agent.close()
             if self.eval_env is not None:
                 self.eval_env.close()
+            if tracker is not None:  # last: nothing of ours stays open where a service cannot be reached
+                tracker.finish(checkpoint.latest(run.checkpoints))
         mean, count = agent.ep_rew_mean, len(agent.episodes)
         score = "no episode ended" if mean is None else f"mean return of the last {count} episodes {digits(mean)}"
         print(f"[ccrl] {agent.num_timesteps:,} steps, {score}; run folder: {run.path}", flush=True)
@@ -254,6 +252,8 @@ def build(
     torch.set_num_threads(config.torch_threads)
     if config.track != "none":
         require(config.track, "track")
+    elif config.track_project != TrainConfig.track_project:
+        raise configs.ConfigError("track_project: expected a service to use it, got track 'none'; set track")
     cls, group = agents.get_agent(agent_name), Group.join(config)
     if resume is None:
         config = whole_paths(with_prompts(config))

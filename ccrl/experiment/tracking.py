@@ -43,6 +43,11 @@ class Tracker:
         else:
             self._run = self._module.init(project=project, name=name, config=flat, resume="allow")
 
+    @classmethod
+    def of(cls, service: Service, project: str, run: RunFolder, config: Mapping[str, Any]) -> Tracker | None:
+        """The tracker of a setting, which may be none."""
+        return None if service == "none" else cls(service, project, run, config)
+
     def log(self, step: int, scalars: Mapping[str, float]) -> None:
         """One row, at ``step`` of the agent's clock."""
         if self.service == "wandb":

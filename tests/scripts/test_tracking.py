@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from ccrl.experiment import tracking
+from ccrl.experiment.config import ConfigError
 from ccrl.experiment.run import RunFolder
 from ccrl.experiment.tracking import Tracker
+from scripts.train import prepare
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = {"env": "A", "agent": {"gamma": 0.9}}
@@ -102,3 +104,9 @@ def test_trackio_offline(tmp_path: Path) -> None:
         rows = db.execute("select step, metrics from metrics order by step").fetchall()
     assert [step for step, _ in rows] == [128, 256]
     assert b"train/approx_kl" in bytes(rows[-1][1])
+
+
+def test_a_project_without_a_service_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="track_project: expected a service to use it, got track 'none'"):
+        prepare(["ppo", "--env", "CartPole-v1", "--track-project", "mine", "--run-root", str(tmp_path)])
+    assert not list(tmp_path.iterdir())

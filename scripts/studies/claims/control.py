@@ -67,13 +67,11 @@ BPO_CARTPOLE = Claim(
 )
 
 
-def held(kind: str) -> Any:
+def held(estimator: type[r2vpo.Clipped]) -> Any:
     """Return after 20,480 steps of CartPole with 40 epochs per rollout."""
 
     def play(seed: int, **settings: Any) -> float:
-        if kind == "PPO":
-            return r2vpo.control(r2vpo.Clipped, 40, seed, **settings)[1]
-        return r2vpo.control(r2vpo.Held, 40, seed, **settings)[1]
+        return r2vpo.control(estimator, 40, seed, **settings)[1]
 
     return play
 
@@ -85,8 +83,8 @@ R2VPO_CARTPOLE = Claim(
     "four",
     "return of the last episodes after 20,480 steps",
     (
-        Arm("R2VPO", held("R2VPO"), tuple({"budget": b} for b in (0.01, 0.02, 0.04, 0.08))),
-        Arm("PPO", held("PPO"), tuple({"clip_range": c} for c in (0.1, 0.2, 0.3, 0.4))),
+        Arm("R2VPO", held(r2vpo.Held), tuple({"budget": b} for b in (0.01, 0.02, 0.04, 0.08))),
+        Arm("PPO", held(r2vpo.Clipped), tuple({"clip_range": c} for c in (0.1, 0.2, 0.3, 0.4))),
     ),
     (("R2VPO", "PPO"),),
 )
