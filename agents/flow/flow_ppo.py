@@ -32,6 +32,7 @@ from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.learn import Learner
 from ccrl.offline import Dataset, load_dataset
 from ccrl.policies.flow_actor import FlowActor
+from ccrl.seeding import named_generator
 from ccrl.settings import Compile, Count, Natural, Nonnegative, Positive, Settings, TimeLimit, Unit
 from ccrl.updaters import FlatUpdater
 
@@ -206,7 +207,7 @@ class FlowPPO(Agent):
             policy.fix_normaliser(obs)
         seen = policy.features(obs, "actor").detach()
         action = policy.unit_action(action)
-        generator = torch.Generator(self.device).manual_seed(self.seed + 2_000_003)
+        generator = named_generator(self.seed, "clone", self.device)
         optimiser = torch.optim.Adam(policy.actor.parameters(), lr=c.clone_learning_rate, fused=True)
         found: list[Tensor] = []
         for i in range(c.clone_steps):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,10 @@ from ccrl.packages import check_siblings
 
 check_siblings("agents", "envs")
 
-import envs
 from agents import get_agent
-from agents.flow.flow_ppo import FlowPPO
-from ccrl.experiment.evaluation import evaluate_agent
-from scripts.make_dataset import Maze
 from scripts.reproductions import awm as awm_test
 from scripts.reproductions import diffusion_opd as opd_test
+from scripts.studies.flow.control import hopper, maze
 from scripts.studies.tables import Rows
 
 __all__ = ["METHODS", "PLAY", "play"]
@@ -53,6 +51,7 @@ METHODS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "flow_grpo": ("flow_grpo", {"learning_rate": 3e-3}),
     },
     "maze": {"flow_ppo": ("flow_ppo", {})},
+    "hopper": {"flow_ppo": ("flow_ppo", {})},
 }  # fmt: skip
 """Study -> method as shown -> agent, and settings beside the study's own."""
 
@@ -138,30 +137,16 @@ def gridworld(name: str, options: dict[str, Any], cell: dict[str, Any]) -> Rows:
     return rows
 
 
-def maze(name: str, options: dict[str, Any], cell: dict[str, Any]) -> Rows:
-    """A flow actor cloned from a controller that walks to random targets, fine-tuned for one goal: stochastic returns
-    of 64 episodes."""
-    data = Maze(maze="u_maze", steps=50_000, reference=1, seed=cell["seed"]).make()
-    agent = FlowPPO("ccrl/PointMazeU-v0", seed=cell["seed"], compile="off", **options)
-    agent.clone(data)
-    rows = Rows()
-    for k in range(0, cell["iterations"] + 1, cell["every"]):
-        if k:
-            agent.learn(until=k * agent.samples_per_iteration)
-        env = envs.make("ccrl/PointMazeU-v0", 64)
-        found = evaluate_agent(agent, env, 64, seed=1000 + cell["seed"], deterministic=False)
-        env.close()
-        rows.append({"iteration": k, "steps": agent.num_timesteps, "reward": float(found.returns.mean())})
-    return rows
-
-
 PLAY: dict[str, Callable[[str, dict[str, Any], dict[str, Any]], Rows]] = {
-    "guard": guard, "awm": awm, "opd": opd, "gridworld": gridworld, "maze": maze,
+    "guard": guard, "awm": awm, "opd": opd, "gridworld": gridworld,
 }  # fmt: skip
+CONTROL = {"maze": maze, "hopper": hopper}
 
 
-def play(cell: dict[str, Any]) -> Rows:
-    """Run one cell; a run whose numbers stop being finite ends with its last ones."""
+def play(cell: dict[str, Any], out: Path) -> Rows:
+    """Run one cell. :param out: folder of data sets that cells share."""
     torch.set_num_threads(1)
-    name, options = METHODS[cell["study"]][cell["method"]]
-    return PLAY[cell["study"]](name, copy.deepcopy(options), cell)
+    study = cell["study"]
+    name, options = METHODS[study][cell["method"]]
+    options = copy.deepcopy(options)
+    return CONTROL[study](options, cell, out) if study in CONTROL else PLAY[study](name, options, cell)

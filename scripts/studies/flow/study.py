@@ -5,6 +5,7 @@
     python scripts/studies/flow opd --out results/flow          # students, joint training and a cascade
     python scripts/studies/flow gridworld --out results/flow    # several right actions
     python scripts/studies/flow maze --out results/flow         # fine-tuning of a cloned flow actor
+    python scripts/studies/flow hopper --out results/flow       # the same on Hopper, from middling episodes of PPO
     python scripts/studies/flow pictures --figures docs/figures # samples over training, trajectories
 
 Every finished run is added to ``OUT/NAME.csv``; the same command again, or one with more seeds, runs what is missing.
@@ -18,6 +19,7 @@ import math
 import shlex
 import statistics
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,12 @@ from scripts.studies.tables import Rows
 
 __all__ = ["Study", "gold_at", "main", "steps_to"]
 
-ITERATIONS = {"guard": (60, 5), "awm": (200, 10), "opd": (150, 25), "gridworld": (150, 25), "maze": (60, 10)}
+ITERATIONS = {"guard": (60, 5), "awm": (200, 10), "opd": (150, 25), "gridworld": (150, 25), "maze": (60, 10),
+              "hopper": (500, 50)}  # fmt: skip
 """Study -> iterations and how often they are measured."""
-SEEDS = {"guard": 5, "awm": 5, "opd": 3, "gridworld": 3, "maze": 3}
+SEEDS = {"guard": 5, "awm": 5, "opd": 3, "gridworld": 3, "maze": 3, "hopper": 3}
 SHOWN = {"guard": ("reward", "gold", "distance"), "awm": ("reward", "distance"), "opd": ("reward", "lowest"),
-         "gridworld": ("reward", "gold", "both"), "maze": ("reward",)}  # fmt: skip
+         "gridworld": ("reward", "gold", "both"), "maze": ("reward",), "hopper": ("reward",)}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ class Study:
              "every": self.every or often}
             for seed in range(self.seeds or SEEDS[self.name]) for method in METHODS[self.name]
         ]  # fmt: skip
-        rows = complete(self.out / f"{self.name}.csv", cells, play, jobs=self.jobs, name=f"flow {self.name}")
+        rows = complete(self.out / f"{self.name}.csv", cells, partial(play, out=self.out), jobs=self.jobs, name=f"flow {self.name}")
         texts = ("study", "method")
         return [{k: v if k in texts else float(v or "nan") for k, v in row.items()} for row in rows]
 
