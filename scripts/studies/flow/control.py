@@ -67,8 +67,8 @@ def medium(path: Path) -> Dataset:
         partial = path.with_name("unfinished-" + path.name)
         write(data, str(partial), None)
         partial.replace(path)  # a killed run must not leave half a data set
-        print(f"[flow hopper] {path}: {len(data):,} transitions of PPO after {agent.num_timesteps:,} steps, mean return "
-              f"{data.returns().mean():.0f}", flush=True)  # fmt: skip
+        print(f"[flow hopper] {path}: {len(data):,} transitions of PPO after {agent.num_timesteps:,} steps, mean "
+              f"return {data.returns().mean():.0f}", flush=True)  # fmt: skip
     return load_npz(path)
 
 

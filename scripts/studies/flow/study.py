@@ -74,7 +74,8 @@ class Study:
              "every": self.every or often}
             for seed in range(self.seeds or SEEDS[self.name]) for method in METHODS[self.name]
         ]  # fmt: skip
-        rows = complete(self.out / f"{self.name}.csv", cells, partial(play, out=self.out), jobs=self.jobs, name=f"flow {self.name}")
+        run = partial(play, out=self.out)
+        rows = complete(self.out / f"{self.name}.csv", cells, run, jobs=self.jobs, name=f"flow {self.name}")
         texts = ("study", "method")
         return [{k: v if k in texts else float(v or "nan") for k, v in row.items()} for row in rows]
 
