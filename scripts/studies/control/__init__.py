@@ -1,0 +1,1 @@
+"""Control methods in one matched setting: steps to a threshold, final return, time."""
