@@ -12,7 +12,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import torch
@@ -20,12 +20,14 @@ import torch
 from ccrl import registry
 from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
 from ccrl.batched_env import AutoresetMode, BatchedEnv, as_autoreset_mode, check_device
-from ccrl.flow.task import FlowTask
-from ccrl.inventory.functional_env import FunctionalEnv
-from ccrl.llm.task import TextTask
 from ccrl.packages import require
 from ccrl.settings import Count, Natural, checked
 from ccrl.signals import shielded
+
+if TYPE_CHECKING:
+    from ccrl.flow.task import FlowTask
+    from ccrl.inventory.functional_env import FunctionalEnv
+    from ccrl.llm.task import TextTask
 
 __all__ = ["BACKENDS", "NATIVE", "OWN", "make", "make_functional", "make_single_env", "make_vector_env"]
 

@@ -41,7 +41,7 @@ from ccrl.experiment.csv_table import read_columns
 from ccrl.experiment.logger import digits
 from ccrl.settings import Count, Natural, Settings
 from scripts import benchmark_sb3 as sb3
-from scripts import train
+from scripts import training
 from scripts.benchmark_study import Spec, Study
 
 __all__ = ["Options", "main"]
@@ -169,9 +169,9 @@ def _run(values: dict[str, Any], out: Path, cores: int) -> int:
         if resumed and old is not None:
             # what is built comes from the study; find() has seen that the folder says the same
             values = old.config() | {name: spec.values[name] for name in ("env", "agent")}
-            config = configs.from_dict(train.run_config(spec.agent, spec.values["agent"]), values)
+            config = configs.from_dict(training.run_config(spec.agent, spec.values["agent"]), values)
             with registry.stored(str(old.path), spec.trust):
-                train.train(spec.agent, config, old.path, spec.trust)
+                training.train(spec.agent, config, old.path, spec.trust)
         else:
             _train(spec, root, cores)
     except BaseException as error:
@@ -192,9 +192,9 @@ def _train(spec: Any, root: Path, cores: int) -> None:
     if spec.values["env"].removeprefix("ccrl/") in envs.MUJOCO:
         kwargs = {"nthread": cores} | kwargs
     if spec.foreign:
-        sb3.run(spec.agent, spec.config(env_kwargs=kwargs), root, train.timed)
+        sb3.run(spec.agent, spec.config(env_kwargs=kwargs), root, training.timed)
     else:
-        train.train(spec.agent, spec.config(env_kwargs=kwargs, run_root=str(root)))
+        training.train(spec.agent, spec.config(env_kwargs=kwargs, run_root=str(root)))
 
 
 def _early_log(spec: Any, out: Path) -> Path:

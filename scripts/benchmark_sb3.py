@@ -126,7 +126,7 @@ class _Learner:
 
 
 def run(agent: str, config: SB3Config, root: Path, timed: Any) -> RunFolder:
-    """Train in a new folder under ``root``; ``timed`` is ``train.timed``."""
+    """Train in a new folder under ``root``; ``timed`` is ``training.timed``."""
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import KVWriter
     from stable_baselines3.common.logger import Logger as SB3Logger

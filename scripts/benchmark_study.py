@@ -32,7 +32,7 @@ from ccrl.experiment.run import RunFolder, find_runs
 from ccrl.llm.task import resolve_task
 from ccrl.settings import Count, Natural, Settings
 from scripts import benchmark_sb3 as sb3
-from scripts import train
+from scripts import training
 
 __all__ = ["Entry", "Spec", "Study"]
 
@@ -92,7 +92,7 @@ class Study(Settings):
         return sorted(found, key=lambda spec: spec.order)
 
     def _of(self, entry: Entry) -> Iterator[Spec]:
-        kinds = {agent: sb3.is_sb3(agent) or not train.is_text(agents.get_agent(agent)) for agent in entry.agents}
+        kinds = {agent: sb3.is_sb3(agent) or not training.is_text(agents.get_agent(agent)) for agent in entry.agents}
         for env, plays in itertools.product(entry.envs, sorted(set(kinds.values()))):
             if plays:
                 resolve_env(env, 1, **entry.env_kwargs).close()
@@ -154,7 +154,7 @@ class Spec:
         return out / re.sub(r"[^\w.=+-]+", "-", self.label)
 
     def config(self, **values: Any) -> Any:
-        """The configuration, of ``train.run_config(agent)`` or ``SB3Config``; ``values`` are laid over it."""
+        """The configuration, of ``training.run_config(agent)`` or ``SB3Config``; ``values`` are laid over it."""
         if self.foreign:
             config = configs.from_dict(sb3.SB3Config, self.values | values)
             sb3.check(self.agent, config)
@@ -162,7 +162,7 @@ class Spec:
         own = {"progress": False}
         if self.values["eval_every"]:
             own["checkpoint_every"] = self.values["eval_every"]
-        return configs.from_dict(train.run_config(self.agent, self.values["agent"]), self.values | own | values)
+        return configs.from_dict(training.run_config(self.agent, self.values["agent"]), self.values | own | values)
 
     def find(self, out: Path) -> RunFolder | None:
         """The run of this spec under ``out``: the finished one, else the newest.

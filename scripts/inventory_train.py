@@ -35,7 +35,7 @@ from ccrl.experiment.run import RunFolder
 from ccrl.settings import Count, Natural, Nonnegative, Positive, Settings
 from envs.inventory import InventoryEnv, make_task
 from envs.inventory.sales import Period
-from scripts import train
+from scripts import training
 
 __all__ = ["InventoryTrainConfig", "announced", "main"]
 
@@ -152,14 +152,14 @@ def main(config: InventoryTrainConfig) -> RunFolder:
         patience=config.patience, learning_rate=config.learning_rate,
     )  # fmt: skip
     total = config.epochs * count * env.periods
-    settings = train.run_config("hdpo")(
+    settings = training.run_config("hdpo")(
         agent=agent, env="ccrl/InventoryOwn-v0", total_timesteps=total, seed=config.seed, run_root=config.run_root,
         checkpoint_every=max(1, total // 10), eval_every=0, env_kwargs=options, progress=config.progress,
     )  # fmt: skip
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # said above
-        run = train.train("hdpo", settings)
+        run = training.train("hdpo", settings)
         path = checkpoint.latest(run.checkpoints)
         assert path is not None
         trained = HDPO.load(path)

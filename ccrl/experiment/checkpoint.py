@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import ccrl
-from ccrl.experiment.files import remove_leftovers, write_atomic, writing
+from ccrl.experiment.files import CheckpointError, remove_leftovers, write_atomic, writing
 
 __all__ = [
     "FORMAT",
@@ -57,10 +57,6 @@ REPLAY = "replay"
 
 FORMAT = 2
 """Version of what a checkpoint holds; ccrl 0.1 wrote none."""
-
-
-class CheckpointError(RuntimeError):
-    """A file that cannot be used as a checkpoint: damaged, incomplete, or with objects in it that need foreign code."""
 
 
 class FormatError(CheckpointError):

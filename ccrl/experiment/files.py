@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["FolderInUseError", "Owner", "WriteError", "remove_leftovers", "write_atomic", "writing"]
+__all__ = ["CheckpointError", "FolderInUseError", "Owner", "WriteError", "remove_leftovers", "write_atomic", "writing"]
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 _held: dict[tuple[int, Path], int] = {}
@@ -23,6 +23,10 @@ _held: dict[tuple[int, Path], int] = {}
 
 class WriteError(OSError):
     """A file that cannot be written: disk full, folder gone or made read-only. The message has path and cause."""
+
+
+class CheckpointError(RuntimeError):
+    """A file that cannot be used as a checkpoint: damaged, incomplete, or with objects in it that need foreign code."""
 
 
 class FolderInUseError(RuntimeError):

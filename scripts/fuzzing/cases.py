@@ -32,7 +32,7 @@ from ccrl.batched_env import resolve_env
 from ccrl.flow.task import resolve_flow_task
 from ccrl.llm.task import resolve_task
 from ccrl.settings import hints_of
-from scripts import benchmark, train
+from scripts import benchmark, train, training
 from scripts.fuzzing import files, uses
 from scripts.fuzzing.case import SIZES, Case
 
@@ -50,7 +50,7 @@ ENVS = {"mdpo_off_policy": "Pendulum-v1", "sac": "Pendulum-v1", "td3": "Pendulum
 
 def env_for(name: str, cls: Any) -> str:
     """An id or a task that the agent accepts."""
-    if train.is_text(cls):
+    if training.is_text(cls):
         return getattr(cls, "example_env", "modsum") if name in agents.FLOW_METHODS else "sequence_match"
     if hasattr(cls.Config, "dataset"):
         return "InvertedPendulum-v5"

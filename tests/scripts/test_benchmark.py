@@ -135,7 +135,7 @@ def test_cores_are_shared_by_the_jobs_and_go_to_the_simulator(tmp_path: Path, mo
     specs = study(seeds=[0, 1, 2]).specs()
     assert [code for _, code in benchmark._here(specs, tmp_path, 3)] == [0, 0, 0]
     assert got == [2, 2, 2]
-    monkeypatch.setattr(benchmark.train, "train", lambda agent, config: got.append(config.env_kwargs))
+    monkeypatch.setattr(benchmark.training, "train", lambda agent, config: got.append(config.env_kwargs))
     for env, kwargs in (("HalfCheetah-v5", {}), ("HalfCheetah-v5", {"nthread": 1}), ("CartPole-v1", {})):
         (spec,) = study(envs=[env], env_kwargs=kwargs).specs()
         benchmark._train(spec, tmp_path, 4)
@@ -286,7 +286,7 @@ def test_sb3_writes_folders_that_the_plots_read(tmp_path: Path) -> None:
     )
     ours, theirs = benchmark.load(options).specs()
     theirs = benchmark_study.Spec(theirs.agent, theirs.label, theirs.values | {"agent": {"n_steps": 1024}})
-    run = benchmark.sb3.run("sb3:ppo", theirs.config(), theirs.root(tmp_path), benchmark.train.timed)
+    run = benchmark.sb3.run("sb3:ppo", theirs.config(), theirs.root(tmp_path), benchmark.training.timed)
     assert run.info["finished"]["step"] == 2048
     assert "as_vec_env" in run.info["environment"]
     assert theirs.find(tmp_path) is not None

@@ -19,7 +19,7 @@ from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.run import RunFolder
 from ccrl.learn import Learner
 from ccrl.returns import gae
-from scripts import evaluate, train
+from scripts import evaluate, train, training
 from scripts.bench import gae as bench_gae
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,8 +77,20 @@ def test_wrong_command_lines_are_answered_with_the_usage(argv: list[str], messag
         train.main(argv)
 
 
+def test_the_usage_and_its_errors_do_not_wait_for_torch() -> None:
+    code = (
+        "import sys\nfrom scripts import train\n"
+        "for argv in (['--help'], ['nobody'], ['llm', '--method'], ['ppo', '--config'], ['--resume']):\n"
+        "    try:\n        train.main(argv)\n    except SystemExit as end:\n        print(str(end.code)[:5])\n"
+        "assert not {'torch', 'numpy', 'gymnasium', 'tyro'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.startswith("usage: train.py {a2c,")
+    assert "AGENT --help shows every flag.\n0\nusage\nusage\n--con\nusage\n" in done.stdout
+
+
 def test_a_run_without_checkpoint_cannot_be_resumed(tmp_path: Path) -> None:
-    config = train.run_config("ppo")(env="CartPole-v1")
+    config = training.run_config("ppo")(env="CartPole-v1")
     run = RunFolder.create(tmp_path, "CartPole-v1", "ppo", 0, config)
     with pytest.raises(FileNotFoundError, match="expected a checkpoint to resume from"):
         train.main(["--resume", str(run.path)])
@@ -190,12 +202,12 @@ def test_speed_leaves_out_evaluations_and_what_was_before_a_resume(
 ) -> None:
     now = [0.0]
     monkeypatch.setattr(
-        train, "time", SimpleNamespace(perf_counter=lambda: 100 + now[0], process_time=lambda: 7 + 2 * now[0])
+        training, "time", SimpleNamespace(perf_counter=lambda: 100 + now[0], process_time=lambda: 7 + 2 * now[0])
     )
     run = RunFolder.create(tmp_path, "E-v0", "ppo", 0)
     learner = SimpleNamespace(num_timesteps=1000, ep_rew_mean=2.5)
     evaluation: Any = SimpleNamespace(seconds=0.0, cpu_seconds=0.0)
-    with train.timed(run, learner, evaluation):
+    with training.timed(run, learner, evaluation):
         now[0], learner.num_timesteps = 10.0, 1300
         evaluation.seconds, evaluation.cpu_seconds = 4.0, 5.0
     assert run.info["finished"] == {
@@ -203,7 +215,7 @@ def test_speed_leaves_out_evaluations_and_what_was_before_a_resume(
     }  # fmt: skip
 
     def broken_off() -> None:
-        with train.timed(run, learner, None):
+        with training.timed(run, learner, None):
             learner.num_timesteps = 9999
             raise KeyboardInterrupt
 
@@ -247,7 +259,7 @@ def test_settings_of_the_agent_at_the_top_of_a_file_are_told_their_place(tmp_pat
 def test_evaluations_that_cannot_be_made(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="episodes: expected >= 1, got 0"):
         evaluate.EvaluateConfig(tmp_path, episodes=0)
-    run = RunFolder.create(tmp_path, "CartPole-v1", "ppo", 0, train.run_config("ppo")(env="CartPole-v1"))
+    run = RunFolder.create(tmp_path, "CartPole-v1", "ppo", 0, training.run_config("ppo")(env="CartPole-v1"))
     with pytest.raises(FileNotFoundError, match="expected a checkpoint 'latest', found none; a run writes its first"):
         evaluate.main(evaluate.EvaluateConfig(run.path))
 
@@ -273,7 +285,7 @@ def test_the_run_folder_says_why_a_run_cannot_be_resumed_exactly(tmp_path: Path)
 
 @pytest.mark.parametrize("name", sorted(agents.AGENTS))
 def test_the_defaults_in_the_help_are_ones_the_agent_accepts(name: str) -> None:
-    config = train.run_config(name)()
+    config = training.run_config(name)()
     cls = agents.get_agent(name)
     missing = [flag for flag in ("dataset", "base") if getattr(config.agent, flag, 0) in (None, "")]
     if missing:  # what has no default is asked for by its flag

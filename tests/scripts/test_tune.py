@@ -7,7 +7,7 @@ import yaml
 from agents import get_agent
 from agents.search import space_of
 from ccrl.experiment import config as configs
-from scripts import train
+from scripts import training
 from scripts.tune import Options, _study, main, train_once
 
 pytest.importorskip("optuna")
@@ -34,7 +34,7 @@ def test_a_study_resumes_and_its_best_settings_train(tmp_path, monkeypatch):
     values = {float(row["learning_rate"]): float(row["value"]) for row in rows if row["state"] == "COMPLETE"}
     found = yaml.safe_load(best.read_text())
     assert values[found["agent"]["learning_rate"]] == max(values.values())
-    config = configs.parse(train.run_config("ppo"), [], best)
+    config = configs.parse(training.run_config("ppo"), [], best)
     assert (config.total_timesteps, config.agent.num_envs, config.agent.hidden) == (512, 4, (8,))
     last = list(csv.DictReader(Path("study/budget.csv").read_text().splitlines()))[-1]
     assert float(last["expected best"]) == max(values.values())
