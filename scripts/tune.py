@@ -35,8 +35,9 @@ from ccrl.packages import check_siblings, require
 check_siblings("agents", "envs")
 
 import agents
+import envs  # noqa: F401  (registers its ids)
 from agents.search import space_of
-from ccrl.batched_env import evaluation_env
+from ccrl.batched_env import evaluation_env, resolve_env
 from ccrl.experiment import config as configs
 from ccrl.experiment.evaluation import evaluate_agent
 from ccrl.experiment.logger import digits
@@ -241,9 +242,13 @@ def _plot_importance(study: Any, options: Options, whole: int) -> None:
 def main(options: Options) -> Path:
     """Run the trials that are left, write the files, and return the path of ``best.yaml``.
 
-    :raises ValueError: no trial ended, or nothing to search.
+    :raises ValueError: no trial ended, nothing to search, or an environment that does not exist.
     """
-    space_of(agents.get_agent(options.agent).Config, options.only)
+    cls = agents.get_agent(options.agent)
+    space_of(cls.Config, options.only)
+    if getattr(cls, "steps_env", True):  # otherwise every trial would fail for it, one by one
+        overlay = configs.load_yaml(options.config) if options.config else {}
+        resolve_env(options.env, 1, **(overlay.get("env_kwargs") or {})).close()
     options.out.mkdir(parents=True, exist_ok=True)
     _study(options)  # the database is there before workers open it
     if options.jobs == 1:
