@@ -3,6 +3,7 @@
 python scripts/train.py mdpo --env HalfCheetah-v5
 python scripts/train.py ppo --env Hopper-v5 --total-timesteps 300000 --num-envs 8 --learning-rate 1e-4
 python scripts/train.py ppo --env Hopper-v5 --config my.yaml        # flags win over the file
+python scripts/train.py ppo --env Hopper-v5 --tuned                 # ... and over the settings tuned for this pair
 python scripts/train.py --resume runs/HalfCheetah-v5__mdpo__0__...  # continues bit for bit; also after Ctrl-C
 python scripts/train.py llm --method grpo --task arithmetic         # a language model on a text task
 python scripts/train.py llm --method bnpo --model DIR --prompts data.jsonl --reward module:function --lora-rank 8

@@ -31,6 +31,7 @@ from ccrl.experiment.run import RunFolder
 from ccrl.experiment.tracking import Service, Tracker
 from ccrl.settings import Count, Natural, Settings
 from scripts.group import Group, check_number
+from scripts.overlays import tuned_settings
 from scripts.whole_paths import whole_paths, with_prompts
 
 __all__ = ["TrainConfig", "Training", "build", "from_flags", "resume", "run_config", "timed", "train"]
@@ -328,6 +329,8 @@ def resume(folder: str, trust: Collection[str] = ()) -> Callable[[], RunFolder]:
 
 def from_flags(name: str, flags: list[str], overlay: str | None = None) -> Callable[[], RunFolder]:
     """The training of the agent ``name`` that flags ask for, over those of the YAML file ``overlay``, built."""
+    if "--tuned" in flags:
+        overlay, flags = tuned_settings(name, flags, run_config(name).__dataclass_fields__["env"].default, overlay)
     settings = (configs.load_yaml(overlay) if overlay else {}).get("agent") or {}
     if "--method" in flags[:-1]:
         settings = settings | {"method": flags[flags.index("--method") + 1]}

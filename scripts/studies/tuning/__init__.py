@@ -1,0 +1,1 @@
+"""What a search of settings is worth on fresh seeds."""

@@ -134,9 +134,10 @@ def table(folder: Path) -> list[dict[str, Any]]:
         difference = paired_t(best, default)
         with (folder / f"{name}_trials.csv").open(newline="") as file:
             trials = list(csv.DictReader(file))
+        values = [float(t["value"]) for t in trials if t["state"] == "COMPLETE"]
         found.append({
-            "task": env, "trials": len(trials), "whole": sum(t["state"] == "COMPLETE" for t in trials),
-            "best trial's value": max(float(t["value"]) for t in trials if t["state"] == "COMPLETE"), "runs": len(seeds),
+            "task": env, "trials": len(trials), "whole": len(values), "best trial's value": max(values),
+            "runs": len(seeds),
             "default": _interval(default), "best": _interval(best),
             "difference": f"{difference.difference:+.4g} [{difference.low:.4g}, {difference.high:.4g}]",
             "p": difference.p, "CPU minutes of the runs": sum(float(row["seconds"]) for row in rows) / 60,

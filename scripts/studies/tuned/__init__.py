@@ -1,0 +1,1 @@
+"""The tuned settings of the package, run."""
