@@ -16,6 +16,7 @@ from agents.llm.agent import LLM, LLMMethod
 from agents.llm.baselines import GRPO, DrGRPO
 from agents.llm.bnpo import BNPO
 from agents.llm.d3s import D3S
+from agents.llm.dcpo import DCPO
 from agents.llm.empg import EMPG
 from agents.llm.g2rpo import G2RPO
 from agents.llm.gbpo import GBPO
@@ -29,7 +30,7 @@ from ccrl.llm.tabular import TabularTokenPolicy
 from envs.text import make_task
 from envs.text.bandits import DeadPrompts, TokenBandit
 from scripts.reproductions import bnpo, copg, d3s, g2rpo, gdpo, hpt
-from scripts.reproductions.modsum import modsum_shape
+from scripts.reproductions.modsum import exact, modsum_shape
 from scripts.reproductions.tables import StateTable, partial_sums, train
 from scripts.studies.claims.claim import Arm, Claim
 
@@ -278,6 +279,40 @@ HPT_WRONG = Claim(
 )  # fmt: skip
 
 
+def held_entropy(method: LLMMethod) -> Any:
+    """Expected reward less the distance of the entropy from 1 nat per token, means of the last 20 of 150 updates."""
+
+    def play(seed: int, **settings: Any) -> float:
+        config = method.Settings(**modsum_shape(model="tabular", n_epochs=4, weight_decay=0.0, **settings))
+        found: list[float] = []
+
+        def look(agent: LLM) -> None:
+            now = exact(agent.policy)
+            found.append(now.reward - abs(now.entropy - 1.0))
+
+        train(method, make_task("modsum"), config, 150, seed, partial_sums, look)
+        return fmean(found[-20:])
+
+    return play
+
+
+DCPO_ENTROPY = Claim(
+    "dcpo",
+    "a REINFORCE term toward a hotter or colder policy holds a wanted entropy at less cost in reward than an entropy "
+    "bonus",
+    "ModSum, table, 150 updates of 16 x 8 completions, 4 epochs, Adam; six settings of each: step size, and target or "
+    "weight of the bonus",
+    "reward less the distance of the entropy from 1 nat per token, exactly computed, mean of the last 20 updates",
+    (
+        Arm("DCPO", held_entropy(DCPO), tuple(
+            {"learning_rate": rate, "entropy_target": h} for rate in (0.05, 0.1) for h in (0.9, 1.0, 1.1))),
+        Arm("GRPO, entropy bonus", held_entropy(GRPO), tuple(
+            {"learning_rate": rate, "entropy_coef": b} for rate in (0.05, 0.1) for b in (0.005, 0.01, 0.02))),
+    ),
+    (("DCPO", "GRPO, entropy bonus"),),
+)  # fmt: skip
+
+
 # -- a shared perceptron ----------------------------------------------------------------------------------------------
 
 
@@ -344,5 +379,5 @@ COPG_OFFLINE = Claim(
 
 CLAIMS = (
     GBPO_EPOCHS, REAL_AREA, MHPO_AREA, BNPO_AREA, GDPO_BOTH, G2RPO_TASKS, EMPG_AREA, HPT_WRONG, D3S_TOKENS, RISKPO_PASS,
-    COPG_OFFLINE,
+    COPG_OFFLINE, DCPO_ENTROPY,
 )  # fmt: skip

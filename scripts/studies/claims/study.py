@@ -22,12 +22,12 @@ import tyro
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.files import write_atomic
 from ccrl.packages import ROOT
-from scripts.studies.claims import control, language
+from scripts.studies.claims import bayesian, control, language
 from scripts.studies.claims.claim import Arm, Claim, Result, chosen, judge, run
 
 __all__ = ["CLAIMS", "Options", "main", "page", "play"]
 
-CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (*control.CLAIMS, *language.CLAIMS)}
+CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (*control.CLAIMS, *bayesian.CLAIMS, *language.CLAIMS)}
 RESULTS = ROOT / "docs" / "figures" / "claims"
 
 
@@ -63,8 +63,9 @@ def main(options: Options) -> dict[str, list[Result]]:
     if unknown := set(options.papers) - set(papers):
         raise ValueError(f"expected papers among {papers}, got {sorted(unknown)}")
     torch.set_num_threads(1)
-    for claim in CLAIMS.values():
-        if not options.page_only and (not options.papers or claim.paper in options.papers):
+    # in the order they were named: the quick ones first, where a study may be cut short
+    for paper in () if options.page_only else options.papers or papers:
+        for claim in (claim for claim in CLAIMS.values() if claim.paper == paper):
             run(claim, options.results / f"{claim.name}.csv", play, options.jobs)
     found = {name: result for name in CLAIMS if (result := _result(options.results / f"{name}.csv", CLAIMS[name]))}
     usual = ROOT / "docs" / "claims.md" if options.results == RESULTS else options.results / "claims.md"
