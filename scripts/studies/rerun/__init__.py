@@ -1,0 +1,1 @@
+"""An independent re-run of what the claims' tables say."""
