@@ -88,8 +88,8 @@ class TextConfig(TrainConfig):
     test_prompts: Path | None = None
     """The test questions are in this file; without one a tenth of the prompts are held out."""
     reward: tuple[str, ...] = ()
-    """The reward of a completion is what these functions say, module:function, a component each; without one it is 1
-    for a completion that equals the line's answer."""
+    """The reward of a completion is what these say, a component each: functions, as module:function, and reward models,
+    as folders of classifiers with one output; without one it is 1 for a completion that equals the line's answer."""
     total_timesteps: Count = 20_000
     """Training takes this many completions."""
     checkpoint_every: Count = 5_000

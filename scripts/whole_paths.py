@@ -25,7 +25,9 @@ def with_prompts(config: Any) -> Any:
     if config.test_prompts is not None:
         options["test_path"] = str(config.test_prompts)
     if config.reward:
-        options["reward"] = config.reward[0] if len(config.reward) == 1 else list(config.reward)
+        # of a reward model the folder, which is read from other folders too
+        names = [str(Path(name).resolve()) if Path(name).is_dir() else name for name in config.reward]
+        options["reward"] = names[0] if len(names) == 1 else names
     if cap := config.agent.max_new_tokens:  # the task's own cap would be the lower one
         options["max_new_tokens"] = cap
     if twice := sorted(options.keys() & config.env_kwargs.keys()):
@@ -40,6 +42,8 @@ def whole_paths(config: Any) -> Any:
     config, model = replace(config, env_kwargs=absolute_files(config.env_kwargs)), getattr(config.agent, "model", None)
     if isinstance(model, str) and model not in ("tiny", "tabular") and Path(model).is_dir():
         config = replace(config, agent=replace(config.agent, model=str(Path(model).resolve())))
+    if (folder := getattr(config.agent, "generation_folder", None)) is not None:
+        config = replace(config, agent=replace(config.agent, generation_folder=Path(folder).resolve()))
     return config
 
 

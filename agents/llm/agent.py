@@ -7,12 +7,13 @@ LLM.of(GRPO)                                        # or names the agent's class
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
 
-from agents.llm.config import ModelConfig, OptimiserConfig, RolloutConfig, make_optimiser
+from agents.llm.config import GenerationConfig, ModelConfig, OptimiserConfig, RolloutConfig, make_optimiser
 from agents.methods import CallableMethod, GroupLearner, MethodAgent
 from ccrl.batched_env import BatchedEnv, Tree
 from ccrl.collect import Request
@@ -23,9 +24,11 @@ from ccrl.estimators.recipe import Parts, Recipe
 from ccrl.estimators.terms import Term
 from ccrl.experiment.evaluation import EvalResult
 from ccrl.learn import Learner
+from ccrl.llm.generation import ServedCollector
 from ccrl.llm.models import Snapshot, build_policy, fit_task
 from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
+from ccrl.llm.served import CompletionsClient
 from ccrl.llm.task import FiniteTask, Prompts, TextTask, pad_left, resolve_task
 from ccrl.llm.vocabulary import encode_prompt
 from ccrl.seeding import named_generator, stream_seed
@@ -89,7 +92,7 @@ class LLM(MethodAgent):
     :param config: a ``Config`` or one of the parts it is made of; None: the defaults.
     """
 
-    beside = (RolloutConfig, OptimiserConfig, ModelConfig)
+    beside = (RolloutConfig, GenerationConfig, OptimiserConfig, ModelConfig)
     text: ClassVar[bool] = True
     """Trained on text tasks."""
     steps_env: ClassVar[bool] = False
@@ -98,13 +101,34 @@ class LLM(MethodAgent):
     def connect(self, env: str | TextTask) -> None:
         named = resolve_task(env, **(self.env_kwargs if isinstance(env, str) else {}))
         self.task = fit_task(named, self.config.model)
-        self.collector = self._collector(self.seed, getattr(self.method.Recipe, "fields", ()))
+        fields = getattr(self.method.Recipe, "fields", ())
+        self.collector = self._served(fields) if self.config.generation else self._collector(self.seed, fields)
 
-    def _collector(self, seed: int, fields: tuple[Any, ...] = ()) -> Any:
+    def _collector(self, seed: int, fields: tuple[Any, ...] = ()) -> TokenCollector:
+        return TokenCollector(self.task, **self._sampling(seed, fields))
+
+    def _sampling(self, seed: int, fields: tuple[Any, ...]) -> dict[str, Any]:
         c = self.config
-        return TokenCollector(self.task, seed=seed, device=self.device, fields=fields,
-                              pad_to_multiple_of=c.pad_to_multiple_of,
-                              max_new_tokens=c.max_new_tokens or None, top_p=c.top_p, top_k=c.top_k)  # fmt: skip
+        return {
+            "seed": seed, "device": self.device, "fields": fields, "pad_to_multiple_of": c.pad_to_multiple_of,
+            "max_new_tokens": c.max_new_tokens or None, "top_p": c.top_p, "top_k": c.top_k,
+        }  # fmt: skip
+
+    def _served(self, fields: tuple[Any, ...]) -> ServedCollector:
+        c = self.config
+        if c.temperature != 1.0:
+            raise ValueError(f"temperature: expected 1 with generation, whose log-probabilities are those of the "
+                             f"distribution at temperature 1, got {c.temperature:g}")  # fmt: skip
+        if c.model == "tabular":
+            raise ValueError("model: expected a language model with generation, got tabular, which no server has")
+        folder = None if c.generation_folder is None else Path(c.generation_folder)
+        if folder is not None and Path(c.model).is_dir() and folder.resolve() == Path(c.model).resolve():
+            raise ValueError(f"generation_folder: expected another folder than the model's own ({folder}), which it "
+                             "would overwrite; start the server from a copy of it")  # fmt: skip
+        return ServedCollector(
+            self.task, CompletionsClient(c.generation, c.generation_model), weights=c.generation_weights, folder=folder,
+            every=c.generation_every, tolerance=c.generation_tolerance, **self._sampling(self.seed, fields),
+        )  # fmt: skip
 
     def build(self) -> Learner:
         """:raises ValueError: if the method imitates with these settings and the task has no demonstrations."""
@@ -120,6 +144,8 @@ class LLM(MethodAgent):
             skip_norm=c.skip_grad_norm or None,
         )  # fmt: skip
         counts = torch.full((c.n_prompts,), c.group_size, dtype=torch.int64, device=self.device)
+        if isinstance(self.collector, ServedCollector):
+            self.collector.policy = policy
         reference = Snapshot(policy) if c.lora_rank else None
         parts = Parts(
             policy, updater, Request(counts=counts), self.collector.steps, components=self.task.components,

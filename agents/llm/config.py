@@ -3,7 +3,8 @@ model; methods bring published ones (``Method.defaults``), and a real model want
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from ccrl.settings import Above, Count, Natural, Nonnegative, Positive, Range, Settings
 from ccrl.updaters.schedules import Shape
 
-__all__ = ["ModelConfig", "OptimiserConfig", "RolloutConfig", "make_optimiser"]
+__all__ = ["GenerationConfig", "ModelConfig", "OptimiserConfig", "RolloutConfig", "make_optimiser"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,49 @@ class RolloutConfig(Settings):
     """Tokens are sampled from the so many most probable ones; 0 takes all. Scores as for top_p."""
     pad_to_multiple_of: Count = 1
     """Completions are padded to a multiple of this many tokens."""
+
+
+@dataclass(frozen=True)
+class GenerationConfig(Settings):
+    """Who writes the completions of training: the model in the process, or a server."""
+
+    generation: str = ""
+    """The server at this URL (http://host:port/v1) writes the completions of training, by OpenAI's completions protocol
+    as vLLM speaks it; without one the model in the process does."""
+    generation_model: str = ""
+    """The server knows the model by this name."""
+    generation_weights: str = ""
+    """Trained weights reach the server so: reload writes the merged model into generation_folder, from which the server
+    was started, and tells a vLLM in developer mode to read it again; module:function is called with the folder, the URL
+    and the model's name after the folder was written; none sends nothing, and samples stay those of the server's
+    weights."""
+    generation_folder: Path | None = None
+    """The model is written into this folder, over the one that is there, each time that its weights are sent."""
+    generation_every: Count = 1
+    """Weights are sent every so many iterations: with N, samples are of the policy of up to N - 1 iterations ago."""
+    generation_tolerance: Positive = 0.1
+    """Right after its weights were sent, the server's log-probabilities may differ from the policy's by this many nats
+    per token on average; more ends the training."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        others = {
+            f.name: getattr(self, f.name) != f.default for f in fields(GenerationConfig) if f.name != "generation"
+        }
+        if not self.generation:
+            if superfluous := [name for name, given in others.items() if given]:
+                raise ValueError(f"{superfluous[0]}: expected generation, the URL of a server, beside it, got none")
+            return
+        if not self.generation_model:
+            raise ValueError("generation_model: expected the model's name at the server, got none")
+        if not self.generation_weights:
+            raise ValueError(
+                "generation_weights: expected how trained weights reach the server (reload, module:function, or none, "
+                "whose samples are off policy from the first update on), got nothing"
+            )
+        if self.generation_weights == "none" and (others["generation_every"] or others["generation_tolerance"]):
+            raise ValueError("generation_every, generation_tolerance: expected the defaults with generation_weights "
+                             "'none', which sends nothing")  # fmt: skip
 
 
 def make_optimiser(config: Any, params: list[nn.Parameter]) -> torch.optim.Optimizer:

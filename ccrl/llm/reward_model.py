@@ -127,11 +127,12 @@ class ClassifierReward(nn.Module):
     """A Hugging Face sequence classifier with one output, which reads prompt and completion as one text in tokens of
     its own.
 
-    :param model: such a classifier; :param tokenizer: its tokenizer; :param vocab: of the policy that is judged.
+    :param model: such a classifier; :param tokenizer: its tokenizer; :param vocab: of the policy that is judged; None
+        judges texts alone (``judge``).
     :raises ValueError: for a classifier with several outputs, or a tokenizer without a pad token.
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, vocab: Vocabulary) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, vocab: Vocabulary | None) -> None:
         super().__init__()
         outputs: Any = model.config
         if outputs.num_labels != 1:
@@ -143,7 +144,7 @@ class ClassifierReward(nn.Module):
         self.tokenizer, self.vocab, self.positions = tokenizer, vocab, model_positions(model)
 
     @classmethod
-    def from_folder(cls, directory: str | Path, vocab: Vocabulary) -> ClassifierReward:
+    def from_folder(cls, directory: str | Path, vocab: Vocabulary | None) -> ClassifierReward:
         """The classifier and its tokenizer in a local folder; nothing is downloaded and no code of the folder runs."""
         transformers = require("transformers", "llm")
         options = {"local_files_only": True, "trust_remote_code": False}
@@ -165,7 +166,15 @@ class ClassifierReward(nn.Module):
 
         :raises ValueError: a text has more tokens than the model has positions.
         """
-        read = [prompt + completion for prompt, completion in zip(*texts(batch, self.vocab))]
+        if self.vocab is None:
+            raise ValueError("vocab: expected the vocabulary of the policy whose tokens are judged, got none")
+        return self.judge([prompt + completion for prompt, completion in zip(*texts(batch, self.vocab))])
+
+    def judge(self, read: list[str]) -> Tensor:
+        """Rewards ``[B]`` float32 of whole texts, in one forward pass.
+
+        :raises ValueError: a text has more tokens than the model has positions.
+        """
         inputs = self.tokenizer(read, padding=True, return_tensors="pt").to(self.device)
         longest = inputs["input_ids"].shape[1]
         if self.positions is not None and longest > self.positions:

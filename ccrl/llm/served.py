@@ -4,15 +4,17 @@ log-probabilities.
     client = CompletionsClient("http://127.0.0.1:8000/v1", "my-model")
     written = client.complete([[1, 5, 9]], n=8, max_tokens=64, temperature=1.0)     # 8 Written per prompt
 
-Prompts are token ids, so that no second tokenizer comes between. The server must serve the weights that are trained:
-after a reload of an exported folder (``ccrl.llm.export``), or as a reference model that stays.
+Prompts are token ids, so that no second tokenizer comes between. How trained weights reach
+the server is said by whoever trains (``ccrl.llm.generation``).
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -69,8 +71,10 @@ class CompletionsClient:
         top_p: Unit = 1.0,
         top_k: Natural = 0,
         seed: Natural | None = None,
+        stop_tokens: Sequence[int] = (),
     ) -> list[list[Written]]:
-        """``n`` completions of each prompt (token ids); ``top_k`` 0 takes all tokens.
+        """``n`` completions of each prompt (token ids); ``top_k`` 0 takes all tokens; ``stop_tokens`` end a completion
+        beside the server's own.
 
         Raises:
             ServerError: see there.
@@ -83,6 +87,8 @@ class CompletionsClient:
             body["top_k"] = top_k
         if seed is not None:
             body["seed"] = seed
+        if stop_tokens:
+            body["stop_token_ids"] = list(stop_tokens)
         choices = self._post("completions", body).get("choices")
         if not isinstance(choices, list) or len(choices) != n * len(prompts):
             got = len(choices) if isinstance(choices, list) else repr(choices)
@@ -98,22 +104,44 @@ class CompletionsClient:
                               f"for return_tokens_as_token_ids, got {choices[0]!r}") from error  # fmt: skip
         return [written[i * n : (i + 1) * n] for i in range(len(prompts))]
 
+    def tell(self, route: str, body: dict[str, Any]) -> None:
+        """A request to a route of the server's own, beside the protocol (``http://host:port/ROUTE``); what it answers
+        is not read.
+
+        Raises:
+            ServerError: it refuses.
+        """
+        self._send(f"{_root(self.url)}/{route}", body)
+
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-        request = urllib.request.Request(f"{self.url}/{path}", json.dumps(body).encode(), headers)
+        answer = self._send(f"{self.url}/{path}", body)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                found = json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
-            raise ServerError(f"{self.url}: the server refuses the request ({error.code}): {said}") from error
-        except (OSError, ValueError) as error:
-            raise ServerError(
-                f"{self.url}: expected an answer of a completions server, got {error}; is it running?"
-            ) from error
+            found = json.loads(answer)
+        except ValueError as error:
+            raise ServerError(f"{self.url}: expected an answer of a completions server, got {error}") from error
         if not isinstance(found, dict):
             raise ServerError(f"{self.url}: expected a JSON object, got {found!r}")
         return found
+
+    def _send(self, url: str, body: dict[str, Any]) -> bytes:
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+        request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                found: bytes = answer.read()
+        except urllib.error.HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
+            raise ServerError(f"{url}: the server refuses the request ({error.code}): {said}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerError(
+                f"{url}: expected an answer of a completions server, got {error}; is it running?"
+            ) from error
+        return found
+
+
+def _root(url: str) -> str:
+    parts = urllib.parse.urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}"
 
 
 def _written(choice: dict[str, Any]) -> Written:

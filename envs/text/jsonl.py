@@ -28,9 +28,9 @@ class JsonLines(ListedTask):
 
     Args:
         path: of the file.
-        reward: a function, or where to find one as ``"module:function"``, or a list of them: see
-            :mod:`envs.text.rewards` for their two forms. ``None`` gives 1 for completions that equal ``answer`` but for
-            surrounding white space.
+        reward: a function, or where to find one as ``"module:function"``, or the folder of a reward model, or a list of
+            them: see :mod:`envs.text.rewards` for their forms. ``None`` gives 1 for completions that equal ``answer``
+            but for surrounding white space.
         components: names of what the reward returns, if it returns a mapping, or of several rewards. The first is
             success: 1 is right. ``None`` is ``accuracy``, or the names of several functions.
         vocab: a vocabulary; ``HFVocabulary(tokenizer)`` makes one of a tokenizer. ``None`` takes that of the model's
@@ -40,6 +40,8 @@ class JsonLines(ListedTask):
             the prompts, by a hash of their text.
         system: the first message of all conversations that bring none.
         chat: whether a prompt that is a text is the user's message of a conversation.
+        judge_device: reward models are there.
+        judge_batch: texts that a reward model reads at a time.
 
     Raises:
         ValueError: an unreadable line, a missing or mistyped field (with file and line), no training or no test
@@ -60,13 +62,16 @@ class JsonLines(ListedTask):
         test_path: str | Path | None = None,
         system: str = "",
         chat: bool = False,
+        judge_device: str = "cpu",
+        judge_batch: int = 64,
     ) -> None:
+        at_least("judge_batch", judge_batch, 1)
         at_least("max_new_tokens", max_new_tokens, 1, LONGEST)
         records = _read("path", path, reward is None)
         train = len(records)
         if test_path is not None:
             records += _read("test_path", test_path, reward is None)
-        rewards = find_rewards(reward, components)
+        rewards = find_rewards(reward, components, judge_device, judge_batch)
         if vocab is not None:
             checked_vocabulary(vocab)
         is_test = [i >= train or (test_path is None and _is_test(r["prompt"])) for i, (_, r) in enumerate(records)]

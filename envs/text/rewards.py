@@ -3,6 +3,8 @@
     def reward(prompt, completion, record) -> float            # one completion; or a dict, one number per component
     def reward(completions, prompts, **columns) -> list        # all of a rollout at once, as TRL calls them
 
+    "path/of/a/folder"                                         # a reward model: a classifier with one output
+
 The second form is known by its argument ``completions``. It gets what its signature names: ``prompts``,
 ``completion_ids`` (lists of tokens) and the fields of the lines by their names (None where a line lacks one). Prompts
 and completions of chat messages are lists of messages there, as in TRL.
@@ -13,11 +15,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from ccrl import registry
+import torch
 
-__all__ = ["Asked", "Reward", "RewardFunction", "equals_answer", "find_rewards"]
+from ccrl import registry
+from ccrl.llm.reward_model import ClassifierReward
+
+__all__ = ["Asked", "FolderReward", "Reward", "RewardFunction", "equals_answer", "find_rewards"]
 
 Reward = Callable[..., Any]
 """See the module."""
@@ -107,14 +113,52 @@ def equals_answer(prompt: object, completion: str, record: dict[str, Any]) -> fl
     return float(completion.strip() == record["answer"].strip())
 
 
+class FolderReward:
+    """A Hugging Face sequence classifier with one output in a local folder as a reward function of a rollout, which
+    judges ``batch`` texts at a time. It reads prompt and completion as one text, chat messages in the chat template of
+    its own tokenizer (without one as their contents, one below the other).
+
+    Raises:
+        ValueError: several outputs, or no pad token.
+    """
+
+    def __init__(self, folder: str | Path, device: str = "cpu", batch: int = 64) -> None:
+        self.__name__ = Path(folder).name
+        self.model = ClassifierReward.from_folder(folder, None).to(device)
+        self.batch = batch
+
+    @torch.no_grad()
+    def __call__(self, completions: Sequence[Any], prompts: Sequence[Any]) -> list[float]:
+        read = [self._text(*both) for both in zip(prompts, completions)]
+        order = sorted(range(len(read)), key=lambda i: len(read[i]))  # texts of a batch are padded to its longest
+        found = [0.0] * len(read)
+        for start in range(0, len(read), self.batch):
+            some = order[start : start + self.batch]
+            for i, value in zip(some, self.model.judge([read[i] for i in some]).tolist()):
+                found[i] = value
+        return found
+
+    def _text(self, prompt: Any, completion: Any) -> str:
+        if isinstance(prompt, str):
+            return prompt + str(completion)
+        messages, tokenizer = [*prompt, *completion], self.model.tokenizer
+        if getattr(tokenizer, "chat_template", None):
+            return str(tokenizer.apply_chat_template(messages, tokenize=False))
+        return "\n".join(message["content"] for message in messages)
+
+
 def find_rewards(
-    reward: Reward | str | Sequence[Reward | str] | None, components: Sequence[str] | None
+    reward: Reward | str | Sequence[Reward | str] | None,
+    components: Sequence[str] | None,
+    device: str = "cpu",
+    batch: int = 64,
 ) -> list[RewardFunction]:
     """The functions that ``reward`` names.
 
     Args:
-        reward: a function or ``"module:function"``, or several, whose rewards are components side by side; None
-            compares with the answer.
+        reward: a function, ``"module:function"`` or a reward model's folder, or several, whose rewards are components
+            side by side; None compares with the answer.
+        device, batch: of reward models.
         components: names of the components; None: ``accuracy``, or the functions' names where there are several.
 
     Raises:
@@ -123,8 +167,8 @@ def find_rewards(
     """
     if reward is None or isinstance(reward, str) or not isinstance(reward, Sequence):
         names = ("accuracy",) if components is None else checked_names(components)
-        return [RewardFunction(equals_answer if reward is None else _find(reward), names)]
-    functions = [_find(each) for each in reward]
+        return [RewardFunction(equals_answer if reward is None else _find(reward, device, batch), names)]
+    functions = [_find(each, device, batch) for each in reward]
     names = checked_names([_name(f) for f in functions] if components is None else components)
     if len(names) != len(functions):
         raise ValueError(f"components: expected one name per reward function, got {names} for {len(functions)}")
@@ -143,9 +187,11 @@ def _name(function: Reward) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _find(reward: Reward | str) -> Reward:
+def _find(reward: Reward | str, device: str, batch: int) -> Reward:
     if callable(reward):
         return reward
+    if isinstance(reward, str) and Path(reward).is_dir():
+        return FolderReward(reward, device, batch)
     if not isinstance(reward, str):
         raise TypeError(f"reward: expected a function or 'module:function', got {type(reward).__name__}")
     try:
@@ -153,7 +199,9 @@ def _find(reward: Reward | str) -> Reward:
     except registry.UntrustedError:
         raise
     except (ValueError, ModuleNotFoundError) as error:
-        raise ValueError(f"reward: expected 'module:function', got {reward!r}: {error}") from error
+        raise ValueError(
+            f"reward: expected 'module:function' or the folder of a reward model, got {reward!r}: {error}"
+        ) from error
     if not callable(function):
         raise ValueError(f"reward: expected {reward!r} to be a function, got {type(function).__name__}")
     made: Reward = function

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,7 +55,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(
         transformers.LlamaConfig(
-            vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            vocab_size=len(known), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
             num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
         )
     ).save_pretrained(work / "base")  # fmt: skip
@@ -63,6 +65,12 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
         lines.append({"prompt": ask, "answer": str(i + 1)})
     (work / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (work / "my_rewards.py").write_text(REWARD)
+    judge = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1,
+        pad_token_id=known["<pad>"],
+    )  # fmt: skip
+    transformers.AutoModelForSequenceClassification.from_config(judge).save_pretrained(work / "judge")
+    transformers.AutoTokenizer.from_pretrained(work / "base").save_pretrained(work / "judge")
     return work
 
 
@@ -76,11 +84,11 @@ def command(script: str, *argv: str, cwd: Path, **env: str) -> str:
     return done.stdout
 
 
-def page(script: str) -> list[str]:
-    """The arguments of the page's command of a script."""
+def page(script: str, which: int = 0) -> list[str]:
+    """The arguments of the page's command of a script, of the first one or a later one."""
     text = (ROOT / "docs/own_language_model.md").read_text(encoding="utf-8")
-    (line,) = re.findall(rf"^python scripts/{script}\.py (?!--resume)(.*)$", text, flags=re.MULTILINE)
-    return shlex.split(line)
+    lines = re.findall(rf"^python scripts/{script}\.py (?!--resume)(.*)$", text, flags=re.MULTILINE)
+    return shlex.split(lines[which])
 
 
 MEMORY = ("--dtype", "bfloat16", "--gradient-checkpointing", "--logits-chunk-size", "8", "--microbatch", "8")
@@ -166,3 +174,23 @@ def test_it_goes_on_from_another_folder(work: Path, run: Path, tmp_path: Path) -
     asked = [str(run) if word == "RUN" else word for word in page("evaluate")]
     said = command("evaluate", *asked, cwd=tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{work}")
     assert "pass@1" in said
+
+
+def test_a_server_writes_and_a_reward_model_judges(work: Path) -> None:
+    """The page's second command, against the small server."""
+    from ccrl.testing.completions_server import CompletionsServer
+
+    shutil.copytree(work / "base", work / "served")
+    with CompletionsServer(work / "served", "mine") as server:
+        argv = [server.url if word.startswith("http") else word for word in page("train", 1)]
+        command(
+            "train", *argv, "--total-timesteps", "32", "--eval-every", "0", "--run-root", "served_runs", "--lora-rank",
+            "2", *SIZES, *SAMPLING, cwd=work,
+        )  # fmt: skip
+        assert server.told == ["collective_rpc", "reset_prefix_cache"] * 2
+        assert len(server.asked) == 8
+    (run,) = (work / "served_runs").iterdir()
+    rows = list(csv.DictReader((run / "progress.csv").open()))
+    assert all(float(row["rollout/server_gap"]) < 1e-4 for row in rows)
+    assert all(abs(float(row["rollout/judge"])) > 0 for row in rows)
+    assert "completions come from a server" in json.loads((run / "run.json").read_text())["resume_note"]

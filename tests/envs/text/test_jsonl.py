@@ -111,7 +111,7 @@ def test_bad_lines(write: Write, lines: list[Any], message: str) -> None:
 
 def test_bad_rewards(write: Write) -> None:
     path = write(RECORDS)
-    with pytest.raises(ValueError, match="expected 'module:function', got 'json'"):
+    with pytest.raises(ValueError, match="expected 'module:function' or the folder of a reward model, got 'json'"):
         make_task("jsonl", path=path, reward="json")
     with pytest.raises(ValueError, match=r"got 'no_such_module:f': .* expected a module 'no_such_module'"):
         make_task("jsonl", path=path, reward="no_such_module:f")
@@ -350,3 +350,35 @@ def test_several_rewards_are_components(write: Write) -> None:
     assert rewards(task, "7a7") == [[0.0, 3.5]] * 3
     with pytest.raises(ValueError, match=r"components: expected one name per reward function, got \('a',\) for 2"):
         small(write([{"prompt": "a7"}]), reward=[short, length_of], components=("a",))
+
+
+def test_a_reward_model_judges_in_batches(tmp_path: Path) -> None:
+    """A folder in the place of a function: every text gets the number that it gets alone."""
+    transformers, tokenizers = pytest.importorskip("transformers"), pytest.importorskip("tokenizers")
+    known = {token: i for i, token in enumerate([*"0123456789+=", "<pad>", "<unk>"])}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", unk_token="<unk>")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    torch.manual_seed(0)
+    model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(
+        vocab_size=len(known), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1,
+        num_labels=1, pad_token_id=known["<pad>"],
+    ))  # fmt: skip
+    model.save_pretrained(tmp_path / "judge")
+    lines = [{"prompt": "1+2="}, {"prompt": [{"role": "user", "content": "3457="}]}]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    path = str(tmp_path / "data.jsonl")
+    task = make_task("jsonl", path=path, reward=[str(tmp_path / "judge"), lambda prompt, completion, record: 1.0],
+                     components=("judge", "one"), test_path=path, judge_batch=2)  # fmt: skip
+    prompts = task.ask(torch.tensor([0, 1]), "train")
+    written = ["3", "7", "1122", "12345"]
+    tokens = pad_right([[*task.vocab.encode(t), task.vocab.eos] for t in written], 0).t()
+    said = task.score(prompts, torch.tensor([0, 1, 0, 0]), tokens, torch.tensor([2, 2, 5, 6])).components
+    # without a chat template messages are read one below the other
+    texts = ["1+2=3", "3457=\n7", "1+2=1122", "1+2=12345"]
+    alone = [model(**tokenizer(t, return_tensors="pt")).logits.item() for t in texts]
+    assert said[:, 0].tolist() == pytest.approx(alone, abs=1e-6)
+    assert said[:, 1].tolist() == [1.0] * 4
+    with pytest.raises(ValueError, match="'module:function' or the folder of a reward model"):
+        make_task("jsonl", path=path, reward=str(tmp_path / "nowhere"), test_path=path)
