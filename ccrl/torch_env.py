@@ -138,7 +138,10 @@ class TorchEnv:
         if seed is not None:
             self._generator.manual_seed(stream_seed(seed, "initial states"))
             self._noise_generator.manual_seed(stream_seed(seed, "steps"))
-        state = self.initial(self._generator, self.num_envs)
+        return self._start(self.initial(self._generator, self.num_envs), mask)
+
+    def _start(self, state: Array, mask: Tensor | None) -> Tree:
+        """Episodes begin in these states, everywhere or where ``mask`` ``[N]`` bool is set; the observations."""
         steps = self._inward(torch.zeros(self.num_envs, dtype=torch.int64, device=self.device))
         # copied, because an observation can be the state itself, which callers must not be able to change
         obs = self._copied(self._float32(self.observe_initial(state)))
@@ -319,7 +322,8 @@ class TorchEnv:
                 )
         if str(terminated.dtype).removeprefix("torch.") != "bool":
             raise ValueError(f"{self.name}: expected terminated in bool from transition(), got {terminated.dtype}")
-        changed = [key for key, x in _leaves(state).items() if not bool((x == _leaves(before)[key]).all())]
+        old = _leaves(before)  # NaN is not equal to itself
+        changed = [key for key, x in _leaves(state).items() if not bool(((x == old[key]) | (x != x)).all())]
         if changed:
             self._memory = (before, *self._memory[1:])
             raise ValueError(

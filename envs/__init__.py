@@ -10,12 +10,14 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import gymnasium
 import torch
+from gymnasium.envs.registration import load_env_creator
 
 from ccrl import registry
 from ccrl.adapters import GymnasiumEnv, SingleEnv, TorchVectorEnv, as_vector_env, from_gymnasium
@@ -116,7 +118,8 @@ def make(
             (``"isaac:Isaac-Ant-Direct"``, ``"mjlab:..."``, see ``envs.isaac``). ``"module:id"`` imports the module
             first, which is how packages that register environments are loaded.
         num_envs: number of copies.
-        device: where observations and rewards go. The native MuJoCo tasks simulate on the CPU and take no other.
+        device: where observations and rewards go. The native MuJoCo tasks simulate on the CPU, and with
+            ``engine="warp"`` on any.
         backend: ``"native"`` is ours; ``"sync"`` and ``"async"`` are Gymnasium's environments in one or in many
             processes; ``"gymnasium"`` is the environment's own vector entry point. ``None`` takes the native one where
             there is one, else the vector entry point, else ``"sync"``. What a vector entry point made with
@@ -219,13 +222,11 @@ def _make_native(
         factory = getattr(importlib.import_module(module), name)
         return factory(num_envs, device=device, autoreset_mode=mode, **options)
     if id in MUJOCO:
-        if str(device).partition(":")[0] != "cpu":
-            raise ValueError(f"{id} simulates on the CPU, got device={str(device)!r}; leave device at 'cpu'")
         require("mujoco", "mujoco")
         # Imported late: loading MuJoCo takes most of a second, which a cart-pole should not wait for.
         from envs.mujoco import make_mujoco
 
-        return make_mujoco(id, num_envs, autoreset_mode=mode, **options)
+        return make_mujoco(id, num_envs, device=device, autoreset_mode=mode, **options)
     raise ValueError(f"there is no native {id!r}; expected one of {', '.join((*NATIVE, *OWN))}, or another backend")
 
 
@@ -248,10 +249,18 @@ def _make_gymnasium(
     if backend == "gymnasium" and entry_point is None:
         raise ValueError(f"{id} has no vector entry point; use backend='sync' or 'async'")
     if backend == "gymnasium" or (backend is None and entry_point is not None):
+        assert entry_point is not None
+        if check_device(device).type != "cpu" and _takes_device(entry_point):
+            options = {"device": str(device)} | options
         with shielded():
             made = gymnasium.make_vec(id, num_envs, "vector_entry_point", **options)
         # one of as_vector_env is a BatchedEnv inside: with its state, which Gymnasium cannot save, and in torch
         env = made.env if isinstance(made, TorchVectorEnv) else GymnasiumEnv(made, device=device)
+        if env.device.type != torch.device(device).type:
+            raise ValueError(
+                f"{id} is made on {env.device}, got device={str(device)!r}; give its vector entry point an argument "
+                "device, or leave device at 'cpu'"
+            )
         if autoreset_mode is not None and as_autoreset_mode(autoreset_mode, where=id) != env.autoreset_mode:
             raise ValueError(
                 f"the vector entry point of {id} resets in {env.autoreset_mode}, got autoreset_mode={autoreset_mode}; "
@@ -267,6 +276,11 @@ def _make_gymnasium(
         make = functools.partial(make_quietly, id, options)
         return from_gymnasium(make, num_envs, device=device, autoreset_mode=mode, asynchronous=asynchronous)
     return from_gymnasium(id, num_envs, device=device, autoreset_mode=mode, asynchronous=asynchronous, **options)
+
+
+def _takes_device(entry_point: Any) -> bool:
+    creator = load_env_creator(entry_point) if isinstance(entry_point, str) else entry_point
+    return "device" in inspect.signature(creator).parameters
 
 
 for _id in (*NATIVE, *OWN):

@@ -11,6 +11,7 @@ from mujoco.batch import DATA_FIELDS, Batch
 from torch import Tensor
 
 from envs.mujoco.task import State
+from envs.mujoco.variants import Variants
 
 __all__ = ["BatchEngine", "available_cores"]
 
@@ -30,13 +31,22 @@ class BatchEngine:
     ``state`` shows them: ``qpos, qvel, act, time, ctrl`` are views of the simulator's memory; the derived ``fields``
     are refreshed by ``step`` and ``reset`` for the rows these are called on.
 
+    With ``variants`` each simulation is of one of these (``play``), else of ``model``.
+
     Raises ``ValueError`` for a field MjData does not have.
     """
 
     device = torch.device("cpu")
     dtype = torch.float64
 
-    def __init__(self, model: mujoco.MjModel, num_envs: int, nthread: int, fields: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        model: mujoco.MjModel,
+        num_envs: int,
+        nthread: int,
+        fields: tuple[str, ...],
+        variants: Variants | None = None,
+    ) -> None:
         unknown = sorted(set(fields) - DATA_FIELDS)
         if unknown:
             raise ValueError(f"fields: expected names of MjData arrays ({sorted(DATA_FIELDS)}), received {unknown}")
@@ -56,11 +66,22 @@ class BatchEngine:
         self._warnings = torch.from_numpy(self._batch.warning)
         self._bad_state = self._warnings[:, BAD_STATE, 1]
         self._calm = self._batch.warning.tobytes()
+        self._variants = variants
+        values = {} if variants is None else variants.values
+        self._models = [(torch.from_numpy(self._batch.expand(k)), torch.from_numpy(x)) for k, x in values.items()]
+        self._variant = torch.zeros(num_envs, dtype=torch.int64)
+        self.play(torch.arange(num_envs), torch.zeros(num_envs, dtype=torch.int64))
 
     def _view(self, name: str) -> Tensor:
         array = self._batch.bind(name).view()
         array.flags.writeable = True  # torch knows no read-only tensors and would warn; tasks do not write
         return torch.from_numpy(array)
+
+    def play(self, rows: Tensor, variant: Tensor) -> None:
+        """From now on the simulations in ``rows`` ``[n]`` are of these variants of the model ``[n]``, both int64."""
+        self._variant[rows] = variant
+        for mine, all in self._models:
+            mine[rows] = all[variant]
 
     def step(self, nstep: int, rows: Tensor | None = None) -> None:
         """Advance all simulations, or those in ``rows`` ``[n]`` int64, by ``nstep`` calls of ``mj_step``."""
@@ -80,7 +101,7 @@ class BatchEngine:
         into.zero_() if rows is None else into.index_fill_(0, rows, 0.0)
         get_data, model, scratch = self._batch.get_data, self.model, self._scratch
         out, cfrc_ext = into.numpy(), scratch.cfrc_ext
-        # Serial: two Python threads took as long as one.
+        # Serial: two Python threads took as long as one. Of variants the forces are in the data, with their contacts.
         for i in loaded.tolist():
             get_data(i, scratch)
             mujoco.mj_rnePostConstraint(model, scratch)
@@ -113,14 +134,18 @@ class BatchEngine:
 
     def data(self, index: int) -> mujoco.MjData:
         """A copy of one simulation with its derived fields computed, to render or to inspect."""
-        data = self._batch.get_data(index)
-        mujoco.mj_forward(self.model, data)
+        model = self.model if self._variants is None else self._variants.models[int(self._variant[index])]
+        data = self._batch.get_data(index, mujoco.MjData(model))
+        mujoco.mj_forward(model, data)
         return data
 
     def state_dict(self) -> dict[str, Any]:
         """Everything the next step depends on: MuJoCo's full integration state ``[N, nstate]`` float64."""
-        return {"integration_state": self._rows.clone()}
+        variant = {} if self._variants is None else {"variant": self._variant.clone()}
+        return {"integration_state": self._rows.clone(), **variant}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict``'s result. Derived fields stay as they are until the next step."""
         self._rows.copy_(state["integration_state"])
+        if self._variants is not None:
+            self.play(torch.arange(len(self._rows)), state["variant"])

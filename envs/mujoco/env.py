@@ -12,9 +12,10 @@ from torch import Tensor
 from ccrl.batched_env import AutoresetMode, StepResult, as_autoreset_mode
 from ccrl.seeding import stream_seed
 from envs.mujoco.engine import BatchEngine, available_cores
-from envs.mujoco.model import load_model
+from envs.mujoco.model import action_space, load_model
 from envs.mujoco.render import Renderer, RenderOptions
-from envs.mujoco.task import MujocoTask, State
+from envs.mujoco.task import MujocoTask, State, check_shape
+from envs.mujoco.variants import Randomise, draw_variants
 
 __all__ = ["MujocoEnv"]
 
@@ -29,6 +30,7 @@ class MujocoEnv:
     Args:
         task: the environment; its options are the fields of its class.
         num_envs: ``N``, at least 1.
+        device: the CPU; others are for mujoco-warp, :class:`envs.mujoco.warp.WarpEnv`.
         seed: of the stream that resets draw from; None takes one from the operating system.
         nthread: simulator threads; None takes every core the process may use. Results do not depend on it.
         autoreset_mode: what happens after an episode's end, see ``ccrl.batched_env.BatchedEnv``. With DISABLED,
@@ -38,6 +40,9 @@ class MujocoEnv:
         unstable: MuJoCo resets a simulation that meets NaN or huge numbers by itself and goes on, and Gymnasium does
             not tell. ``"nan"`` makes that step's reward NaN, which the collector reports; ``"continue"`` does as
             Gymnasium does.
+        randomise: episodes are played on variants of the model, see ``envs.mujoco.variants.Randomise``; None: on it.
+        models: so many variants are drawn, once; every episode draws one of them.
+        models_seed: of the stream that the variants are drawn from.
         render: size and camera of ``render``.
 
     Raises ``ValueError`` or ``TypeError`` for options out of range and for a task whose methods return other shapes
@@ -45,21 +50,30 @@ class MujocoEnv:
     """
 
     provides_final_obs: bool
-    device = BatchEngine.device
 
     def __init__(
         self,
         task: MujocoTask,
         num_envs: int,
         *,
+        device: torch.device | str = "cpu",
         seed: int | None = None,
         nthread: int | None = None,
         autoreset_mode: AutoresetMode | str = AutoresetMode.SAME_STEP,
         max_episode_steps: int | None = None,
         dtype: torch.dtype = torch.float32,
         unstable: Literal["nan", "continue"] = "nan",
+        randomise: Randomise | None = None,
+        models: int = 64,
+        models_seed: int = 0,
         render: RenderOptions | None = None,
     ) -> None:
+        if torch.device(device).type != "cpu":
+            raise ValueError(
+                f"{type(task).__name__}: MuJoCo's own engine simulates on the CPU, got device={str(device)!r}; "
+                "leave device at 'cpu', or give engine='warp'"
+            )
+        self.device = BatchEngine.device
         self.task, self.num_envs, self.unstable = task, num_envs, unstable
         self.autoreset_mode = as_autoreset_mode(autoreset_mode, where=type(task).__name__)
         self.max_episode_steps = task.max_episode_steps if max_episode_steps is None else max_episode_steps
@@ -81,7 +95,8 @@ class MujocoEnv:
         self.provides_final_obs = self.autoreset_mode is AutoresetMode.SAME_STEP
 
         model = load_model(task.xml_file)
-        self.engine = BatchEngine(model, num_envs, nthread, task.fields)
+        self._variants = None if randomise is None else draw_variants(model, randomise, models, models_seed)
+        self.engine = BatchEngine(model, num_envs, nthread, task.fields, self._variants)
         task.setup(model, lambda x: torch.as_tensor(np.array(x), dtype=self.engine.dtype, device=self.device))
         self._generator = torch.Generator(self.device)
         self._seed(seed)
@@ -99,8 +114,7 @@ class MujocoEnv:
         self._may_terminate = type(task).terminated is not MujocoTask.terminated
         self._stopped = False  # some copies finished and have not been reset: False always under SAME_STEP
         self._started = False
-        bounds = model.actuator_ctrlrange.astype(np.float32)
-        self.single_action_space = Box(bounds[:, 0], bounds[:, 1], dtype=np.float32)
+        self.single_action_space = action_space(model)
         numpy_dtype = np.float32 if dtype == torch.float32 else np.float64
         self.single_observation_space = Box(-np.inf, np.inf, (obs_size,), dtype=numpy_dtype)
         self._action_shape = torch.Size((num_envs, model.nu))
@@ -272,7 +286,11 @@ class MujocoEnv:
         return found
 
     def _begin(self, rows: Tensor) -> None:
-        self._begin_at(rows, *self.task.reset(len(rows), self._generator))
+        qpos, qvel = self.task.reset(len(rows), self._generator)
+        if self._variants is not None:
+            variant = torch.randint(self._variants.count, (len(rows),), generator=self._generator, device=self.device)
+            self.engine.play(rows, variant)
+        self._begin_at(rows, qpos, qvel)
 
     def _begin_at(self, rows: Tensor, qpos: Tensor, qvel: Tensor) -> None:
         self.engine.reset(rows, qpos, qvel)
@@ -296,26 +314,19 @@ class MujocoEnv:
         """Call each of the task's methods once, with a stream of its own, and return the observation's size."""
         task, state, n = self.task, self.engine.state, self.num_envs
         qpos, qvel = task.reset(n, torch.Generator(self.device).manual_seed(0))
-        self._expect("reset(n, generator)[0]", qpos, (n, state.qpos.shape[1]), qpos.dtype)
-        self._expect("reset(n, generator)[1]", qvel, (n, state.qvel.shape[1]), qvel.dtype)
+        check_shape(task, "reset(n, generator)[0]", qpos, (n, state.qpos.shape[1]), qpos.dtype)
+        check_shape(task, "reset(n, generator)[1]", qvel, (n, state.qvel.shape[1]), qvel.dtype)
         self.engine.reset(torch.arange(n), qpos, qvel)
         before = task.remember(state)
         self._before = None if before is None else before.clone()
         if self._before is not None:
             state.before = self._before
         obs = task.observe(state)
-        self._expect("observe(state)", obs, (n, obs.shape[-1]), obs.dtype)
+        check_shape(task, "observe(state)", obs, (n, obs.shape[-1]), obs.dtype)
         state.terminated = task.terminated(state)
-        self._expect("terminated(state)", state.terminated, (n,), torch.bool)
-        self._expect("reward(state)", task.reward(state), (n,), self.engine.dtype)
+        check_shape(task, "terminated(state)", state.terminated, (n,), torch.bool)
+        check_shape(task, "reward(state)", task.reward(state), (n,), self.engine.dtype)
         return obs.shape[1]
-
-    def _expect(self, call: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-        if tuple(value.shape) != shape or value.dtype != dtype:
-            raise ValueError(
-                f"{type(self.task).__name__}.{call}: expected shape {shape} and {dtype}, "
-                f"received {tuple(value.shape)} and {value.dtype}"
-            )
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, Any]:

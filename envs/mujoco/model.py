@@ -10,10 +10,12 @@ from typing import Any
 
 import gymnasium
 import mujoco
+import numpy as np
+from gymnasium.spaces import Box
 
 from envs.mujoco.task import ASSETS, model_path
 
-__all__ = ["load_model", "make_quietly"]
+__all__ = ["action_space", "load_model", "make_quietly"]
 
 _TOTAL_MASS = re.compile(r'\ssettotalmass="([^"]*)"')
 
@@ -40,6 +42,12 @@ def load_model(xml_file: str | Path) -> mujoco.MjModel:
     model.stat.meanmass = sum(model.body_mass[1:].tolist()) / (model.nbody - 1)
     model.stat.meaninertia = sum(model.dof_M0.tolist()) / model.nv
     return model
+
+
+def action_space(model: mujoco.MjModel) -> Box:
+    """The actuators' ranges, ``[nu]`` float32."""
+    low, high = model.actuator_ctrlrange.astype(np.float32).T
+    return Box(low, high, dtype=np.float32)
 
 
 def make_quietly(id: str, options: dict[str, Any]) -> gymnasium.Env[Any, Any]:

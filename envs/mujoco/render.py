@@ -45,7 +45,6 @@ class Renderer:
     """
 
     def __init__(self, model: mujoco.MjModel, options: RenderOptions, camera: dict[str, Any]) -> None:
-        self._model = model
         self._camera = _camera(model, options, camera)
         self._option = mujoco.MjvOption()
         for flag, value in options.visual_options.items():
@@ -62,10 +61,10 @@ class Renderer:
         self._pixels = np.empty((options.height, options.width, 3), np.uint8)
 
     def render(self, data: mujoco.MjData) -> np.ndarray:
-        """``[height, width, 3]`` uint8, a new array."""
+        """``[height, width, 3]`` uint8, a new array. ``data`` may be of a variant of the model."""
         self._gl.make_current()
         mujoco.mjv_updateScene(
-            self._model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene
+            data.model, data, self._option, None, self._camera, mujoco.mjtCatBit.mjCAT_ALL.value, self._scene
         )
         mujoco.mjr_render(self._viewport, self._scene, self._mjr)
         mujoco.mjr_readPixels(self._pixels, None, self._viewport, self._mjr)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ccrl.settings import Count, Nonnegative, Range, Settings
 
-__all__ = ["Bound", "MujocoTask", "State", "model_path", "within"]
+__all__ = ["Bound", "MujocoTask", "State", "check_shape", "model_path", "within"]
 
 ASSETS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 
@@ -79,7 +79,8 @@ class MujocoTask(Settings):
 
     A subclass is a dataclass whose fields are the constructor options; it sets ``xml_file`` and ``frame_skip`` and
     writes ``observe`` and ``reward``, and where needed ``terminated``, ``reset`` and ``remember``. All methods work on
-    ``[N, ...]`` tensors in the dtype and on the device the engine chose (float64 on the CPU engine).
+    ``[N, ...]`` tensors in the dtype and on the device the engine chose: float64 on the CPU with MuJoCo's own, float32
+    on any device with mujoco-warp. They never wait for the device (no ``.item()``, no constants made in a step).
     """
 
     xml_file: str | Path
@@ -130,15 +131,28 @@ class MujocoTask(Settings):
             self.init_qvel + self.uniform(n, self.init_qvel, -s, s, generator),
         )
 
+    # Drawn in float64 and cast: with one seed, engines of different precision begin at the same states up to rounding.
+
     @staticmethod
     def uniform(n: int, like: Tensor, low: float, high: float, generator: torch.Generator) -> Tensor:
         """Uniform noise ``[n, *like.shape]`` with the dtype and device of ``like``."""
-        return like.new_empty((n, *like.shape)).uniform_(low, high, generator=generator)
+        noise = like.new_empty((n, *like.shape), dtype=torch.float64)
+        return noise.uniform_(low, high, generator=generator).to(like.dtype)
 
     @staticmethod
     def normal(n: int, like: Tensor, scale: float, generator: torch.Generator) -> Tensor:
         """Normal noise ``[n, *like.shape]`` of standard deviation ``scale``."""
-        return like.new_empty((n, *like.shape)).normal_(generator=generator).mul_(scale)
+        noise = like.new_empty((n, *like.shape), dtype=torch.float64)
+        return noise.normal_(generator=generator).mul_(scale).to(like.dtype)
+
+
+def check_shape(task: MujocoTask, call: str, value: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Raises ``ValueError`` where a method of a task returned something else."""
+    if tuple(value.shape) != shape or value.dtype != dtype:
+        raise ValueError(
+            f"{type(task).__name__}.{call}: expected shape {shape} and {dtype}, "
+            f"received {tuple(value.shape)} and {value.dtype}"
+        )
 
 
 def within(x: Tensor, bounds: tuple[float, float]) -> Tensor:

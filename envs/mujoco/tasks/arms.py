@@ -82,6 +82,10 @@ class Pusher(Arm):
     bodies: ClassVar = ("tips_arm", "object", "goal")
     candidates: ClassVar = 64
 
+    def setup(self, model: mujoco.MjModel, tensor: Callable[[Any], Tensor]) -> None:
+        super().setup(model, tensor)
+        self.table, self.corner = tensor((0.3, 0.4)), tensor((0.3, 0.2))
+
     def observe(self, state: State) -> Tensor:
         return torch.cat((state.qpos[:, :7], state.qvel[:, :7], *self.positions(state)), 1)
 
@@ -99,7 +103,7 @@ class Pusher(Arm):
         qpos = self.init_qpos.repeat(n, 1)
         qvel = self.init_qvel + self.uniform(n, self.init_qvel, -0.005, 0.005, generator)
         xy = self.uniform(n, self.init_qpos.new_empty(self.candidates, 2), 0.0, 1.0, generator)
-        xy = xy * xy.new_tensor((0.3, 0.4)) - xy.new_tensor((0.3, 0.2))
+        xy = xy * self.table - self.corner
         chosen = (torch.linalg.vector_norm(xy, dim=2) > 0.17).to(torch.uint8).argmax(1)
         qpos[:, -4:-2] = xy[torch.arange(n, device=xy.device), chosen]
         qpos[:, -2:] = 0.0
