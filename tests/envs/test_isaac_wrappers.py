@@ -1,4 +1,4 @@
-"""Isaac Lab's own test of wrappers with a row for ours beside rsl_rl's, on the CPU; it ships in Isaac Lab's wheel. In the
+"""Isaac Lab's own test of wrappers, which its wheel brings, with rows for ours beside rsl_rl's, on the CPU. In the
 environment of that simulator (docs/robots.md):
 
 FOLDER/venv/bin/python -m pytest tests/envs/test_isaac_wrappers.py
