@@ -47,18 +47,12 @@ def hopper(options: dict[str, Any], cell: dict[str, Any], out: Path) -> Rows:
 
 def medium(path: Path) -> Dataset:
     """The data set in ``path``; made where there is none: episodes, drawn as in D4RL, of the first policy of a PPO run
-    (seed 0) whose last training episodes return ``MEDIUM["returns"]``, a third of what a long run reaches.
-
-    Raises:
-        RuntimeError: PPO does not get there.
-    """
+    (seed 0) whose last training episodes return ``MEDIUM["returns"]``, a third of what a long run reaches, or of the
+    last policy where none does."""
     if not path.exists():
         c = MEDIUM
         agent = PPO("Hopper-v5", seed=0, normalise_obs=True, normalise_reward=True, compile="off")
-        while (agent.ep_rew_mean or 0.0) < c["returns"]:
-            if agent.num_timesteps >= c["most"]:
-                raise RuntimeError(f"hopper: expected a return of {c['returns']} in {c['most']} steps of PPO, got "
-                                   f"{agent.ep_rew_mean}")  # fmt: skip
+        while (agent.ep_rew_mean or 0.0) < c["returns"] and agent.num_timesteps < c["most"]:
             agent.learn(c["block"])
         torch.manual_seed(0)
         env = envs.make("Hopper-v5", 10)
