@@ -30,8 +30,9 @@ from ccrl.packages import ROOT, check_siblings
 check_siblings("agents", "envs")
 
 from scripts.reproductions import PAPERS, Measurement
+from scripts.reproductions.noes import NOES
 
-__all__ = ["Options", "load", "main", "page", "save"]
+__all__ = ["Options", "embed", "embed_page", "load", "main", "page", "save", "table"]
 
 
 @dataclass(frozen=True)
@@ -76,12 +77,42 @@ def load(path: Path) -> tuple[list[Measurement], int]:
     return found, int(rows[0]["seconds"])
 
 
+def table(numbers: list[Measurement]) -> list[str]:
+    """Markdown: a line per number."""
+    lines = ["| quantity | expected | range | measured | kind | holds |", "|---|---|---|---|---|---|"]
+    for row in numbers:
+        verdict = row.verdict if row.verdict == "yes" else f"**{row.verdict}**"
+        low, high = row.interval
+        measured = f"{row.mean:.5g}" + (f" [{low:.4g}, {high:.4g}]" if len(row.values) > 1 else "")
+        span = f"{row.accept[0]:.5g} to {row.accept[1]:.5g}"
+        lines.append(f"| {' | '.join(map(_cell, (row.quantity, row.expected, span, measured, row.kind, verdict)))} |")
+    return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", chr(92) + "|")
+
+
+def embed(text: str, slug: str, found: tuple[list[Measurement], int]) -> str:
+    """``text`` of a method's page with its table between the two comments that name the slug; without them as it is."""
+    begin, end = f"<!-- reproduction: {slug} -->", "<!-- end of reproduction -->"
+    head, mark, rest = text.partition(begin)
+    _, close, tail = rest.partition(end)
+    if not mark or not close:
+        return text
+    numbers, _ = found
+    seeds = max(len(row.values) for row in numbers)
+    said = f"Means over {seeds} seeds with Student's 95 % interval (`python scripts/reproduce.py --papers {slug}`):"
+    return "\n".join([head + begin, "", said, "", *table(numbers), "", end]) + tail
+
+
 def page(folder: Path) -> str:
     """Markdown: what holds by kind of number, and one table per paper."""
     found = {slug: load(folder / f"{slug}.csv") for slug in sorted(PAPERS) if (folder / f"{slug}.csv").exists()}
     rows = [row for numbers, _ in found.values() for row in numbers]
     count = Counter((row.kind, row.verdict) for row in rows)
     total = Counter(row.kind for row in rows)
+    noes = [(slug, row) for slug, (numbers, _) in found.items() for row in numbers if row.verdict == "no"]
     lines = [
         "# The papers' small experiments", "",
         "Made by `python scripts/reproduce.py` on one CPU thread; the number of every seed is in "
@@ -101,18 +132,14 @@ def page(folder: Path) -> str:
         lines.append(f"| {kind} | {' | '.join(map(str, counts))} | {total[kind]} |")
     if missing := sorted(set(PAPERS) - set(found)):
         lines += ["", f"No numbers are kept yet of: {', '.join(missing)}."]
+    if noes:
+        lines += ["", "## What does not hold, and why", "", "| paper | quantity | reason |", "|---|---|---|"]
+        lines += [f"| {slug} | {_cell(row.quantity)} | {NOES.get((slug, row.quantity), 'not examined yet')} |"
+                  for slug, row in noes]  # fmt: skip
     for slug, (numbers, seconds) in found.items():
         seeds = max(len(row.values) for row in numbers)
         lines += ["", f"## {slug}: {PAPERS[slug]}", "", f"{seeds} seeds, {seconds} s. "
-                  f"`python scripts/reproduce.py --papers {slug}`", "",
-                  "| quantity | expected | range | measured | kind | holds |", "|---|---|---|---|---|---|"]  # fmt: skip
-        for row in numbers:
-            verdict = row.verdict if row.verdict == "yes" else f"**{row.verdict}**"
-            low, high = row.interval
-            measured = f"{row.mean:.5g}" + (f" [{low:.4g}, {high:.4g}]" if len(row.values) > 1 else "")
-            span = f"{row.accept[0]:.5g} to {row.accept[1]:.5g}"
-            cells = [row.quantity, row.expected, span, measured, row.kind, verdict]
-            lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+                  f"`python scripts/reproduce.py --papers {slug}`", "", *table(numbers)]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 
@@ -137,7 +164,20 @@ def main(options: Options) -> dict[str, list[Measurement]]:
     usual = docs / "llm_reproductions.md" if options.results == docs / "figures" / "reproductions" else elsewhere
     text = page(options.results)
     write_atomic(options.page or usual, lambda file: file.write(text.encode()))
+    if options.results == docs / "figures" / "reproductions":
+        for path in sorted((docs / "llm").glob("*.md")):
+            embed_page(path, options.results)
     return found
+
+
+def embed_page(path: Path, folder: Path) -> None:
+    """Put today's numbers of ``folder`` into a method's page."""
+    old = text = path.read_text(encoding="utf-8")
+    for slug in PAPERS:
+        if f"<!-- reproduction: {slug} -->" in text and (folder / f"{slug}.csv").exists():
+            text = embed(text, slug, load(folder / f"{slug}.csv"))
+    if text != old:
+        write_atomic(path, lambda file: file.write(text.encode()))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from ccrl.experiment.csv_table import read_rows
+from ccrl.packages import ROOT
 from scripts.studies.claims import study
 from scripts.studies.claims.claim import Arm, Claim, judge, run
 
@@ -120,3 +121,9 @@ def test_a_step_size_at_the_end_of_its_grid_is_said() -> None:
     assert study._edge(arm, '{"learning_rate": 0.1}') == " (the smallest of its grid)"
     assert study._edge(arm, '{"learning_rate": 0.4}') == " (the largest of its grid)"
     assert study._edge(Arm("b", score(0.0), GRID), '{"rate": 1.0}') == ""
+
+
+def test_the_page_is_that_of_the_kept_results(tmp_path: Path) -> None:
+    study.main(study.Options(page_only=True, page=tmp_path / "claims.md"))
+    kept = (ROOT / "docs" / "claims.md").read_text(encoding="utf-8")
+    assert (tmp_path / "claims.md").read_text(encoding="utf-8") == kept, "scripts/studies/claims --page-only"

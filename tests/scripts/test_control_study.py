@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+from ccrl.experiment.csv_table import read_rows
+from ccrl.packages import ROOT
 from scripts.studies.control import report
 from scripts.studies.control.runs import ARMS, play
 from scripts.studies.control.study import Options, best, cells, main
@@ -75,3 +77,9 @@ def test_unknown_tasks_are_refused_and_nothing_runs_for_the_page(tmp_path: Path)
         Options(tasks=("CartPole",))
     assert "0 of 80 test runs" in main(Options(out=tmp_path, page_only=True))
     assert (tmp_path / "control.md").exists()
+
+
+def test_the_page_is_that_of_the_kept_runs() -> None:
+    path = ROOT / "docs" / "figures" / "control.csv"
+    made = report.page(read_rows(path) if path.exists() else [])
+    assert made == (ROOT / "docs" / "control.md").read_text(encoding="utf-8"), "scripts/studies/control --page-only"

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from ccrl.packages import ROOT
 from scripts import reproduce
 from scripts.reproductions import PAPERS, Measurement
+from scripts.reproductions.noes import NOES
 from scripts.reproductions.tables import History
 
 
@@ -70,6 +72,36 @@ def test_the_page_keeps_the_numbers_of_papers_that_did_not_run(tmp_path: Path, m
     page.unlink()
     assert reproduce.main(reproduce.Options(page_only=True, results=tmp_path)) == {}
     assert page.read_text() == text
+
+
+def test_every_no_of_the_kept_numbers_has_a_reason() -> None:
+    folder = reproduce.Options().results
+    noes = {(slug, row.quantity) for slug in PAPERS if (folder / f"{slug}.csv").exists()
+            for row in reproduce.load(folder / f"{slug}.csv")[0] if row.verdict == "no"}  # fmt: skip
+    assert noes == set(NOES), "a number that does not hold needs a reason, and a reason such a number"
+
+
+def test_a_methods_page_has_todays_numbers() -> None:
+    found = [Measurement("gap", "> 0", (0.0, math.inf), (1.0, 1.1, 0.9))], 7
+    page = "# M\n\n<!-- reproduction: m -->\nstale\n<!-- end of reproduction -->\n\nafter\n"
+    text = reproduce.embed(page, "m", found)
+    assert "stale" not in text
+    assert "| gap | > 0 | 0 to inf | 1 [0.7516, 1.248] | claim | yes |" in text  # 4.303 * .1 / sqrt(3)
+    assert text.startswith("# M\n\n<!-- reproduction: m -->\n\nMeans over 3 seeds")
+    assert text.endswith("\n\n<!-- end of reproduction -->\n\nafter\n")
+    assert reproduce.embed(text, "m", found) == text
+    assert reproduce.embed(page, "other", found) == page
+
+
+def test_pages_are_those_of_the_kept_numbers(tmp_path: Path) -> None:
+    options = reproduce.Options()
+    kept = (ROOT / "docs" / "llm_reproductions.md").read_text(encoding="utf-8")
+    assert reproduce.page(options.results) == kept, "reproduce.py --page-only"
+    for path in sorted((ROOT / "docs" / "llm").glob("*.md")):
+        copy = tmp_path / path.name
+        copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+        reproduce.embed_page(copy, options.results)
+        assert copy.read_text(encoding="utf-8") == path.read_text(encoding="utf-8"), f"reproduce.py --page-only: {path}"
 
 
 def test_numbers_read_back(tmp_path: Path) -> None:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ccrl.experiment.csv_table import read_rows
+from ccrl.packages import ROOT
 from scripts.studies.rerun.study import Options, cells, drawn, main, prediction, table
 
 NAMES = [("claim", f"arm {i}", "{}") for i in range(30)]
@@ -40,3 +42,8 @@ def test_the_repositorys_results_have_cells_to_draw(tmp_path: Path) -> None:
     assert len(cells(Options().results)) > 30
     with pytest.raises(ValueError, match="expected at most the 0 cells"):
         main(Options(results=tmp_path, out=tmp_path, commit="ab"))
+
+
+def test_the_table_is_that_of_the_kept_runs() -> None:
+    folder = ROOT / "docs" / "figures"
+    assert table(read_rows(folder / "rerun.csv")) == (folder / "rerun.md").read_text(encoding="utf-8")

@@ -1,0 +1,71 @@
+"""Why a number is not as expected: the paper's claim, the expected number or the code."""
+
+from __future__ import annotations
+
+__all__ = ["NOES"]
+
+_ADORA = (
+    "the claim fails here: groups whose longest success happens to be long count more, so completions also lengthen "
+    "where length is of no use"
+)
+_ETR = (
+    "the claim fails here, as in the reference run: the wider range that an elastic one grants to rare outcomes is "
+    "spent on entropy"
+)
+_AWM = (
+    "expected number in doubt: ours is 31 with one time per sample and 5 with six, so the reference run's 14 would be "
+    "that of two times per sample, not of the 13 that it names; Flow-GRPO's agrees, and so do target variances in "
+    "closed form (docs/awm.md)"
+)
+_RISKPO = (
+    "expected number not of this setting: the optimiser of the reference run is not known. With SGD RiskPO is slower, "
+    "as there, but not so much; AdamW at .05 and .3 does not give its numbers either (docs/llm/riskpo.md)"
+)
+
+NOES: dict[tuple[str, str], str] = {
+    ("adora", "tokens on hard questions after 300 updates, attenuation minus GRPO"): (
+        "the claim fails here, by .004 of 7.5 tokens: attenuation slows the easy questions down and gains nothing on "
+        "the hard ones"
+    ),
+    ("adora", "tokens on easy questions after 300 updates, attenuation minus GRPO"): _ADORA,
+    ("adora", "tokens on hard questions after 75 updates, amplification minus GRPO with twice the step"): (
+        "the claim fails here: what amplification gains over GRPO is less than a doubled step gains"
+    ),
+    ("adora", "tokens on easy questions after 300 updates, amplification minus GRPO"): _ADORA,
+    ("awm", "relative gradient variance, uniform"): _AWM,
+    ("awm", "relative gradient variance, ghuber"): _AWM,
+    ("bnpo", "variation of the gradient norm, rates from Beta(2, 6), BNPO minus GRPO"): (
+        "the conjecture is wrong: the theorem is of densities, which integrate to 1; at equal mean size of advantages "
+        "a constant has the least variance (docs/llm/bnpo.md derives it)"
+    ),
+    ("d3s", "reward gained after a fifth of the run, D3S minus GRPO"): (
+        "the claim fails at this step size, which is not tuned; with each method's own and equal gradient tokens it "
+        "holds (docs/claims.md)"
+    ),
+    ("epo", "the same, bonus and corridor minus bonus"): (
+        "the claim fails here, by .003 nats: the bonus alone does not swing, so there is nothing to steady"
+    ),
+    ("etr", "entropy at the end, multiplicative, neutral 0.5 minus the constant range (nats per token)"): _ETR,
+    ("etr", "entropy at the end, implicit_sq minus the constant range (nats per token)"): _ETR,
+    ("gbpo", "ModSum, reward after 60 updates: GBPO minus GRPO, 10 epochs, bounds 0.3"): (
+        "the claim fails here, also with tuned step sizes and fresh seeds (docs/claims.md)"
+    ),
+    ("hpt", "fixed mix 0.5/0.5: entropy on the rest, nats"): (
+        "range too narrow: 10 % around one number of three seeds whose mixture is not described. Success, dead "
+        "questions and the entropies of the other methods agree; that imitation leaves less than 1 nat holds"
+    ),
+    ("pf_ppo", "R^2 of scores on rewards, BW"): (
+        "expected number not of this setting: the distribution of success rates in the reference run is not known (q "
+        "uniform here). The order of the four agrees"
+    ),
+    ("pf_ppo", "errors of completions: true success after training, BW minus no filter"): (
+        "the claim fails where a completion keeps its error, as of a reward model: extreme rewards are the overrated "
+        "ones. Where errors are drawn anew it holds"
+    ),
+    ("r2vpo", "ModSum: mean reward over training, 2 old rollouts minus none"): (
+        "the claim fails here: the larger variance of old rollouts raises lambda, which slows the fresh ones"
+    ),
+    ("riskpo", "hard questions after 300 updates, RiskPO"): _RISKPO,
+    ("riskpo", "hard questions after 600 updates, RiskPO"): _RISKPO,
+}
+"""``(slug, quantity)`` of every number that does not hold."""
