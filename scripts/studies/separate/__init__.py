@@ -1,0 +1,1 @@
+"""Settings in which methods for language models can differ: see ``study.py``."""
