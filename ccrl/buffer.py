@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccrl.batched_env import StepResult, Tree
+from ccrl.batched_env import StepResult, StepRows, Tree
 from ccrl.data import Data, Field, tree_leaves, tree_map
 from ccrl.returns import forward_scan
 from ccrl.successors import Successors
@@ -76,8 +77,12 @@ class RolloutBuffer:
         # views of every row, made once: indexing costs as much as the copy into a row of 16 environments
         self._obs_rows = _rows(self.obs)
         self._final_rows = None if self.final_obs is None else _rows(self.final_obs)
-        self._fact_rows = list(zip(*(x.unbind() for x in (self.action, self.reward, self.terminated, self.truncated))))
-        self._extra_rows = {f.name: self.extra[f.name].unbind() for f in fields if f.per == "step"}
+        facts = zip(self._obs_rows[1:], self.reward, self.terminated, self.truncated)
+        finals: Sequence[Tree | None] = self._final_rows or (None,) * steps
+        self.rows = [StepRows(*fact, final_obs=final) for fact, final in zip(facts, finals)]
+        """Row ``t``: where step ``t`` goes, its observation in row ``t + 1``."""
+        self.action_rows = self.action.unbind()
+        self.extra_rows = {f.name: self.extra[f.name].unbind() for f in fields if f.per == "step"}
 
     def begin(self, obs: Tree) -> None:
         """Set the first observation ``[N, ...]``."""
@@ -94,16 +99,18 @@ class RolloutBuffer:
 
     def write(self, t: int, action: Tensor, result: StepResult, extra: dict[str, Tensor]) -> None:
         """Store step ``t``; ``result.obs`` becomes the start of row ``t + 1``."""
-        names, obs = list(extra), self._obs_rows[t + 1]
-        target = [*self._fact_rows[t], *(self._extra_rows[k][t] for k in names), *tree_leaves(obs)]
-        source = [action, result.reward, result.terminated, result.truncated, *(extra[k] for k in names)]
-        source += tree_leaves(result.obs, obs)
-        if self._final_rows is not None and result.final_obs is not None:
+        self.write_action(t, action, extra)
+        self.rows[t].write(result)
+
+    def write_action(self, t: int, action: Tensor, extra: dict[str, Tensor]) -> None:
+        """Store what was done in step ``t``."""
+        torch._foreach_copy_([self.action_rows[t], *(self.extra_rows[k][t] for k in extra)], [action, *extra.values()])
+
+    def keep_final(self, t: int) -> None:
+        """Observation ``t + 1`` is the last of its episode wherever one ended in step ``t``."""
+        if self._final_rows is not None:
             final = self._final_rows[t]
-            target += tree_leaves(final)
-            source += tree_leaves(result.final_obs, final)
-        # one call for all: calls of copy_ took three times as long as the copies
-        torch._foreach_copy_(target, source)
+            torch._foreach_copy_(tree_leaves(final), tree_leaves(self._obs_rows[t + 1], final))
 
     def clear(self, start: int) -> None:
         """Rows from ``start`` on hold no facts: no reward, no episode end (what else they hold is an older rollout's).

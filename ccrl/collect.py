@@ -11,10 +11,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree, resume_note
+from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree, resume_note, stepper
 from ccrl.buffer import RolloutBuffer
 from ccrl.data import Data, Field, tree_map
 from ccrl.policies.actions import RandomActor
+from ccrl.policies.in_place import InPlaceActor
 from ccrl.rollout_checks import check_finite, check_states
 from ccrl.seeding import named_generator, stream_seed
 from ccrl.settings import Count, convert
@@ -209,24 +210,30 @@ class Collector:
         first = self._begin_state(stream, buffer, policy)
         # one draw for the whole rollout: per-step draws cost a kernel each and tie the numbers to the step count
         noise = policy.draw_noise(steps * n, generator, self.device)
-        noise_rows = noise.view(steps, n, *noise.shape[1:]).unbind()
+        noise = noise.view(steps, n, *noise.shape[1:])
+        noise_rows, step = noise.unbind(), stepper(env)
+        columns = {name: buffer.extra[k] for k, name in buffer.written.items()}
+        in_place = None
+        if first is None:
+            in_place = InPlaceActor.of(policy, buffer.row(0), noise, buffer.action_rows, columns)
         # asked after every step only where that costs nothing: elsewhere the host would wait for the device
         running = torch.ones(n, dtype=torch.bool, device=self.device) if fresh and self.device.type == "cpu" else None
         for t in range(steps):
-            if first is None:
-                out = policy.act(buffer.row(t), noise_rows[t])
+            if in_place is not None:
+                executed = in_place(t, buffer.row(t))
             else:
-                out = policy.act(buffer.row(t), noise_rows[t], stream.state, first[t])
-                stream.state = out["state"]
-            executed = policy.to_env(out["action"])
+                if first is None:
+                    out = policy.act(buffer.row(t), noise_rows[t])
+                else:
+                    out = policy.act(buffer.row(t), noise_rows[t], stream.state, first[t])
+                    stream.state = out["state"]
+                executed = policy.to_env(out["action"])
+                buffer.write_action(t, out["action"], {k: out[name] for k, name in buffer.written.items()})
             start = time.perf_counter()
-            result = env.step(executed)
+            log = step(executed, buffer.rows[t])
             self.env_seconds += time.perf_counter() - start
-            if manual:
-                result = result._replace(final_obs=result.obs)
-            buffer.write(t, out["action"], result, {k: out[name] for k, name in buffer.written.items()})
-            if result.log:
-                note(result.log, self.log, self._noted)
+            if log:
+                note(log, self.log, self._noted)
             if not manual and running is None and first is None:
                 continue
             # read back from the buffer: a reset may clear the flags in the tensors that step returned
@@ -238,6 +245,7 @@ class Collector:
                     (buffer.terminated[t - 1] | buffer.truncated[t - 1] if t else stream.ended) if late else done
                 )
             if manual and bool(done.any()):
+                buffer.keep_final(t)
                 buffer.write_obs(t + 1, env.reset(mask=done))
             if running is not None:
                 running &= ~done

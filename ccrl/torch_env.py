@@ -14,7 +14,7 @@ import torch
 from gymnasium import Space, spaces
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, StepResult, Tree, as_autoreset_mode, check_device
+from ccrl.batched_env import AutoresetMode, StepResult, StepRows, Tree, as_autoreset_mode, check_device
 from ccrl.seeding import stream_seed
 from ccrl.settings import Count, checked
 
@@ -162,6 +162,16 @@ class TorchEnv:
             ValueError: an action of another shape or kind, or, in the first step, what :meth:`transition` returned.
             RuntimeError: no reset yet.
         """
+        reward, final_obs = self._take(action)
+        return self._result(reward, final_obs)
+
+    def step_into(self, action: Tensor, rows: StepRows) -> dict[str, Any]:
+        """``step``, written into ``rows``."""
+        self._store(*self._take(action), rows)
+        return {}
+
+    def _take(self, action: Tensor) -> tuple[Array, Array | None]:
+        """Advance the memory by one step; the reward, and the last observations where episodes may have ended."""
         if not self._memory:
             raise RuntimeError(f"{self.name}: call reset() before step()")
         shape = (self.num_envs, *(self.single_action_space.shape or ()))
@@ -179,6 +189,9 @@ class TorchEnv:
             self._check_transition(self._memory[0], rows, noise)
             self._checked = True
         self._memory, reward, final_obs = self._advance(self._memory, rows, fresh, noise)
+        return reward, final_obs
+
+    def _result(self, reward: Array, final_obs: Array | None) -> StepResult:
         _, _, terminated, truncated, obs = self._memory
         return StepResult(
             self._obs_outward(obs),
@@ -187,6 +200,9 @@ class TorchEnv:
             self._outward(truncated),
             None if final_obs is None else self._obs_outward(final_obs),
         )
+
+    def _store(self, reward: Array, final_obs: Array | None, rows: StepRows) -> None:
+        rows.write(self._result(reward, final_obs))
 
     def close(self) -> None:
         """Nothing to release."""
@@ -243,6 +259,10 @@ class TorchEnv:
             return {name: self._where(mask, value, other[name]) for name, value in chosen.items()}
         return torch.where(mask.view(-1, *[1] * (chosen.dim() - 1)), chosen, other)
 
+    def _is_nowhere(self, mask: Array) -> bool:
+        """Whether ``mask`` ``[N]`` is nowhere set, where the host knows without waiting; else False."""
+        return False
+
     def _float32(self, values: Array) -> Array:
         """Floating-point numbers of an observation or a reward in float32; integers as they are."""
         return _map(lambda x: x.float() if x.is_floating_point() else x, values)
@@ -266,6 +286,10 @@ class TorchEnv:
 
         if self.autoreset_mode == AutoresetMode.SAME_STEP:
             done = terminated | truncated
+            if self._is_nowhere(done):
+                # not the observation itself, which may be the state: callers must not be able to change that
+                kept = (successor, taken, terminated, truncated)
+                return (*kept, self._copied(successor_obs)), self._float32(reward), successor_obs
             first_obs = self._float32(self.observe_initial(fresh))
             kept = (where(done, fresh, successor), taken * ~done, terminated, truncated)
             return (*kept, where(done, first_obs, successor_obs)), self._float32(reward), successor_obs

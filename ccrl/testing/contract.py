@@ -9,8 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, resolve_env, resume_note
-from ccrl.testing.env_checks import check_obs, check_result, copy_of, equal, error_of, row_of, sample_actions, snapshot
+from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, resolve_env, resume_note, stepper
+from ccrl.testing.env_checks import (
+    check_obs,
+    check_result,
+    copy_of,
+    dirty_rows,
+    equal,
+    error_of,
+    row_of,
+    rows_of,
+    sample_actions,
+    snapshot,
+)
 
 __all__ = ["EnvContract"]
 
@@ -232,6 +243,32 @@ class EnvContract:
         finally:
             env.close()
 
+    def test_step_into_is_step(self) -> None:
+        """Where there is a ``step_into``: rows hold what ``step`` returns, over several episodes. They are full of what
+        no step returns, so that an entry that is not written shows."""
+        for mode in self.autoreset_modes:
+            env, other = self._env(mode), self._env(mode)
+            if not hasattr(type(env), "step_into"):
+                return
+            env.reset(seed=3)
+            other.reset(seed=3)
+            ends = 0
+            for expected, action in self._played(other, self.max_steps):
+                rows = dirty_rows(env)
+                log = stepper(env)(action, rows)
+                assert log.keys() == expected.log.keys(), f"{mode}: step_into logs {sorted(log)}"
+                done = expected.terminated | expected.truncated
+                found = rows_of(rows, done)
+                for name, value in rows_of(expected, done).items():
+                    assert equal(found[name], value), f"{mode}: step_into writes another {name} than step returns"
+                ends += int(done.any())
+                if bool(done.any()) and mode == AutoresetMode.DISABLED:
+                    assert equal(copy_of(env.reset(mask=done)), copy_of(other.reset(mask=done))), "another reset"
+                if ends == 3:
+                    break
+            env.close()
+            other.close()
+
     def test_time_limit_truncates(self) -> None:
         """The first episode and those that the environment starts by itself."""
         if self.time_limit is None:
@@ -293,6 +330,13 @@ class EnvContract:
             disabled = env.autoreset_mode == AutoresetMode.DISABLED
             if disabled and bool((result.terminated | result.truncated).any()):
                 return
+
+    def _played(self, env: BatchedEnv, count: int) -> Any:
+        """Results of ``count`` random steps and their actions, whatever ends."""
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(count):
+            action = sample_actions(env.single_action_space, env.num_envs, generator).to(env.device)
+            yield env.step(action), action
 
     def _rollout(self, mode: AutoresetMode, seed: int, steps: int = 40) -> list[Any]:
         return self._play(self._env(mode), seed, steps)

@@ -10,9 +10,22 @@ import torch
 from gymnasium import Space, spaces
 from torch import Tensor
 
-from ccrl.batched_env import BatchedEnv, StepResult, Tree
+from ccrl.batched_env import BatchedEnv, StepResult, StepRows, Tree
+from ccrl.buffer import RolloutBuffer
+from ccrl.data import tree_leaves
 
-__all__ = ["check_obs", "check_result", "copy_of", "equal", "error_of", "row_of", "sample_actions", "snapshot"]
+__all__ = [
+    "check_obs",
+    "check_result",
+    "copy_of",
+    "dirty_rows",
+    "equal",
+    "error_of",
+    "row_of",
+    "rows_of",
+    "sample_actions",
+    "snapshot",
+]
 
 
 def sample_actions(space: Space[Any], num_envs: int, generator: torch.Generator) -> Tensor:
@@ -82,3 +95,26 @@ def error_of(call: Callable[[], object]) -> str:
     except (ValueError, TypeError) as error:
         return str(error)
     raise AssertionError("expected a ValueError or a TypeError")
+
+
+def dirty_rows(env: BatchedEnv) -> StepRows:
+    """Rows of a new rollout buffer, full of numbers that no step returns."""
+    buffer = RolloutBuffer(
+        1, env.num_envs, env.single_observation_space, env.single_action_space, device=env.device,
+        keep_final_obs=env.provides_final_obs,
+    )  # fmt: skip
+    (rows,) = buffer.rows
+    finals = [] if rows.final_obs is None else tree_leaves(rows.final_obs)
+    for leaf in (*tree_leaves(rows.obs), rows.reward, rows.terminated, rows.truncated, *finals):
+        leaf.fill_(123)
+    return rows
+
+
+def rows_of(result: StepResult | StepRows, done: Tensor) -> dict[str, Any]:
+    """What a step returned or wrote, by name, in the types of a buffer; of the last observations those in ``done``."""
+    found: dict[str, Any] = {"obs": copy_of(result.obs), "terminated": result.terminated, "truncated": result.truncated}
+    found["reward"] = result.reward.float().clone()
+    if result.final_obs is not None:
+        leaves = result.final_obs if isinstance(result.final_obs, dict) else {"": result.final_obs}
+        found |= {f"final_obs {key}".strip(): leaf[done].cpu().clone() for key, leaf in leaves.items()}
+    return found

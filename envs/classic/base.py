@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode
+from ccrl.batched_env import AutoresetMode, StepRows
 from ccrl.torch_env import Array, TorchEnv
 
 __all__ = ["Array", "ClassicEnv"]
@@ -148,7 +148,20 @@ class ClassicEnv(TorchEnv):
         return self.single(values)
 
     def _copied(self, values: Array) -> Array:
-        return values + 0.0
+        return values.copy() if self.xp is np else values.clone()
+
+    def _is_nowhere(self, mask: Array) -> bool:
+        return self.xp is np and not mask.any()
+
+    def _store(self, reward: Array, final_obs: Array | None, rows: StepRows) -> None:
+        if rows.arrays is None or self.xp is not np:
+            super()._store(reward, final_obs, rows)
+            return
+        _, _, ended, cut, shown = self._memory
+        for row, values in zip(rows.arrays, (shown.T, reward, ended, cut)):
+            row[...] = values
+        if final_obs is not None and isinstance(rows.final_obs, Tensor) and not self._is_nowhere(ended | cut):
+            rows.final_obs.copy_(self._outward(final_obs.T))
 
     def close(self) -> None:
         """Close the window system of the renderer, if there was one."""

@@ -9,9 +9,10 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, StepResult, as_autoreset_mode
+from ccrl.batched_env import AutoresetMode, StepResult, StepRows, as_autoreset_mode
 from ccrl.seeding import stream_seed
 from envs.mujoco.engine import BatchEngine, available_cores
+from envs.mujoco.in_place import Arrays, Write, bound
 from envs.mujoco.model import action_space, load_model
 from envs.mujoco.render import Renderer, RenderOptions
 from envs.mujoco.task import MujocoTask, State, check_shape
@@ -118,6 +119,7 @@ class MujocoEnv:
         numpy_dtype = np.float32 if dtype == torch.float32 else np.float64
         self.single_observation_space = Box(-np.inf, np.inf, (obs_size,), dtype=numpy_dtype)
         self._action_shape = torch.Size((num_envs, model.nu))
+        self._fix_memory()
 
     # The protocol
 
@@ -140,33 +142,39 @@ class MujocoEnv:
     def step(self, action: Tensor) -> StepResult:
         """Advance every copy by ``frame_skip`` simulation steps. ``action`` ``[N, nu]`` of any float dtype; the
         simulator clamps it to the actuators' ranges, the reward sees it as given."""
-        if action.shape != self._action_shape:
-            raise ValueError(f"action: expected shape {tuple(self._action_shape)}, received {tuple(action.shape)}")
-        if not self._started:
-            raise RuntimeError("step() before the first reset(): call reset() once to start every copy")
-        task, state = self.task, self.engine.state
+        self._check(action)
         if self._stopped:
             return self._step_partly(action)
-        state.ctrl.copy_(action)
-        self.engine.step(task.frame_skip)
-        self._elapsed += 1
-        self._steps_to_limit -= 1
-        self._observe_step()
-        terminated, truncated = state.terminated, self._never
-        done = terminated if self._may_terminate else None
+        done = self._move(action)
+        terminated, truncated = (self._ended.clone() if self._may_terminate else self._never), self._never
         if self._steps_to_limit <= 0:
             truncated = self._elapsed >= self.max_episode_steps
-            done = truncated if done is None else done | truncated
         self._terminated, self._truncated = terminated, truncated
-        if done is not None and done.any():
-            if self._final_obs is None:
-                self._stopped = True
-            else:
-                rows = done.nonzero().squeeze(1)
-                self._final_obs.index_copy_(0, rows, self._obs.index_select(0, rows))
-                self._begin(rows)
+        if done:
+            self._finish(terminated | truncated, self._final_obs)
         self._remember()
         return StepResult(self._obs, self._reward, terminated, truncated, self._final_obs)
+
+    def step_into(self, action: Tensor, rows: StepRows) -> dict[str, Any]:
+        """``step``, written into ``rows``."""
+        self._check(action)
+        if self._stopped or rows.arrays is None:
+            rows.write(self.step(action))
+            return {}
+        done = self._move(action)
+        obs, reward, terminated, truncated = rows.arrays
+        reward[...] = self._arrays.reward
+        terminated[...] = self._arrays.terminated
+        truncated[...] = False
+        if self._steps_to_limit <= 0:
+            np.greater_equal(self._ages, self.max_episode_steps, out=truncated)
+        self._terminated = self._truncated = self._never
+        if done:
+            self._terminated, self._truncated = rows.terminated.clone(), rows.truncated.clone()
+            self._finish(self._terminated | self._truncated, rows.final_obs)
+        obs[...] = self._arrays.obs
+        self._remember()
+        return {}
 
     def close(self) -> None:
         """Release the renderer. The simulator's threads end with the object."""
@@ -249,15 +257,15 @@ class MujocoEnv:
 
     def _step_partly(self, action: Tensor) -> StepResult:
         """A step in which the finished copies do not take part (NEXT_STEP: they start again; DISABLED: they wait)."""
-        state, stopped = self.engine.state, self._terminated | self._truncated
+        stopped = self._terminated | self._truncated
         kept = self._obs[stopped]
-        state.ctrl.copy_(action)
+        self.engine.state.ctrl.copy_(action)
         self.engine.step(self.task.frame_skip, (~stopped).nonzero().squeeze(1))
         self._elapsed += ~stopped
         self._observe_step()
         self._obs[stopped] = kept
         self._reward[stopped] = 0.0
-        terminated = torch.where(stopped, self._terminated, state.terminated)
+        terminated = torch.where(stopped, self._terminated, self._ended)
         truncated = self._elapsed >= self.max_episode_steps
         self._terminated, self._truncated = terminated, truncated
         if self.autoreset_mode is AutoresetMode.NEXT_STEP:
@@ -266,18 +274,63 @@ class MujocoEnv:
         self._remember()
         return StepResult(self._obs, self._reward, self._terminated, self._truncated)
 
-    def _observe_step(self) -> None:
+    def _check(self, action: Tensor) -> None:
+        if action.shape != self._action_shape:
+            raise ValueError(f"action: expected shape {tuple(self._action_shape)}, received {tuple(action.shape)}")
+        if not self._started:
+            raise RuntimeError("step() before the first reset(): call reset() once to start every copy")
+
+    def _move(self, action: Tensor) -> bool:
+        """Advance and observe every copy; whether an episode ended."""
+        self.engine.state.ctrl.copy_(action)
+        self.engine.step(self.task.frame_skip)
+        self._ages += 1
+        self._steps_to_limit -= 1
+        self._observe_step()
+        done = self._may_terminate and bool(self._arrays.terminated.any())
+        return done or (self._steps_to_limit <= 0 and bool((self._ages >= self.max_episode_steps).any()))
+
+    def _finish(self, done: Tensor, final_obs: Any) -> None:
+        """Restart the copies in ``done``, their last observations kept in ``final_obs``; or let them stand still."""
+        if not self.provides_final_obs:
+            self._stopped = True
+            return
+        rows = done.nonzero().squeeze(1)
+        if final_obs is not None:
+            final_obs.index_copy_(0, rows, self._obs.index_select(0, rows).to(final_obs.dtype))
+        self._begin(rows)
+
+    def _fix_memory(self) -> None:
+        """Views of what stays where it is."""
         state = self.engine.state
-        self._obs.copy_(self.task.observe(state))
-        if self._may_terminate:
-            state.terminated = self.task.terminated(state)
-        self._reward.copy_(self.task.reward(state))
+        self._ages, self._ended = self._elapsed.numpy(), torch.zeros_like(self._never)
+        self._arrays = Arrays(self._obs.numpy(), self._reward.numpy(), self._ended.numpy())
+        self._write: Write | None = self.task.in_place(state, self._arrays) if bound(self.task) else None
+        self._kept: tuple[Any, Any] | None = None
+        if self._write is not None:
+            state.terminated = self._ended
+            if self._before is not None and _is_view(found := self._remembered(state), state):
+                self._kept = self._before.numpy(), found.numpy()
+
+    def _observe_step(self) -> None:
+        if self._write is not None:
+            self._write()
+        else:
+            state = self.engine.state
+            self._obs.copy_(self.task.observe(state))
+            if self._may_terminate:
+                state.terminated = self.task.terminated(state)
+                self._ended.copy_(state.terminated)
+            self._reward.copy_(self.task.reward(state))
         bad = self.engine.unstable()
         if bad is not None and self.unstable == "nan":
             self._reward[bad] = torch.nan
 
     def _remember(self) -> None:
-        if self._before is not None:
+        if self._kept is not None:
+            before, now = self._kept
+            before[...] = now
+        elif self._before is not None:
             self._before.copy_(self._remembered(self.engine.state))
 
     def _remembered(self, state: State) -> Tensor:
@@ -327,6 +380,11 @@ class MujocoEnv:
         check_shape(task, "terminated(state)", state.terminated, (n,), torch.bool)
         check_shape(task, "reward(state)", task.reward(state), (n,), self.engine.dtype)
         return obs.shape[1]
+
+
+def _is_view(x: Tensor, state: State) -> bool:
+    memory = x.untyped_storage().data_ptr()
+    return any(y.untyped_storage().data_ptr() == memory for y in vars(state).values())
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ccrl.settings import Count, Nonnegative, Range, Settings
+from envs.mujoco.in_place import Arrays, Write
 
 __all__ = ["Bound", "MujocoTask", "State", "check_shape", "model_path", "within"]
 
@@ -120,6 +121,13 @@ class MujocoTask(Settings):
 
     def remember(self, state: State) -> Tensor | None:
         """What ``reward`` compares with its value before the step, ``[N, ...]``: it finds it in ``state.before``."""
+        return None
+
+    def in_place(self, state: State, out: Arrays) -> Write | None:
+        """A faster form of ``observe``, ``terminated`` and ``reward`` for NumPy on the CPU: a function that writes into
+        ``out`` what the three return for the live ``state``, to the last bit, with views and scratch arrays made here,
+        once. None: there is none. Where a subclass replaces another method than ``reset``, it is not used; the subclass
+        writes its own. ``envs/mujoco/in_place.py`` says which operations NumPy may do."""
         return None
 
     def reset(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -186,12 +186,44 @@ class SavesObjects(Faulty):
         return super().state_dict() | {"rng": np.random.default_rng(0)}
 
 
+class FlagsAreLeft(Faulty):
+    """Flags are written where an episode ends, and not cleared elsewhere."""
+
+    def step(self, action):
+        return super().step(action)
+
+    def step_into(self, action, rows):
+        result = self.step(action)
+        flags = {name: getattr(result, name) | getattr(rows, name) for name in ("terminated", "truncated")}
+        rows.write(result._replace(**flags))
+        return {}
+
+
+class FinalObsIsLeft(Faulty):
+    def step(self, action):
+        return super().step(action)
+
+    def step_into(self, action, rows):
+        rows.write(self.step(action)._replace(final_obs=None))
+        return {}
+
+
+class LogsInAnotherWay(Faulty):
+    def step(self, action):
+        return super().step(action)._replace(log={"angle": 0.0})
+
+    def step_into(self, action, rows):
+        rows.write(self.step(action))
+        return {}
+
+
 LAST = "test_same_step_returns_the_first_observation_and_keeps_the_last"
 LIMIT, PAST, RESUME = (
     "test_time_limit_truncates",
     "test_reset_with_a_seed_forgets_the_past",
     "test_state_dict_continues_exactly",
 )
+INTO = "test_step_into_is_step"
 OTHERS, MASK = (
     "test_environments_leave_each_other_and_the_callers_random_numbers_alone",
     "test_disabled_reset_with_mask_leaves_the_other_copies_alone",
@@ -221,6 +253,9 @@ OTHERS, MASK = (
         (ForgetsTheGenerator, RESUME),
         (ForgetsTheFlags, RESUME),
         (SavesObjects, RESUME),
+        (FlagsAreLeft, INTO),
+        (FinalObsIsLeft, INTO),
+        (LogsInAnotherWay, INTO),
     ],
 )
 def test_the_contract_finds_faulty_environments(faulty, test):

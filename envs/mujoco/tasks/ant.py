@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mujoco
+import numpy as np
 import torch
 from torch import Tensor
 
 from ccrl.settings import Count, Nonnegative
+from envs.mujoco.in_place import Arrays, Write, bonus, clip, sum_of_squares
 from envs.mujoco.task import Bound, MujocoTask, State
 
 __all__ = ["Ant"]
@@ -72,6 +74,46 @@ class Ant(MujocoTask):
 
     def terminated(self, state: State) -> Tensor:
         return ~self.healthy(state) if self.terminate_when_unhealthy else super().terminated(state)
+
+    def in_place(self, state: State, out: Arrays) -> Write:
+        qpos, qvel = state.qpos.numpy(), state.qvel.numpy()
+        shown = qpos[:, 2:] if self.exclude_current_positions_from_observation else qpos
+        x, before, z = state.xpos.numpy()[:, self.body, 0], state.before.numpy(), qpos[:, 2]
+        o_qpos, o_qvel, o_force = np.split(out.obs, [shown.shape[1], shown.shape[1] + qvel.shape[1]], axis=1)
+        control, count = sum_of_squares(state.ctrl)
+        reward, scratch, (low, high) = np.empty(len(x)), np.empty(len(x)), self.healthy_z_range
+        dt, forward, control_weight = self.dt, self.forward_reward_weight, self.ctrl_cost_weight
+        added, ends = bonus(self.healthy_reward), self.terminate_when_unhealthy
+        felt, load_weight, force_range = self.contact_forces, self.contact_cost_weight, self.contact_force_range
+        if felt:
+            forces = state.cfrc_ext.flatten(1)
+            raw, clipped = forces.numpy(), torch.empty(forces.shape, dtype=forces.dtype)
+            force, (load, count_load) = clipped.numpy(), sum_of_squares(clipped)
+            moving = force[:, 6:] if self.include_cfrc_ext_in_observation else None
+
+        def write() -> None:
+            o_qpos[...] = shown
+            o_qvel[...] = qvel
+            healthy = (z >= low) & (z <= high) & np.isfinite(qpos.sum(1) + qvel.sum(1))
+            if ends:
+                np.logical_not(healthy, out=out.terminated)
+            np.subtract(x, before, out=reward)
+            np.divide(reward, dt, out=reward)
+            np.multiply(reward, forward, out=reward)
+            np.add(reward, healthy * added, out=reward)
+            count()
+            np.multiply(control, control_weight, out=scratch)
+            np.subtract(reward, scratch, out=reward)
+            if felt:
+                clip(raw, force_range, force)
+                if moving is not None:
+                    o_force[...] = moving
+                count_load()
+                np.multiply(load, load_weight, out=scratch)
+                np.subtract(reward, scratch, out=reward)
+            out.reward[...] = reward
+
+        return write
 
     def reset(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         s = self.reset_noise_scale

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mujoco
+import numpy as np
 import torch
 from torch import Tensor
 
 from ccrl.settings import Count
+from envs.mujoco.in_place import Arrays, Write, sum_of_squares
 from envs.mujoco.task import MujocoTask, State
 
 __all__ = ["Pusher", "Reacher"]
@@ -29,6 +31,18 @@ class Arm(MujocoTask):
     def positions(self, state: State) -> list[Tensor]:
         """World positions of ``bodies``, ``[N, 3]`` each."""
         return [state.xpos[:, i] for i in self.body_ids]
+
+    @staticmethod
+    def distance_in_place(a: Tensor, b: Tensor) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], Write]:
+        """``a - b`` ``[N, 3]``, its length ``[N]``, and what brings them up to date."""
+        offset, length = torch.empty(a.shape, dtype=a.dtype), torch.empty(len(a), dtype=a.dtype)
+        end, start, between = a.numpy(), b.numpy(), offset.numpy()
+
+        def update() -> None:
+            np.subtract(end, start, out=between)
+            torch.linalg.vector_norm(offset, dim=1, out=length)
+
+        return between, length.numpy(), update
 
 
 @dataclass
@@ -55,6 +69,30 @@ class Reacher(Arm):
         fingertip, target = self.positions(state)
         distance: Tensor = torch.linalg.vector_norm(fingertip - target, dim=1)
         return -self.reward_dist_weight * distance - self.reward_control_weight * state.ctrl.square().sum(1)
+
+    def in_place(self, state: State, out: Arrays) -> Write:
+        theta, target, speed = state.qpos[:, :2], state.qpos.numpy()[:, 2:], state.qvel.numpy()[:, :2]
+        cosine, sine = torch.empty(theta.shape, dtype=theta.dtype), torch.empty(theta.shape, dtype=theta.dtype)
+        cosines, sines = cosine.numpy(), sine.numpy()
+        offset, distance, measure = self.distance_in_place(*self.positions(state))
+        between, (control, count) = offset[:, :2], sum_of_squares(state.ctrl)
+        ends = np.cumsum([2, 2, target.shape[1], 2])
+        o_cosine, o_sine, o_target, o_speed, o_between = np.split(out.obs, ends, axis=1)
+        near, weight = -self.reward_dist_weight, self.reward_control_weight
+
+        def write() -> None:
+            torch.cos(theta, out=cosine)
+            torch.sin(theta, out=sine)
+            measure()
+            count()
+            o_cosine[...] = cosines
+            o_sine[...] = sines
+            o_target[...] = target
+            o_speed[...] = speed
+            o_between[...] = between
+            out.reward[...] = near * distance - weight * control
+
+        return write
 
     def reset(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The target is uniform on the disc of radius 0.2: Gymnasium's rejection from the square, in closed form."""
@@ -95,6 +133,26 @@ class Pusher(Arm):
         far: Tensor = torch.linalg.vector_norm(item - goal, dim=1)
         control = state.ctrl.square().sum(1)
         return -(self.reward_dist_weight * far + self.reward_control_weight * control + self.reward_near_weight * near)
+
+    def in_place(self, state: State, out: Arrays) -> Write:
+        tip, item, goal = self.positions(state)
+        sources = [state.qpos.numpy()[:, :7], state.qvel.numpy()[:, :7], tip.numpy(), item.numpy(), goal.numpy()]
+        ends = np.cumsum([x.shape[1] for x in sources])[:-1]
+        pairs = list(zip(np.split(out.obs, ends, axis=1), sources))
+        _, near, reach = self.distance_in_place(item, tip)
+        _, far, push = self.distance_in_place(item, goal)
+        control, count = sum_of_squares(state.ctrl)
+        weights = self.reward_dist_weight, self.reward_control_weight, self.reward_near_weight
+
+        def write() -> None:
+            for part, source in pairs:
+                part[...] = source
+            reach()
+            push()
+            count()
+            out.reward[...] = -(weights[0] * far + weights[1] * control + weights[2] * near)
+
+        return write
 
     def reset(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """The object is uniform on [-0.3, 0] x [-0.2, 0.2] outside the disc of radius 0.17 around the goal at the

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mujoco
+import numpy as np
 import torch
 from torch import Tensor
 
 from ccrl.settings import Count, Nonnegative
+from envs.mujoco.in_place import Arrays, Write, bonus, clip, sum_of_squares
 from envs.mujoco.task import Bound, MujocoTask, State, within
 
 __all__ = ["Humanoid", "HumanoidStandup"]
@@ -40,6 +42,39 @@ class HumanoidBody(MujocoTask):
                 getattr(state, name)[:, 6:] if name == "qfrc_actuator" else getattr(state, name)[:, 1:].flatten(1)
             )
         return torch.cat(parts, 1)
+
+    def observe_in_place(self, state: State, out: Arrays) -> Write:
+        """What writes the observation."""
+        qpos = state.qpos.numpy()
+        sources = [qpos[:, 2:] if self.exclude_current_positions_from_observation else qpos, state.qvel.numpy()]
+        for name in self.observed:
+            array = getattr(state, name).numpy()
+            sources.append(array[:, 6:] if name == "qfrc_actuator" else array[:, 1:])
+        ends = np.cumsum([x[0].size for x in sources])[:-1]
+        # bodies keep their axis: of a strided array a flat view cannot be had
+        parts = [o.reshape(x.shape) for o, x in zip(np.split(out.obs, ends, axis=1), sources)]
+        pairs = list(zip(parts, sources))
+
+        def observe() -> None:
+            for part, source in pairs:
+                part[...] = source
+
+        return observe
+
+    @staticmethod
+    def contact_cost_in_place(
+        state: State, weight: float, bounds: tuple[Bound, Bound]
+    ) -> tuple[np.ndarray[Any, Any], Write]:
+        """``contact_cost`` ``[N]`` float64, and what brings it up to date."""
+        load, count = sum_of_squares(state.cfrc_ext.flatten(1))
+        cost = np.empty(len(load))
+
+        def update() -> None:
+            count()
+            np.multiply(load, weight, out=cost)
+            clip(cost, bounds, cost)
+
+        return cost, update
 
     @staticmethod
     def contact_cost(state: State, weight: float, bounds: tuple[Bound, Bound]) -> Tensor:
@@ -96,6 +131,34 @@ class Humanoid(HumanoidBody):
     def terminated(self, state: State) -> Tensor:
         return ~self.healthy(state) if self.terminate_when_unhealthy else super().terminated(state)
 
+    def in_place(self, state: State, out: Arrays) -> Write:
+        observe, z, before = self.observe_in_place(state, out), state.qpos.numpy()[:, 2], state.before.numpy()
+        contact, feel = self.contact_cost_in_place(state, self.contact_cost_weight, self.contact_cost_range)
+        control, count = sum_of_squares(state.ctrl)
+        places, moment = state.xipos[:, :, 0], torch.empty(len(z), dtype=state.qpos.dtype)
+        reward, scratch, (low, high) = moment.numpy(), np.empty(len(z)), self.healthy_z_range
+        mass, total, dt, forward = self.mass, self.total_mass, self.dt, self.forward_reward_weight
+        added, ends, weight = bonus(self.healthy_reward), self.terminate_when_unhealthy, self.ctrl_cost_weight
+
+        def write() -> None:
+            observe()
+            healthy = (z > low) & (z < high)
+            if ends:
+                np.logical_not(healthy, out=out.terminated)
+            torch.mv(places, mass, out=moment)
+            np.divide(reward, total, out=reward)
+            np.subtract(reward, before, out=reward)
+            np.divide(reward, dt, out=reward)
+            np.multiply(reward, forward, out=reward)
+            np.add(reward, healthy * added, out=reward)
+            count()
+            np.multiply(control, weight, out=scratch)
+            np.subtract(reward, scratch, out=reward)
+            feel()
+            np.subtract(reward, contact, out=out.reward, casting="same_kind")
+
+        return write
+
 
 @dataclass
 class HumanoidStandup(HumanoidBody):
@@ -125,3 +188,23 @@ class HumanoidStandup(HumanoidBody):
         height: Tensor = self.uph_cost_weight * state.qpos[:, 2] / self.timestep
         control = self.ctrl_cost_weight * state.ctrl.square().sum(1)
         return height - control - self.contact_cost(state, self.impact_cost_weight, self.impact_cost_range) + 1
+
+    def in_place(self, state: State, out: Arrays) -> Write:
+        observe, z = self.observe_in_place(state, out), state.qpos.numpy()[:, 2]
+        impact, feel = self.contact_cost_in_place(state, self.impact_cost_weight, self.impact_cost_range)
+        control, count = sum_of_squares(state.ctrl)
+        reward, scratch = np.empty(len(z)), np.empty(len(z))
+        up, step, weight = self.uph_cost_weight, self.timestep, self.ctrl_cost_weight
+
+        def write() -> None:
+            observe()
+            np.multiply(z, up, out=reward)
+            np.divide(reward, step, out=reward)
+            count()
+            np.multiply(control, weight, out=scratch)
+            np.subtract(reward, scratch, out=reward)
+            feel()
+            np.subtract(reward, impact, out=reward)
+            np.add(reward, 1.0, out=out.reward, casting="same_kind")
+
+        return write

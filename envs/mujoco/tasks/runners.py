@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import mujoco
+import numpy as np
 import torch
 from torch import Tensor
 
 from ccrl.settings import Count, Nonnegative
+from envs.mujoco.in_place import Arrays, Write, bonus, clip, sum_of_squares
 from envs.mujoco.task import Bound, MujocoTask, State
 
 __all__ = ["HalfCheetah", "Hopper", "Swimmer", "Walker2d"]
@@ -35,6 +37,44 @@ class Runner(MujocoTask):
     def reward(self, state: State) -> Tensor:
         forward = (state.qpos[:, 0] - state.before) * (self.forward_reward_weight / self.dt)
         return torch.sub(forward, state.ctrl.square().sum(1), alpha=self.ctrl_cost_weight)
+
+    def in_place(self, state: State, out: Arrays) -> Write:
+        observe, (paid, pay) = self.observe_in_place(state, out), self.pay_in_place(state)
+
+        def write() -> None:
+            observe()
+            pay()
+            out.reward[...] = paid
+
+        return write
+
+    def observe_in_place(self, state: State, out: Arrays) -> Write:
+        """What writes qpos and qvel."""
+        skip = self.free_coordinates if self.exclude_current_positions_from_observation else 0
+        qpos, qvel = state.qpos.numpy()[:, skip:], state.qvel.numpy()
+        first, last = np.split(out.obs, [qpos.shape[1]], axis=1)
+
+        def observe() -> None:
+            first[...] = qpos
+            last[...] = qvel
+
+        return observe
+
+    def pay_in_place(self, state: State) -> tuple[np.ndarray[Any, Any], Write]:
+        """``reward`` ``[N]`` float64, and what brings it up to date."""
+        x, before, scale = state.qpos.numpy()[:, 0], state.before.numpy(), self.forward_reward_weight / self.dt
+        forward = torch.empty(len(x), dtype=state.qpos.dtype)
+        speed, weight = forward.numpy(), self.ctrl_cost_weight
+        costs, count = sum_of_squares(state.ctrl)
+        cost = torch.from_numpy(costs)
+
+        def pay() -> None:
+            np.subtract(x, before, out=speed)
+            np.multiply(speed, scale, out=speed)
+            count()
+            torch.sub(forward, cost, alpha=weight, out=forward)  # rounds once
+
+        return speed, pay
 
 
 @dataclass
@@ -114,6 +154,34 @@ class Walker2d(Runner):
     def terminated(self, state: State) -> Tensor:
         return ~self.healthy(state) if self.terminate_when_unhealthy else super().terminated(state)
 
+    def in_place(self, state: State, out: Arrays) -> Write:
+        return self.walk_in_place(state, out, state.qpos.numpy()[:, 1:3], lambda: None)
+
+    def walk_in_place(self, state: State, out: Arrays, bounded: np.ndarray[Any, Any], update: Write) -> Write:
+        """``in_place`` with ``bounded`` ``[N, b]`` as ``update`` leaves it."""
+        observe, (paid, pay) = self.observe_in_place(state, out), self.pay_in_place(state)
+        speeds = out.obs[:, -state.qvel.shape[1] :]
+        low, high, ends = self.low.numpy(), self.high.numpy(), self.terminate_when_unhealthy
+        above, below, healthy = (np.empty(bounded.shape), np.empty(bounded.shape), np.empty(len(bounded), bool))
+        closest, extra, added = np.empty(len(bounded)), np.empty(len(bounded)), bonus(self.healthy_reward)
+
+        def write() -> None:
+            observe()
+            clip(speeds, (-10.0, 10.0), speeds)
+            update()
+            np.subtract(bounded, low, out=above)
+            np.subtract(high, bounded, out=below)
+            np.minimum(above, below, out=above)
+            np.minimum.reduce(above, 1, out=closest)
+            np.greater(closest, 0.0, out=healthy)
+            if ends:
+                np.logical_not(healthy, out=out.terminated)
+            pay()
+            np.multiply(healthy, added, out=extra)
+            np.add(paid, extra, out=out.reward, casting="same_kind")
+
+        return write
+
 
 @dataclass
 class Hopper(Walker2d):
@@ -136,3 +204,14 @@ class Hopper(Walker2d):
     def bounded(self, state: State) -> Tensor:
         """qpos without x, and qvel: ``[N, 11]``."""
         return torch.cat((state.qpos[:, 1:], state.qvel), 1)
+
+    def in_place(self, state: State, out: Arrays) -> Write:
+        qpos, qvel = state.qpos.numpy()[:, 1:], state.qvel.numpy()
+        bounded = np.empty((len(qpos), qpos.shape[1] + qvel.shape[1]))
+        first, last = np.split(bounded, [qpos.shape[1]], axis=1)
+
+        def update() -> None:
+            first[...] = qpos
+            last[...] = qvel
+
+        return self.walk_in_place(state, out, bounded, update)
