@@ -84,7 +84,7 @@ class CycleGraphs:
         columns = sorted({*columns, "valid", *(c for update in pure for c in update.columns if c in like)})
         moves = [(a, u, self._target(a, u, ctx)) for a in averages for u in self._owners(a)]
         live = [update.state.tensors() for update in pure]
-        rates = [_flat(p).lr for p in phases]
+        rates = [_flat(p).lr.view(1) for p in phases]  # of one axis, as in FlatUpdater.build
         names: list[str] = []
         # the parameters of updaters outside this pattern are read from their modules: nothing moves them here
         outside = {id(u): u.flat for _, u, _ in moves if not any(u is v for v in updaters)}

@@ -269,12 +269,13 @@ class FlatUpdater(Surrogates):
         options["cpp_wrapper"] = self.flat.device.type == "cpu"  # in Python it takes a fifth of a small graph's time
         graph = torch.compile(steps, dynamic=False, options=options)
 
-        live = update.state.tensors()
+        # a view of one axis: 0-d float64 tensors on the CPU are traced as numbers first, and then all over again
+        live, rate = update.state.tensors(), self.lr.view(1)
 
         @torch.no_grad()
         def run(batches: Sequence[Data]) -> Tensor:
             inputs = [tuple(batch[c] for c in update.columns) for batch in batches]
-            out: Tensor = graph(live, self.lr, inputs)
+            out: Tensor = graph(live, rate, inputs)
             return out
 
         return run, update.names
