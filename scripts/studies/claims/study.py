@@ -22,7 +22,7 @@ import tyro
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.files import write_atomic
 from ccrl.packages import ROOT
-from scripts.studies.claims import bayesian, control, language
+from scripts.studies.claims import bayesian, control, elsewhere, language
 from scripts.studies.claims.claim import Arm, Claim, Result, chosen, judge, run
 
 __all__ = ["CLAIMS", "Options", "main", "page", "play"]
@@ -113,6 +113,15 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
                 f"{d.difference:+.3g} [{d.low:.3g}, {d.high:.3g}] | {r.adjusted:.2g} | {r.verdict} | "
                 f"{'' if i else f'{minutes:.1f}'} |"
             )
+    if missing := sorted(set(CLAIMS) - set(found)):
+        lines += ["", f"Written, and not run to the end yet: {', '.join(missing)} (the same command goes on)."]
+    lines += [
+        "", "## Papers without such a test", "",
+        "What small experiments say: settings as they come, seeds 0, 1, ..., Student's 95 % interval over n of them "
+        "(of three runs that are not normal it covers less, [statistics](statistics.md)); the number is the claim's "
+        "own in [the papers' small experiments](llm_reproductions.md), or its study's. **Not testable here**: what is "
+        "missing.", "", *elsewhere.lines(ROOT / "docs" / "figures"),
+    ]  # fmt: skip
     for name, results in found.items():
         claim = CLAIMS[name]
         lines += [
