@@ -25,7 +25,7 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 import agents
-import envs  # noqa: F401  (registers its ids)
+import envs
 from ccrl import registry
 from ccrl.batched_env import evaluation_env
 from ccrl.experiment import checkpoint
@@ -88,6 +88,10 @@ def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
     if config.video and not agent.steps_env:
         raise ValueError("video: an agent that steps no environment has nothing to film; leave --video out")
     options = {"device": config.device, **agent.env_kwargs}
+    # a simulator films by itself, from its first step on
+    own_recorder = config.video and str(info["env"]).partition(":")[0] in envs.LAB_FAMILIES
+    if own_recorder:
+        options["video"] = str(run.videos)
     env = evaluation_env(info["env"], config.episodes, "test", **options) if agent.steps_env else None
     scalars: dict[str, float] = {"steps": float(agent.num_timesteps)}
     for kind in ("deterministic", "stochastic"):
@@ -107,7 +111,9 @@ def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
         scalars |= found
     text_of = json.dumps(scalars | {"checkpoint": str(path.name)}, indent=2) + "\n"
     write_atomic(run.path / "evaluation.json", lambda file: file.write(text_of.encode()))
-    if config.video:
+    if own_recorder:
+        print(f"video of the first steps, by the simulator: {run.videos}")
+    elif config.video:
         # render_mode is an option of the environment: without it a window or a renderer may never be made
         scene = evaluation_env(info["env"], 1, "test", **options)
         target = run.videos / f"step_{agent.num_timesteps}.{config.video_format}"

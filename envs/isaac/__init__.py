@@ -19,7 +19,7 @@ import torch
 from ccrl.adapters.lab import LabEnv, streams_kept
 from ccrl.batched_env import AutoresetMode, as_autoreset_mode, check_device
 from ccrl.packages import require
-from ccrl.settings import Positive, checked
+from ccrl.settings import Count, Positive, checked
 
 __all__ = ["apply", "make_isaac", "make_lab", "make_mjlab", "resolve_task"]
 
@@ -53,18 +53,22 @@ def make_isaac(
     device: str = "cpu",
     clip_actions: Positive | None = None,
     random_ages: bool = True,
+    video: str | None = None,
+    video_length: Count = 200,
     cfg: dict[str, Any] | None = None,
 ) -> LabEnv:
     """A task of Isaac Lab on the Newton engine, without Kit.
 
     :param clip_actions: half width of a clip of the actions; None: none.
     :param random_ages: training begins in the middle of episodes.
+    :param video: the simulator's own recorder films the first copy into a file in this folder; None: no film.
+    :param video_length: steps that it films, from the first on.
     :param cfg: entries of the task's configuration by dotted name, as in ``{"episode_length_s": 5.0}``; ``seed`` is 0
         where it is not among them.
     :raises RuntimeError: this process simulates another task already.
     :raises FileNotFoundError: an asset is not there; the message names the variable that says where assets are.
     """
-    asked = {"task": task, "device": device, "clip_actions": clip_actions, "cfg": cfg or {}}
+    asked = {"task": task, "device": device, "clip_actions": clip_actions, "video": video, "cfg": cfg or {}}
     if _open:
         if {**asked, "task": task.removesuffix("-v0")} != _open["asked"]:
             raise RuntimeError(
@@ -88,8 +92,13 @@ def make_isaac(
     with streams_kept(torch.device(device)):
         own = parse.parse_env_cfg(known, device=device, num_envs=num_envs)
         apply(own, {"seed": 0, "compute_final_obs": True} | (cfg or {}))
+        if video is not None:
+            recorder = require("isaaclab.envs.utils.video_recorder_cfg", "isaac").VideoRecorderCfg
+            films = {"source": "visualizer:newton", "output_dir": video, "video_length": video_length}
+            own.video_recorders = [recorder(**films)]
+        show = {"headless": True, "visualizer": ["none" if video is None else "newton"]}
         try:
-            stack.enter_context(app.launch_simulation(own, {"headless": True, "visualizer": ["none"]}))
+            stack.enter_context(app.launch_simulation(own, show))
             env = gymnasium.make(known, cfg=own)
         except FileNotFoundError as error:
             stack.close()
@@ -112,6 +121,8 @@ def make_mjlab(
     device: str = "cpu",
     clip_actions: Positive | None = None,
     random_ages: bool = True,
+    video: str | None = None,
+    video_length: Count = 200,
     cfg: dict[str, Any] | None = None,
 ) -> LabEnv:
     """A task of mjlab, reset when the collector asks for it. Options: see :func:`make_isaac`."""
@@ -122,7 +133,10 @@ def make_mjlab(
         own = tasks.load_env_cfg(known)
         own.scene.num_envs = num_envs
         apply(own, {"seed": 0, "auto_reset": False} | (cfg or {}))
-        env = lab.ManagerBasedRlEnv(own, device=device)
+        env = lab.ManagerBasedRlEnv(own, device=device, render_mode=None if video is None else "rgb_array")
+    if video is not None:
+        record = require("mjlab.utils.wrappers", "mjlab").VideoRecorder
+        env = record(env, video, lambda _: False, lambda step: step == 0, video_length, "clip", True)
     return LabEnv(env, clip_actions=clip_actions, random_ages=random_ages)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,7 +27,8 @@ class WarpEngine:
     """``num_envs`` worlds. Unlike MuJoCo's own engine it keeps nothing between calls: ``load`` the state, ``step`` or
     ``forward``, and ``read`` what became of it. None of them waits for the device.
 
-    A step is one recorded graph: on a GPU a CUDA graph, launched on PyTorch's current stream.
+    A step is one recorded graph: on a GPU a CUDA graph, launched on PyTorch's current stream. mujoco-warp has no PGS
+    solver (Gymnasium's humanoids ask for it): Newton's method solves the same problem, to a smaller residual.
 
     :param fields: derived arrays of MjData that ``read`` shows beside the state.
     :param variants: models that worlds can be of (``load``); None: all are of ``model``.
@@ -57,6 +59,9 @@ class WarpEngine:
         self.model, self.num_envs, self.device = model, num_envs, device
         start = mujoco.MjData(model)
         mujoco.mj_forward(model, start)
+        if model.opt.solver == mujoco.mjtSolver.mjSOL_PGS:
+            model = copy.copy(model)
+            model.opt.solver = mujoco.mjtSolver.mjSOL_NEWTON
         with self._warp.ScopedDevice(self._warp.device_from_torch(device)):
             self._model = self._mjw.put_model(model)
             self._data = self._mjw.put_data(model, start, nworld=num_envs, nconmax=nconmax, njmax=njmax)
@@ -84,7 +89,8 @@ class WarpEngine:
             owner, _, field = name.rpartition(".")
             home = self._model.opt if owner else self._model
             array: Any = getattr(home, field, None)
-            plain = not isinstance(array, self._warp.array)
+            # all of its arrays have an axis of worlds, or have not
+            plain = not isinstance(array, self._warp.array) or self._warp.to_torch(array).ndim != values.ndim
             if name in variants.changed and (plain or self._turns_on(name, values)):
                 what = "has no values per world of" if plain else "reads once, for all worlds, whether there is any"
                 raise ValueError(f"randomise: expected fields that mujoco-warp can vary; it {what} {name}")

@@ -131,6 +131,24 @@ def test_options_by_dotted_name(lab):
         envs.make(f"isaac:{TASK}", 2, autoreset_mode="NextStep")
 
 
+def test_the_simulators_own_recorder_films(lab, monkeypatch, tmp_path):
+    shown = []
+
+    @contextlib.contextmanager
+    def launch(cfg, options):
+        shown.append(options["visualizer"])
+        yield
+
+    monkeypatch.setattr(sys.modules["isaaclab.app"], "launch_simulation", launch)
+    module(monkeypatch, "isaaclab.envs.utils.video_recorder_cfg", VideoRecorderCfg=types.SimpleNamespace)
+    env = envs.make(f"isaac:{TASK}", 2, video=str(tmp_path), video_length=30)
+    (recorder,) = env.unwrapped.cfg.video_recorders
+    assert (recorder.output_dir, recorder.video_length) == (str(tmp_path), 30)
+    env.close()
+    envs.make(f"isaac:{TASK}", 2).close()
+    assert shown == [["newton"], ["none"]]
+
+
 def test_a_missing_asset_names_the_variable(lab, monkeypatch):
     def broken(*_, **__):
         raise FileNotFoundError("USD file not found at path: /nowhere/cartpole.usd")
@@ -151,7 +169,7 @@ def test_making_one_leaves_the_callers_random_numbers_alone(lab):
 
 def test_mjlab_waits_for_the_collector_and_may_be_made_twice(monkeypatch):
     module(monkeypatch, "mjlab.tasks")
-    module(monkeypatch, "mjlab.envs", ManagerBasedRlEnv=lambda cfg, device: FakeLab(
+    module(monkeypatch, "mjlab.envs", ManagerBasedRlEnv=lambda cfg, device, render_mode: FakeLab(
         LabCfg(cfg.scene.num_envs, cfg.seed, auto_reset=cfg.auto_reset, actor_name="actor")))  # fmt: skip
     module(monkeypatch, "mjlab.tasks.registry", list_tasks=lambda: ["Mjlab-Stand-In"],
            load_env_cfg=lambda task: Cfg())  # fmt: skip
@@ -163,6 +181,11 @@ def test_mjlab_waits_for_the_collector_and_may_be_made_twice(monkeypatch):
     assert evaluate_agent(agent, other, episodes=5).lengths.tolist() == [12] * 5
     other.close()
     agent.close()
+    filmed = []
+    module(monkeypatch, "mjlab.utils.wrappers", VideoRecorder=lambda env, *options: filmed.append(options) or env)
+    envs.make("mjlab:Mjlab-Stand-In", 2, video="films").close()
+    (folder, episode, step, length, *_), = filmed  # fmt: skip
+    assert (folder, length, [episode(0), step(0), step(1)]) == ("films", 200, [False, True, False])
 
 
 @pytest.mark.parametrize(

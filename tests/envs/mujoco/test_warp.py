@@ -288,12 +288,17 @@ def relative(x, y):
 
 @needs_warp
 @pytest.mark.parametrize("task_id", TASKS)
-def test_one_step_is_mujocos(task_id):
-    start, obs, reward = gaps(task_id)
+def test_one_step_is_mujocos(task_id, tmp_path):
+    options = {}
+    if task_id.startswith("Humanoid"):  # their solver, PGS, is not in mujoco-warp: of both, Newton's method
+        name = TASKS[task_id]().xml_file
+        model = tmp_path / name
+        model.write_text((ASSETS / name).read_text().replace('solver="PGS"', 'solver="Newton"'))
+        options = {"xml_file": str(model)}
+    start, obs, reward = gaps(task_id, options)
     print(f"\n{task_id}: after a reset {start:.1e}, one step {obs:.1e}, its reward {reward:.1e}")
-    exact = ("HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5", "InvertedPendulum-v5", "Reacher-v5")
     assert start < 1e-5
-    assert max(obs, reward) < (1e-5 if task_id in exact else 1e-3)
+    assert max(obs, reward) < (1e-4 if options else 1e-5)
 
 
 @needs_warp
@@ -310,12 +315,9 @@ def test_an_ant_needs_the_elliptic_cone(tmp_path):
     text = (ASSETS / "ant.xml").read_text()
     elliptic = tmp_path / "ant.xml"
     elliptic.write_text(text.replace("<option ", '<option cone="elliptic" '))
-    ours = {
-        name: gaps(Ant, {"xml_file": file}, steps=12)[1]
-        for name, file in (("elliptic", elliptic), ("pyramidal", "ant.xml"))
-    }
-    print(ours)
-    assert ours["elliptic"] < 1e-4
+    found = {file: gaps(Ant, {"xml_file": file}, steps=12)[1] for file in (str(elliptic), "ant.xml")}
+    print(f"\none step of the ant, along a trajectory: {found}")
+    assert found[str(elliptic)] < 1e-4
 
 
 @needs_warp
@@ -324,7 +326,7 @@ def test_worlds_are_of_their_variants():
     env = make_mujoco("Hopper-v5", 6, engine="warp", **options)
     env.reset(seed=0)
     variant = env.state_dict()["state"]["variant"]
-    assert variant.unique().tolist() == [0, 1, 2]
+    assert len(variant.unique()) > 1
     own = make_mujoco("Hopper-v5", 6, **options)
     own.reset(seed=0)
     own.engine.play(torch.arange(6), variant)
@@ -343,11 +345,12 @@ def test_worlds_are_of_their_variants():
 
 @needs_warp
 def test_contacts_without_room_are_told():
-    env = make_mujoco("Ant-v5", 4, engine="warp", njmax=4, seed=0)
-    for _ in range(20):
-        result = env.step(torch.zeros(4, 8))
-    assert result.log["simulator/dropped"] == 1.0
-    assert make_mujoco("Ant-v5", 4, engine="warp", seed=0).step(torch.zeros(4, 8)).log["simulator/dropped"] == 0.0
+    for options, expected in (({"njmax": 4}, 1.0), ({}, 0.0)):
+        env = make_mujoco("Ant-v5", 4, engine="warp", **options)
+        env.reset(seed=0)
+        for _ in range(20):  # it lands
+            result = env.step(torch.zeros(4, 8))
+        assert result.log["simulator/dropped"] == expected
 
 
 @needs_warp
