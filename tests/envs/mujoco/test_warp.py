@@ -298,7 +298,7 @@ def test_one_step_is_mujocos(task_id, tmp_path):
     start, obs, reward = gaps(task_id, options)
     print(f"\n{task_id}: after a reset {start:.1e}, one step {obs:.1e}, its reward {reward:.1e}")
     assert start < 1e-5
-    assert max(obs, reward) < (1e-4 if options else 1e-5)
+    assert max(obs, reward) < (1e-3 if options else 1e-5)
 
 
 @needs_warp
@@ -345,12 +345,12 @@ def test_worlds_are_of_their_variants():
 
 @needs_warp
 def test_contacts_without_room_are_told():
-    for options, expected in (({"njmax": 4}, 1.0), ({}, 0.0)):
+    for options in ({"njmax": 4}, {}):
         env = make_mujoco("Ant-v5", 4, engine="warp", **options)
         env.reset(seed=0)
         for _ in range(20):  # it lands
             result = env.step(torch.zeros(4, 8))
-        assert result.log["simulator/dropped"] == expected
+        assert bool(result.log["simulator/dropped"] > 0) == bool(options)
 
 
 @needs_warp
