@@ -40,6 +40,7 @@ from ccrl.experiment import checkpoint
 from ccrl.experiment.logger import digits
 from ccrl.offline import Dataset, from_arrays, write_minari
 from ccrl.policies import RandomActor
+from ccrl.seeding import named_generator, stream_seed
 from ccrl.settings import Count, Finite, Natural, Nonnegative, Settings
 from envs.maze import HazardCorridor, PointMaze, Waypoints, cautious_action
 
@@ -82,7 +83,7 @@ class Maze(Common):
 
     def make(self) -> Dataset:
         env = PointMaze(self.num_envs, maze=self.maze, dense=self.dense)
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = named_generator(self.seed, "data set: controller")
         limit, walk = env.max_episode_steps, Waypoints(env)
         assert limit is not None
         state = env.initial(generator, self.num_envs)
@@ -122,7 +123,7 @@ class Corridor(Common):
     """Actions get normal noise of this standard deviation."""
 
     def make(self) -> Dataset:
-        env, generator = HazardCorridor(self.episodes), torch.Generator().manual_seed(self.seed)
+        env, generator = HazardCorridor(self.episodes), named_generator(self.seed, "data set: controller")
 
         def act(obs: Tensor) -> Tensor:
             noise = self.noise * torch.randn((len(obs), 2), generator=generator)
@@ -145,7 +146,10 @@ class Pendulum(Common):
     """So many pendulums swing side by side."""
 
     def make(self) -> Dataset:
-        env, generator = envs.make("InvertedPendulum-v5", self.num_envs), torch.Generator().manual_seed(self.seed)
+        env, generator = (
+            envs.make("InvertedPendulum-v5", self.num_envs),
+            named_generator(self.seed, "data set: controller"),
+        )
         gain = self.gain * torch.tensor(LQR_GAIN)
 
         def act(obs: Tensor) -> Tensor:
@@ -179,7 +183,7 @@ class Agent(Common):
         agent = _load(self.checkpoint, self.trust)
         with registry.stored(str(self.checkpoint), [*self.trust, *([self.env] if self.env else [])]):
             env = envs.make(self.env or agent.env_id, self.num_envs, **agent.env_kwargs)
-        torch.manual_seed(self.seed)
+        torch.manual_seed(stream_seed(self.seed, "data set: actions"))
         return collect(env, lambda o: agent.act(o, self.deterministic), self.steps, self.seed, self.out)
 
 
@@ -218,7 +222,7 @@ def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Data
     if env.autoreset_mode != AutoresetMode.SAME_STEP:
         raise ValueError(f"{name}: expected an environment that resets in the same step, got {env.autoreset_mode}")
     space: Any = env.single_action_space
-    obs, kept = env.reset(seed=seed), 0
+    obs, kept = env.reset(seed=stream_seed(seed, "data set: environment")), 0
     now: list[list[tuple[Any, ...]]] = [[] for _ in range(env.num_envs)]
     done: list[list[tuple[Any, ...]]] = []
     with torch.no_grad():
@@ -250,7 +254,7 @@ def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Data
 
 def uniform(env: BatchedEnv, seed: int) -> Act:
     """Uniform random actions."""
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = named_generator(seed, "data set: random actions")
 
     class Plain:
         distribution = None
@@ -264,7 +268,7 @@ def uniform(env: BatchedEnv, seed: int) -> Act:
 
 def mean_return(env: PointMaze, act: Act, seed: int) -> float:
     """The mean return of one episode per copy; episodes end by the time limit alone."""
-    obs, total = env.reset(seed=seed + 1_000), torch.zeros(env.num_envs)
+    obs, total = env.reset(seed=stream_seed(seed, "data set: reference")), torch.zeros(env.num_envs)
     for _ in range(env.max_episode_steps or 0):
         result = env.step(act(obs))  # type: ignore[arg-type]
         obs, total = result.obs, total + result.reward

@@ -33,7 +33,7 @@ class OfflinePolicy(nn.Module):
     goal's; other keys in their order).
 
     ``evaluate`` computes, ``[T', B, ...]``: ``mean`` ``[.., A]``; ``log_prob`` of the stored action; ``q`` ``[.., n]``
-    of it and ``mean_q`` ``[.., n]`` of the actor's mean; ``value``.
+    of it; of the actor's mean ``mean_q`` ``[.., n]`` and ``mean_q1`` (the first critic's alone); ``value``.
 
     :raises ValueError: for actions that are no Box with finite bounds, or observations that are no vectors.
     """
@@ -145,7 +145,7 @@ class OfflinePolicy(nn.Module):
     def evaluate(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
         features, action = self.features(batch["obs"].flatten(0, 1)), batch["action"].flatten(0, 1)
         out: dict[str, Tensor] = {}
-        if want & {"mean", "log_prob", "mean_q"}:
+        if want & {"mean", "log_prob", "mean_q", "mean_q1"}:
             out["mean"] = self.mean(features)
         if "log_prob" in want:
             away = (action - out["mean"]) * (-self.log_std).exp()
@@ -154,13 +154,15 @@ class OfflinePolicy(nn.Module):
             out["q"] = self.critic(features, action).t()
         if "mean_q" in want:
             out["mean_q"] = self.critic(features, out["mean"]).t()
+        if "mean_q1" in want:
+            out["mean_q1"] = self.critic(features, out["mean"], 1).squeeze(0)
         if "value" in want:
             out["value"] = self.value(features).squeeze(-1)
         return {k: v.reshape(*batch.shape, *v.shape[1:]) for k, v in out.items() if k in want}
 
     def outputs(self) -> frozenset[str]:
         found = {"mean"} | ({"log_prob"} if self.stochastic else set())
-        found |= {"q", "mean_q"} if hasattr(self, "critic") else set()
+        found |= {"q", "mean_q", "mean_q1"} if hasattr(self, "critic") else set()
         return frozenset(found | ({"value"} if hasattr(self, "value") else set()))
 
     def forward(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:

@@ -91,7 +91,7 @@ class ReBRACCycle(TD3BCCycle):
         Cycle.__init__(self)
         self.config: ReBRACConfig = config
         delay = config.policy_delay
-        self.averages = (Polyak("target", config.polyak, every=delay),)
+        self.averages = (Polyak("target", config.polyak, ("actor.", "critic."), every=delay),)
         losses = (term("actor_loss", _least_value(config.alpha), "mean_q"),
                   term("bc_loss", _penalty(config.actor_penalty), "mean"))  # fmt: skip
         self._phases = (

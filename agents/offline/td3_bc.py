@@ -77,8 +77,8 @@ class TD3BCCycle(Cycle):
         super().__init__()
         self.config = config
         delay = config.policy_delay
-        self.averages = (Polyak("target", config.polyak, every=delay),)
-        losses = (term("actor_loss", scaled_value_loss(config.alpha), "mean_q"), term("bc_loss", action_error, "mean"))
+        self.averages = (Polyak("target", config.polyak, ("actor.", "critic."), every=delay),)
+        losses = (term("actor_loss", scaled_value_loss(config.alpha), "mean_q1"), term("bc_loss", action_error, "mean"))
         self._phases = (
             Phase("critic", (term("critic_loss", critic_error, "q"),), Batching(), updaters["critic"]),
             Phase("actor", losses, Batching(), updaters["policy"], every=delay),
@@ -115,7 +115,7 @@ def scaled_value_loss(alpha: float) -> object:
     """``- lam Q_1(s, pi(s))``, ``[1, B]``."""
 
     def loss(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
-        q = outputs["mean_q"][..., 0]
+        q = outputs["mean_q1"]
         return -scale(q, alpha) * q
 
     return loss

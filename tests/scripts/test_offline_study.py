@@ -2,38 +2,49 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import pytest
 
-from scripts.studies.offline.study import main
+from scripts.studies.offline.report import REPORTS
+from scripts.studies.offline.study import STUDIES, main
 
-TINY = ["--seeds", "1", "--updates", "100", "--episodes", "4", "--steps", "400"]
+TINY = ["--seeds", "1", "--updates", "100", "--episodes", "4", "--steps", "400", "--denoiser-steps", "5",
+        "--trajectories", "4", "--score-updates", "100", "--online", "200", "--every", "100"]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("name", "flags", "rows"),
-    [
-        ("baselines", ["--methods", "bc", "td3_bc", "--data", "maze"], 2),
-        ("cdsa", ["--strengths", "0.1", "--action-strengths", "0.5"], 4),
-        ("guidance", ["--strengths", "0", "1", "--denoiser-steps", "5", "--trajectories", "4"], 2),
-    ],
-)
-def test_a_study_runs_and_resumes(
-    name: str, flags: list[str], rows: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    where = ["--out", str(tmp_path / "out"), "--figures", str(tmp_path)]
-    argv = [name, *where, *(TINY if name != "guidance" else ["--steps", "400"]), *flags]
+def files(tmp_path: Path) -> list[str]:
+    return [*TINY, "--out", str(tmp_path / "out"), "--figures", str(tmp_path)]
+
+
+def test_a_study_runs_resumes_and_is_drawn_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["corridor", *files(tmp_path)]
     table = main(argv)
-    assert len(table) == rows
-    assert (tmp_path / f"offline_{name}.md").read_text().count("\n") == rows + 2
+    # behaviour, base and seven strengths; without the behaviour for the second density
+    assert len(table[0]) == 9 + 8
+    page = (tmp_path / "offline_corridor.md").read_text()
+    assert "VaR 5%" in page
+    assert (tmp_path / "offline_corridor.png").stat().st_size > 1000
+    assert len(list(csv.DictReader((tmp_path / "offline_corridor.csv").open()))) == 17
     capsys.readouterr()
     assert main(argv) == table
-    out = capsys.readouterr().out
-    assert "cells, " in out
-    assert "FAILED" not in out
+    assert "2 cells, 2 of them finished before" in capsys.readouterr().out
+    # one of two cells: pages say what is there
+    path = tmp_path / "out/corridor.csv"
+    path.write_text("\n".join(path.read_text().splitlines()[:10]) + "\n")
+    assert len(main([*argv, "--report"])[0]) == 9
 
 
-def test_unknown_studies_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected one of baselines"):
-        main(["hopper"])
+@pytest.mark.parametrize("name", ["guidance", "online"])
+def test_others_run(name: str, tmp_path: Path) -> None:
+    assert main([name, *files(tmp_path)])[0]
+    assert (tmp_path / f"offline_{name}.png").exists()
+
+
+def test_every_study_has_a_page_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    assert REPORTS.keys() == STUDIES.keys()
+    with pytest.raises(ValueError, match="expected one of corridor"):
+        main(["cheetah"])
+    with pytest.raises(ValueError, match="found none; run it without --report"):
+        main(["rows", "--report", "--out", str(tmp_path), "--figures", str(tmp_path)])

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ from agents.offline.policy import OfflinePolicy
 from agents.offline.td3_bc import TD3BCConfig, TD3BCCycle
 from ccrl.diffusion import Churn, Denoiser, ResidualMLP, UNet1d, karras_levels, sample
 from ccrl.learn import DatasetLearner, Learner
-from ccrl.offline import DataError, Windows, select_windows
+from ccrl.offline import DataError, Dataset, Windows, select_windows
 from ccrl.replay import Mixture, ReplayBuffer
 from ccrl.settings import ConfigError, Count, Finite, Natural, Nonnegative, Positive, Range, Unit
 from ccrl.updaters import Stats, Updater
@@ -114,7 +115,10 @@ class PGDConfig(RewardConfig):
 
 
 class PGD(OfflineAgent):
-    """Policy-guided diffusion; see the module's docstring."""
+    """Policy-guided diffusion; see the module's docstring.
+
+    :raises DataError: the data have no episode that a window fits into.
+    """
 
     name = "pgd"
     paper = "Jackson, Matthews, Lu, Ellis, Whiteson, Foerster 2024, arXiv 2404.06356"
@@ -149,6 +153,8 @@ class PGD(OfflineAgent):
         assert isinstance(learner, DatasetLearner)
         if c.rows == "real":
             return learner
+        if c.rows in ("guided", "unguided") and self.data is not None:
+            self._windows(self.data)
         self.maker = self._make_generator(learner.policy)
         made = _Generating(
             learner.source, learner.policy, learner.cycle, learner.updaters, batch_size=c.batch_size, updates=c.updates,
@@ -219,11 +225,21 @@ class PGD(OfflineAgent):
         self.maker.ready.fill_(True)
         self.regenerate(guided=False)
 
-    def _draw_windows(self, rows: Mapping[str, Tensor]) -> Any:
-        c, data = self.config, self.data
-        assert data is not None
+    def _windows(self, data: Dataset) -> Windows:
+        c = self.config
         starts = select_windows(data.terminated, data.truncated | _ends(data), c.window, c.stride)
-        windows = Windows(data, c.window, starts, self.device)
+        if not len(starts):
+            longest = int(np.diff(np.r_[data.starts, len(data)]).max())
+            raise DataError(
+                f"{data.name}: expected windows of {c.window} rows that no time-out ends, found none in episodes of "
+                f"{longest} rows at most; set window to less"
+            )
+        return Windows(data, c.window, starts, self.device)
+
+    def _draw_windows(self, rows: Mapping[str, Tensor]) -> Any:
+        c = self.config
+        assert self.data is not None
+        windows = self._windows(self.data)
         codec = self.maker.take(Codec.of(rows))
         encoded: Tensor = codec.encode(rows)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ccrl.stats import holm, paired_t, score_at_budget, sign_flip
+from ccrl.stats import holm, paired_t, score_after_evaluations, score_at_budget, sign_flip
 
 
 def test_paired_t_is_scipys():
@@ -71,3 +71,24 @@ def test_score_at_budget_is_the_mean_over_all_subsets():
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_score_after_evaluations_by_hand():
+    # blindly the mean of 0, 6 and 12; the better of two policies seen: (6 + 12 + 12) / 3; then all are known
+    found = score_after_evaluations([[0.0] * 2, [6.0] * 2, [12.0] * 2], 5, repeats=60_000)
+    np.testing.assert_allclose(found, [6.0, 10.0, 12.0, 12.0, 12.0], atol=0.1)
+    # equal means, one of them noisy: whatever is chosen is worth 5
+    assert score_after_evaluations([[5.0, 5.0], [0.0, 10.0]], 4, repeats=10).tolist() == [5.0] * 4
+    # one episode misleads about half of the time, UCB1 comes back
+    curve = score_after_evaluations([[4.0, 4.0], [0.0, 10.0]], 60, scale=10.0, repeats=500)
+    assert curve[1] < 4.6
+    assert curve[-1] > 4.75
+
+
+@pytest.mark.parametrize(
+    ("returns", "options"),
+    [([1.0, 2.0], {}), ([[np.nan]], {}), ([[1.0]], {"evaluations": 0}), ([[1.0]], {"scale": 0.0})],
+)
+def test_score_after_evaluations_refuses(returns, options):
+    with pytest.raises(ValueError, match="expected"):
+        score_after_evaluations(returns, **{"evaluations": 3, **options})

@@ -1,0 +1,109 @@
+"""Cells of CDSA: the hazard corridor, and strengths of the correction on a point maze and on Hopper."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ccrl.packages import check_siblings
+
+check_siblings("agents", "envs")
+
+import agents
+from agents.offline.cdsa import CDSA
+from ccrl.offline import tail_mean, value_at_risk
+from ccrl.seeding import stream_seed
+from envs.maze import HazardCorridor, cautious_action, overconfident_action
+from scripts.make_dataset import Corridor
+from scripts.studies.offline.cells import returns_of, u_maze
+from scripts.studies.offline.data import SETS, opened
+from scripts.studies.tables import Rows
+
+__all__ = ["CORRIDOR", "STRENGTHS", "play_corridor", "play_strengths"]
+
+CORRIDOR = [(0.0, 0.0), (0.0, 0.05), (0.0, 0.1), (0.0, 0.5), (0.0, 2.0), (0.5, 0.0), (2.0, 0.0), (5.0, 0.0)]
+"""Strengths (k_a, k_s) beside the hazard."""
+STRENGTHS = [
+    (0.0, 0.0),
+    *((k, 0.0) for k in (0.1, 0.25, 0.5, 1.0, 2.0)),
+    *((0.0, k) for k in (0.05, 0.1, 0.25, 0.5, 1.0)),
+]
+"""Strengths (k_a, k_s) of the sweeps: each part alone."""
+
+
+class Fixed(nn.Module):
+    """A policy of a formula."""
+
+    def __init__(self, act: Any) -> None:
+        super().__init__()
+        self._act = act
+
+    def act(self, obs: Tensor, noise: Tensor | None, *rest: Any) -> dict[str, Tensor]:
+        return {"action": self._act(obs)}
+
+    def to_env(self, action: Tensor) -> Tensor:
+        return action
+
+
+def play_corridor(cell: dict[str, Any], out: Path) -> Rows:
+    """One training of score and models, all strengths; the behaviour's own row where the density is the data's."""
+    agent = CDSA(
+        HazardCorridor(1), data=Corridor(seed=cell["seed"]).make(), policy=Fixed(overconfident_action),
+        seed=cell["seed"], ignored=(0,), hidden=(128, 128), model_hidden=(128, 128), learning_rate=1e-3,
+        density_of=cell["density"],
+    )  # fmt: skip
+    agent.learn(cell["updates"])
+    rows, policy = Rows(), agent.policy
+    if cell["density"] == "data":
+        rows.append({"k_a": "", "k_s": "", "controller": "behaviour"} | _drive(Fixed(cautious_action), cell))
+    for k_a, k_s in CORRIDOR:
+        policy.config = replace(agent.config, action_strength=k_a, state_strength=k_s)
+        rows.append(
+            {"k_a": k_a, "k_s": k_s, "controller": "corrected" if k_a or k_s else "base"} | _drive(policy, cell)
+        )
+    return rows
+
+
+@torch.no_grad()
+def _drive(policy: Any, cell: dict[str, Any]) -> dict[str, float]:
+    env = HazardCorridor(cell["episodes"])
+    obs = env.reset(seed=stream_seed(cell["seed"], "evaluation"))
+    total, hazard = torch.zeros(cell["episodes"], dtype=torch.float64), 0.0
+    for _ in range(100):
+        result = env.step(policy.to_env(policy.act(obs, None)["action"]).clamp(-1.0, 1.0))
+        obs, total = result.obs, total + result.reward
+        assert isinstance(result.final_obs, Tensor)
+        hazard += float((result.final_obs[:, 1].abs() > 0.5).float().mean())
+    return _risk(total.numpy()) | {"hazard steps": hazard}
+
+
+def _risk(returns: Any) -> dict[str, float]:
+    values = np.asarray(returns, dtype=np.float64)
+    return {"return": float(values.mean()), "VaR 5%": value_at_risk(values, 0.05), "CVaR 5%": tail_mean(values, 0.05)}
+
+
+def play_strengths(cell: dict[str, Any], out: Path) -> Rows:
+    """A base policy and a score of the data, trained apart; all strengths."""
+    kind = SETS[cell["data"]]
+    data = u_maze(cell["steps"]) if cell["data"] == "u_maze" else opened(cell["data"], out, cell["steps"])
+    how = "on" if cell["updates"] >= 20_000 else "auto"
+    base = agents.get_agent(cell["base"])(
+        kind.env, data=data, seed=cell["seed"], hidden=kind.hidden, compile=how
+    )  # fmt: skip
+    base.learn(cell["updates"])
+    agent = CDSA(
+        kind.env, data=data, policy=base.policy, seed=cell["seed"], hidden=kind.hidden, model_hidden=kind.hidden,
+        learning_rate=1e-3 if cell["data"] == "u_maze" else 3e-4,
+    )  # fmt: skip
+    agent.learn(cell["score_updates"])
+    rows = Rows()
+    for k_a, k_s in STRENGTHS:
+        agent.policy.config = replace(agent.config, action_strength=k_a, state_strength=k_s)
+        returns = returns_of(agent, kind.env, cell["episodes"], cell["seed"])
+        rows.append({"k_a": k_a, "k_s": k_s} | _risk(returns))
+    return rows
