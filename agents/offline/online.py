@@ -71,4 +71,4 @@ def _carry_over(source: OfflinePolicy, target: nn.Module) -> None:
         critic: Any = target.critic
         weight, bias = critic.net.weights[0], critic.net.biases[0]
         weight[:, :width].div_(std.unsqueeze(-1))
-        bias.sub_((mean.unsqueeze(0) @ weight[:, :width]))
+        bias.sub_(mean.unsqueeze(0) @ weight[:, :width])

@@ -25,6 +25,6 @@ from ccrl.stats.paired import Paired, holm, paired_t, sign_flip
 __all__ = [
     "Interval", "Paired", "holm", "iqm", "iqm_interval", "median_of_means", "optimality_gap", "paired_t",
     "performance_profile", "probability_of_improvement", "probability_of_improvement_interval", "sample_efficiency",
-    "score_after_evaluations", "score_at_budget", "sign_flip", "stratified_bootstrap", "t_interval", "tolerance_interval", "tolerance_runs",
-    "trimmed_t_interval",
+    "score_after_evaluations", "score_at_budget", "sign_flip", "stratified_bootstrap", "t_interval",
+    "tolerance_interval", "tolerance_runs", "trimmed_t_interval",
 ]  # fmt: skip

@@ -59,9 +59,9 @@ def score_after_evaluations(
 
     ``returns`` ``[policies, episodes]`` holds what policies trained offline, with different settings, return
     online. A bandit (UCB1: Auer, Cesa-Bianchi and Fischer 2002) spends one episode at a time on one of them: on each
-    once, in random order, then on the largest ``mean + scale sqrt(2 ln t / n)``. An episode is a draw, with replacement,
-    from the policy's returns. After each one the policy of the highest mean so far is chosen, and what counts is the mean
-    of all its returns: the first number is a policy chosen blindly, the last ones approach the best.
+    once, in random order, then on the largest ``mean + scale sqrt(2 ln t / n)``. An episode is a draw, with
+    replacement, from the policy's returns. After each one the policy of the highest mean so far is chosen, and what
+    counts is the mean of all its returns: the first number is a policy chosen blindly, the last ones approach the best.
 
     Args:
         returns: scores, higher is better.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -212,9 +213,10 @@ def online(rows: Rows) -> list[Rows]:
     """Returns over environment steps."""
     table: Rows = []
     for (start,), part in groups(rows, "start").items():
-        by = groups(part, "step")
-        table.append({"start": start, "runs": len(groups(part, "seed"))}
-                     | {f"{k:.0f} steps": f"{mean(p, 'return'):.4g} ({seeds(p, 'return')})" for (k,), p in by.items()})  # fmt: skip
+        row: dict[str, Any] = {"start": start, "runs": len(groups(part, "seed"))}
+        for (step,), own in groups(part, "step").items():
+            row[f"{step:.0f} steps"] = f"{mean(own, 'return'):.4g} ({seeds(own, 'return')})"
+        table.append(row)
     return [table]
 
 
@@ -248,9 +250,10 @@ def _curves(rows: Rows) -> dict[str, Any]:
 def selection(rows: Rows) -> list[Rows]:
     """Scores of the policy chosen after so many online episodes, and every setting's returns."""
     table: Rows = [
-        {"method": m, "policies": sum(r["method"] == m for r in rows)} | {f"{n} episodes": float(c[n - 1]) for n in SPENT}
-        for m, c in _curves(rows).items()
-    ]  # fmt: skip
+        {"method": m, "policies": sum(r["method"] == m for r in rows)}
+        | {f"{n} episodes": float(curve[n - 1]) for n in SPENT}
+        for m, curve in _curves(rows).items()
+    ]
     settings: Rows = [
         {"method": m, "setting": values, "return": seeds(part, "return")}
         for (m, values), part in groups(rows, "method", "values").items()
@@ -282,7 +285,7 @@ def guidance(rows: Rows) -> list[Rows]:
     at = [{r["strength"]: r for r in run} for run in runs]
     lines = [
         line("log pi rises strictly with lam", (
-            all(a["log pi"] < b["log pi"] for a, b in zip(run, run[1:])) for run in runs), ""),
+            all(a["log pi"] < b["log pi"] for a, b in itertools.pairwise(run)) for run in runs), ""),
         line("gain of log pi >= .4 at lam 1", (a[1.0]["log pi"] - a[0.0]["log pi"] >= 0.4 for a in at),
              " / ".join(f"{a[1.0]['log pi'] - a[0.0]['log pi']:.3g}" for a in at)),
         line("mean error at lam 1 <= 1.5 x that at 0", (

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import itertools
 import shlex
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,8 @@ METHODS = ("bc", "td3_bc", "iql", "rebrac")
 class Plan:
     """What a study runs."""
 
-    play: Callable[[dict[str, Any], Path], Rows]
+    play: Any
+    """``play(cell, out) -> rows`` of one cell; data sets that cells share are in ``out``."""
     sizes: dict[str, int]
     """How long a run is; options of the same name replace them."""
     axes: tuple[dict[str, Any], ...]

@@ -275,7 +275,7 @@ def test_wrong_settings_are_refused(line_env: Any, line_data: Dataset, tmp_path:
         with pytest.raises(ConfigError, match=message):
             PGDConfig(**SMALL | options)  # type: ignore[arg-type]
     # episodes have 10 rows, and windows that end in a time-out are none
-    with pytest.raises(DataError, match="windows of 11 rows .* found none in episodes of 10 rows"):
+    with pytest.raises(DataError, match=r"windows of 11 rows .* found none in episodes of 10 rows"):
         PGD(line_env, data=line_data, **SMALL | {"window": 11})
     agent = PGD(line_env, data=line_data, **SMALL)
     agent.learn(5)
