@@ -90,6 +90,8 @@ class TextConfig(TrainConfig):
     reward: tuple[str, ...] = ()
     """The reward of a completion is what these say, a component each: functions, as module:function, and reward models,
     as folders of classifiers with one output; without one it is 1 for a completion that equals the line's answer."""
+    tools: tuple[str, ...] = ()
+    """Completions of the prompts may call these tools: calculator, or functions as module:function."""
     total_timesteps: Count = 20_000
     """Training takes this many completions."""
     checkpoint_every: Count = 5_000

@@ -12,14 +12,15 @@ __all__ = ["absolute_files", "whole_paths", "with_prompts"]
 def with_prompts(config: Any) -> Any:
     """A configuration with a file of prompts as one of the task jsonl.
 
-    :raises ValueError: test questions or rewards without prompts, or prompts for another task.
+    :raises ValueError: test questions, rewards or tools without prompts, or prompts for another task.
     """
     if getattr(config, "prompts", None) is None:
-        for name in ("test_prompts", "reward"):
+        for name in ("test_prompts", "reward", "tools"):
             if getattr(config, name, None):
                 raise ValueError(f"{name}: expected prompts beside it, got none; a task that is named judges itself")
         return config
-    if config.env not in ("jsonl", type(config)().env):
+    task = "tools" if getattr(config, "tools", ()) else "jsonl"
+    if config.env not in (task, type(config)().env):
         raise ValueError(f"prompts: expected no other task, got --task {config.env}; leave one of them out")
     options: dict[str, Any] = {"path": str(config.prompts)}
     if config.test_prompts is not None:
@@ -28,12 +29,14 @@ def with_prompts(config: Any) -> Any:
         # of a reward model the folder, which is read from other folders too
         names = [str(Path(name).resolve()) if Path(name).is_dir() else name for name in config.reward]
         options["reward"] = names[0] if len(names) == 1 else names
+    if task == "tools":
+        options["tools"] = list(config.tools)
     if cap := config.agent.max_new_tokens:  # the task's own cap would be the lower one
         options["max_new_tokens"] = cap
     if twice := sorted(options.keys() & config.env_kwargs.keys()):
         raise ValueError(f"env_kwargs: expected none of {', '.join(twice)}, which flags of their own say")
-    return replace(config, env="jsonl", env_kwargs=options | config.env_kwargs, prompts=None, test_prompts=None,
-                   reward=())  # fmt: skip
+    return replace(config, env=task, env_kwargs=options | config.env_kwargs, prompts=None, test_prompts=None,
+                   reward=(), tools=())  # fmt: skip
 
 
 def whole_paths(config: Any) -> Any:

@@ -29,7 +29,7 @@ from ccrl.llm.models import Snapshot, build_policy, fit_task
 from ccrl.llm.rollouts import pass_at_k
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.served import CompletionsClient
-from ccrl.llm.task import FiniteTask, Prompts, TextTask, pad_left, resolve_task
+from ccrl.llm.task import AdaptiveTask, FiniteTask, Prompts, TextTask, pad_left, resolve_task
 from ccrl.llm.vocabulary import encode_prompt
 from ccrl.seeding import named_generator, stream_seed
 from ccrl.updaters import ModuleUpdater, Stats, linear_decay
@@ -160,6 +160,9 @@ class LLM(MethodAgent):
     def questions(self, most: int) -> Prompts:
         """At most ``most`` training prompts, each question once, the same at every call: all of a task's list where it
         is no longer, else some of them."""
+        if isinstance(self.task, AdaptiveTask):
+            raise ValueError(f"task: expected questions that stay, of which {self.name} keeps a history each, got "
+                             f"{self.task.name!r}, whose questions change as it learns")  # fmt: skip
         generator = named_generator(self.seed, "questions")
         if isinstance(self.task, FiniteTask):
             count = self.task.count("train")

@@ -22,6 +22,8 @@ from ccrl.policies.gnn import EdgeNet
 
 __all__ = ["DataDrivenPolicy", "GNNPolicy", "OrderPolicy", "SymmetryAwarePolicy", "VanillaPolicy"]
 
+PLANS = ("season", "planned")
+"""Observations of the calendar and of planned promotions and prices, which demand of one's own has."""
 Layer = Callable[[Tensor, Tensor], Tensor]
 """``(wanted [B, k], on_hand [B]) -> shipments [B, k]`` of one node."""
 
@@ -138,7 +140,8 @@ class VanillaPolicy(OrderPolicy):
 
 
 class DataDrivenPolicy(OrderPolicy):
-    """One perceptron on inventories, past demand, the calendar, prices and lead times; no law of demand is known.
+    """One perceptron on inventories, past demand, the calendar, prices and lead times, and on what is planned for the
+    coming periods where that is shown; no law of demand is known.
 
     Outputs are ReLU with an initial bias of 1; a node short of stock ships in proportion.
     """
@@ -147,13 +150,14 @@ class DataDrivenPolicy(OrderPolicy):
 
     def __init__(self, network: Network, like: State, hidden: Sequence[int] | None = None) -> None:
         super().__init__(network, like)
-        width = len(self.used) + sum(like[k][0].numel() for k in self.reads)
+        self.seen = (*self.reads, *(k for k in PLANS if k in like))
+        width = len(self.used) + sum(like[k][0].numel() for k in self.seen)
         self.net = mlp([width, *((64, 64) if hidden is None else hidden), len(network.edges)], "elu")
         nn.init.constant_(self.net[-1].bias, 1.0)  # type: ignore[arg-type]
 
     def forward(self, obs: State) -> Tensor:
         inventory = self.inventories(obs)
-        features = torch.cat([inventory, *(obs[k].flatten(1).to(inventory.dtype) for k in self.reads)], -1)
+        features = torch.cat([inventory, *(obs[k].flatten(1).to(inventory.dtype) for k in self.seen)], -1)
         wanted = F.relu(self.net(features))
         internal = self.network.internal
         if not internal:
@@ -230,12 +234,17 @@ class GNNPolicy(OrderPolicy):
 
     @staticmethod
     def _store_attributes(obs: State) -> Tensor:
-        """``[B, K, F]``: underage, then the law of demand or its history."""
+        """``[B, K, F]``: underage, then the law of demand, or its history, the calendar and what is planned."""
         if "mean" in obs:
             return torch.stack([obs["underage"], obs["mean"], obs["std"]], -1)
         past = obs["past_demand"]
         days = obs["days_from_christmas"].to(past.dtype).unsqueeze(1).expand(-1, past.shape[1], -1)
-        return torch.cat([obs["underage"].unsqueeze(-1), past, days], -1)
+        found = [obs["underage"].unsqueeze(-1), past, days]
+        if "season" in obs:
+            found.append(obs["season"].to(past.dtype).unsqueeze(1).expand(-1, past.shape[1], -1))
+        if "planned" in obs:
+            found.append(obs["planned"].to(past.dtype))
+        return torch.cat(found, -1)
 
     def features(self, obs: State) -> Tensor:
         """``[B, N, F]``: slots, holding cost, then a store's attributes or the cost of a warehouse's orders, padded."""

@@ -18,7 +18,7 @@ from ccrl.collect import EpisodeStats, Request
 from ccrl.data import Data, Field
 from ccrl.llm.decoding import decode
 from ccrl.llm.policy import TokenPolicy
-from ccrl.llm.task import FiniteTask, Prompts, Split, TextTask
+from ccrl.llm.task import AdaptiveTask, FiniteTask, Prompts, Split, TextTask
 from ccrl.seeding import named_generator
 
 __all__ = ["Completions", "TokenCollector"]
@@ -215,6 +215,8 @@ class TokenCollector:
         self.total_steps += question.shape[0]
         self.tokens += int(data["valid"].sum())
         self.stats = EpisodeStats(data["episode_reward"].double().cpu(), data["length"].cpu())
+        if isinstance(self.task, AdaptiveTask):
+            self.log |= self.task.learned(data["index"], data["reward_components"][:, 0])
         return data
 
     def sample(
@@ -243,17 +245,20 @@ class TokenCollector:
             raise ValueError(f"task {self.task.name!r} has no demonstrations; methods that imitate need some")
         buffer = self._cleared(tag, question.shape[0])
         width = min(self.steps, shown.shape[1])
-        valid = torch.zeros(self.steps, question.shape[0], device=self.device)
-        valid[:width] = mask[question, :width].t()
+        present = torch.zeros(self.steps, question.shape[0], device=self.device)
+        present[:width] = mask[question, :width].t()
+        valid = present.clone()
+        if prompts.demonstration_forced is not None:
+            valid[:width] *= 1.0 - prompts.demonstration_forced[question, :width].t()
         # padding may be no token at all, and would be an index
-        tokens = torch.where(valid[:width] > 0, shown[question, :width].t(), buffer.action[:width])
+        tokens = torch.where(present[:width] > 0, shown[question, :width].t(), buffer.action[:width])
         buffer.action[:width] = tokens
-        length = valid.sum(0).long()
+        length = present.sum(0).long()
         whole = mask[question].sum(1).long() <= length
         for flag, which in ((buffer.terminated, whole), (buffer.truncated, ~whole)):
             some = (which & (length > 0)).nonzero().squeeze(-1)
             flag[length[some] - 1, some] = True
-        return Completions(buffer, prompts, question, valid, valid.clone(), demonstration=True)
+        return Completions(buffer, prompts, question, valid, present, demonstration=True)
 
     def test_prompts(self, n: int, seed: int, split: Split = "test") -> Prompts:
         """Questions that training does not move: decided by ``seed`` alone.
@@ -295,6 +300,7 @@ class TokenCollector:
         return {
             "generator": self.generator.get_state(), "prompt_generator": self.prompt_generator.get_state(),
             "total_steps": self.total_steps, "tokens": self.tokens, "left": self._left,
+            "task": self.task.state_dict() if isinstance(self.task, AdaptiveTask) else {},
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -302,6 +308,8 @@ class TokenCollector:
         self.prompt_generator.set_state(state["prompt_generator"].cpu())
         self.total_steps, self.tokens, self._left = state["total_steps"], state["tokens"], state["left"].cpu().clone()
         self._drawn = None
+        if isinstance(self.task, AdaptiveTask):
+            self.task.load_state_dict(state["task"])
 
 
 def _check_cap(task: TextTask, cap: int, fixed: int | None) -> None:

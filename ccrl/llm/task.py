@@ -16,6 +16,7 @@ from ccrl import registry
 from ccrl.llm.vocabulary import Vocabulary
 
 __all__ = [
+    "AdaptiveTask",
     "ConversationTask",
     "FiniteTask",
     "Prompts",
@@ -48,6 +49,9 @@ class Prompts:
     demonstration_valid: Tensor | None = None
     """``[Q, L]`` float32, 0 on padding; a row of zeros: no demonstration of that question. The mask alone says so: the
     pad token may be the end token."""
+    demonstration_forced: Tensor | None = None
+    """``[Q, L]`` float32, 1 on tokens that the environment wrote, which are read and not imitated; None: there are
+    none."""
 
     def __post_init__(self) -> None:
         shown, mask = self.demonstration, self.demonstration_valid
@@ -61,18 +65,20 @@ class Prompts:
 
     def select(self, questions: Tensor) -> Prompts:
         """Some of the questions, ``questions`` ``[Q']`` int64."""
-        shown, mask = (None if x is None else x[questions] for x in (self.demonstration, self.demonstration_valid))
+        columns = (self.demonstration, self.demonstration_valid, self.demonstration_forced)
+        shown, mask, forced = (None if x is None else x[questions] for x in columns)
         truth = tuple(self.truth[i] for i in questions.tolist())
-        return Prompts(self.tokens[questions], self.valid[questions], self.index[questions], truth, shown, mask)
+        return Prompts(self.tokens[questions], self.valid[questions], self.index[questions], truth, shown, mask, forced)
 
     def to(self, device: torch.device | str) -> Prompts:
         """The same on ``device``."""
-        columns = (self.tokens, self.valid, self.index, self.demonstration, self.demonstration_valid)
-        tokens, valid, index, shown, mask = (None if x is None else x.to(device) for x in columns)
+        columns = (self.tokens, self.valid, self.index, self.demonstration, self.demonstration_valid,
+                   self.demonstration_forced)  # fmt: skip
+        tokens, valid, index, shown, mask, forced = (None if x is None else x.to(device) for x in columns)
         assert tokens is not None
         assert valid is not None
         assert index is not None
-        return Prompts(tokens, valid, index, self.truth, shown, mask)
+        return Prompts(tokens, valid, index, self.truth, shown, mask, forced)
 
 
 class Score(NamedTuple):
@@ -138,7 +144,21 @@ class ConversationTask(Protocol):
         ...
 
 
-def resolve_task(task: Any, **options: Any) -> TextTask:
+@runtime_checkable
+class AdaptiveTask(Protocol):
+    """A text task whose training questions follow what was learned. Its state is saved with the collector that it is
+    told of; evaluation moves nothing."""
+
+    def learned(self, index: Tensor, success: Tensor) -> dict[str, float]:
+        """Of a training rollout: ``index`` ``[N]`` of the questions, and ``success`` ``[N]``, the first component of
+        their completions. Returns what is logged."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def resolve_task(task: Any, /, **options: Any) -> TextTask:
     """A task from one (returned as it is) or from a name of ``ccrl.registry.text_tasks``, called with ``options``.
 
     :raises TypeError: if ``task`` is neither a name nor has the members of the protocol.

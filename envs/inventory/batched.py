@@ -19,13 +19,19 @@ from envs.inventory.tasks import Task, make_task
 
 __all__ = ["InventoryVector"]
 
+TERMS = ("holding", "underage", "edge_cost", "lead_time", "fixed_cost", "minimum", "lot", "capacity")
+"""Constants of a product that an agent is shown where products differ in them."""
+
 
 class InventoryVector:
     """``num_envs`` copies of an inventory task.
 
     * Observation ``[N, D]`` float32: node by node the slots of its inventory (as many as its longest lead time). Where
       demand is recorded also the past demand of each store, the days from Christmas over 182, and the price and the
-      lead time if they differ by series.
+      lead time if they differ by series. Of demand of one's own (``own_demand``) stocks and past demand are in units
+      of the product's usual demand, and in place of the last two: the log of that unit, the season, costs, lead times
+      and terms that differ from product to product, and what is planned (promotions, prices) for this period and those
+      that an order of it will meet.
     * Action ``[N, E]`` in [-1, 1], one per edge of the network: the desired quantity is ``flow (a + 1)^2``, where
       ``flow`` is the mean flow of the edge if every node spread its orders evenly over its suppliers: 0 asks for the
       mean, 1 for four times as much. Where demand is recorded, the mean is that of the observed past (plus a tenth of
@@ -77,6 +83,9 @@ class InventoryVector:
         self._flow = mean_flow(net).to(self.device)
         self._mean = torch.tensor(built.demand.mean, device=self.device)
         self._recorded = isinstance(built.demand, Recorded)
+        self._differs = tuple(k for k, v in built.by_series.items() if k in TERMS and bool((v != v[:1]).any()))
+        if built.by_series and (built.vary_lead_time or built.earliest is not None):
+            self._differs = tuple(dict.fromkeys((*self._differs, "lead_time")))
         self._never = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
         self._generator = torch.Generator()
         self._generator.seed()
@@ -220,10 +229,28 @@ class InventoryVector:
 
     def _observe(self, state: State) -> Tensor:
         parts = [state["inventory"].flatten(1)[:, self._columns]]
+        if "scale" in state:
+            return self._observe_own(state, parts[0])
         if self._recorded:
             parts += [state["past_demand"].flatten(1), self.env.observe(state)["days_from_christmas"] / 182.0]
             parts += [state[name] for name in ("underage", "lead_time") if name in state]
         return torch.cat(parts, 1)
+
+    def _observe_own(self, state: State, inventory: Tensor) -> Tensor:
+        """See the class; amounts of an order in the same unit, a capacity as 1 / (1 + it), which is 0 for none."""
+        seen, unit = self.env.observe(state), state["scale"].mean(1, keepdim=True)
+        parts = [inventory / unit, state["past_demand"].flatten(1) / unit, seen["days_from_christmas"] / 182.0]
+        parts += [(0.1 + unit).log(), seen["season"]]
+        for name in self._differs:
+            value = state[name]
+            if name in ("minimum", "lot", "capacity"):
+                value = value / unit
+            parts.append(1.0 / (1.0 + value) if name == "capacity" else value)
+        if "ages" in seen:
+            parts.append((seen["ages"] / unit[:, :, None]).flatten(1))
+        if "planned" in seen:
+            parts.append(seen["planned"].flatten(1))
+        return torch.cat([part.to(inventory.dtype) for part in parts], 1)
 
     def _mask(self, host: np.ndarray) -> Tensor:
         return torch.from_numpy(host).to(self.device)

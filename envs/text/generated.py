@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Generator, Tensor
 
-from ccrl.llm.task import Prompts, Score, Split, Vocabulary, pad_demonstrations, pad_left
+from ccrl.llm.task import Prompts, Score, Split, Vocabulary, pad_demonstrations, pad_left, pad_right
 from ccrl.llm.vocabulary import encode_prompt, end_tokens
 
 __all__ = [
@@ -112,7 +112,15 @@ class GeneratedTask(ABC):
         tokens, valid = pad_left([encode_prompt(vocab, q.text) for q in chosen], vocab.pad)
         shown = [[] if q.demonstration is None else [*vocab.encode(q.demonstration), vocab.eos] for q in chosen]
         index = torch.tensor([q.number for q in chosen], dtype=torch.int64)
-        return Prompts(tokens, valid, index, tuple(q.truth for q in chosen), *pad_demonstrations(shown, vocab.pad))
+        demonstration, mask = pad_demonstrations(shown, vocab.pad)
+        written = [self.forced(row) for row in shown]
+        forced = pad_right(written, 0, mask.shape[1]).float() if any(map(any, written)) else None
+        return Prompts(tokens, valid, index, tuple(q.truth for q in chosen), demonstration, mask, forced)
+
+    def forced(self, demonstration: Sequence[int]) -> list[bool]:
+        """Which tokens of a demonstration the environment wrote: they are read and not imitated. None, unless a task
+        of several turns says otherwise."""
+        return [False] * len(demonstration)
 
     def reencoded(self, vocab: Vocabulary) -> GeneratedTask:
         """The same questions in another vocabulary.

@@ -118,10 +118,16 @@ class ListedTask:
         asked = [prompts.truth[q] for q in question.tolist()]
         completions = columns(tokens, length)
         texts = [self.vocab.decode(completion) for completion in completions]
+        return self.judged(asked, texts, completions, tokens.device)
+
+    def judged(
+        self, asked: Sequence[Asked], texts: Sequence[str], completions: Sequence[Sequence[int]], device: torch.device
+    ) -> Score:
+        """What the rewards say of ``texts``, and their fingerprints as answers."""
         parts = [function(asked, texts, completions) for function in self.rewards]
         rows = [[value for part in row for value in part] for row in zip(*parts)]
         answers = [fingerprint(text.strip()) if text.strip() else -1 for text in texts]
-        return Score(torch.tensor(rows, device=tokens.device), torch.tensor(answers, device=tokens.device))
+        return Score(torch.tensor(rows, device=device), torch.tensor(answers, device=device))
 
     # -- texts --------------------------------------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ from ccrl.llm.models import tiny_model
 from ccrl.llm.policy import CausalLMPolicy
 from ccrl.llm.task import Prompts, Score
 
-__all__ = ["Config", "main"]
+__all__ = ["Config", "FixedLength", "main", "peak"]
 
 
 @dataclass
@@ -280,13 +280,13 @@ def _memory(config: Config) -> None:
     for name, chunk in (("plain", 0), (f"logits_chunk_size={config.logits_chunk_size}", config.logits_chunk_size)):
         policy = CausalLMPolicy(model, logits_chunk_size=chunk)
         model.zero_grad()
-        peak = _peak(lambda: policy(batch, frozenset({"log_prob"}))["log_prob"].mean().backward(), config.device)  # noqa: B023
+        most = peak(lambda: policy(batch, frozenset({"log_prob"}))["log_prob"].mean().backward(), config.device)  # noqa: B023
         gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
         plain = gradient if plain is None else plain
-        print(f"{name:>9} {peak / 2**20:>8.0f} {float((gradient - plain).abs().max()):>9.1e}")
+        print(f"{name:>9} {most / 2**20:>8.0f} {float((gradient - plain).abs().max()):>9.1e}")
 
 
-def _peak(run: Callable[[], None], device: str) -> int:
+def peak(run: Callable[[], None], device: str) -> int:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -11,11 +11,12 @@ import torch
 import agents
 import envs
 from ccrl.batched_env import AutoresetMode, evaluation_env, resolve_env
+from ccrl.inventory.policies import DataDrivenPolicy, GNNPolicy
 from ccrl.seeding import named_generator
 from ccrl.testing import EnvContract
 from envs.inventory import TASKS, InventoryEnv, InventoryVector, make_task, retail_sales
 from envs.inventory.batched import mean_flow
-from envs.inventory.demand import days_from_christmas
+from envs.inventory.demand import Recorded, days_from_christmas
 
 IDS = [name for name in envs.OWN if name.startswith("Inventory")]
 
@@ -213,3 +214,41 @@ def test_bad_input():
     other = InventoryVector("one_store_lost", 3)
     with pytest.raises(ValueError, match="expected inventory and demand of shapes"):
         other.load_state_dict(env.state_dict())
+
+
+def test_promotions_and_the_season_reach_every_agent():
+    """Two products of 80 weeks, one store, lead time 2: stocks of 2 slots, 16 past weeks, Christmas, the log of the
+    unit, the season, and the promotion of this week and the two that an order meets."""
+    weeks = 80
+    series = torch.stack([torch.full((weeks, 1), 4.0), torch.full((weeks, 1), 100.0)])
+    promotion = (torch.arange(weeks) % 7 == 0).float().expand(2, weeks)[:, :, None, None].contiguous()
+    sales = Recorded(series, "made up", features=promotion, feature_names=("promo",))
+    env = InventoryVector("own_demand", 6, sales=sales, holding=1.0, underage=9.0, lead_time=2)
+    start = env.reset(seed=0)
+    seasons = env.env.observe(env._state)["season"].shape[1]
+    assert start.shape == (6, 2 + 16 + 1 + 1 + seasons + 3)
+    assert torch.equal(start[:, 2:18], torch.ones(6, 16))  # in units of the usual demand, whatever it is
+    assert set(start[:, 19].tolist()) == set((0.1 + torch.tensor([4.0, 100.0])).log().tolist())
+    for week in range(16, 31):
+        assert start[0, -3:].tolist() == [float((week + k) % 7 == 0) for k in range(3)]
+        start = env.step(torch.zeros(6, 1)).obs
+    # what is the same of all products is not shown, what differs is: lead times 1 and 2, no capacity and one of 100
+    task = make_task("own_demand", sales=sales, holding=1.0, underage=9.0, lead_time=2)
+    task.by_series["capacity"][1] = 100.0
+    other = InventoryVector(task, 6)
+    found = other.reset(seed=0)
+    assert found.shape[1] == start.shape[1] + 1
+    assert set(found[:, -4].tolist()) == {0.0, 0.5}  # 1 / (1 + one unit)
+
+
+@pytest.mark.parametrize("policy", [DataDrivenPolicy, GNNPolicy])
+def test_promotions_reach_other_policies_of_networks(policy):
+    """The same observation but for the plan gives other orders; a task without plans has no such inputs."""
+    torch.manual_seed(0)
+    series = torch.full((2, 80, 1), 4.0)
+    sales = Recorded(series, "made up", features=torch.zeros(2, 80, 1, 1), feature_names=("promo",))
+    env = InventoryEnv(make_task("own_demand", sales=sales, holding=1.0, underage=9.0, lead_time=2))
+    seen = env.observe(env.initial(env.sample(2, torch.Generator())))
+    made = policy(env.network, seen)
+    for name in ("planned", "season"):
+        assert not torch.allclose(made(seen), made(seen | {name: seen[name] + 1.0}))

@@ -60,6 +60,26 @@ class TestJsonLines(TextTaskContract):
         return make_task("jsonl", path=PROMPTS, max_new_tokens=8)
 
 
+class TestTools(TextTaskContract):
+    garbage_scores = None  # as for jsonl
+
+    def make_task(self) -> TextTask:
+        return make_task("tools", path=PROMPTS, max_new_tokens=8, call=("<", ">"), result=("", ";"))
+
+
+class TestCalculator(TextTaskContract):
+    def make_task(self) -> TextTask:
+        return make_task("calculator", operands=2)
+
+
+class TestCurriculum(TextTaskContract):
+    prompt_tells = False  # a question of one level may be one of a higher level too
+
+    def make_task(self) -> TextTask:
+        levels = [{"digits": 1}, {"digits": 2}]
+        return make_task("curriculum", task="arithmetic", levels=levels, start=1, earlier=0.5)
+
+
 class BanditContract(TextTaskContract):
     disjoint = False
     task = ""

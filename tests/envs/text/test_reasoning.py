@@ -40,12 +40,25 @@ class Sum:
         return 1.0 if answer == entry["answer"] else 0.01 if answer else 0.0
 
 
+class SumCurriculum:
+    """With the members of reasoning-gym's curricula that are used here: three levels of one setting."""
+
+    attributes = {"terms": types.SimpleNamespace(levels=[2, 3, 4])}
+
+    def set_global_level(self, level: int) -> None:
+        self.level = level
+
+    def generate_configuration(self) -> SumConfig:
+        return SumConfig(max_terms=self.attributes["terms"].levels[self.level])
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     """reasoning-gym with one data set."""
     package, factory = types.ModuleType("reasoning_gym"), types.ModuleType("reasoning_gym.factory")
     factory.DATASETS = {"chain_sum": (Sum, SumConfig)}  # type: ignore[attr-defined]
     factory.create_dataset = lambda name, **settings: Sum(SumConfig(**settings))  # type: ignore[attr-defined]
+    factory.CURRICULA = {"chain_sum": SumCurriculum}  # type: ignore[attr-defined]
     package.factory = factory  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "reasoning_gym", package)
     monkeypatch.setitem(sys.modules, "reasoning_gym.factory", factory)
@@ -150,3 +163,12 @@ def test_difficulty_of_the_package() -> None:
     assert {record["entry"]["metadata"]["num_terms"] for _, record in task.records} == {2}
     with pytest.raises(ValueError, match="expected settings that it accepts"):
         make_task("reasoning_gym:chain_sum", min_terms=5, max_terms=2)
+
+
+def test_levels_of_its_own_curriculum(fake: None) -> None:
+    task: Any = make_task("curriculum", task="reasoning_gym:chain_sum", levels=3, options={"questions": 40}, start=2,
+                          earlier=0.0)  # fmt: skip
+    prompts = task.prompts(4, torch.Generator().manual_seed(0))
+    assert all(task.vocab.decode(row.tolist()).count("+") == 3 for row in prompts.tokens)
+    with pytest.raises(ValueError, match="expected at most the 3 levels"):
+        make_task("curriculum", task="reasoning_gym:chain_sum", levels=4)
