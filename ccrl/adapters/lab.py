@@ -204,12 +204,13 @@ class _Simulation:
         np.random.seed(seed % 2**32)  # noqa: NPY002  (the global stream is what it draws from)
         torch.manual_seed(seed)
 
-    @torch.no_grad()
     def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """A call with the simulator's random streams in place of the caller's."""
-        with streams_kept(self._device):
+        """A call with the simulator's random streams in place of the caller's. What it makes are ordinary tensors, also
+        under ``inference_mode``: others have no version, by which ``fresh_log`` tells that they were written."""
+        with streams_kept(self._device), torch.inference_mode(False), torch.no_grad():
             if self._inside is not None:
                 _restore(self._inside, self._device)
+            args = tuple(x.clone() if isinstance(x, Tensor) and x.is_inference() else x for x in args)
             try:
                 return function(*args, **kwargs)
             finally:

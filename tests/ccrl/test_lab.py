@@ -134,6 +134,23 @@ def test_the_log_is_the_mean_over_steps_with_resets(settings):
     assert collector.log == {}
 
 
+def test_inference_mode_changes_nothing():
+    rows = []
+    for mode in (False, True):
+        env = make(random_ages=False, clip_actions=1.0)
+        env.reset(seed=0)
+        with torch.inference_mode(mode):
+            env.step(torch.full((3, 1), 0.5))  # tells of the reset
+            rows.append([])
+            for _ in range(LIMIT + 1):
+                result = env.step(torch.full((3, 1), 0.5))
+                rows[-1].append((result.obs["policy"].clone(), bool(result.log)))
+    for (obs, told), (other, also) in zip(*rows):
+        assert torch.equal(obs, other)
+        assert told == also
+    assert sum(told for _, told in rows[0]) == 1
+
+
 def test_the_log_reaches_the_training_log_under_its_own_names():
     agent = PPO(make(2), num_envs=2, n_steps=16, hidden=(4,), batch_size=16, n_epochs=1)
     agent.learn(32)
