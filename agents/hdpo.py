@@ -281,7 +281,7 @@ class HDPO(Agent):
         if any(p.requires_grad for p in policy.parameters()):
             clip = 1.0 if c.max_grad_norm is None and c.policy in ("gnn", "planner") else c.max_grad_norm
             updaters["policy"] = ModuleUpdater(
-                unrolled, lambda params: torch.optim.Adam(params, lr=self.step_size), max_grad_norm=clip,
+                unrolled, lambda params: torch.optim.Adam(params, lr=self.step_size, fused=True), max_grad_norm=clip,
                 compile=c.compile == "horizon" and possible,
             )  # fmt: skip
         estimator = PathwiseEstimator(c, unrolled, updaters.get("policy"))

@@ -101,7 +101,7 @@ class Network:
         """Number of the first store: the stores are the nodes from here on."""
         return self.echelons + self.warehouses
 
-    @property
+    @cached_property
     def internal(self) -> int:
         """How many edges are internal: they come first."""
         return sum(source >= 0 for source, _ in self.edges)

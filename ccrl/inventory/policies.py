@@ -50,6 +50,7 @@ class OrderPolicy(nn.Module):
         slots = like["inventory"].shape[2]
         # slots beyond a node's longest lead time are always 0: they would only widen the first layer
         used = [n * slots + j for n, length in enumerate(network.node_slots) for j in range(length)]
+        self.all_used = len(used) == network.nodes * slots
         sources = [s for s, _ in network.edges[: network.internal]]
         self.shippers = sorted(set(sources))
         self.counts = [sources.count(s) for s in self.shippers]
@@ -69,7 +70,8 @@ class OrderPolicy(nn.Module):
 
     def inventories(self, obs: State) -> Tensor:
         """All inventory slots in use, ``[B, F]``."""
-        return obs["inventory"].flatten(1).index_select(1, self.used)
+        flat = obs["inventory"].flatten(1)
+        return flat if self.all_used else flat.index_select(1, self.used)
 
     def ship(self, layer: Layer, wanted: Tensor, inventory: Tensor) -> Tensor:
         """Shipments ``[B, E_internal]`` from wanted ones: ``layer`` on every shipping node."""

@@ -281,18 +281,16 @@ class InventoryEnv:
             older, waste = expire(state["ages"], noise)
             cost = cost + task.terms.waste_cost * waste.sum(1) if task.terms else cost
             post = torch.cat((post[:, :first], post[:, first:] - waste), 1)
-        moved = post[:, :, None]
-        if stock.shape[2] > 1:
-            moved = torch.cat((moved + stock[:, :, 1:2], stock[:, :, 2:], torch.zeros_like(moved)), 2)
         if "lead_time" in state:
             lead = state["lead_time"]
             if "arrival" in state:
                 lead = state["arrival"][torch.arange(len(stock), device=stock.device), self._clock(state)]
             entering = action[:, :, None] * (lead[:, :, None] == table["slot"])
             arriving = torch.einsum("bel,en->bnl", entering, table["into"]) if self.network.nodes > 1 else entering
+            arriving = arriving + (post @ table["stays"]).view(stock.shape)
         else:
-            arriving = (action @ table["enters"]).view(stock.shape)
-        following = state | {"inventory": moved + arriving}
+            arriving = (torch.cat((post, action), 1) @ table["enters"]).view(stock.shape)
+        following = state | {"inventory": stock @ table["shift"] + arriving}
         if self.shelf_life:
             fresh = following["inventory"][:, first:, 0] - older.sum(2)
             following["ages"] = torch.cat((older[:, :, :-1], fresh[:, :, None]), 2)
@@ -304,8 +302,10 @@ class InventoryEnv:
     def _on(self, like: Tensor) -> State:
         """The constants and the routing matrices on the device and in the type of ``like``:
 
-        ``leaves`` ``[I, F]`` is 1 where internal edge ``i`` starts at node ``f``; ``enters`` ``[E, N * L]`` is 1 at the
-        target node and lead-time slot of an edge. Products with them are the scatter of orders, without index kernels.
+        ``leaves`` ``[I, F]`` is 1 where internal edge ``i`` starts at node ``f``; ``stays`` ``[N, N * L]`` is 1 at slot
+        0 of a node, ``enters`` ``[N + E, N * L]`` has below it a 1 at the target node and lead-time slot of an edge;
+        ``shift`` ``[L, L]`` moves what is in transit up one slot. Products with them need no index kernels, slices or
+        copies, forward or backward.
         """
         key = (like.device, like.dtype)
         if key not in self._tables:
@@ -315,9 +315,12 @@ class InventoryEnv:
             leaves[torch.arange(net.internal), net.source()[: net.internal]] = 1.0
             enters = torch.zeros(len(net.edges), net.nodes, net.slots)
             enters[torch.arange(len(net.edges)), net.target(), torch.tensor(net.lead_times) - 1] = 1.0
+            stays = torch.zeros(net.nodes, net.nodes, net.slots)
+            stays[:, :, 0] = torch.eye(net.nodes)
             into = torch.nn.functional.one_hot(net.target(), net.nodes).float()
-            table |= {"leaves": leaves, "enters": enters.flatten(1), "slot": torch.arange(1.0, net.slots + 1)}
-            table["into"] = into
+            shift = torch.diag(torch.ones(net.slots - 1), -1)
+            table |= {"leaves": leaves, "slot": torch.arange(1.0, net.slots + 1), "into": into, "shift": shift}
+            table |= {"stays": stays.flatten(1), "enters": torch.cat((stays, enters)).flatten(1)}
             if isinstance(self.task.demand, Recorded):
                 known = self.task.demand.series.shape[1] + 1
                 table["calendar"] = days_from_christmas(self.task.demand.first_day, known, self.task.demand.step_days)
