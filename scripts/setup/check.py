@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -40,6 +40,8 @@ class CheckConfig:
     """They take this many random steps."""
     device: str = "cpu"
     """The simulator computes here."""
+    engine: Literal["mujoco", "warp"] | None = None
+    """Our MuJoCo tasks are simulated by this engine; unset, by MuJoCo's own."""
 
 
 def main(config: CheckConfig) -> float:
@@ -49,7 +51,8 @@ def main(config: CheckConfig) -> float:
     """
     torch.set_num_threads(1)
     begin = time.perf_counter()
-    env = envs.make(config.env, config.num_envs, device=config.device)
+    options: dict[str, Any] = {} if config.engine is None else {"engine": config.engine}
+    env = envs.make(config.env, config.num_envs, device=config.device, **options)
     print(f"made in {time.perf_counter() - begin:.1f} s: {env.single_observation_space}, {env.single_action_space}")
     generator = torch.Generator().manual_seed(0)
     shape = (config.num_envs, *(env.single_action_space.shape or ()))

@@ -6,8 +6,12 @@ set -euo pipefail
 folder=$(realpath -m "${1:?usage: scripts/setup/isaac.sh FOLDER}")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
-"${PYTHON:-python3.12}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -e "$root[isaac,export]"
+for python in "${PYTHON:-python3.12}" "$HOME"/.pyenv/versions/3.12*/bin/python none; do
+  if "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null; then break; fi
+done
+[ "$python" != none ] || { echo 'expected Python 3.12 as python3.12 or in PYTHON, found none (uv python install 3.12)' >&2; exit 1; }
+"$python" -m venv "$folder/venv"
+"$folder/venv/bin/pip" install -e "$root[isaac,export]" pytest 'moviepy<2'  # moviepy: for its recorder of videos
 
 # Assets: Cartpole's are in this repository, Ant's model is in the newton package; others come from NVIDIA's server.
 mkdir -p "$folder/assets/Isaac/Robots/IsaacSim/Ant"

@@ -6,7 +6,7 @@ folder=$(realpath -m "${1:?usage: scripts/setup/mjlab.sh FOLDER}")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 
 "${PYTHON:-python3.11}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -e "$root[mjlab,export]"
+"$folder/venv/bin/pip" install -e "$root[mjlab,export]" pytest
 
 "$folder/venv/bin/python" "$root/scripts/setup/check.py" mjlab:Mjlab-Cartpole-Balance
 "$folder/venv/bin/python" "$root/scripts/setup/check.py" mjlab:Mjlab-Velocity-Flat-Unitree-G1
