@@ -69,11 +69,13 @@ class Agent:
         seed: Natural = 0,
         device: torch.device | str = "cpu",
         env_kwargs: dict[str, Any] | None = None,
-        policy: PolicyLike | None = None,
+        policy: PolicyLike | str | None = None,
         **settings: Any,
     ) -> None:
         if env_kwargs is not None and not isinstance(env_kwargs, Mapping):
             raise TypeError(f"env_kwargs: expected options by name, as {{'option': 1}}, got {env_kwargs!r}")
+        if isinstance(policy, str):  # a setting of the agent's that has the name of this argument (HDPO's)
+            settings, policy = settings | {"policy": policy}, None
         self.config, self.seed, self.env_kwargs = self.configure(config, settings), seed, dict(env_kwargs or {})
         self.env_id = env if isinstance(env, str) else None
         self.own_policy = policy

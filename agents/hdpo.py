@@ -264,6 +264,8 @@ class HDPO(Agent):
 
     def build(self) -> Learner:
         c: HDPOConfig = self.config
+        if self.own_policy is not None:
+            raise TypeError(f"policy: expected the name of one, {', '.join(_POLICIES)}, got {self.own_policy!r}")
         make, _, settings = _POLICIES[c.policy]
         own = {k: getattr(c, k) for k in settings}
         if make is PlannerPolicy:

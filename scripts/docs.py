@@ -30,6 +30,7 @@ check_siblings("agents", "envs")
 
 import agents
 from scripts.methods import Entry, methods
+from scripts.notebooks import page as notebook_page
 from scripts.unrolled import page as unrolled_page
 
 __all__ = ["Options", "broken_links", "main", "stage", "verdict"]
@@ -65,7 +66,10 @@ def stage(source: Path, unrolled: Iterable[str]) -> None:
     for name in ("CHANGELOG", "CONTRIBUTING"):
         text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
         (source / f"{name.lower()}.md").write_text(text.replace("](docs/", "]("), encoding="utf-8")
-    for path in (source / "figures").glob("*.md"):
+    for path in sorted((source / "notebooks").glob("*.ipynb")):
+        path.with_suffix(".md").write_text(notebook_page(path, path.parent), encoding="utf-8")
+        path.unlink()
+    for path in (source / "figures").rglob("*.md"):
         title = "" if path.read_text("utf-8").startswith("# ") else f"# {path.stem}\n\n"
         path.write_text(f"---\norphan: true\n---\n\n{title}{path.read_text('utf-8')}", encoding="utf-8")
     found = methods()
@@ -87,7 +91,7 @@ def stage(source: Path, unrolled: Iterable[str]) -> None:
     (source / "api.md").write_text(_API, encoding="utf-8")
     _leftover(source, set(pages))
     for path in source.rglob("*.md"):
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8").replace(".ipynb)", ".md)")
         path.write_text(_outside_links(text, path.relative_to(source)), encoding="utf-8")
 
 

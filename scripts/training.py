@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 
@@ -25,8 +26,10 @@ from ccrl.batched_env import evaluation_env
 from ccrl.experiment import callbacks as hooks
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
+from ccrl.experiment.csv_table import read_columns
 from ccrl.experiment.files import WriteError
 from ccrl.experiment.logger import Logger, digits
+from ccrl.experiment.progress import shares
 from ccrl.experiment.run import RunFolder
 from ccrl.experiment.tracking import Service, Tracker
 from ccrl.settings import Count, Natural, Settings
@@ -156,6 +159,24 @@ def timed(run: RunFolder, learner: Any, evaluation: hooks.EvalCallback | None) -
     })  # fmt: skip
 
 
+def summary(run: RunFolder, agent: Any) -> str:
+    """Of a training that has ended: evaluations, speed, where the time went, and which files there are."""
+    finished, lines = run.info["finished"], []
+    if (run.path / "eval.csv").is_file():
+        table = read_columns(run.path / "eval.csv")
+        returns, steps = table.get("eval/mean_reward", np.zeros(0)), table.get("step", np.zeros(0))
+        if len(returns):
+            best = int(returns.argmax())
+            lines.append(f"evaluation: {digits(float(returns[-1]))} at the end, at best {digits(float(returns[best]))} "
+                         f"after {int(steps[best]):,} (best.pt)")  # fmt: skip
+    lines.append(f"speed: {finished['steps_per_second']:,.0f} steps/s, {finished['seconds']:.0f} s without evaluation")
+    found = shares(agent.learner.times)
+    lines.append("time: " + ", ".join(f"{name} {100 * share:.0f} %" for name, share in found.items()))
+    names = ("config.yaml", "run.json", "progress.csv", "eval.csv", "best.pt", "checkpoints")
+    lines.append(f"files: {', '.join(name for name in names if (run.path / name).exists())} in {run.path}")
+    return "\n".join(f"[ccrl] {line}" for line in lines)
+
+
 @dataclass(frozen=True)
 class Training:
     """A run that can begin: calling it trains."""
@@ -222,6 +243,7 @@ class Training:
                 tracker.finish(checkpoint.latest(run.checkpoints))
         mean, count = agent.ep_rew_mean, len(agent.episodes)
         score = "no episode ended" if mean is None else f"mean return of the last {count} episodes {digits(mean)}"
+        print(summary(run, agent), flush=True)
         print(f"[ccrl] {agent.num_timesteps:,} steps, {score}; run folder: {run.path}", flush=True)
         if self.group is not None:
             self.group.processes.close()

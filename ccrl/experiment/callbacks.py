@@ -18,6 +18,7 @@ from ccrl.experiment.logger import Logger
 from ccrl.experiment.saved import prune_segments, save_segmented, save_without_memory
 from ccrl.settings import Count, Finite, Natural, checked
 from ccrl.signals import DeferredSignals
+from ccrl.waiting import waiting
 
 __all__ = [
     "Callback",
@@ -211,7 +212,8 @@ class CheckpointCallback(_Periodic):
                 "written of them"
             )
         path = checkpoint.checkpoint_path(self.folder, agent.num_timesteps)
-        save_segmented(agent, path)
+        with waiting("checkpoint"):
+            save_segmented(agent, path)
         self._saved_at, agent.last_checkpoint = agent.num_timesteps, path
         checkpoint.prune(self.folder, self.keep)
         prune_segments(self.folder)
@@ -261,7 +263,8 @@ class EvalCallback(_Periodic):
     def on_iteration(self, agent: Any) -> bool | None:
         if self.due(agent.num_timesteps):
             start, cpu_start = time.perf_counter(), time.process_time()
-            results = [evaluate_agent(agent, self.env, self.episodes, self.seed, d) for d in (True, False)]
+            with waiting("evaluation"):
+                results = [evaluate_agent(agent, self.env, self.episodes, self.seed, d) for d in (True, False)]
             scalars = self.log.log(agent.num_timesteps, *results)
             if self.logger is not None:
                 self.logger.log(agent.num_timesteps, scalars)

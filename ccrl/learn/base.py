@@ -67,6 +67,33 @@ class Episodes:
         self._last.extend((r, n) for r, n in state["episodes"])
 
 
+class Times(dict[str, float]):
+    """Seconds of every phase of the iterations and of what training waited for (``ccrl.waiting``), since it was built.
+
+    What is waited for inside an iteration (a compilation) is no part of the iteration's phases.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._inside: float | None = None
+
+    def begin_iteration(self) -> None:
+        self._inside = 0.0
+
+    def end_iteration(self, seconds: Mapping[str, float]) -> None:
+        waited, self._inside = self._inside or 0.0, None
+        where = "update" if "update" in seconds else max(seconds, key=lambda name: seconds[name], default="")
+        for name, value in seconds.items():
+            self[name] = self.get(name, 0.0) + max(0.0, value - (waited if name == where else 0.0))
+
+    def begins(self, what: str) -> None: ...
+
+    def ends(self, what: str, seconds: float) -> None:
+        self[what] = self.get(what, 0.0) + seconds
+        if self._inside is not None:
+            self._inside += seconds
+
+
 class _Counters:
     """Iterations and gradient steps done, and the window of the training that is under way."""
 
@@ -125,6 +152,7 @@ class Learner(ABC):
         self._decay = {name: float(u.lr) for name, u in self.updaters.items()} if anneal else {}
         self._schedule = anneal if callable(anneal) else None
         self.counters, self.episodes = _Counters(self.ctx), Episodes(remember)
+        self.times = Times()
         self.scalars: dict[str, Any] = {}
         """Of the last iteration, for loggers and callbacks."""
         self.watched = True
@@ -215,7 +243,9 @@ class Learner(ABC):
             if self._schedule is not None:
                 done = 1.0 - self._schedule(done, self.ctx.share)
             linear_decay([self.updaters[name]], rate, done)
+        self.times.begin_iteration()
         data, stats, seconds = self._iterate()
+        self.times.end_iteration(seconds)
         self._check_finite(stats)
         self.counters.iteration += 1
         self.ctx.k += 1

@@ -14,6 +14,7 @@ from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.updates import Stats
 from ccrl.updaters.check import left_unchanged, unequal
 from ccrl.updaters.flat import FlatUpdater
+from ccrl.waiting import waiting
 
 if TYPE_CHECKING:
     from ccrl.learn.cycle import Cycle, Polyak
@@ -62,7 +63,8 @@ class CycleGraphs:
         key = (*map(id, phases), -1, *map(id, averages))
         if key not in self._steps:
             run = self._build((phases, averages), batch, ctx)
-            _check(self, (phases, averages), batch, ctx, run)
+            with waiting("compilation"):
+                _check(self, (phases, averages), batch, ctx, run)
             self._steps[key] = run
         return self._steps[key](batch)
 

@@ -9,6 +9,7 @@ from typing import Any
 from ccrl.experiment.callbacks import Callback, running
 from ccrl.experiment.progress import ProgressBar
 from ccrl.signals import DeferredSignals
+from ccrl.waiting import listening
 
 __all__ = ["run"]
 
@@ -20,10 +21,16 @@ def run(agent: Any, end: int, callbacks: Sequence[Callback], progress_bar: bool)
     and a signal handler must not stay; the first failure is raised after the others had their turn. Ctrl-C is raised
     between two iterations, where the agent can be saved; the second one at once.
     """
-    learner, bar = agent.learner, ProgressBar(end, agent.num_timesteps, progress_bar)
+    learner = agent.learner
+    bar = ProgressBar(end, agent.num_timesteps, progress_bar, learner.times)
     step = end  # what an iteration adds to the clock: which one is the last is told from the one before it
     try:
-        with DeferredSignals(signal.SIGINT) as interrupt, running(callbacks, agent):
+        with (
+            DeferredSignals(signal.SIGINT) as interrupt,
+            listening(learner.times),
+            listening(bar),
+            running(callbacks, agent),
+        ):
             while learner.clock < end and not agent.finished and not learner.agree(bool(interrupt.received)):
                 before = learner.clock
                 learner.watched = before + step >= end or any(c.reads(learner.iteration + 1) for c in callbacks)

@@ -16,6 +16,7 @@ from ccrl.estimators.terms import Term
 from ccrl.estimators.updates import GradientEstimate, Stats, owned_parameters
 from ccrl.updaters.check import check_compiled
 from ccrl.updaters.common import SurrogateModule, Surrogates, accumulate, frozen_buffers, surrogate_loss
+from ccrl.waiting import waiting
 
 __all__ = ["FlatState", "FlatUpdater", "PureUpdate"]
 
@@ -242,7 +243,8 @@ class FlatUpdater(Surrogates):
         key = (id(terms), len(batches))
         if key not in self._graphs:
             run, names = self.build(terms, batches[0])
-            check_compiled(self, terms, batches, run)
+            with waiting("compilation"):
+                check_compiled(self, terms, batches, run)
             self._graphs[key] = (terms, run, names)  # keeps `terms` alive: an id may be reused after collection
         return self._graphs[key][1:]
 

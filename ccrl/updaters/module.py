@@ -14,6 +14,7 @@ from ccrl.estimators.terms import Term
 from ccrl.estimators.updates import GradientEstimate, Stats, owned_parameters
 from ccrl.updaters.check import check_loss
 from ccrl.updaters.common import Surrogates, accumulate, surrogate_loss
+from ccrl.waiting import waiting
 
 __all__ = ["ModuleUpdater"]
 
@@ -117,7 +118,8 @@ class ModuleUpdater(Surrogates):
     def _compiled_loss(self, terms: tuple[Term, ...], batch: Data) -> tuple[Tensor, Stats]:
         if id(terms) not in self._losses:
             compiled = self.build(terms, batch)
-            check_loss(self, terms, batch, compiled)
+            with waiting("compilation"):
+                check_loss(self, terms, batch, compiled)
             self._losses[id(terms)] = (terms, compiled)
         return self._losses[id(terms)][1](batch)
 

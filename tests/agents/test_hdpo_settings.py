@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 import agents.hdpo
+from agents.a2c import A2C
 from agents.hdpo import HDPO, HDPOConfig, published_rate
+from ccrl.inventory.base_stock import CappedBaseStockPolicy
 from ccrl.inventory.functional_env import State
 from ccrl.inventory.pathwise import Unrolled, average_cost
 from envs.inventory import InventoryEnv, make_task, simulate
@@ -126,3 +128,15 @@ def test_only_training_runs_the_compiled_period(monkeypatch: pytest.MonkeyPatch)
     with torch.no_grad():
         unrolled(batch, frozenset({"cost"}))
     assert len(calls) == 3
+
+
+def test_the_keyword_policy_is_the_setting() -> None:
+    env = InventoryEnv(make_task("one_store_lost"))
+    small = {"n_train": 4, "n_dev": 4, "batch_size": 4}
+    agent = HDPO(env, policy="capped_base_stock", **small)
+    assert agent.config.policy == "capped_base_stock"
+    assert isinstance(agent.policy, CappedBaseStockPolicy)
+    with pytest.raises(TypeError, match=r"policy: expected the name of one, vanilla, .*got Linear"):
+        HDPO(env, policy=torch.nn.Linear(1, 1), **small)
+    with pytest.raises(TypeError, match="a2c has no setting 'policy'"):
+        A2C("CartPole-v1", policy="planner")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import torch
 import agents
 from ccrl.experiment.config import ConfigError
 from ccrl.experiment.csv_table import read_rows
+from ccrl.experiment.logger import digits
 from ccrl.experiment.run import RunFolder
 from ccrl.learn import Learner
 from ccrl.returns import gae
@@ -26,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ["--num-envs", "4", "--n-steps", "16", "--hidden", "8", "--no-tensorboard", "--eval-episodes", "2"]
 
 
-def test_flags_win_over_the_file_which_wins_over_the_defaults_and_a_run_goes_on(tmp_path: Path) -> None:
+def test_flags_win_over_the_file_which_wins_over_the_defaults_and_a_run_goes_on(tmp_path: Path, capsys: Any) -> None:
     overlay = tmp_path / "mine.yaml"
     overlay.write_text("total_timesteps: 128\neval_every: 64\nagent: {n_epochs: 3, learning_rate: 1e-3}\n")
     argv = ["ppo", "--env", "CartPole-v1", "--config", str(overlay), "--run-root", str(tmp_path), *TINY]
@@ -42,8 +44,14 @@ def test_flags_win_over_the_file_which_wins_over_the_defaults_and_a_run_goes_on(
     # as if it had been stopped half-way: the newest checkpoint and the steps after the older one are gone
     (run.checkpoints / "step_000000000128.pt").unlink()
     parameters = torch.load(run.path / "checkpoints/step_000000000064.pt", weights_only=True)["state"]["learner"]
+    capsys.readouterr()
     again = train.main(["--resume", str(run.path)])
     assert again.path == run.path
+    said = capsys.readouterr().out
+    last = read_rows(run.path / "eval.csv")[-1]["eval/mean_reward"]
+    assert f"[ccrl] evaluation: {digits(float(last))} at the end, at best " in said
+    assert re.search(r"\n\[ccrl\] speed: [\d,]+ steps/s, \d+ s without evaluation\n\[ccrl\] time: \w+ \d+ %, ", said)
+    assert "files: config.yaml, run.json, progress.csv, eval.csv, best.pt, checkpoints in " + str(run.path) in said
     assert again.info["resumes"][0]["step"] == 64
     assert (again.info["finished"]["step"], again.info["finished"]["since"]) == (128, 64)
     assert [int(row["step"]) for row in read_rows(run.path / "eval.csv")] == [64, 128]
