@@ -32,6 +32,7 @@ from ccrl.packages import check_siblings
 
 check_siblings("agents", "envs")
 
+from ccrl.experiment.csv_table import read_rows
 from ccrl.updaters import GradientEstimate
 from scripts import gradient_lab_estimators as estimators
 from scripts import gradient_lab_problems as problems
@@ -59,6 +60,8 @@ class Options:
     """First step of the path along which momentum methods arrive at the policy."""
     out: Path | None = None
     """Path and first part of the names of the files to write; None: print only."""
+    redraw: Path | None = None
+    """Nothing is measured: the figure of this CSV file is drawn again beside it."""
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.estimators if name not in estimators.NAMES]
@@ -68,6 +71,9 @@ class Options:
             raise ValueError(f"expected samples >= 1 and repetitions >= 2, got {self.samples} and {self.repetitions}")
 
 
+# Okabe and Ito's, told apart with all common kinds of colour blindness; marks tell them apart without colours
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D")
+MARKS = "os^Dv<>ph*"
 COLUMNS = {
     "angle": "angle to the true gradient, degrees",
     "angle_se": "its standard error",
@@ -180,52 +186,69 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def figure(rows: list[dict[str, Any]], title: str, command: str) -> Figure:
+def figure(rows: list[dict[str, Any]]) -> Figure:
     """Angle, error, coverage and time against the number of episodes."""
     panels = (
         ("angle", False, "angle to the true gradient, degrees"),
-        ("rmse", True, "root mean squared error over |g|"),
-        ("coverage", False, "coverage of 95 % intervals"),
+        ("rmse", True, "root mean squared error / |g|"),
+        ("coverage", False, "share inside 95 % posterior intervals"),
         ("ms", True, "milliseconds per estimate"),
     )
     names = list(dict.fromkeys(row["estimator"] for row in rows))
+    ticks = sorted({row["episodes"] for row in rows})
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
-        page = Figure(figsize=(9.0, 6.4), layout="constrained")
+        page = Figure(figsize=(6.4, 6.0), layout="constrained")
         axes = page.subplots(2, 2)
         for axis, (column, log, heading) in zip(axes.flat, panels):
             for i, name in enumerate(names):
                 mine = [row for row in rows if row["estimator"] == name and not math.isnan(row[column])]
-                x, y = [row["episodes"] for row in mine], [row[column] for row in mine]
-                colour, style = f"C{i % 10}", ("-", "--", ":")[i // 10 % 3]
-                axis.plot(
-                    x, y, style, color=colour, marker="o", markersize=3, label=name if column == "angle" else None
-                )
+                # side by side: estimators that agree would hide each other
+                shift = 1.0 + 0.03 * (i - len(names) / 2)
+                x, y = [row["episodes"] * shift for row in mine], [row[column] for row in mine]
+                colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+                look: dict[str, Any] = {"color": colour, "marker": mark, "ms": 5, "lw": 1.2, "mfc": "none"}
+                label = name if column == "angle" else None
                 if column == "angle":
-                    low, high = ([row["angle"] + s * 1.96 * row["angle_se"] for row in mine] for s in (-1, 1))
-                    axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+                    error = [1.96 * row["angle_se"] for row in mine]
+                    axis.errorbar(x, y, yerr=error, capsize=2, label=label, **look)
+                else:
+                    axis.plot(x, y, **look)
             axis.set_xscale("log")
-            ticks = sorted({row["episodes"] for row in rows})
             axis.set_xticks(ticks, [str(t) for t in ticks])
             axis.minorticks_off()
-            axis.set_xlim(ticks[0] / 1.15, ticks[-1] * 1.15)
+            axis.set_xlim(ticks[0] / 1.3, ticks[-1] * 1.3)
             if log:
                 axis.set_yscale("log")
             axis.set_title(heading, loc="left", fontsize=9)
             axis.set_xlabel("episodes per estimate")
             axis.grid(color="#E6E6E6")
         axes[0, 0].set_ylim(bottom=0)
-        axes[1, 0].axhline(0.95, color="#8A8A8A", linewidth=0.8, linestyle="--")
-        axes[1, 0].set_ylim(-0.02, 1.02)
-        page.legend(loc="outside right upper", frameon=False)
-        page.suptitle(title, x=0.01, ha="left", fontweight="bold")
-        page.supxlabel(command, x=0.01, ha="left", fontsize=6, color="#5A5A5A")
+        axes[1, 0].axhline(0.95, color="#5A5A5A", linewidth=1, linestyle=":")
+        axes[1, 0].text(ticks[0], 0.965, "calibrated: .95", fontsize=8, va="bottom", color="#5A5A5A")
+        axes[1, 0].set_ylim(-0.02, 1.08)
+        page.legend(loc="outside lower center", ncols=4, frameon=False)
+        bars = f"{rows[0]['env']}: {rows[0]['repetitions']} estimates of each kind; bars: 95 % interval of the angle"
+        page.suptitle(bars, fontsize=10)
     return page
+
+
+def _kept(path: Path) -> list[dict[str, Any]]:
+    """Rows of a CSV file that this command wrote."""
+    text = ("env", "estimator", "components")
+    return [
+        {k: v if k in text else int(v) if k in ("episodes", "repetitions") else float(v) for k, v in row.items()}
+        for row in read_rows(path)
+    ]
 
 
 def main(argv: list[str]) -> list[dict[str, Any]]:
     """Measure, print, write."""
     torch.set_num_threads(1)
     options = tyro.cli(Options, args=argv, description=__doc__)
+    if options.redraw is not None:
+        rows = _kept(options.redraw)
+        figure(rows).savefig(options.redraw.with_suffix(".png"), dpi=100)
+        return rows
     rows = measure(options)
     text = table(rows)
     print("\n" + text)
@@ -238,8 +261,7 @@ def main(argv: list[str]) -> list[dict[str, Any]]:
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        title = f"{options.env}: {options.repetitions} estimates of each kind"
-        figure(rows, title, command).savefig(options.out.with_suffix(".png"), dpi=150)
+        figure(rows).savefig(options.out.with_suffix(".png"), dpi=100)
         print(f"[ccrl] wrote {options.out.with_suffix('.md')}, .csv and .png")
     return rows
 

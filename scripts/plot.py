@@ -3,7 +3,8 @@
     python scripts/plot.py runs/benchmark --out docs/figures/mujoco
     python scripts/plot.py runs/a runs/b --out docs/figures/eval --metric eval/mean_reward --title "Evaluation"
 
-Writes ``OUT_curves``, ``OUT_profile`` and ``OUT_improvement`` as PNG and SVG, and ``OUT_table`` as Markdown and CSV.
+Writes ``OUT_curves``, ``OUT_profile`` and ``OUT_improvement`` as PNG and SVG, ``OUT_table`` as Markdown and CSV, and
+``OUT_runs.csv`` with every run at 50 points: ``plot.py OUT_runs.csv --out OUT`` draws them again without the folders.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tyro
 
 from ccrl.experiment import plots
 from ccrl.experiment.curves import load_study
+from ccrl.experiment.others import write_runs
 from ccrl.settings import Range, Settings, Unit
 
 
@@ -59,6 +61,10 @@ def main(options: Options, command: str = "") -> list[Path]:
         path = Path(f"{options.out}_table{suffix}")
         path.write_text(text, encoding="utf-8")
         written.append(path)
+    kept = Path(f"{options.out}_runs.csv")
+    if kept.resolve() not in {path.resolve() for path in options.runs}:  # thinning what was thinned loses more
+        kept.write_text(write_runs((c.env, c.agent, c.seed, c.steps, c.values) for c in study.curves), encoding="utf-8")
+        written.append(kept)
     for note in dict.fromkeys([*study.notes_of(study.groups), *study.notes_of(study.compared)]):
         print(f"note: {note}")
     return written

@@ -1,16 +1,18 @@
-"""Learning curves of others, from one CSV file, beside ours."""
+"""Learning curves in one CSV file: those of others beside ours, and ours for others."""
 
 from __future__ import annotations
 
+import csv
+import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ccrl.experiment.csv_table import read_rows
 
-__all__ = ["read_others"]
+__all__ = ["read_others", "write_runs"]
 
 Array = NDArray[np.float64]
 _NAMES = {
@@ -56,3 +58,15 @@ def read_others(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, int, A
     for key, points in runs.items():
         steps = np.array(sorted(points))
         yield *key, steps, np.array([points[step] for step in steps])
+
+
+def write_runs(curves: Iterable[tuple[str, str, int, Array, Array]], points: int = 50) -> str:
+    """The table that :func:`read_others` reads, small enough to be kept with a figure: of every run at most ``points``
+    rows at even places, the first and the last among them, with four significant digits."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_NAMES)
+    for env, agent, seed, steps, returns in curves:
+        kept = np.unique(np.linspace(0, len(steps) - 1, min(points, len(steps))).round().astype(int))
+        writer.writerows((env, agent, seed, f"{steps[i]:.0f}", f"{returns[i]:.4g}") for i in kept)
+    return text.getvalue()

@@ -202,7 +202,7 @@ def test_tables_of_data_and_methods(tmp_path: Path) -> None:
          for m, r, c, d in found],
     )  # fmt: skip
     inventory.main(["report", "--out", str(tmp_path), "--figures", str(tmp_path)])
-    assert "| gnn | 16 | 7.000 | 6.000 to 8.000 | 6.000, 8.000 |" in (tmp_path / "inventory_data.md").read_text()
+    assert "| gnn | 16 | 7.000 | -5.706 to 19.706 | 6.000, 8.000 |" in (tmp_path / "inventory_data.md").read_text()
     table = (tmp_path / "inventory_methods.md").read_text()
     assert "| ppo | 0.001 | 1 | 4.200 (4.200 to 4.200) | 0.100 | 3.9 | 2.0 M |" in table, "not the better test cost"
     assert "| reinforce | 0.001 | 2 | 4.400 (4.300 to 4.500) |" in table, "tried on more seeds"

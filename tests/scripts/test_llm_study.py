@@ -46,9 +46,10 @@ def test_methods_start_alike_use_equal_rollouts_and_resume(tmp_path: Path, monke
     text = study.Report(tmp_path, target=tmp_path / "figures").run()
     assert text.count("\n| ") == 3
     assert "| bnpo |" in text
-    assert {p.name for p in (tmp_path / "figures").glob("*.png")} == {
-        "llm_study_pass1.png", "llm_study_pass8.png", "llm_study_entropy.png",
+    assert {p.name for p in (tmp_path / "figures").iterdir()} == {
+        "llm_study.md", "llm_study_runs.csv", "llm_study_differences.png",
     }  # fmt: skip
+    assert read_rows(tmp_path / "figures" / "llm_study_runs.csv") == rows
 
 
 def test_differences_are_paired_by_seed():

@@ -69,7 +69,7 @@ def test_summary_of_cartpole_by_hand(tmp_path: Path) -> None:
     }  # fmt: skip
     assert (second["reached"], second["median iteration"]) == ("0 of 3", math.inf)
     assert second["last return"] == pytest.approx(179.9)
-    figure = options.figure(rows, "the command")
+    figure = study.figure(rows, options.target)
     mean = [line for line in figure.axes[0].lines if line.get_label().startswith("nmpg")]
     assert [list(line.get_ydata()) for line in mean] == [[100.0, 370 / 3, 380 / 3]]
 

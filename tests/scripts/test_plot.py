@@ -6,6 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+
+from ccrl.experiment.others import read_others, write_runs
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -23,7 +27,12 @@ def test_figures_tables_and_what_is_refused(tmp_path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     names = {f"x_{figure}.{suffix}" for figure in ("curves", "profile", "improvement") for suffix in ("png", "svg")}
-    assert {path.name for path in out.parent.iterdir()} == names | {"x_table.md", "x_table.csv"}
+    assert {path.name for path in out.parent.iterdir()} == names | {"x_table.md", "x_table.csv", "x_runs.csv"}
+    kept = {key: (steps, returns) for *key_, steps, returns in read_others(out.parent / "x_runs.csv")
+            if (key := tuple(key_))}  # fmt: skip
+    assert set(kept) == set(itertools.product(("A", "ns/B-v0"), ("ppo", "mdpo"), (0, 1)))
+    assert kept["A", "ppo", 1][0].tolist() == list(range(0, 1001, 50))
+    assert kept["A", "ppo", 1][1].tolist() == list(range(0, 2001, 100))
     assert (out.parent / "x_curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "scripts/plot.py" in (out.parent / "x_curves.svg").read_text()
     failed = subprocess.run(
@@ -31,3 +40,11 @@ def test_figures_tables_and_what_is_refused(tmp_path):
     )
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: expected runs with nothing")
+
+
+def test_long_runs_are_thinned_at_even_places():
+    steps = np.arange(1000.0)
+    text = write_runs([("E", "a", 3, steps, steps / 3)], points=4)
+    # places 0, 333, 666, 999 of 1,000
+    assert text.split("\n") == ["env,agent,seed,step,return", "E,a,3,0,0", "E,a,3,333,111", "E,a,3,666,222",
+                                "E,a,3,999,333", ""]  # fmt: skip

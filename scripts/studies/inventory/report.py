@@ -18,7 +18,7 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from ccrl.experiment.csv_table import read_rows
-from ccrl.stats import Interval, stratified_bootstrap
+from ccrl.stats import Interval, t_interval
 from envs import make_functional
 from envs.inventory.oracle import oracle_cost
 from scripts.studies.inventory.cells import simulator
@@ -30,6 +30,8 @@ THRESHOLDS = {"lost": 0.5, "serial": 1.0, "backlog": 0.5, "transshipment": 2.5}
 """Largest gap, percent, that counts as reproduced."""
 SPENT = ("seconds", "CPU seconds")
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#4D4D4D")
+SHIFT = 0.93, 1.08
+"""Factors that set two policies' points beside each other."""
 STYLE: dict[str, Any] = {
     "font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#8A8A8A",
     "axes.grid": True, "axes.axisbelow": True, "grid.color": "#E6E6E6", "legend.frameon": False,
@@ -49,13 +51,12 @@ def write(out: Path, figures: Path) -> list[Path]:
         tables = {stem: rows for stem, rows in tables.items() if rows}
         if not tables:
             continue
-        command = f"python scripts/studies/inventory {name} --out {out}"
+        command = f"python scripts/studies/inventory report --out {out}"
         with mpl.rc_context(STYLE):
             text, figure = page(tables)
-            figure.supxlabel(command, x=0.01, ha="left", fontsize=6, family="monospace", color="#5A5A5A")
             figures.mkdir(parents=True, exist_ok=True)
             stem = figures / f"inventory_{name}"
-            figure.savefig(stem.with_suffix(".png"), dpi=150)
+            figure.savefig(stem.with_suffix(".png"), dpi=100)
         rows = [row for table in tables.values() for row in table]
         cpu = [float(row["CPU seconds"]) for row in rows if row.get("CPU seconds")]
         spent = f" {len(rows)} cells, {sum(cpu) / 60:.0f} CPU minutes of training." if cpu else f" {len(rows)} cells."
@@ -143,41 +144,57 @@ def _gaps(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
 
 
 def _gap_figure(panels: dict[str, list[tuple[Row, list[Row]]]]) -> Figure:
-    tallest = max(len(panel) for panel in panels.values())
-    page = Figure(figsize=(3.0 * len(panels), 1.1 + 0.17 * max(tallest, 6)), layout="constrained")
-    for axis, (kind, panel) in zip(page.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        # a run that failed would squeeze the others into one point: it becomes an arrow at the edge
-        edge, look = 4 * THRESHOLDS[kind], {"color": COLOURS[0], "alpha": 0.25, "ms": 3}
-        for y, (best, runs) in enumerate(panel):
-            gaps = [_number(run, "gap %") for run in runs]
-            axis.plot([gap for gap in gaps if gap < edge], [y] * sum(gap < edge for gap in gaps), "o", **look)
-            axis.plot([edge] * any(gap >= edge for gap in gaps), [y] * any(gap >= edge for gap in gaps), ">", **look)
-            error = 1.96 * _number(best, "gap se %")
-            axis.errorbar(_number(best, "gap %"), y, xerr=error, fmt="o", color=COLOURS[0], ms=4, linewidth=1.2)
-            if best.get("capped base stock"):
-                other = 100 * (_number(best, "capped base stock") / _number(best, "optimum") - 1)
-                axis.plot(other, y, "x", color=COLOURS[1], ms=4, label="" if y else "best capped base stock")
-        axis.axvline(0.0, color="#262626", linewidth=0.8)
-        left, right = axis.get_xlim()
-        axis.set_xlim(max(left, -THRESHOLDS[kind]), min(right, 1.03 * edge))
-        axis.axvline(THRESHOLDS[kind], color="#8A8A8A", linewidth=0.8, linestyle="--")
-        several = len({best["policy"] for best, _ in panel}) > 1
-        names = [f"{_instance(best)}, {best['policy']}" if several else _instance(best) for best, _ in panel]
-        axis.set_yticks(range(len(panel)), names, fontsize=6)
-        axis.set_ylim(len(panel) - 0.5, -0.5)
-        axis.set_xlabel("gap to the bound, %" if kind == "transshipment" else "gap to the optimum, %")
-        axis.set_title(kind, loc="left")
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=6, loc="lower right", bbox_to_anchor=(1.0, 1.0))
+    """Two columns of panels: as wide as a page's text, names of instances legible."""
+    kinds = list(panels)
+    lines = [kinds[i : i + 2] for i in range(0, len(kinds), 2)]
+    heights = [0.9 + 0.2 * max(max(len(panels[kind]) for kind in line), 3) for line in lines]
+    page = Figure(figsize=(7.0, sum(heights) + 0.5), layout="constrained")
+    grid = page.subplots(len(lines), min(2, len(kinds)), squeeze=False, height_ratios=heights)
+    for axis in grid.flat[len(kinds) :]:
+        axis.set_visible(False)
+    for axis, (kind, panel) in zip(grid.flat, panels.items()):
+        _gap_panel(axis, kind, panel)
+    entries: dict[str, Any] = {}
+    for axis in page.axes:
+        entries |= dict(zip(*reversed(axis.get_legend_handles_labels())))
+    page.legend(list(entries.values()), list(entries), loc="outside upper center", ncols=2, fontsize=8)
     return page
+
+
+def _gap_panel(axis: Any, kind: str, panel: list[tuple[Row, list[Row]]]) -> None:
+    # a run that failed would squeeze the others into one point: it becomes an arrow at the edge
+    edge = 4 * THRESHOLDS[kind]
+    for y, (best, runs) in enumerate(panel):
+        others = [_number(run, "gap %") for run in runs if run is not best]
+        inside = [gap for gap in others if gap < edge]
+        axis.plot(inside, [y] * len(inside), "o", mfc="none", color="#4D4D4D", ms=4, label="other seeds or step sizes")
+        if len(inside) < len(others):
+            axis.plot(edge, y, ">", color="#4D4D4D", ms=5, label="the same, beyond the edge: failed")
+        error = 1.96 * _number(best, "gap se %")
+        axis.errorbar(_number(best, "gap %"), y, xerr=error, fmt="o", color=COLOURS[0], ms=4, linewidth=1.4,
+                      label="run that development chose, 95 % over test scenarios")  # fmt: skip
+        if best.get("capped base stock"):
+            other = 100 * (_number(best, "capped base stock") / _number(best, "optimum") - 1)
+            axis.plot(other, y, "x", color=COLOURS[1], ms=5, label="best capped base stock")
+    axis.axvline(0.0, color="#262626", linewidth=0.8)
+    left, right = axis.get_xlim()
+    axis.set_xlim(max(left, -THRESHOLDS[kind]), min(right, 1.03 * edge))
+    axis.axvline(THRESHOLDS[kind], color="#5A5A5A", linewidth=1, linestyle="--", label="target")
+    several = len({best["policy"] for best, _ in panel}) > 1
+    short = {"echelon_stock": "echelon"}
+    names = [_instance(b) + (f", {short.get(b['policy'], b['policy'])}" if several else "") for b, _ in panel]
+    axis.set_yticks(range(len(panel)), names, fontsize=8)
+    axis.set_ylim(len(panel) - 0.5, -0.5)
+    axis.set_xlabel("gap to the bound, %" if kind == "transshipment" else "gap to the optimum, %")
+    axis.set_title(f"{kind}, <= {THRESHOLDS[kind]:g} %", loc="left")
 
 
 # -- data efficiency ------------------------------------------------------------------------------------------------
 
 
 def _interval(values: list[float]) -> Interval:
-    """Mean and 95 % bootstrap interval over seeds."""
-    return stratified_bootstrap([np.array(values)], lambda x, axis: x.mean(axis))
+    """Mean and Student's 95 % interval over seeds; of one seed, itself."""
+    return t_interval(values) if len(values) > 1 else Interval(*(np.asarray(values[0]),) * 3)
 
 
 def _data(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
@@ -191,18 +208,19 @@ def _data(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
         for (size,), runs in sizes:
             costs = [_number(run, "cost") for run in runs]
             bands.append(_interval(costs))
-            axis.plot([int(size)] * len(costs), costs, "o", color=COLOURS[i], alpha=0.3, ms=3)
+            axis.plot([int(size) * SHIFT[i % 2]] * len(costs), costs, "o", mfc="none", color=COLOURS[i], ms=4)
             lines.append(
                 [policy, size, f"{bands[-1].point:.3f}", f"{bands[-1].low:.3f} to {bands[-1].high:.3f}",
                  ", ".join(f"{c:.3f}" for c in costs), f"{statistics.fmean(_number(r, 'se') for r in runs):.3f}",
                  f"{runs[0]['updates']} x {runs[0]['batch_size']}",
                  f"{statistics.fmean(_number(r, 'CPU seconds') for r in runs):.0f}"]
             )  # fmt: skip
-        x = [int(size) for (size,), _ in sizes]
+        x = [int(size) * SHIFT[i % 2] ** 2 for (size,), _ in sizes]
         error = np.abs([[b.point - b.low, b.high - b.point] for b in bands]).T
         axis.errorbar(
-            x, [b.point for b in bands], yerr=error, color=COLOURS[i], marker="o", ms=4, capsize=3, label=policy
-        )
+            x, [b.point for b in bands], yerr=error, color=COLOURS[i], marker="os"[i % 2], ms=5, capsize=3,
+            label=policy, linestyle=("-", "--")[i % 2],
+        )  # fmt: skip
     axis.set_xscale("log")
     ticks = sorted({int(r["n_train"]) for r in rows})
     axis.set_xticks(ticks, [str(n) for n in ticks])
@@ -211,7 +229,7 @@ def _data(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
     axis.set_ylabel("test cost per period and store")
     seeds = len({row["seed"] for row in rows})
     axis.set_title(
-        f"One warehouse, {_instance(rows[0])}: mean of {seeds} seeds (dots), 95 % bootstrap interval",
+        f"One warehouse, {_instance(rows[0])}: {seeds} seeds (open), mean and 95 % interval (Student's t)",
         loc="left",
         fontsize=8,
     )

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import statistics
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("Agg")
-
 import torch
 import tyro
-from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from ccrl.packages import ROOT, check_siblings
 
@@ -175,7 +172,7 @@ class Report:
     out: Path
     """Folder of ``run``."""
     target: Path = ROOT / "docs" / "figures"
-    """Where ``llm_study.md`` and the figures go."""
+    """Where ``llm_study.md``, ``llm_study_runs.csv`` and the figure go."""
 
     def run(self) -> str:
         """Write and return the table."""
@@ -185,10 +182,9 @@ class Report:
         self.target.mkdir(parents=True, exist_ok=True)
         text = table(rows, warm, command)
         write_atomic(self.target / "llm_study.md", lambda file: file.write(text.encode()))
-        for column, label in (("pass1", "pass@1"), ("pass8", "pass@8"), ("entropy", "entropy per token, nats")):
-            figure = curves(rows, column, label, command)
-            figure.savefig(self.target / f"llm_study_{column}.png", dpi=130)
-            plt.close(figure)
+        # beside the figure, so that it can be drawn again without training
+        shutil.copyfile(self.out / "runs.csv", self.target / "llm_study_runs.csv")
+        differences(rows).savefig(self.target / "llm_study_differences.png", dpi=110)
         print(text, end="")
         return text
 
@@ -239,43 +235,27 @@ def _text(values: list[float]) -> str:
     return f"{mean:.3f} +- {half:.3f}"
 
 
-def curves(rows: list[dict[str, str]], column: str, label: str, command: str) -> Any:
-    """A panel per method: mean and 95 % interval over seeds, GRPO behind it in grey."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    columns = 5
-    lines = -(-len(methods) // columns)
-    figure, axes = plt.subplots(
-        lines, columns, figsize=(11, 1.9 * lines + 0.5), sharex=True, sharey=True, squeeze=False
-    )
-    for axis, method in zip(axes.flat, methods):
-        for name, colour in (("grpo", "0.6"), (method, "tab:blue")):
-            points = _curve(rows, name, column)
-            x, mean = [p[0] for p in points], [p[1] for p in points]
-            axis.plot(x, mean, color=colour, linewidth=1.4)
-            low, high = [p[1] - p[2] for p in points], [p[1] + p[2] for p in points]
-            axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
-        axis.set_title(method, fontsize=9, loc="left")
-        axis.tick_params(labelsize=7)
-    for axis in axes.flat[len(methods) :]:
-        axis.set_visible(False)
-    figure.supxlabel("completions", fontsize=9)
-    figure.supylabel(label, fontsize=9)
-    figure.text(0.01, 0.002, f"{command}; grey: GRPO; bands: 95 % (Student's t) over seeds", fontsize=6, color="0.4")
-    figure.tight_layout(rect=(0.0, 0.02, 1.0, 1.0))
-    return figure
-
-
-def _curve(rows: list[dict[str, str]], method: str, column: str) -> list[tuple[float, float, float]]:
-    """``(completions, mean, half width)`` per evaluation."""
-    points = list[tuple[float, float, float]]()
-    mine = [row for row in rows if row["method"] == method]
-    for iteration in sorted({int(row["iteration"]) for row in mine}):
-        at = [row for row in mine if int(row["iteration"]) == iteration]
-        mean, half = interval([float(row[column]) for row in at])
-        points.append(
-            (statistics.fmean(float(row["completions"]) for row in at), mean, 0.0 if math.isnan(half) else half)
-        )
-    return points
+def differences(rows: list[dict[str, str]]) -> Figure:
+    """pass@1 less GRPO's at the last evaluation: a dot per seed, their mean and its 95 % interval."""
+    base, seeds = _last(rows, "grpo", "pass1"), sorted({row["seed"] for row in rows}, key=int)
+    methods = [method for method in dict.fromkeys(row["method"] for row in rows) if method != "grpo"]
+    page = Figure(figsize=(6.0, 1.2 + 0.3 * len(methods)), layout="constrained")
+    axis = page.subplots()
+    for y, method in enumerate(methods):
+        mine = _last(rows, method, "pass1")
+        paired = [mine[seed] - base[seed] for seed in seeds if seed in mine and seed in base]
+        mean, half = interval(paired)
+        axis.plot(paired, [y - 0.2] * len(paired), "o", mfc="none", color="#D55E00", ms=5, label="" if y else "a seed")
+        axis.errorbar(mean, y, xerr=0.0 if math.isnan(half) else half, fmt="o", color="#0072B2", ms=5, capsize=3,
+                      label="" if y else "mean, 95 % interval (Student's t)")  # fmt: skip
+    axis.axvline(0.0, color="0.4", linewidth=1)
+    axis.set_yticks(range(len(methods)), methods)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"pass@1 less GRPO's from the same warm start, {len(seeds)} seeds")
+    axis.grid(axis="x", color="0.9")
+    if methods:
+        page.legend(loc="outside upper center", ncols=2, frameon=False)
+    return page
 
 
 def main(argv: list[str]) -> Any:

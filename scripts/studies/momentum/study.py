@@ -5,7 +5,7 @@
     python scripts/studies/momentum cartpole --out results/momentum --jobs 2    # per iteration and per step
 
 Every finished run is added to ``OUT/NAME.csv``; the same command again, or one with more seeds, runs what is missing.
-In the end ``FIGURES/momentum_NAME.md`` and ``.csv`` are written, of cartpole also ``.png``.
+In the end ``FIGURES/momentum_NAME.md`` and ``.csv`` are written, of cartpole also ``.png`` (``redraw`` draws it again).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 from matplotlib.figure import Figure
@@ -32,14 +33,19 @@ from agents.harpg import HARPG, HARPGConfig, HARPGEstimator
 from agents.npg_igt import NPGIGT, NPGIGTConfig, NPGIGTEstimator
 from ccrl.collect import Collector, Request
 from ccrl.experiment.cells import complete
+from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.logger import digits
 from ccrl.policies import GibbsPolicy, OneHot
+from ccrl.stats import t_interval
 from scripts.studies import tables
 from scripts.studies.tables import Rows
 
 __all__ = ["CartPole", "Errors", "Samples", "main"]
 
 METHODS = ("pg", "nmpg", "npg_igt", "nharpg", "harpg")
+# Okabe and Ito's, told apart with all common kinds of colour blindness, and by their lines without colours
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#4D4D4D")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)))
 KNOWN = (*NPGIGTEstimator.rules, *HARPGEstimator.rules)
 
 
@@ -184,8 +190,7 @@ class CartPole(Study):
         }  # fmt: skip
         cells = [{"method": m, "gamma_0": rate, "seed": seed, **settings} for m, rate, seed in wanted]
         rows = complete(self.out / "cartpole.csv", cells, play_cartpole, jobs=self.jobs, name="cartpole")
-        types = {"method": str, "gamma_0": float, "seed": int, "iteration": int, "steps": int, "return": float}
-        return [{name: of(row[name]) for name, of in types.items()} for row in rows]
+        return typed(rows)
 
     def summary(self, rows: Rows) -> Rows:
         """Per method: runs that reached the target, and the median iteration and step at which they did."""
@@ -203,31 +208,57 @@ class CartPole(Study):
             out.append(row | {"median steps": step, "last return": _mean(last)})
         return out
 
-    def figure(self, rows: Rows, command: str) -> Figure:
-        """Mean over seeds against iterations and against steps, with every run in the background."""
-        page = Figure(figsize=(9.0, 3.6), layout="constrained")
-        rows = [row | {"steps": row["steps"] / 1000} for row in rows]
-        labels = ("iterations", "environment steps, thousands")
-        for axis, x, label in zip(page.subplots(1, 2), ("iteration", "steps"), labels):
-            for i, method in enumerate(self.methods):
-                mine = [row for row in rows if row["method"] == method]
-                by: dict[int, Rows] = {}
-                for row in mine:
-                    by.setdefault(row["iteration"], []).append(row)
-                for seed in {row["seed"] for row in mine}:
-                    run = [row for row in mine if row["seed"] == seed]
-                    axis.plot([r[x] for r in run], [r["return"] for r in run], color=f"C{i}", alpha=0.15, linewidth=0.7)
-                xs = [_mean([row[x] for row in group]) for group in by.values()]
-                ys = [_mean([row["return"] for row in group]) for group in by.values()]
-                axis.plot(xs, ys, color=f"C{i}", label=f"{method} ({mine[0]['gamma_0']:g})")
-            axis.axhline(self.target, color="#8A8A8A", linewidth=0.8, linestyle="--")
-            axis.set_xlabel(label)
-            axis.set_ylabel("mean return of 20 episodes")
-            axis.grid(color="#E6E6E6")
-        page.legend(*page.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False)
-        page.suptitle(f"CartPole, at most 200 steps: {self.seeds} seeds (thin) and their mean", x=0.01, ha="left")
-        page.supxlabel(command, x=0.01, ha="left", fontsize=6, color="#5A5A5A")
-        return page
+
+def figure(rows: Rows, target: float) -> Figure:
+    """Mean return of a method's runs and its 95 % interval, against iterations and against steps."""
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    seeds = len({row["seed"] for row in rows})
+    page = Figure(figsize=(6.0, 6.4), layout="constrained")
+    upper, lower = page.subplots(2, 1, sharey=True)
+    for i, method in enumerate(methods):
+        by: dict[int, Rows] = {}
+        for row in rows:
+            if row["method"] == method:
+                by.setdefault(row["iteration"], []).append(row)
+        values = np.array([[row["return"] for row in group] for group in by.values()])
+        mean, low, high = t_interval(values) if seeds > 1 else (values[:, 0],) * 3
+        rate = next(iter(by.values()))[0]["gamma_0"]
+        look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+        steps = [_mean([row["steps"] for row in group]) / 1000 for group in by.values()]
+        for axis, x in ((upper, list(by)), (lower, steps)):
+            axis.plot(x, mean, label=f"{method}, step {rate:g}", **look)
+            # returns lie in [0, 200]; with few runs Student's interval does not know that
+            axis.fill_between(x, np.clip(low, 0, 200), np.clip(high, 0, 200), color=look["color"], alpha=0.15, lw=0)
+    for axis, label in ((upper, "iterations"), (lower, "environment steps, thousands (mean of the runs)")):
+        axis.axhline(target, color="#5A5A5A", linewidth=1, linestyle=":", label=f"target, {target:g}")
+        axis.set(xlabel=label, ylabel="return of 20 episodes, at most 200", ylim=(0, 205))
+        axis.grid(color="#E6E6E6")
+    entries = upper.get_legend_handles_labels()
+    page.legend(*entries, loc="outside upper center", ncols=3, frameon=False, fontsize=9)
+    upper.set_title(f"CartPole: mean of {seeds} runs and its 95 % interval (Student's t)", fontsize=10)
+    return page
+
+
+@dataclass(frozen=True)
+class Redraw:
+    """The table and the figure of CartPole again, from FIGURES/momentum_cartpole.csv."""
+
+    figures: Path = Path("docs/figures")
+    """Folder of momentum_cartpole.csv, .md and .png."""
+    target: float = 180.0
+    """As of ``cartpole``."""
+
+    def run(self) -> Rows:
+        """The rows of the CSV file."""
+        rows = typed(read_rows(self.figures / "momentum_cartpole.csv"))
+        figure(rows, self.target).savefig(self.figures / "momentum_cartpole.png", dpi=100)
+        return rows
+
+
+def typed(rows: list[dict[str, str]]) -> Rows:
+    """Rows of CartPole with numbers in the place of text."""
+    types = {"method": str, "gamma_0": float, "seed": int, "iteration": int, "steps": int, "return": float}
+    return [{name: of(row[name]) for name, of in types.items()} for row in rows]
 
 
 def play_cartpole(cell: dict[str, Any]) -> Rows:
@@ -282,12 +313,16 @@ def _mean(x: list[float]) -> float:
 def main(argv: list[str]) -> Rows:
     """Run one of the studies and write its files."""
     torch.set_num_threads(1)
-    commands: dict[str, Callable[..., Any]] = {"errors": Errors, "samples": Samples, "cartpole": CartPole}
+    commands: dict[str, Callable[..., Any]] = {
+        "errors": Errors, "samples": Samples, "cartpole": CartPole, "redraw": Redraw,
+    }  # fmt: skip
     study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
     rows: Rows = study.run()
+    if isinstance(study, Redraw):
+        return rows
     stem = study.figures / f"momentum_{argv[0]}"
     command = "python scripts/studies/momentum " + shlex.join(argv)
     tables.write(stem, command, study.summary(rows) if isinstance(study, CartPole) else rows, rows)
     if isinstance(study, CartPole):
-        study.figure(rows, command).savefig(stem.with_suffix(".png"), dpi=150)
+        figure(rows, study.target).savefig(stem.with_suffix(".png"), dpi=100)
     return rows
