@@ -260,6 +260,7 @@ class Data(Mapping[str, Tree]):
                 columns[name] = tree_map(lambda x: x.reshape(total, *x.shape[2:]), value)
         if size == "full":
             batches = [tree_columns(columns, lambda x: x.unsqueeze(0))]
+            counts: Sequence[Tensor | None] = (None,)
         else:
             size = min(int(size), total)
             count = -(-total // size)
@@ -272,7 +273,10 @@ class Data(Mapping[str, Tree]):
             # one unbind per column: an indexing call per column and batch cost more than the gathers
             pieces = [_unbind(column) for column in shuffled.values()]
             batches = [dict(zip(shuffled, row)) for row in zip(*pieces)]
-        return [self._batch(b, n_sequences=None) for b in batches]
+            valid = shuffled["valid"]
+            assert isinstance(valid, Tensor)
+            counts = valid.sum((1, 2)).unbind()
+        return [self._batch(b, n_sequences=None, n_valid=n) for b, n in zip(batches, counts)]
 
     def _sequence_batches(self, size: int | str, generator: Generator | None) -> list[Data]:
         width = self.shape[1]
@@ -318,11 +322,21 @@ class Data(Mapping[str, Tree]):
             columns["valid"] = tree_map(lambda x: x * kept, columns["valid"])
         return self._batch(columns, n_sequences=n, n_groups=n_groups)
 
-    def _batch(self, columns: Mapping[str, Tree], n_sequences: int | None, n_groups: int | None = None) -> Data:
-        """Attach the counts of the whole optimiser batch: micro-batches divide by them, so their sums are exact."""
-        valid = columns["valid"]
-        assert isinstance(valid, Tensor)
-        n_valid = valid.sum()
+    def _batch(
+        self,
+        columns: Mapping[str, Tree],
+        n_sequences: int | None,
+        n_groups: int | None = None,
+        n_valid: Tensor | None = None,
+    ) -> Data:
+        """Attach the counts of the whole optimiser batch: micro-batches divide by them, so their sums are exact.
+
+        :param n_valid: the number of valid rows, 0-d, where it is known.
+        """
+        if n_valid is None:
+            valid = columns["valid"]
+            assert isinstance(valid, Tensor)
+            n_valid = valid.sum()
         scalars: dict[str, Tree] = {"n_valid": n_valid}
         if n_sequences is not None:
             scalars["n_sequences"] = n_valid.new_tensor(float(n_sequences))

@@ -106,7 +106,7 @@ Nonnegative = Annotated[float, Range(0)]
 Finite = Annotated[float, Range()]
 Unit = Annotated[float, Range(0, 1)]
 """From 0 to 1, both included."""
-Activation = Literal["tanh", "relu", "elu", "silu"]
+Activation = Literal["tanh", "relu", "elu", "silu", "fast_tanh"]
 Compile = Literal["auto", "on", "off"]
 TimeLimit = Literal["bootstrap", "terminal"]
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ccrl.batched_env import Tree
 from ccrl.policies.distributions import CATEGORICAL, GAUSSIAN, SQUASHED, FactoredCategorical
-from ccrl.policies.encoders import Perceptron
+from ccrl.policies.encoders import FastTanh, Perceptron
 from ccrl.policies.mlp import LOG_STD_RANGE, MLPPolicy
 from ccrl.policies.normaliser import RunningNorm
 
@@ -20,6 +20,7 @@ FROM_STEPS = 8
 """Rollouts of fewer steps are acted as usual: what is made once per rollout would cost more than it saves."""
 ACTIVATIONS: dict[type[nn.Module], Callable[[Tensor], Tensor]] = {
     nn.Tanh: torch.tanh_,
+    FastTanh: torch.tanh_,
     nn.ReLU: torch.relu_,
     nn.ELU: lambda x: nn.functional.elu(x, inplace=True),
     nn.SiLU: lambda x: nn.functional.silu(x, inplace=True),

@@ -76,11 +76,13 @@ def _data(rows: int) -> Dataset:
     return from_arrays({"obs": obs, "next_obs": obs + 0.1, "action": action, "reward": obs[:, 0], "terminated": end})
 
 
-def _ours(name: str, data: Dataset, config: Config) -> Callable[[int], None]:
+def _ours(name: str, data: Dataset, config: Config, compile: Literal["on", "off"] = "on") -> Callable[[int], None]:
     env = Hopper(gymnasium.spaces.Box(-9, 9, (11,)), gymnasium.spaces.Box(-1, 1, (3,)))
     env.device = torch.device(config.device)
     cls = {"td3_bc": TD3BC, "iql": IQL}[name]
-    agent = cls(env, data=data, device=config.device, hidden=config.hidden, batch_size=config.batch_size, compile="on")
+    agent = cls(
+        env, data=data, device=config.device, hidden=config.hidden, batch_size=config.batch_size, compile=compile
+    )
 
     def run(steps: int) -> None:
         agent.learn(steps)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.policies import CNN, MLP, MLPPolicy
+from ccrl.policies.encoders import ACTIVATIONS
 from ccrl.policies.observations import module_name, observation_groups
 
 TWO = gym.spaces.Discrete(2)
@@ -187,3 +188,13 @@ def test_any_key_can_be_normalised_and_encoded(key: str) -> None:
 def test_escaped_names_do_not_collide() -> None:
     keys = ["a.b", "a%2Eb", "values", "key:values", "%2E", "."]
     assert len({module_name(k) for k in keys}) == len(keys)
+
+
+def test_the_fast_tanh_is_tanh_where_it_is_compiled_to_1e_7(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.tensor([-200.0, -20.0, -1.3, -1e-4, 0.0, 1e-4, 0.7, 20.0, 200.0], requires_grad=True)
+    assert torch.equal(ACTIVATIONS["fast_tanh"]()(x), x.tanh())
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found, expected = ACTIVATIONS["fast_tanh"]()(x), x.tanh()
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-7)
+    gradients = [torch.autograd.grad(y.sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=5e-7)

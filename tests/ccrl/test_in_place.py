@@ -22,6 +22,7 @@ BOX = gym.spaces.Box(np.array([-1.0, -0.3, -2.0], np.float32), np.array([0.1, 0.
 CASES: list[tuple[gym.Space[Any], gym.Space[Any], dict[str, Any]]] = [
     (VECTOR, BOX, {}),
     (VECTOR, BOX, {"normalise_obs": True, "clip_obs": 1.0}),
+    (VECTOR, BOX, {"activation": "fast_tanh"}),
     (VECTOR, BOX, {"squash": True, "hidden": (8,), "activation": "relu"}),
     (VECTOR, BOX, {"state_dependent_std": True, "log_std_init": -1.0, "activation": "elu"}),
     (VECTOR, BOX, {"state_dependent_std": True, "squash": True, "activation": "silu"}),
