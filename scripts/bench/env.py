@@ -19,7 +19,7 @@ from ccrl.packages import check_siblings
 
 check_siblings("agents", "envs")
 
-from envs.mujoco import TASKS, MujocoEnv, make_mujoco
+from envs.mujoco import TASKS, MujocoEnv
 from envs.mujoco.engine import available_cores
 from envs.mujoco.model import load_model
 
@@ -85,11 +85,11 @@ def _ratio(speeds: dict[str, list[float]], ours: str, peer: str) -> float:
 
 
 def _measure(task: str, num_envs: int, nthread: int, config: Config) -> dict[str, list[float]]:
-    env = make_mujoco(task, num_envs, seed=0, nthread=nthread)
+    env = MujocoEnv(TASKS[task](), num_envs, seed=0, nthread=nthread)
     runs: dict[str, Run] = {
         "ours": _ours(env),
         "raw": _raw(env, nthread, _episode_length(env)),
-        "ours, one thread": _ours(make_mujoco(task, num_envs, seed=0, nthread=1)),
+        "ours, one thread": _ours(MujocoEnv(TASKS[task](), num_envs, seed=0, nthread=1)),
         "sync": _vector_env(gymnasium.make_vec(task, config.sync_envs, "sync")),
     }
     if importlib.util.find_spec("envpool"):
