@@ -10,7 +10,7 @@ import torch
 from gymnasium.spaces import Box
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, StepResult, Tree
+from ccrl.batched_env import AutoresetMode, StepResult, StepRows, Tree
 from ccrl.seeding import stream_seed
 from ccrl.settings import Count, Natural, checked
 from ccrl.torch_env import TorchEnv
@@ -145,6 +145,9 @@ class WarpEnv(TorchEnv):
 
     def step(self, action: Tensor) -> StepResult:
         return super().step(action)._replace(log={"simulator/dropped": self.engine.dropped()})
+
+    def step_into(self, action: Tensor, rows: StepRows) -> dict[str, Any]:
+        return super().step_into(action, rows) | {"simulator/dropped": self.engine.dropped()}
 
     def close(self) -> None:
         if self._renderer is not None:
