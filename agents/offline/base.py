@@ -18,6 +18,7 @@ from ccrl.data import Batching, Data
 from ccrl.learn import Cycle, DatasetLearner, Learner
 from ccrl.offline import DataError, Dataset, load_dataset
 from ccrl.offline.dataset import Array
+from ccrl.offline.packed import PackedRows
 from ccrl.replay import ReplayBuffer
 from ccrl.settings import Compile, Count, Positive, Settings, Unit
 from ccrl.updaters import FlatUpdater, Updater
@@ -80,6 +81,8 @@ class OfflineAgent(Agent):
     """
 
     source: Any
+    reads: tuple[str, ...] = ("obs", "action", "reward", "next_obs", "alive")
+    """Columns of a batch."""
 
     def __init__(self, env: Any, config: Any = None, *, data: Dataset | None = None, **options: Any) -> None:
         with _set(_data, data) if data is not None else contextlib.nullcontext():
@@ -103,7 +106,7 @@ class OfflineAgent(Agent):
     def build(self) -> Learner:
         policy = self.make_networks().to(self.device)
         self.data = self._open()
-        self.source = _Nothing(self) if self.data is None else self.rows(self.data, policy)
+        self.source = _Nothing(self) if self.data is None else self.pack(self.rows(self.data, policy))
         cycle, updaters = self.parts(policy)
         c = self.config
         return DatasetLearner(
@@ -138,6 +141,10 @@ class OfflineAgent(Agent):
         if self.config.normalise_obs:
             policy.standardise(torch.as_tensor(data.obs, device=self.device))
         return data.ring(self.device, **self.columns(data, policy))
+
+    def pack(self, ring: ReplayBuffer) -> Any:
+        """What batches are drawn from."""
+        return PackedRows(ring, self.reads)
 
     def columns(self, data: Dataset, policy: OfflinePolicy) -> dict[str, Array]:
         """Columns of the ring in place of the data set's, and further ones."""

@@ -44,6 +44,7 @@ class BC(OfflineAgent):
     name = "bc"
     paper = "Behavioural cloning; of the best episodes: Chen et al. 2021, arXiv 2106.01345"
     Config = BCConfig
+    reads = ("obs", "action")
 
     @classmethod
     def slots(cls) -> dict[str, str]:

@@ -278,6 +278,7 @@ class CDSA(OfflineAgent):
     name = "cdsa"
     paper = "Liu, Yang, Li 2024, arXiv 2406.07541"
     Config = CDSAConfig
+    reads = ("obs", "action", "next_obs", "density_action")
 
     @classmethod
     def slots(cls) -> dict[str, str]:

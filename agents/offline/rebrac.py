@@ -58,6 +58,7 @@ class ReBRAC(OfflineAgent):
     name = "rebrac"
     paper = "Tarasov, Kurenkov, Nikulin, Kolesnikov 2023, arXiv 2305.09836"
     Config = ReBRACConfig
+    reads = (*OfflineAgent.reads, "next_action", "has_next")
 
     @classmethod
     def slots(cls) -> dict[str, str]:

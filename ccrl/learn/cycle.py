@@ -164,8 +164,10 @@ def run_cycles(cycle: Cycle, source: Source, spec: Batching, steps: int, ctx: Co
     sums: Stats = {}
     counts: dict[str, int] = {}
     taken = 0
-    for _ in range(steps):
-        row, n = cycle.step(source.sample(spec, ctx.generator), ctx)
+    many = getattr(source, "batches", None)  # a source that draws several batches at a time
+    draws = (source.sample(spec, ctx.generator) for _ in range(steps))
+    for draw in draws if many is None else many(spec, steps, ctx.generator):
+        row, n = cycle.step(draw, ctx)
         taken += n
         for name, value in row.items():
             sums[name] = sums[name] + value if name in sums else value

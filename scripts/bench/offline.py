@@ -1,15 +1,19 @@
-"""Gradient steps per second of TD3+BC and IQL, beside plain PyTorch as single-file implementations write it.
+"""Gradient steps per second of TD3+BC and IQL, beside plain PyTorch as single-file implementations write it, and beside
+the matrix products alone.
 
 The plain loop has fused Adam, keeps its data on the device, draws indices with ``torch.randint`` and reads nothing back
-to the host: what is left is eager dispatch. Networks, batch and arithmetic are the same.
+to the host: what is left is eager dispatch. Networks, batch and arithmetic are the same. The floor is the time of the
+matrix products that a step cannot do without, each called by itself on tensors that are there. All three take turns;
+ratios are medians over the rounds. ``--cpu-time`` counts this process's time, which other processes disturb less.
 
-    python scripts/bench offline --hidden 256 256 --batch-size 256 --updates 2000
+    python scripts/bench offline --hidden 256 256 --batch-size 256
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,8 +47,12 @@ class Config(Settings):
     """These are the widths of the hidden layers."""
     batch_size: Count = 256
     """A gradient step reads this many transitions."""
-    updates: Count = 2000
-    """So many gradient steps are timed, after as many as compiling takes."""
+    updates: Count = 400
+    """So many gradient steps are timed in a round, after as many as compiling takes."""
+    rounds: Count = 7
+    """Ours, plain PyTorch and the products take so many turns."""
+    cpu_time: bool = False
+    """The time of this process is counted in place of the clock's."""
     rows: Count = 100_000
     """The data set has so many transitions."""
     device: str = "cpu"
@@ -56,10 +64,17 @@ def main(config: Config) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     data, found = _data(config.rows), []
     for name in config.agents:
-        plain = _rate(_PLAIN[name](data, config), config)
-        ours = _rate(_ours(name, data, config), config)
-        found.append({"agent": name, "plain": plain, "ours": ours, "ratio": ours / plain})
-        print(f"[bench] {name}: {ours:.0f} updates/s, plain PyTorch {plain:.0f}: {ours / plain:.2f} x", flush=True)
+        sides = {"ours": _ours(name, data, config), "plain": _PLAIN[name](data, config), "floor": _floor(name, config)}
+        for run in sides.values():
+            run(100)
+        rounds = [{side: _seconds(run, config) for side, run in sides.items()} for _ in range(config.rounds)]
+        row = {side: statistics.median(r[side] for r in rounds) * 1e3 / config.updates for side in sides}
+        row |= {"ratio": statistics.median(r["plain"] / r["ours"] for r in rounds),
+                "share": statistics.median(r["floor"] / r["ours"] for r in rounds)}  # fmt: skip
+        print(f"[bench] {name}: {1e3 / row['ours']:.0f} updates/s, plain PyTorch {1e3 / row['plain']:.0f}: "
+              f"{row['ratio']:.2f} x; ms {row['ours']:.2f}, {row['plain']:.2f}, products alone {row['floor']:.2f}: "
+              f"{row['share']:.0%} of the floor", flush=True)  # fmt: skip
+        found.append({"agent": name, **row})
     return found
 
 
@@ -90,13 +105,13 @@ def _ours(name: str, data: Dataset, config: Config, compile: Literal["on", "off"
     return run
 
 
-def _rate(run: Callable[[int], None], config: Config) -> float:
-    run(100)
+def _seconds(run: Callable[[int], None], config: Config) -> float:
+    now = time.process_time if config.cpu_time else time.perf_counter
     _wait(config.device)
-    start = time.perf_counter()
+    start = now()
     run(config.updates)
     _wait(config.device)
-    return config.updates / (time.perf_counter() - start)
+    return now() - start
 
 
 def _wait(device: str) -> None:
@@ -192,6 +207,57 @@ def _iql(data: Dataset, config: Config) -> Callable[[int], None]:
             _step(of_actor, -(weight * log).mean())
             for target, live in zip(old, (one, two), strict=True):
                 _polyak(target, live)
+
+    return run
+
+
+# -- matrix products ---------------------------------------------------------------------------------------------------
+
+
+def _floor(name: str, config: Config) -> Callable[[int], None]:
+    """The products of a step: of a forward pass, of the weights' gradients, of the inputs' (not of the data's)."""
+    made: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def layer(a: int, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        if (a, b) not in made:
+            sizes = (config.batch_size, a), (a, b), (config.batch_size, b)
+            x, w, y = (torch.randn(s, device=config.device) for s in sizes)
+            made[a, b] = x, w, y
+        return made[a, b]
+
+    def net(inputs: int, outputs: int, weights: bool = False, back: bool = False, to_inputs: bool = False) -> None:
+        sizes = [inputs, *config.hidden, outputs]
+        for i, pair in enumerate(itertools.pairwise(sizes)):
+            x, w, y = layer(*pair)
+            torch.mm(x, w)
+            if weights:
+                torch.mm(x.t(), y)
+            if back and (i or to_inputs):
+                torch.mm(y, w.t())
+
+    def td3_bc(step: int) -> None:
+        net(11, 3)
+        for _ in range(2):
+            net(14, 1)
+            net(14, 1, weights=True, back=True)
+        if step % 2:
+            net(11, 3, weights=True, back=True)
+            net(14, 1, back=True, to_inputs=True)
+
+    def iql(step: int) -> None:
+        net(11, 1)
+        net(11, 1, weights=True, back=True)
+        net(11, 3, weights=True, back=True)
+        for _ in range(2):
+            net(14, 1)
+            net(14, 1, weights=True, back=True)
+
+    one = {"td3_bc": td3_bc, "iql": iql}[name]
+
+    @torch.no_grad()
+    def run(steps: int) -> None:
+        for step in range(steps):
+            one(step)
 
     return run
 

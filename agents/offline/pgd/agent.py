@@ -173,6 +173,10 @@ class PGD(OfflineAgent):
         held = full.rows()
         return ReplayBuffer.from_arrays({k: held[k] for k in COLUMNS}, self.device)
 
+    def pack(self, ring: ReplayBuffer) -> Any:
+        # next to generated rows a batch takes few of these, and the ring of generated ones changes
+        return ring if self.config.rows != "real" else super().pack(ring)
+
     def _empty_ring(self, policy: Any) -> ReplayBuffer:
         """A ring with room for a generated set."""
         size = self.config.trajectories * self.config.generated
