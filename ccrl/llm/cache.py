@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-__all__ = ["BLOCK", "BlockLayer", "is_shareable", "make_blocks"]
+__all__ = ["BLOCK", "BlockLayer", "is_shareable", "make_blocks", "repeated"]
 
 BLOCK = 8
 """Tokens per block."""
@@ -18,6 +19,14 @@ def is_shareable(cache: Any) -> bool:
     """Whether a cache is the keys and values of tokens alone: no recurrent state, which later tokens overwrite."""
     layers = getattr(cache, "layers", ())
     return bool(layers) and all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+
+
+def repeated(cache: Any, rows: Tensor) -> Any:
+    """A cache of ``rows`` of another one, which stays as it is; gradients flow to it."""
+    made = copy.copy(cache)
+    made.layers = [copy.copy(layer) for layer in cache.layers]
+    made.reorder_cache(rows)  # named after beam search; it repeats rows as well
+    return made
 
 
 def make_blocks(cache: Any) -> int:

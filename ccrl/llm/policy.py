@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from ccrl.data import Data, Unit
 from ccrl.estimators.terms import Outputs
 from ccrl.llm.memory import checkpoint_layers
+from ccrl.llm.padding import buckets
 from ccrl.llm.task import Prompts
 
 __all__ = [
@@ -41,8 +42,8 @@ vocabularies only), and ``hidden`` ``[T, B, D]``."""
 
 
 SHARE = 128
-"""A batch is evaluated in two passes (prompts, completions) where that saves so many prompt tokens: the second pass has
-a cost of its own. On a CPU with the tiny model it is that of some 80 tokens."""
+"""A batch is evaluated in one more pass (prompts apart from completions, short completions apart from long ones) where
+that saves so many tokens: a pass has a cost of its own. On a CPU with the tiny model it is that of some 80 tokens."""
 
 CHUNK_FROM = 16_384
 """Tokens of a vocabulary from which logits are made in pieces: they are then most of an update's memory."""
@@ -212,36 +213,58 @@ class CausalLMPolicy(nn.Module):
         return out | {"hidden": hidden} if "hidden" in want else out
 
     def _before(self, batch: Data, run: Run) -> Tensor:
-        """What ``run`` gives ``[B, T, X]`` at the token before each token of a completion.
+        """What ``run`` gives ``[B, T, X]`` at the token before each token of a completion; 0 beyond the longest of a
+        bucket.
 
         Rows with the same prompt share its evaluation: one pass over the distinct prompts, one over the completions
         with the prompts' keys and values, through which gradients flow. The numbers are those of one pass over
         everything, which remains where the first saves fewer than ``SHARE`` tokens (prompts mostly distinct, as in
-        small shuffled minibatches) and for models whose cache is more than keys and values.
+        small shuffled minibatches) and for models whose cache is more than keys and values. Completions of similar
+        length are evaluated together (``buckets``), so that less of what is evaluated is padding.
         """
-        tokens, prompt = batch["action"].t()[:, :-1], batch["prompt"]
-        mask, present = batch["prompt_valid"].long(), batch["present"].t()[:, :-1].long()
-        rows, width = prompt.shape
+        tokens, prompt, present = batch["action"].t(), batch["prompt"], batch["present"].t().long()
+        mask = batch["prompt_valid"].long()
         attention = torch.cat([mask, present], 1)
-        position = positions_of(attention)
+        position, width = positions_of(attention), prompt.shape[1]
+        pieces = buckets(present, SHARE)
+        shared = self._shared_prompts(prompt, mask, run) if pieces[-1][1] > 1 else None
+        found: list[Tensor] = []
+        for rows, longest in pieces:
+            here: Tensor | slice = slice(None) if rows is None else rows
+            end = width + longest - 1  # the last token of a completion is not read
+            if shared is None:
+                ids = torch.cat([prompt[here], tokens[here, : longest - 1]], 1)
+                out, _ = run(longest, input_ids=ids, attention_mask=attention[here, :end],
+                             position_ids=position[here, :end], use_cache=False)  # fmt: skip
+            else:
+                first, cache, row = shared
+                out = first.index_select(0, row[here])
+                if longest > 1:
+                    rest, _ = run(
+                        longest - 1, input_ids=tokens[here, : longest - 1], attention_mask=attention[here, :end],
+                        position_ids=position[here, width:end], use_cache=True,
+                        **{self._cache: _caches().repeated(cache, row[here])},
+                    )  # fmt: skip
+                    out = torch.cat([out, rest], 1)
+            found.append(F.pad(out, (0, 0, 0, tokens.shape[1] - longest)))
+        if len(found) == 1:
+            return found[0]
+        return torch.cat(found).index_select(0, torch.cat([rows for rows, _ in pieces if rows is not None]).argsort())
+
+    def _shared_prompts(self, prompt: Tensor, mask: Tensor, run: Run) -> tuple[Tensor, Any, Tensor] | None:
+        """Values at the last token of the distinct prompts ``[D, 1, X]``, their cache, and ``[B]`` which of them each
+        row has; None where sharing does not pay or cannot be."""
+        rows, width = prompt.shape
         # a layer that is computed again would write its keys into the cache again
         shares = self._shares and not (self.gradient_checkpointing and torch.is_grad_enabled())
-        if shares and tokens.shape[1] and (rows - 1) * width >= SHARE:
-            distinct, row = torch.unique(torch.cat([prompt, mask], 1), dim=0, return_inverse=True)
-            if (rows - distinct.shape[0]) * width >= SHARE:
-                ids, mask = distinct.split(width, 1)
-                first, cache = run(
-                    1, input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=True
-                )
-                cache.reorder_cache(row)  # named after beam search; it repeats rows as well
-                rest, _ = run(
-                    tokens.shape[1], input_ids=tokens, attention_mask=attention, position_ids=position[:, width:],
-                    use_cache=True, **{self._cache: cache},
-                )  # fmt: skip
-                return torch.cat([first.index_select(0, row), rest], 1)
-        ids, keep = torch.cat([prompt, tokens], 1), tokens.shape[1] + 1
-        found, _ = run(keep, input_ids=ids, attention_mask=attention, position_ids=position, use_cache=False)
-        return found
+        if not shares or (rows - 1) * width < SHARE:
+            return None
+        distinct, row = torch.unique(torch.cat([prompt, mask], 1), dim=0, return_inverse=True)
+        if (rows - distinct.shape[0]) * width < SHARE:
+            return None
+        ids, mask = distinct.split(width, 1)
+        first, cache = run(1, input_ids=ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=True)
+        return first, cache, row
 
     def _logits(self, keep: int, **inputs: Any) -> tuple[Tensor, Any]:
         """A ``Run`` of the whole model: logits."""

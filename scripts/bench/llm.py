@@ -34,7 +34,9 @@ class Config:
     optimiser step of AdamW per batch, no KL. All completions have the same length (no end token exists).
 
     generate: completions alone. train: loss, backward pass, clipping, optimiser step. iterate: both, with rewards and
-    advantages. The two sides alternate; a ratio is the median of the rounds' ratios. The first round is not counted.
+    advantages, between two rows of the log. logged: with the statistics of a row of the log, for which ours takes a
+    forward pass after the update and TRL none; by default both log every so many steps. The two sides alternate; a
+    ratio is the median of the rounds' ratios. The first round is not counted.
     """
 
     layers: int = 4
@@ -137,6 +139,10 @@ class Ours:
         self.agent.updaters["policy"].step(self.agent.estimator.phases()[0].terms, self._batch)
 
     def iterate(self) -> None:
+        self.agent.learner.watched = False
+        self.agent.learner.iterate()
+
+    def logged(self) -> None:
         self.agent.learn(self.agent.samples_per_iteration)
 
 
@@ -191,6 +197,8 @@ class Theirs:
     def iterate(self) -> None:
         self._step(self.trainer._generate_and_score_completions(self.rows))
 
+    logged = iterate
+
     def _step(self, inputs: dict[str, Any]) -> None:
         trainer = self.trainer
         trainer._compute_loss(trainer.model, inputs).backward()
@@ -210,7 +218,7 @@ def _speed(config: Config) -> None:
         print(f"{'threads':>7} {'what':>9} {'ccrl tokens/s':>14} {'TRL tokens/s':>13} {'ratio':>6}  rounds")
         for threads in config.threads:
             torch.set_num_threads(threads)
-            for what in ("generate", "train", "iterate"):
+            for what in ("generate", "train", "logged", "iterate"):
                 sides = [getattr(side, what) for side in (ours, theirs)]
                 for side in sides:
                     side()
