@@ -218,7 +218,9 @@ def test_wrong_options_are_refused():
 def test_studies_of_momentum(tmp_path):
     folders = ["--out", str(tmp_path / "runs"), "--figures", str(tmp_path)]
     rows = momentum_study.main(["errors", "--seeds", "1", "--at", "2", "4", "--methods", "npg_igt", *folders])
-    assert rows[0].keys() == {"method", "error at 2", "error at 4", "gap"}
+    assert rows[0].keys() == {"method", "error at 2", "error at 4", "gap", "gap se"}
+    kept = read_rows(tmp_path / "momentum_errors.csv")
+    assert [(row["method"], row["seed"]) for row in kept] == [("npg_igt", "0")]
     assert rows[0]["error at 2"] > 0
     rows = momentum_study.main(
         ["samples", "--seeds", "2", "--trajectories", "40", "--methods", "harpg", "--learning-rates", "1", *folders]

@@ -85,7 +85,7 @@ class Errors(Study):
     """Iterations at which errors are taken."""
 
     def run(self) -> Rows:
-        """Means per method."""
+        """Means per method, and the standard error of the mean gap."""
         at = " ".join(map(str, self.at))
         cells = [
             {"method": method, "gamma_0": self.learning_rate, "seed": seed, "at": at}
@@ -93,10 +93,13 @@ class Errors(Study):
         ]
         found = complete(self.out / "errors.csv", cells, play_errors, jobs=self.jobs, name="errors")
         names = (*(f"error at {t}" for t in self.at), "gap")
-        return [
-            {"method": method} | {n: _mean([float(row[n]) for row in found if row["method"] == method]) for n in names}
-            for method in self.methods
-        ]
+        table = []
+        for method in self.methods:
+            values = {n: [float(row[n]) for row in found if row["method"] == method] for n in names}
+            gaps = values["gap"]
+            error = statistics.stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else math.nan
+            table.append({"method": method} | {n: _mean(v) for n, v in values.items()} | {"gap se": error})
+        return table
 
 
 def play_errors(cell: dict[str, Any]) -> Rows:
@@ -322,7 +325,9 @@ def main(argv: list[str]) -> Rows:
         return rows
     stem = study.figures / f"momentum_{argv[0]}"
     command = "python scripts/studies/momentum " + shlex.join(argv)
-    tables.write(stem, command, study.summary(rows) if isinstance(study, CartPole) else rows, rows)
+    # every run, so that the table can be checked without running any again
+    runs: Rows = rows if isinstance(study, CartPole) else list(read_rows(study.out / f"{argv[0]}.csv"))
+    tables.write(stem, command, study.summary(rows) if isinstance(study, CartPole) else rows, runs)
     if isinstance(study, CartPole):
         figure(rows, study.target).savefig(stem.with_suffix(".png"), dpi=100)
     return rows
