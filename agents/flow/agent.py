@@ -26,6 +26,7 @@ from ccrl.estimators.terms import LogRatio, Outputs, Term
 from ccrl.experiment.evaluation import EvalResult
 from ccrl.flow import ExactTask, FlowCollector, FlowTask, Sampling, resolve_flow_task
 from ccrl.learn import Learner
+from ccrl.policies.dense import Dense
 from ccrl.policies.flow import FlowPolicy
 from ccrl.seeding import named_generator
 from ccrl.settings import ConfigError
@@ -55,6 +56,8 @@ class FlowLearner(GroupLearner):
 
     def _log(self, data: Mapping[str, Any], stats: Stats, seconds: dict[str, float]) -> None:
         super()._log(data, stats, seconds)
+        if not self.watched:
+            return
         on = data.get("sampled", data["on"])
         parts, names = on["reward_components"], self._task.components
         measured = self._task.measure(on["clean"], on["label"])
@@ -110,7 +113,7 @@ class Flow(MethodAgent):
                     f"base: expected 'none', the velocity of {self.task.name!r} is not known, got 'exact'"
                 )
             base = ExactVelocity(self.task)
-        net = VelocityMLP(self.task.size, self.task.conditions, c.hidden, zero=base is not None)
+        net = VelocityMLP(self.task.size, self.task.conditions, c.hidden, zero=base is not None, linear=Dense)
         return FlowPolicy(net, base=base, guidance=c.guidance, reduce=getattr(c, "reduce", "mean"))
 
     @property

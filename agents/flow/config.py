@@ -43,10 +43,11 @@ class FlowRolloutConfig(Settings):
     """Conditions per iteration, each with a group of samples."""
     sampler: FlowSolver = "flow_sde"
     """Transitions of Flow-GRPO's SDE (flow_sde), of DanceGRPO's (dance_sde), coefficient-preserving (cps), stochastic
-    DDIM (ddim), or Euler without noise (ode), which has no density: methods that need log-probabilities refuse it."""
+    DDIM (ddim), or without noise Euler (ode) or a second-order solver (dpm2), which have no density: methods that need
+    log-probabilities refuse them."""
     noise_level: Annotated[float, Range(0.0)] = 0.7
     """The amount of noise in a transition: a of flow_sde, the standard deviation per square root of time of dance_sde,
-    a share of at most 1 for cps and ddim; ode needs 0."""
+    a share of at most 1 for cps and ddim; ode and dpm2 need 0."""
     steps: Count = 14
     """A sample in training takes this many denoising steps."""
     time_shift: Positive = 1.0
@@ -68,7 +69,7 @@ class FlowRolloutConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.noise_level > 0.0) != (self.sampler in STOCHASTIC):
-            raise ConfigError(f"noise_level: expected 0 with sampler='ode' and > 0 with the others, got "
+            raise ConfigError(f"noise_level: expected 0 with sampler='ode' and 'dpm2' and > 0 with the others, got "
                               f"{self.noise_level} with {self.sampler!r}")  # fmt: skip
         if self.sampler in ("cps", "ddim") and self.noise_level > 1.0:
             raise ConfigError(f"noise_level: expected at most 1 with {self.sampler!r}, got {self.noise_level}")

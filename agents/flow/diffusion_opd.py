@@ -4,7 +4,7 @@ One teacher per task (here: per condition); the student generates, and at every 
 is drawn to that of the task's teacher. Both have one covariance, so the KL is closed:
 
     mu(x; v) = the sampler's mean,   KL_j = ||mu_S - mu_T||^2 / (2 sbar_j^2),   loss = mean over samples sum_j KL_j
-    without noise (ode):             loss = mean over samples sum_j ||mu_S - mu_T||^2 / 2
+    without noise (ode, dpm2):       loss = mean over samples sum_j ||mu_S - mu_T||^2 / 2
 
 No gradient flows through the rollout, and none into a teacher. ``form="policy_gradient"`` is the detour over PPO with
 the advantage -KL_j, whose gradient grad KL_j + KL_j grad log pi has the same mean and KL_j^2 / sbar^2 J J' more
@@ -69,7 +69,8 @@ class DiffusionOPDConfig(MethodConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.form == "policy_gradient" and getattr(self, "sampler", STOCHASTIC[0]) not in STOCHASTIC:
-            raise ConfigError("form: expected 'closed' with sampler='ode', which has no density, got 'policy_gradient'")
+            raise ConfigError("form: expected 'closed' with sampler='ode' or 'dpm2', which have no density, got "
+                              "'policy_gradient'")  # fmt: skip
         if self.teachers and self.teacher_steps != DiffusionOPDConfig.teacher_steps:
             raise ConfigError(f"teacher_steps: expected {DiffusionOPDConfig.teacher_steps} with teachers given (it is "
                               f"not read), got {self.teacher_steps}")  # fmt: skip

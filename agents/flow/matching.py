@@ -68,10 +68,15 @@ class MatchingRecipe(FlowRecipe):
         """Further columns of the rows."""
         return rows
 
+    def times(self, generator: torch.Generator, device: torch.device) -> Tensor:
+        """Those of an iteration's rows ``[K]``."""
+        c = self.config
+        return draw_times(c.times, c.n_times, generator, device, steps=c.steps, shift=c.time_shift)
+
     def rows(self, data: Data, generator: torch.Generator) -> Data:
         """The pairs of an iteration ``[K, N]``."""
         c, clean = self.config, data["clean"]
-        time = draw_times(c.times, c.n_times, generator, clean.device, steps=c.steps, shift=c.time_shift)
+        time = self.times(generator, clean.device)
         noise = torch.randn(c.n_times, *clean.shape, generator=generator, device=clean.device)
         t = time.to(clean.dtype).view(-1, 1).expand(-1, clean.shape[0])
         x, target = flow_point(clean, noise.to(clean.dtype), t)

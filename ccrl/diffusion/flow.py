@@ -24,9 +24,10 @@ __all__ = [
     "matching_error", "mean_step", "shift_time",
 ]  # fmt: skip
 
-FlowSolver = Literal["flow_sde", "dance_sde", "cps", "ddim", "ode"]
+FlowSolver = Literal["flow_sde", "dance_sde", "cps", "ddim", "ode", "dpm2"]
 """flow_sde: Flow-GRPO (Liu et al. 2025); dance_sde: DanceGRPO (Xue et al. 2025); cps: coefficient-preserving sampling
-(Wang and Yu 2025); ddim: stochastic DDIM (Song et al. 2021) on straight lines; ode: Euler, no noise."""
+(Wang and Yu 2025); ddim: stochastic DDIM (Song et al. 2021) on straight lines; ode: Euler, no noise; dpm2: second
+order, no noise, DPM-Solver++ 2M (Lu et al. 2022)."""
 
 STOCHASTIC = ("flow_sde", "dance_sde", "cps", "ddim")
 """Solvers whose transitions have a density."""
@@ -47,6 +48,8 @@ class Schedule:
     """Standard deviation of the transition, 0 where it is deterministic."""
     sigma: Tensor
     """The noise level that released code divides by: sigma_t of flow_sde, for the others the deviation itself."""
+    past: Tensor | None = None
+    """Factor of the clean sample that was predicted a step before (dpm2); None: the mean does not depend on it."""
 
     @property
     def dt(self) -> Tensor:
@@ -59,7 +62,8 @@ class Schedule:
     def to(self, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Schedule:
         """The same in another type."""
         columns = (self.time, self.next_time, self.x, self.v, self.std, self.sigma)
-        return Schedule(*(column.to(device, dtype) for column in columns))
+        past = None if self.past is None else self.past.to(device, dtype)
+        return Schedule(*(column.to(device, dtype) for column in columns), past=past)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -88,7 +92,9 @@ def make_schedule(grid: Sequence[float], solver: FlowSolver, noise: float = 0.0)
     * dance_sde: the same with ``sigma = a``;
     * cps: ``(1 - t') x_0 + sqrt(t'^2 - s^2) e``, deviation ``s = t' sin(a pi / 2)``;
     * ddim: ``(1 - t') x_0 + sqrt(t'^2 - s^2) e``, ``s = a (t' / t) sqrt(t^2 - ((1 - t) / (1 - t'))^2 t'^2)``;
-    * ode: ``x + v dt``.
+    * ode: ``x + v dt``;
+    * dpm2: ``x + v dt + (1 - t' / t) w (x_0 - x_0 of the step before)``, ``w = h / (2 h of the step before)`` with
+      ``h = log((1 - t') / t') - log((1 - t) / t)``, 0 in the first, the last, and the step after one that starts at 1.
 
     :param grid: falling times from at most 1 to at least 0.
     :raises ValueError: a grid that does not fall, noise without a stochastic solver or the other way round, more noise
@@ -97,16 +103,20 @@ def make_schedule(grid: Sequence[float], solver: FlowSolver, noise: float = 0.0)
     times = torch.tensor(list(grid), dtype=torch.float64, device="cpu")
     if len(times) < 2 or bool((times[1:] >= times[:-1]).any()) or times[0] > 1.0 or times[-1] < 0.0:
         raise ValueError(f"make_schedule: expected at least two falling times in [0, 1], got {list(grid)}")
-    if (solver == "ode") != (noise == 0.0) or not 0.0 <= noise < math.inf:
+    if (solver not in STOCHASTIC) != (noise == 0.0) or not 0.0 <= noise < math.inf:
         raise ValueError(
-            f"make_schedule: expected noise 0 with 'ode' and noise > 0 with {', '.join(STOCHASTIC)}, got {noise} with "
-            f"{solver!r}"
+            f"make_schedule: expected noise 0 with 'ode' and 'dpm2' and noise > 0 with {', '.join(STOCHASTIC)}, got "
+            f"{noise} with {solver!r}"
         )
     t, after = times[:-1], times[1:]
     dt = after - t
     if solver == "ode":
         zero = torch.zeros_like(t)
         return Schedule(t, after, torch.ones_like(t), dt, zero, zero)
+    if solver == "dpm2":
+        weight, zero = _extrapolation(times), torch.zeros_like(t)
+        share = -dt / t
+        return Schedule(t, after, 1.0 + share * weight, dt * (1.0 + weight), zero, zero, -share * weight)
     if solver in ("flow_sde", "dance_sde"):
         below = torch.where(t >= 1.0, after, t)
         if solver == "flow_sde" and bool((below <= 0.0).any()):
@@ -126,9 +136,21 @@ def make_schedule(grid: Sequence[float], solver: FlowSolver, noise: float = 0.0)
     return Schedule(t, after, 1.0 - after + rest, rest * (1.0 - t) - (1.0 - after) * t, std, std)
 
 
-def mean_step(x: Tensor, velocity: Tensor, x_factor: Tensor, v_factor: Tensor) -> Tensor:
-    """The mean ``[..., D]`` of a transition from ``x`` ``[..., D]``; the factors ``[...]`` are a schedule's."""
-    return x_factor.unsqueeze(-1) * x + v_factor.unsqueeze(-1) * velocity
+def _extrapolation(times: Tensor) -> Tensor:
+    """``w`` of dpm2 ``[T]``."""
+    level = ((1.0 - times) / times).log()  # of the signal: minus infinity at noise, infinity at data
+    step = level.diff()
+    weight = torch.zeros_like(step)
+    weight[1:] = step[1:] / (2.0 * step[:-1])
+    return torch.where(weight.isfinite(), weight, torch.zeros_like(weight))
+
+
+def mean_step(x: Tensor, velocity: Tensor, x_factor: Tensor, v_factor: Tensor, out: Tensor | None = None) -> Tensor:
+    """The mean ``[..., D]`` of a transition from ``x`` ``[..., D]``; the factors ``[...]`` are a schedule's.
+
+    :param out: where it is written, without gradient; None: a new tensor.
+    """
+    return torch.mul(x_factor.unsqueeze(-1), x, out=out).add_(v_factor.unsqueeze(-1) * velocity)
 
 
 def gaussian_log_prob(value: Tensor, mean: Tensor, std: Tensor, reduce: Literal["mean", "sum"] = "mean") -> Tensor:

@@ -65,7 +65,8 @@ class FlowCollector:
 
     A rollout is ``[T, N]``, ``T`` the trained transitions. Per step: ``obs`` (x_t) and ``action`` (the next state)
     ``[T, N, D]``, ``old_mean`` ``[T, N, D]``, ``log_prob``, ``std``, ``sigma``, ``dt``, ``time``, the factors
-    ``mean_x`` and ``mean_v``. Per sequence: ``clean`` ``[N, D]``, ``condition`` ``[N, C]`` (one-hot), ``label``,
+    ``mean_x`` and ``mean_v``, with dpm2 ``mean_past`` ``[T, N, D]``.
+    Per sequence: ``clean`` ``[N, D]``, ``condition`` ``[N, C]`` (one-hot), ``label``,
     ``group``, ``episode_reward``, ``reward_components``. Methods that are decoupled from the sampler read ``clean``
     alone.
     """
@@ -85,6 +86,8 @@ class FlowCollector:
         self._drawn: Conditions | None = None
         self._buffers: dict[tuple[str, int], RolloutBuffer] = {}
         self._deal = torch.zeros(0, dtype=torch.int64)
+        self._schedule: tuple[Schedule, Schedule] | None = None
+        self._made: tuple[RolloutBuffer, Sampling, dict[str, Tensor]] | None = None
 
     @property
     def clock(self) -> int:
@@ -149,14 +152,18 @@ class FlowCollector:
         if bool((how.schedule.std > 0.0).any()):
             noise = torch.randn(steps, n, size, generator=source, device=self.device, dtype=dtype)
         condition = self.features(conditions.label[question]).to(dtype)
-        states, means = policy.rollout(start, condition, how.schedule, noise)
-        buffer = self._buffer(tag, n, steps)
+        schedule = self._columns(how.schedule, dtype)
+        buffer = self._buffer(tag, n, steps, schedule.past is not None)
+        states, means = policy.rollout(start, condition, schedule, noise, buffer.extra.get("mean_past"))
         buffer.clear(0)
         buffer.obs.copy_(states)  # type: ignore[union-attr]
         buffer.action.copy_(states[1:])
         buffer.extra["old_mean"].copy_(means)
-        std = how.schedule.to(self.device, dtype).std.view(-1, 1).expand(steps, n)
-        buffer.extra["log_prob"].copy_(gaussian_log_prob(states[1:], means, std, policy.reduce))
+        if noise is None:
+            buffer.extra["log_prob"].zero_()
+        else:
+            std = schedule.std.view(-1, 1).expand(steps, n)
+            buffer.extra["log_prob"].copy_(gaussian_log_prob(states[1:], means, std, policy.reduce))
         return Generated(buffer, conditions, question, states[-1])
 
     def score(self, made: Generated, sampling: Sampling | None = None) -> Data:
@@ -179,20 +186,13 @@ class FlowCollector:
         total = components.sum(1)
         buffer.reward[-1] = total
         buffer.terminated[-1] = True
-        zeros = torch.zeros(n, dtype=torch.int64, device=self.device)
-        data = buffer.data(step=zeros, ended=zeros.bool())
-        taken = {k: data[k][rows] for k in data if k not in data.sequence}
-        schedule = how.schedule.to(self.device, buffer.reward.dtype)
-        columns = {"time": schedule.time, "dt": schedule.dt, "std": schedule.std, "sigma": schedule.sigma,
-                   "mean_x": schedule.x, "mean_v": schedule.v}  # fmt: skip
-        taken |= {k: v[rows].view(-1, 1).expand(-1, n) for k, v in columns.items()}
-        taken["present"] = taken["valid"]
+        steps = self._steps(buffer, how)
         length = torch.full((n,), rows.stop - rows.start, dtype=torch.int64, device=self.device)
         sequence = {
             "clean": made.clean, "condition": self.features(label), "label": label, "group": made.question,
             "index": label, "episode_reward": total, "reward_components": components, "length": length,
         }  # fmt: skip
-        return Data(taken | sequence, sequence=frozenset(sequence))
+        return Data(steps | sequence, sequence=frozenset(sequence))
 
     # -- what they compose --------------------------------------------------------------------------------------------
 
@@ -214,15 +214,37 @@ class FlowCollector:
         """What the network sees of labels ``[N]``: one-hot ``[N, C]`` float32, zeros for no condition (-1)."""
         return F.one_hot(label + 1, self.task.conditions + 1)[:, 1:].float()
 
+    def _steps(self, buffer: RolloutBuffer, how: Sampling) -> dict[str, Tensor]:
+        """Columns per step: views of the buffer, and those that every rollout of this buffer has in common (masks,
+        counters, the schedule), which are made once."""
+        if self._made is None or self._made[0] is not buffer or self._made[1] is not how:
+            n, rows = buffer.num_envs, how.rows
+            zeros = torch.zeros(n, dtype=torch.int64, device=self.device)
+            data = buffer.data(step=zeros, ended=zeros.bool())
+            found: dict[str, Tensor] = {k: data[k][rows] for k in data if k not in data.sequence}  # type: ignore[index]
+            schedule = self._columns(how.schedule, buffer.reward.dtype)
+            columns = {"time": schedule.time, "dt": schedule.dt, "std": schedule.std, "sigma": schedule.sigma,
+                       "mean_x": schedule.x, "mean_v": schedule.v}  # fmt: skip
+            found |= {k: v[rows].view(-1, 1).expand(-1, n) for k, v in columns.items()}
+            self._made = buffer, how, found | {"present": found["valid"]}
+        return self._made[2]
+
+    def _columns(self, schedule: Schedule, dtype: torch.dtype) -> Schedule:
+        """The schedule on this device; the last one is kept, as training uses the same at every iteration."""
+        if self._schedule is None or self._schedule[0] is not schedule or self._schedule[1].time.dtype != dtype:
+            self._schedule = schedule, schedule.to(self.device, dtype)
+        return self._schedule[1]
+
     # -- state --------------------------------------------------------------------------------------------------------
 
-    def _buffer(self, tag: str, n: int, steps: int) -> RolloutBuffer:
-        if (tag, n) not in self._buffers or self._buffers[tag, n].steps != steps:
+    def _buffer(self, tag: str, n: int, steps: int, past: bool) -> RolloutBuffer:
+        found = self._buffers.get((tag, n))
+        if found is None or found.steps != steps or ("mean_past" in found.extra) != past:
             size = self.task.size
             space = gym.spaces.Box(-np.inf, np.inf, (size,))
-            fields = (Field("log_prob"), Field("old_mean", (size,)))
+            fields = [Field("log_prob"), Field("old_mean", (size,)), *([Field("mean_past", (size,))] if past else [])]
             self._buffers[tag, n] = RolloutBuffer(
-                steps, n, space, space, fields=fields, device=self.device, keep_final_obs=False
+                steps, n, space, space, fields=tuple(fields), device=self.device, keep_final_obs=False
             )
         return self._buffers[tag, n]
 

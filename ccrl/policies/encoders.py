@@ -64,18 +64,20 @@ class Perceptron(nn.Sequential):
         return x
 
 
-def mlp(sizes: Sequence[int], activation: str, gains: Sequence[float] | None = None) -> nn.Sequential:
+def mlp(
+    sizes: Sequence[int], activation: str, gains: Sequence[float] | None = None, linear: type[nn.Linear] = nn.Linear
+) -> nn.Sequential:
     """Linear layers with ``activation`` between them; orthogonal weights of the given gains, zero biases.
 
-    ``gains=None`` keeps PyTorch's own initialisation.
+    ``gains=None`` keeps PyTorch's own initialisation. ``linear``: the layers' class.
     """
     layers: list[nn.Module] = []
     for i, (fan_in, fan_out) in enumerate(itertools.pairwise(sizes)):
-        linear = nn.Linear(fan_in, fan_out)
+        layer = linear(fan_in, fan_out)
         if gains is not None:
-            nn.init.orthogonal_(linear.weight, gains[i])
-            nn.init.zeros_(linear.bias)
-        layers += [linear, ACTIVATIONS[activation]()]
+            nn.init.orthogonal_(layer.weight, gains[i])
+            nn.init.zeros_(layer.bias)
+        layers += [layer, ACTIVATIONS[activation]()]
     return Perceptron(*layers[:-1])
 
 

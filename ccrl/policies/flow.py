@@ -69,32 +69,48 @@ class FlowPolicy(nn.Module):
         out = {"velocity": self.velocity(batch["obs"], time, batch["condition"])}
         if want & {"mean", "log_prob"}:
             out["mean"] = mean_step(batch["obs"], out["velocity"], batch["mean_x"], batch["mean_v"])
+            if "mean_past" in batch:  # what a solver of second order adds for the step before
+                out["mean"] = out["mean"] + batch["mean_past"]
         if "log_prob" in want:
             out["log_prob"] = gaussian_log_prob(batch["action"], out["mean"], batch["std"], self.reduce)
         return {name: out[name] for name in want}
 
     @torch.no_grad()
     def rollout(
-        self, start: Tensor, condition: Tensor, schedule: Schedule, noise: Tensor | None
+        self, start: Tensor, condition: Tensor, schedule: Schedule, noise: Tensor | None, past: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """From noise to data: states ``[T + 1, N, D]`` and the means ``[T, N, D]`` of the transitions.
 
         :param start: ``[N, D]`` standard normal numbers.
         :param noise: ``[T, N, D]`` standard normal numbers, not read where a transition has no deviation; None: every
             state is its mean.
+        :param past: ``[T, N, D]``, filled with what a solver of second order adds to each mean for the step before.
         """
         steps = schedule.to(start.device, start.dtype)
-        states, means = start.new_empty(len(steps) + 1, *start.shape), start.new_empty(len(steps), *start.shape)
+        states = start.new_empty(len(steps) + 1, *start.shape)
+        means = states[1:] if noise is None else torch.empty_like(states[1:])
         states[0] = start
+        rows, targets, drawn = states.unbind(), means.unbind(), None
+        if noise is not None:
+            drawn = (noise * steps.std.view(-1, 1, 1)).unbind()
+        by_x, by_v = (factor.view(-1, 1).unbind() for factor in (steps.x, steps.v))
         velocity = self._stepper(steps.time, condition)
-        for i in range(len(steps)):
-            means[i] = mean_step(states[i], velocity(states[i], i), steps.x[i].view(1), steps.v[i].view(1))
-            states[i + 1] = means[i] if noise is None else torch.addcmul(means[i], noise[i], steps.std[i])
+        before: Tensor | None = None
+        for i, (x, mean) in enumerate(zip(rows, targets)):
+            v = velocity(x, i)
+            mean_step(x, v, by_x[i], by_v[i], out=mean)
+            if steps.past is not None:
+                added = torch.zeros_like(x) if before is None else steps.past[i] * before
+                mean.add_(added)
+                if past is not None:
+                    past[i] = added
+                before = x - steps.time[i] * v
+            if drawn is not None:
+                torch.add(mean, drawn[i], out=rows[i + 1])
         return states, means
 
     def _stepper(self, time: Tensor, condition: Tensor) -> Callable[[Tensor, int], Tensor]:
         """``(x [N, D], step) -> velocity [N, D]``; what does not depend on ``x`` is computed once for all steps."""
         if self.base is not None or self.guidance != 1.0 or not isinstance(self.net, VelocityMLP):
             return lambda x, i: self.velocity(x, time[i].view(1), condition)
-        net, shared = self.net, self.net.shared(time.view(-1, 1), condition).unbind()
-        return lambda x, i: net.at(x, shared[i])
+        return self.net.steps(time, condition)

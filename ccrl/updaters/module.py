@@ -133,7 +133,10 @@ class ModuleUpdater(Surrogates):
                 self.module, terms, Data(dict(zip(columns, values)), sequence=sequence, scalars=scalars)
             )
 
-        compiled = torch.compile(loss)
+        # Graphs are kept per terms: only shapes and types are checked at a call, as FlatUpdater has it. Compiled code
+        # is cached by code object: without one of its own, another updater's graph could run.
+        loss.__code__ = loss.__code__.replace()
+        compiled = torch.compile(loss, options={"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe})
         return lambda batch: compiled(tuple(batch[c] for c in columns))
 
     # -- state --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,9 @@ class Ring2d(MixtureTask):
     is the coordinate along that mode, which has no maximum: samples that leave the data are paid for it, while ``gold``
     stays the bump. ``"both"`` has the two as components.
 
+    Rewards of conditions may have scales of their own, as those of tasks that have nothing to do with each other do:
+    methods that divide by one deviation for all then learn the small ones last. ``gold`` is not scaled.
+
     Args:
         modes: Gaussians on the circle.
         conditions: number of conditions.
@@ -29,6 +32,10 @@ class Ring2d(MixtureTask):
         width: of the bump.
         stride: modes between the wanted ones of two conditions.
         reward: see above.
+        scales: a factor per condition; empty: 1.
+
+    Raises:
+        ValueError: another number of scales than of conditions, or one that is not positive.
     """
 
     @checked
@@ -41,13 +48,18 @@ class Ring2d(MixtureTask):
         width: Positive = 0.5,
         stride: Count = 2,
         reward: Literal["mode", "outward", "both"] = "mode",
+        scales: tuple[float, ...] = (),
     ) -> None:
+        factors = tuple(scales) or (1.0,) * conditions
+        if len(factors) != conditions or not all(0.0 < x < math.inf for x in factors):
+            raise ValueError(f"ring2d: expected a positive scale for each of {conditions} conditions, got {scales}")
         angle = 2.0 * math.pi * torch.arange(modes) / modes
         means = radius * torch.stack([angle.cos(), angle.sin()], 1)
         names = {"mode": ("reward",), "outward": ("outward",), "both": ("mode", "outward")}
         super().__init__("ring2d", means, torch.full((modes,), std),
                          torch.full((conditions, modes), 1.0 / modes), names[reward])  # fmt: skip
         self.kind, self.width, self.radius = reward, width, radius
+        self.scales = torch.tensor(factors)
         self.wanted = means[torch.arange(conditions) * stride % modes]
         """``[C, 2]``: the mode that each condition wants."""
 
@@ -57,7 +69,8 @@ class Ring2d(MixtureTask):
     def score(self, sample: Tensor, label: Tensor) -> Tensor:
         outward = (sample * self.wanted.to(sample)[label]).sum(1) / self.radius**2
         parts = {"mode": (self.gold(sample, label),), "outward": (outward,)}
-        return torch.stack(parts.get(self.kind, (*parts["mode"], *parts["outward"])), 1)
+        found = torch.stack(parts.get(self.kind, (*parts["mode"], *parts["outward"])), 1)
+        return found * self.scales.to(sample)[label].unsqueeze(1)
 
     def reward(self, sample: Tensor, label: Tensor) -> Tensor:
         return self.score(sample, label).sum(1)

@@ -15,8 +15,8 @@ check_siblings("agents", "envs")
 
 from agents import get_agent
 from scripts.reproductions import awm as awm_test
-from scripts.reproductions import diffusion_opd as opd_test
 from scripts.studies.flow.control import hopper, maze
+from scripts.studies.flow.distil import opd, scales
 from scripts.studies.tables import Rows
 
 __all__ = ["METHODS", "PLAY", "play"]
@@ -26,6 +26,8 @@ HACKED: dict[str, Any] = {
     64), "learning_rate": 1e-3, "clip_low": 2e-3, "clip_high": 2e-3, "compile": "off",
 }  # fmt: skip
 PLAIN = {"sampler": "ode", "noise_level": 0.0}
+GRID = {f"{name}, eps {eps:g}": (name, HACKED | {"clip_low": eps, "clip_high": eps})
+        for name in ("flow_grpo", "grpo_guard") for eps in (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)}  # fmt: skip
 METHODS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "guard": {
         "flow_grpo": ("flow_grpo", HACKED),
@@ -36,6 +38,8 @@ METHODS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "flow_grpo + KL": ("flow_grpo", HACKED | {"kl_coef": 0.02}),
         "grpo_guard + KL": ("grpo_guard", HACKED | {"kl_coef": 0.02}),
     },
+    "guard_grid": GRID,
+    "guard_test": {name: GRID[name] for name in ("flow_grpo, eps 0.002", "grpo_guard, eps 0.0006")},
     "awm": {
         "awm": ("awm", PLAIN),
         "diffusion_nft": ("diffusion_nft", PLAIN),
@@ -45,6 +49,10 @@ METHODS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     "opd": {
         "ode": ("ode", {}), "closed": ("closed", {}), "policy gradient": ("policy_gradient", {}),
         "joint awm": ("joint", {}), "cascade awm": ("cascade", {}),
+    },
+    "opd_scales": {
+        "teachers": ("teachers", {}), "student": ("student", {}), "joint": ("joint", {}),
+        "joint, deviation of the group": ("joint", {"advantage_std": "group"}), "cascade": ("cascade", {}),
     },
     "gridworld": {
         "awm": ("awm", PLAIN | {"learning_rate": 5e-3, "kl_coef": 0.0}),
@@ -81,43 +89,6 @@ def awm(name: str, options: dict[str, Any], cell: dict[str, Any]) -> Rows:
     return curve(agent, cell["iterations"], cell["every"])
 
 
-def opd(name: str, options: dict[str, Any], cell: dict[str, Any]) -> Rows:
-    """Rewards of the student on the three tasks, beside AWM on all tasks at once and on one after the other."""
-    source = opd_test.start(cell["seed"])
-    rounds = tuple(range(0, cell["iterations"] + 1, cell["every"]))
-    if name in opd_test.FORMS:
-        found = opd_test.distil(source, name, cell["seed"], rounds)
-        return [{"iteration": k, **_tasks(rewards)} for k, rewards in zip(rounds, found)]
-    settings = {**awm_test.SIZE, **awm_test.ODE, "steps": 10, "n_prompts": 3, "group_size": 128}
-    agent = get_agent("awm")("ring2d", seed=cell["seed"], env_kwargs={"conditions": 3}, **settings)
-    agent.policy.load_state_dict(source.policy.state_dict())
-    agent.before_learning()
-    draw, rows = agent.collector.draw, Rows()
-    for k in rounds:
-        if k:
-            agent.collector.draw = draw if name == "joint" else _only(agent, 3 * (k - 1) // cell["iterations"])
-            agent.learn(until=k * agent.samples_per_iteration)
-        rewards = [opd_test.reward_of(agent, agent.policy, i) for i in range(3)]
-        rows.append({"iteration": k, **_tasks(rewards)})
-    return rows
-
-
-def _only(agent: Any, task: int) -> Callable[[int], Any]:
-    """Draws of one condition, which every column of a cascade's phase has."""
-
-    def draw(n: int) -> Any:
-        from ccrl.flow import Conditions
-
-        agent.collector._drawn = Conditions(torch.full((n,), min(task, 2)))
-        return agent.collector._drawn
-
-    return draw
-
-
-def _tasks(rewards: list[float]) -> dict[str, float]:
-    return {"reward": sum(rewards) / 3, "lowest": min(rewards), **{f"task {i}": r for i, r in enumerate(rewards)}}
-
-
 def gridworld(name: str, options: dict[str, Any], cell: dict[str, Any]) -> Rows:
     """Actions in the plane from the data of all four moves; ``both``: the smallest share of a right move where two
     are."""
@@ -138,7 +109,8 @@ def gridworld(name: str, options: dict[str, Any], cell: dict[str, Any]) -> Rows:
 
 
 PLAY: dict[str, Callable[[str, dict[str, Any], dict[str, Any]], Rows]] = {
-    "guard": guard, "awm": awm, "opd": opd, "gridworld": gridworld,
+    "guard": guard, "guard_grid": guard, "guard_test": guard, "awm": awm, "opd": opd, "opd_scales": scales,
+    "gridworld": gridworld,
 }  # fmt: skip
 CONTROL = {"maze": maze, "hopper": hopper}
 

@@ -1,11 +1,15 @@
 """Flow policies: proxy and gold rewards, steps to a reward, students and their teachers, control (docs/flow.md).
 
     python scripts/studies/flow guard --out results/flow        # a proxy that can be hacked: with and without Guard
+    python scripts/studies/flow guard_grid --first 100 --out results/flow   # clip ranges, on seeds of their own
+    python scripts/studies/flow guard_test --first 10 --out results/flow    # the best of each, on others
     python scripts/studies/flow awm --out results/flow          # AWM, Flow-GRPO and rivals at equal samples and updates
     python scripts/studies/flow opd --out results/flow          # students, joint training and a cascade
+    python scripts/studies/flow opd_scales --out results/flow   # the same with rewards of three sizes
     python scripts/studies/flow gridworld --out results/flow    # several right actions
     python scripts/studies/flow maze --out results/flow         # fine-tuning of a cloned flow actor
     python scripts/studies/flow hopper --out results/flow       # the same on Hopper, from middling episodes of PPO
+    python scripts/studies/flow variance                        # of gradients, by how conditions and times are drawn
     python scripts/studies/flow pictures --figures docs/figures # samples over training, trajectories
 
 Every finished run is added to ``OUT/NAME.csv``; the same command again, or one with more seeds, runs what is missing.
@@ -36,16 +40,34 @@ from ccrl.stats import paired_t, t_interval
 from scripts.studies import tables
 from scripts.studies.flow.cells import METHODS, play
 from scripts.studies.flow.pictures import Pictures
+from scripts.studies.flow.variance import Variance
 from scripts.studies.tables import Rows
 
 __all__ = ["Study", "gold_at", "main", "steps_to"]
 
-ITERATIONS = {"guard": (60, 5), "awm": (200, 10), "opd": (150, 25), "gridworld": (150, 25), "maze": (60, 10),
-              "hopper": (500, 50)}  # fmt: skip
-"""Study -> iterations and how often they are measured."""
-SEEDS = {"guard": 5, "awm": 5, "opd": 3, "gridworld": 3, "maze": 3, "hopper": 3}
-SHOWN = {"guard": ("reward", "gold", "distance"), "awm": ("reward", "distance"), "opd": ("reward", "lowest"),
-         "gridworld": ("reward", "gold", "both"), "maze": ("reward",), "hopper": ("reward",)}  # fmt: skip
+GOLD = ("largest gold", "gold at proxy 0.5", "gold at proxy 0.8")
+"""What is asked of runs on a proxy."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a study is on its page."""
+
+    iterations: int
+    every: int
+    """Iterations between measurements."""
+    seeds: int
+    shown: tuple[str, ...]
+    """Columns of its table and its picture."""
+
+
+HACKED, TASKS = ("reward", "gold", "distance"), ("reward", "lowest")
+PLANS = {
+    "guard": Plan(60, 5, 5, HACKED), "guard_grid": Plan(60, 5, 2, HACKED), "guard_test": Plan(60, 5, 5, HACKED),
+    "awm": Plan(200, 10, 5, ("reward", "distance")), "opd": Plan(150, 25, 3, TASKS),
+    "opd_scales": Plan(600, 50, 3, TASKS), "gridworld": Plan(150, 25, 3, ("reward", "gold", "both")),
+    "maze": Plan(60, 10, 3, ("reward",)), "hopper": Plan(500, 50, 3, ("reward",)),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,19 +82,27 @@ class Study:
     """Runs at a time, each a process with one thread."""
     seeds: int = 0
     """Runs of each method; 0: as many as on the page."""
+    first: int = 0
+    """The first of their seeds: settings are chosen on others than they are compared on."""
     iterations: int = 0
     """Iterations of each run; 0: as many as on the page."""
     every: int = 0
     """Iterations between measurements; 0: as on the page."""
     name: tyro.conf.Suppress[str] = "guard"
 
+    @property
+    def guards(self) -> bool:
+        """Whether a proxy is trained on."""
+        return self.name.startswith("guard")
+
     def run(self) -> Rows:
         """Every point of every curve."""
-        total, often = ITERATIONS[self.name]
+        plan = PLANS[self.name]
         cells = [
-            {"study": self.name, "method": method, "seed": seed, "iterations": self.iterations or total,
-             "every": self.every or often}
-            for seed in range(self.seeds or SEEDS[self.name]) for method in METHODS[self.name]
+            {"study": self.name, "method": method, "seed": seed, "iterations": self.iterations or plan.iterations,
+             "every": self.every or plan.every}
+            for seed in range(self.first, self.first + (self.seeds or plan.seeds))
+            for method in METHODS[self.name]
         ]  # fmt: skip
         run = partial(play, out=self.out)
         rows = complete(self.out / f"{self.name}.csv", cells, run, jobs=self.jobs, name=f"flow {self.name}")
@@ -85,7 +115,7 @@ class Study:
         for method in METHODS[self.name]:
             runs = _runs(rows, method)
             row: dict[str, Any] = {"method": method, "seeds": len(runs)}
-            for column in SHOWN[self.name]:
+            for column in PLANS[self.name].shown:
                 row |= _interval(column, [run[-1][column] for run in runs])
                 row |= {f"{column} at the start": statistics.fmean(run[0][column] for run in runs)}
             if self.name == "awm":
@@ -93,9 +123,8 @@ class Study:
                 found = [steps_to(run, 0.9 * best) for run in runs]
                 row |= {f"iterations to {0.9 * best:.3g} (median)": statistics.median(found),
                         "runs that reach it": sum(math.isfinite(x) for x in found)}  # fmt: skip
-            if self.name == "guard":
-                row |= _interval("largest gold", [max(p["gold"] for p in run) for run in runs])
-                row |= _interval("gold at proxy 0.5", [gold_at(run, 0.5) for run in runs])
+            for column in GOLD if self.guards else ():
+                row |= _interval(column, [_number(run, column) for run in runs])
             out.append(row)
         return [out, *self.pairs(rows)]
 
@@ -105,14 +134,16 @@ class Study:
             "guard": [("grpo_guard", "flow_grpo, eps 2e-2", "gold at proxy 0.5"),
                       ("grpo_guard, eps 2e-4", "flow_grpo", "gold at proxy 0.5"),
                       ("grpo_guard", "flow_grpo", "gold at proxy 0.5")],
+            "guard_test": [("grpo_guard, eps 0.0006", "flow_grpo, eps 0.002", column) for column in GOLD],
             "awm": [("awm", "flow_grpo", "reward"), ("awm", "diffusion_nft", "reward")],
             "opd": [("closed", "policy gradient", "reward"), ("closed", "joint awm", "lowest"),
                     ("closed", "cascade awm", "lowest")],
+            "opd_scales": [("student", "joint", "lowest"), ("student", "joint, deviation of the group", "lowest"),
+                           ("student", "cascade", "lowest")],
         }.get(self.name, [])  # fmt: skip
         found = Rows()
         for a, b, column in asked:
-            pairs = [[float(gold_at(run, 0.5) if column.startswith("gold at") else run[-1][column])
-                      for run in _runs(rows, method)] for method in (a, b)]  # fmt: skip
+            pairs = [[_number(run, column) for run in _runs(rows, method)] for method in (a, b)]
             if len(pairs[0]) > 1 and all(map(math.isfinite, [*pairs[0], *pairs[1]])):
                 mean, low, high = paired_t(pairs[0], pairs[1])[:3]
                 found.append({"difference": f"{a} less {b}", "of": column, "mean": float(mean),
@@ -121,9 +152,9 @@ class Study:
 
     def figure(self, rows: Rows, command: str) -> Figure:
         """Curves over iterations, seeds thin and their mean thick; of guard also gold against proxy."""
-        shown = SHOWN[self.name]
-        page = Figure(figsize=(4.2 * (len(shown) + (self.name == "guard")), 3.6), layout="constrained")
-        axes = page.subplots(1, len(shown) + (self.name == "guard"), squeeze=False)[0]
+        shown = PLANS[self.name].shown
+        page = Figure(figsize=(4.2 * (len(shown) + self.guards), 3.6), layout="constrained")
+        axes = page.subplots(1, len(shown) + self.guards, squeeze=False)[0]
         for i, method in enumerate(METHODS[self.name]):
             runs = _runs(rows, method)
             for axis, column in zip(axes, shown):
@@ -133,7 +164,7 @@ class Study:
                 mean = [statistics.fmean(run[k][column] for run in runs) for k in range(len(x))]
                 axis.plot(x, mean, color=f"C{i}", label=method)
                 axis.set(xlabel="iterations", title=column)
-            if self.name == "guard":
+            if self.guards:
                 for run in runs:
                     axes[-1].plot([p["reward"] for p in run], [p["gold"] for p in run], color=f"C{i}", alpha=0.6)
                 axes[-1].set(xlabel="proxy reward", ylabel="gold reward")
@@ -157,6 +188,15 @@ def gold_at(run: Rows, proxy: float) -> float:
     return math.nan
 
 
+def _number(run: Rows, column: str) -> float:
+    """A column's last value, or one of ``GOLD``."""
+    if column == "largest gold":
+        return float(max(p["gold"] for p in run))
+    if column.startswith("gold at proxy"):
+        return gold_at(run, float(column.split()[-1]))
+    return float(run[-1][column])
+
+
 def _runs(rows: Rows, method: str) -> list[Rows]:
     own = [row for row in rows if row["method"] == method]
     return [[row for row in own if row["seed"] == seed] for seed in sorted({row["seed"] for row in own})]
@@ -175,8 +215,12 @@ def main(argv: list[str]) -> list[Rows]:
     torch.set_num_threads(1)
     if argv[:1] == ["pictures"]:
         return tyro.cli(Pictures, args=argv[1:], description=__doc__).run()
+    if argv[:1] == ["variance"]:
+        return tyro.cli(Variance, args=argv[1:], description=__doc__).run()
     if not argv or argv[0] not in METHODS:
-        raise ValueError(f"expected one of {', '.join(METHODS)}, pictures and options, got {argv[:1] or 'nothing'}")
+        raise ValueError(
+            f"expected one of {', '.join(METHODS)}, pictures, variance and options, got {argv[:1] or 'nothing'}"
+        )
     study = tyro.cli(Study, args=argv[1:], description=__doc__, default=Study(tyro.MISSING))
     study = replace(study, name=argv[0])
     rows = study.run()

@@ -76,6 +76,6 @@ class TestDiffusionOPD(FlowContract):
     texts = ("teachers",)
     matters = [
         ({}, {"form": "policy_gradient"}), ({}, {"kl_divisor": "sigma"}), ({}, {"reduce": "mean"}),
-        ({}, {"sampler": "ode", "noise_level": 0.0}), ({}, {"teacher_steps": 2}),
+        ({}, {"sampler": "dpm2", "noise_level": 0.0}), ({}, {"teacher_steps": 2}),
     ]  # fmt: skip
     exceptions = {"test_equal_rewards_leave_the_first_policy_alone": "it reads no reward"}

@@ -109,7 +109,8 @@ class TestTraining:
         return agent
 
     def test_a_student_that_equals_its_teacher_stands_still(self):
-        for sampler, noise in (("flow_sde", 0.7), ("ode", 0.0), ("ddim", 1.0), ("cps", 0.5), ("dance_sde", 0.3)):
+        noisy = (("flow_sde", 0.7), ("ddim", 1.0), ("cps", 0.5), ("dance_sde", 0.3))
+        for sampler, noise in (*noisy, ("ode", 0.0), ("dpm2", 0.0)):
             agent = DiffusionOPD("ring2d", seed=1, **(SMALL | TASK | {"teacher_steps": 0}),
                                  sampler=sampler, noise_level=noise)  # fmt: skip
             before = [p.detach().clone() for p in agent.policy.parameters()]
@@ -183,6 +184,6 @@ class TestTraining:
 
     def test_settings_that_do_not_fit(self):
         with pytest.raises(ConfigError, match="no density"):
-            DiffusionOPD("ring2d", form="policy_gradient", sampler="ode", noise_level=0.0)
+            DiffusionOPD("ring2d", form="policy_gradient", sampler="dpm2", noise_level=0.0)
         with pytest.raises(ConfigError, match="teacher_steps"):
             DiffusionOPD("ring2d", teachers=("a.pt",), teacher_steps=5)

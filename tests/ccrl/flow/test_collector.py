@@ -20,7 +20,7 @@ def made(solver="flow_sde", noise=0.7, steps=5, **rows):
 REQUEST = Request(counts=torch.tensor([3, 2]))
 
 
-@pytest.mark.parametrize(("solver", "noise"), [(s, 0.5) for s in STOCHASTIC] + [("ode", 0.0)])
+@pytest.mark.parametrize(("solver", "noise"), [(s, 0.5) for s in STOCHASTIC] + [("ode", 0.0), ("dpm2", 0.0)])
 def test_the_policy_scores_what_the_sampler_did(solver, noise):
     """Sampler and policy share one mean: at unchanged parameters means and log-probabilities come back exactly."""
     collector, policy = made(solver, noise)
@@ -32,7 +32,7 @@ def test_the_policy_scores_what_the_sampler_did(solver, noise):
     torch.testing.assert_close(found["log_prob"], data["log_prob"], rtol=0, atol=1e-4)
     torch.testing.assert_close(data["obs"][1:], data["action"][:-1], rtol=0, atol=0)
     assert torch.equal(data["clean"], data["action"][-1])
-    if solver == "ode":
+    if noise == 0.0:
         torch.testing.assert_close(data["action"], data["old_mean"], rtol=0, atol=0)
         assert not data["log_prob"].any()
 

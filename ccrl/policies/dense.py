@@ -1,0 +1,93 @@
+"""A linear layer by oneDNN's product, which on CPUs that are not Intel's takes half the time of the usual one.
+
+PyTorch multiplies float32 matrices on CPUs with MKL, which on other makers' processors leaves their wider registers
+idle; oneDNN, which every build of PyTorch for x86 has beside it, does not ask whose processor it is. Sums are taken in
+another order, so numbers differ from ``torch.nn.Linear``'s in the last digits; they are the same at every call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["Dense", "dense"]
+
+ROWS, WIDTH = 128, 16
+"""Smaller products take longer this way."""
+
+_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+# compiled graphs take oneDNN's operator for weights that never change, and refuse it for others: to them it is opaque
+_LIBRARY = torch.library.Library("ccrl", "FRAGMENT")
+_LIBRARY.define("dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.impl("dense", _onednn, "CPU")
+
+
+@torch.library.register_fake("ccrl::dense", lib=_LIBRARY)  # type: ignore[untyped-decorator]
+def _like(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x @ weight.T + bias`` by oneDNN where neither factor is narrow."""
+    if min(weight.shape) < WIDTH:
+        return F.linear(x, weight, bias)
+    found: Tensor = (torch.ops.ccrl.dense if torch.compiler.is_compiling() else _onednn)(x, weight, bias)
+    return found
+
+
+class _Dense(torch.autograd.Function):
+    # without setup_context: transforms of torch.func, under which the opaque operator is differentiated wrongly when
+    # compiled, refuse it
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, weight)
+        ctx.biased = bias is not None
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        # the product itself has no derivative: a gradient of gradients goes through PyTorch's own
+        multiply = F.linear if torch.is_grad_enabled() else _product
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        by_weight = None
+        if needs_weight and inputs.shape[1] < WIDTH:  # the other way round a narrow factor takes eight times as long
+            by_weight = (inputs.t() @ rows).t()
+        elif needs_weight:
+            narrow = rows.shape[1] < WIDTH
+            by_weight = rows.t() @ inputs if narrow else multiply(rows.t(), inputs.t(), None)
+        by_x = multiply(grad, weight.t(), None) if needs_x else None
+        return by_x, by_weight, rows.sum(0) if ctx.biased and needs_bias else None
+
+
+def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x @ weight.T + bias`` ``[..., O]`` of ``x`` ``[..., I]`` and ``weight`` ``[O, I]``.
+
+    By oneDNN for float32 on a CPU where the product is large enough to gain, by ``torch.nn.functional.linear`` else.
+    Gradients of gradients work; transforms of ``torch.func`` raise.
+    """
+    large = max(weight.shape) >= WIDTH and x.numel() >= ROWS * weight.shape[1]
+    if not (_AVAILABLE and large and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
+        return F.linear(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return _product(x, weight, bias)
+    found: Tensor = _Dense.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    return found
+
+
+class Dense(nn.Linear):
+    """``torch.nn.Linear`` by :func:`dense`: the same parameters under the same names."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dense(x, self.weight, self.bias)
