@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import shlex
+import shutil
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,6 +161,9 @@ class Report:
                 continue
             rows = read_rows(path)
             found += rows
+            # beside the figure, so that it can be drawn again without training
+            self.figures.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, self.figures / f"bayesian_{name}_runs.csv")
             command = (self.out / f"{name.removesuffix('_search')}.command").read_text(encoding="utf-8")
             parts = [curves(path, rows, column, label) for column, label in panels.items()]
             study = Study(metric, tuple(itertools.chain(*parts)), unit=unit)

@@ -29,6 +29,7 @@ import envs
 from agents import PPO, DetaN
 from ccrl.distributional import CVaR, ExactOracle, Expected, Law, Objective, best_stock_free, cvar, law_of
 from ccrl.experiment.cells import complete
+from ccrl.experiment.csv_table import read_rows
 from ccrl.wrappers import StockEnv
 from scripts.studies import tables
 from scripts.studies.stock.pictures import gaps, objectives
@@ -240,5 +241,8 @@ def main(argv: list[str]) -> Rows:
     commands: dict[str, Callable[..., Any]] = {"pictures": Pictures, "chain": Chain, "tail": Tail}
     study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
     rows: Rows = study.run()
-    tables.write(study.figures / f"stock_{argv[0]}", "python scripts/studies/stock " + shlex.join(argv), rows)
+    stem = study.figures / f"stock_{argv[0]}"
+    # every run, so that the table can be checked without running any again; pictures are formulas
+    runs = None if isinstance(study, Pictures) else list(read_rows(study.out / f"{argv[0]}.csv"))
+    tables.write(stem, "python scripts/studies/stock " + shlex.join(argv), rows, runs)
     return rows
