@@ -66,14 +66,16 @@ class Config:
 
 
 def main(config: Config) -> None:
-    """Measure, print a table of slopes and write the table of costs and its picture.
+    """Measure, print a table of slopes and write the table of costs and its picture; what an older table has of other
+    verticals stays.
 
     Raises ``ValueError`` for an unknown vertical.
     """
     if unknown := sorted(set(config.verticals) - set(VERTICALS)):
         raise ValueError(f"verticals: expected some of {', '.join(VERTICALS)}, got {', '.join(unknown)}")
     torch.set_num_threads(1)
-    found: dict[str, dict[int, float]] = {}
+    table = config.out / "growth.csv"
+    found = _read(table) if table.exists() else {}
     print("| size of | unit | smallest, us | largest, us | slope |\n|---|---|---:|---:|---:|")
     for name in config.verticals:
         unit, prepare = VERTICALS[name]
@@ -83,13 +85,22 @@ def main(config: Config) -> None:
         ends = " | ".join(f"{costs[n]:,.2f} ({n:,})" for n in (sizes[0], sizes[-1]))
         print(f"| {name} | {unit} | {ends} | {slope(costs):.2f} |", flush=True)
     config.out.mkdir(parents=True, exist_ok=True)
-    with (config.out / "growth.csv").open("w", newline="") as file:
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(COLUMNS)
+    found = {name: found[name] for name in VERTICALS if name in found}
+    with table.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(COLUMNS)
         for name, costs in found.items():
-            table.writerows([name, VERTICALS[name][0], size, f"{cost:.4f}"] for size, cost in costs.items())
+            writer.writerows([name, VERTICALS[name][0], size, f"{cost:.4f}"] for size, cost in costs.items())
     if config.figure:
         _draw(found, config.out / "growth.png")
+
+
+def _read(table: Path) -> dict[str, dict[int, float]]:
+    found: dict[str, dict[int, float]] = {}
+    with table.open(newline="") as file:
+        for row in csv.DictReader(file):
+            found.setdefault(row["vertical"], {})[int(row["size"])] = float(row["microseconds_per_unit"])
+    return found
 
 
 def slope(costs: dict[int, float]) -> float:

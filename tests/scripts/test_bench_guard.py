@@ -50,8 +50,9 @@ def test_a_slope_by_hand() -> None:
 
 
 def test_growth_writes_its_table_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    growth.main(growth.Config(verticals=("ring", "transitions"), ring=(50, 100), transitions=(20, 40), repeats=1,
-                              out=tmp_path))  # fmt: skip
+    growth.main(growth.Config(verticals=("transitions",), transitions=(20, 40), repeats=1, out=tmp_path, figure=False))
+    assert not (tmp_path / "growth.png").exists()
+    growth.main(growth.Config(verticals=("ring",), ring=(50, 100), repeats=1, out=tmp_path))
     rows = list(csv.DictReader((tmp_path / "growth.csv").open()))
     assert [(row["vertical"], row["size"]) for row in rows] == [
         ("ring", "50"), ("ring", "100"), ("transitions", "20"), ("transitions", "40"),
