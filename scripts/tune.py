@@ -18,6 +18,7 @@ from __future__ import annotations
 import csv
 import multiprocessing
 import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,10 +140,11 @@ def _study(options: Options, worker: int = 0) -> Any:
     optuna = require("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # a killed process leaves a trial that runs for ever; its heart stops, and the next process calls it failed
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{options.out.resolve() / 'study.db'}", heartbeat_interval=30, grace_period=120,
-        engine_kwargs={"connect_args": {"timeout": 60}},
-    )  # fmt: skip
+    with warnings.catch_warnings(action="ignore", category=optuna.exceptions.ExperimentalWarning):
+        storage = optuna.storages.RDBStorage(
+            f"sqlite:///{options.out.resolve() / 'study.db'}", heartbeat_interval=30, grace_period=120,
+            engine_kwargs={"connect_args": {"timeout": 60}},
+        )  # fmt: skip
     study = optuna.create_study(
         study_name=f"{options.agent}__{options.env}__{options.total_timesteps}", direction="maximize", storage=storage,
         load_if_exists=True,

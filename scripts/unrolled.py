@@ -37,7 +37,8 @@ TASKS = ("CartPole-v1", "Pendulum-v1", "ccrl/InventoryOneStoreLost-v0")
 """Tried in this order until one has the spaces that the agent takes."""
 
 SMALL = {"num_envs": 2, "n_steps": 16, "batch_size": 16, "learning_starts": 32, "buffer_size": 256,
-         "n_train": 64, "n_dev": 64, "compile": "off"}  # fmt: skip
+         "n_train": 64, "n_dev": 64, "rounds": 2, "hidden": (32, 32), "critic_hidden": (32, 32),
+         "compile": "off"}  # fmt: skip
 """Settings of the traced agent, as far as it has them: sizes alone, and no compilation, which would hide functions."""
 
 
