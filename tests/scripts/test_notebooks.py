@@ -51,3 +51,4 @@ def test_a_notebook_is_whole(path):
     for each in code:
         ast.parse("".join(each["source"]))
         assert not [output for output in each["outputs"] if output.get("output_type") == "error"]
+    assert any(each["outputs"] for each in code), "run scripts/notebooks.py --write"
