@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -63,7 +63,7 @@ class Schedule:
         """The same in another type."""
         columns = (self.time, self.next_time, self.x, self.v, self.std, self.sigma)
         past = None if self.past is None else self.past.to(device, dtype)
-        return Schedule(*(column.to(device, dtype) for column in columns), past=past)
+        return replace(Schedule(*(column.to(device, dtype) for column in columns)), past=past)
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:

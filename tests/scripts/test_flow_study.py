@@ -7,6 +7,7 @@ import math
 import pytest
 
 from scripts.reproductions import awm, diffusion_opd
+from scripts.studies.flow import distil
 from scripts.studies.flow.study import gold_at, main, steps_to
 
 
@@ -24,19 +25,33 @@ def test_a_study_resumes_and_writes_its_files(tmp_path, monkeypatch):
         assert (tmp_path / "figures" / f"flow_guard{suffix}").exists()
 
 
-@pytest.mark.parametrize("name", ["awm", "opd"])
-def test_studies_from_a_shared_start(name, tmp_path, monkeypatch):
-    for module, cached in ((awm, awm.base), (diffusion_opd, diffusion_opd.start)):
-        key = "START" if module is awm else "SIZE"
-        monkeypatch.setitem(getattr(module, key), "warm_start_steps", 2)
+@pytest.fixture
+def quick(monkeypatch):
+    """Pre-training of two steps, small groups."""
+    caches = (awm.base, diffusion_opd.start, distil._start, distil._alone)
+    for cached in caches:
         cached.cache_clear()
+    for settings in (awm.START, diffusion_opd.SIZE):
+        monkeypatch.setitem(settings, "warm_start_steps", 2)
     monkeypatch.setitem(diffusion_opd.SIZE, "teacher_steps", 2)
-    monkeypatch.setitem(diffusion_opd.SIZE, "group_size", 4)
-    argv = [name, "--out", str(tmp_path), "--figures", str(tmp_path), "--seeds", "1", "--iterations", "3"]
+    for settings in (diffusion_opd.SIZE, distil.RL, awm.SIZE):
+        monkeypatch.setitem(settings, "group_size", 4)
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["awm", "opd", "opd_scales"])
+def test_studies_from_a_shared_start(name, tmp_path, quick):
+    argv = [name, "--out", str(tmp_path), "--figures", str(tmp_path), "--seeds", "1", "--iterations", "4"]
     (table,) = main([*argv, "--every", "1"])
     assert len(table) >= 4
-    for cached in (awm.base, diffusion_opd.start):
-        cached.cache_clear()
+
+
+def test_variance_by_design(tmp_path, quick):
+    (table,) = main(["variance", "--figures", str(tmp_path), "--seeds", "1", "--batches", "2"])
+    assert [row["method"] for row in table] == ["uniform"] * 4 + ["ghuber"] * 4 + ["flow_grpo"] * 2
+    assert (tmp_path / "flow_variance.md").exists()
 
 
 def test_steps_to_a_reward():

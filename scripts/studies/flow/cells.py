@@ -19,7 +19,7 @@ from scripts.studies.flow.control import hopper, maze
 from scripts.studies.flow.distil import opd, scales
 from scripts.studies.tables import Rows
 
-__all__ = ["METHODS", "PLAY", "play"]
+__all__ = ["CONTROL", "METHODS", "PLAY", "play"]
 
 HACKED: dict[str, Any] = {
     "n_prompts": 8, "group_size": 16, "n_epochs": 4, "steps": 10, "time_shift": 3.0, "base": "exact", "hidden": (64,

@@ -38,7 +38,7 @@ check_siblings("agents", "envs")
 from ccrl.experiment.cells import complete
 from ccrl.stats import paired_t, t_interval
 from scripts.studies import tables
-from scripts.studies.flow.cells import METHODS, play
+from scripts.studies.flow.cells import CONTROL, METHODS, play
 from scripts.studies.flow.pictures import Pictures
 from scripts.studies.flow.variance import Variance
 from scripts.studies.tables import Rows
@@ -61,6 +61,8 @@ class Plan:
     """Columns of its table and its picture."""
 
 
+WORDS = {"reward": "mean reward", "gold": "gold reward", "distance": "distance to the data",
+         "lowest": "reward of the worst task", "both": "smaller share of two right moves"}  # fmt: skip
 HACKED, TASKS = ("reward", "gold", "distance"), ("reward", "lowest")
 PLANS = {
     "guard": Plan(60, 5, 5, HACKED), "guard_grid": Plan(60, 5, 2, HACKED), "guard_test": Plan(60, 5, 5, HACKED),
@@ -151,25 +153,26 @@ class Study:
         return [found] if found else []
 
     def figure(self, rows: Rows, command: str) -> Figure:
-        """Curves over iterations, seeds thin and their mean thick; of guard also gold against proxy."""
+        """Curves over iterations, seeds thin and their mean thick; of proxies also gold against proxy."""
         shown = PLANS[self.name].shown
-        page = Figure(figsize=(4.2 * (len(shown) + self.guards), 3.6), layout="constrained")
+        page = Figure(figsize=(max(5.5, 4.2 * (len(shown) + self.guards)), 3.8), layout="constrained")
         axes = page.subplots(1, len(shown) + self.guards, squeeze=False)[0]
         for i, method in enumerate(METHODS[self.name]):
-            runs = _runs(rows, method)
+            runs, style = _runs(rows, method), "--" if "KL" in method else "-"
             for axis, column in zip(axes, shown):
                 x = [p["iteration"] for p in runs[0]]
                 for run in runs:
                     axis.plot(x, [p[column] for p in run], color=f"C{i}", alpha=0.25, linewidth=0.8)
                 mean = [statistics.fmean(run[k][column] for run in runs) for k in range(len(x))]
-                axis.plot(x, mean, color=f"C{i}", label=method)
-                axis.set(xlabel="iterations", title=column)
+                axis.plot(x, mean, style, color=f"C{i}", label=method)
+                axis.set(xlabel="iterations", ylabel="return of an episode" if self.name in CONTROL else WORDS[column])
             if self.guards:
                 for run in runs:
-                    axes[-1].plot([p["reward"] for p in run], [p["gold"] for p in run], color=f"C{i}", alpha=0.6)
+                    proxy, gold = ([p[column] for p in run] for column in ("reward", "gold"))
+                    axes[-1].plot(proxy, gold, style, color=f"C{i}", alpha=0.6)
                 axes[-1].set(xlabel="proxy reward", ylabel="gold reward")
-        axes[0].legend(fontsize=7)
-        page.text(0.005, 0.002, command, fontsize=5, color="0.4")
+        axes[0].legend(fontsize=8)
+        page.supxlabel(command, x=0.005, ha="left", fontsize=6, color="0.4")  # the layout keeps room for it
         return page
 
 

@@ -151,3 +151,14 @@ def test_bad_names_and_options():
         make_flow_task("mixture16", modes=2, conditions=3)
     with pytest.raises(TypeError, match="FlowTask"):
         resolve_flow_task(object())
+
+
+def test_rewards_of_different_sizes():
+    """At their wanted modes samples earn their condition's factor; gold stays 1."""
+    task = make_flow_task("ring2d", conditions=2, scales=(1.0, 0.05))
+    label = torch.tensor([0, 1])
+    torch.testing.assert_close(task.score(task.wanted, label), torch.tensor([[1.0], [0.05]]))
+    torch.testing.assert_close(task.gold(task.wanted, label), torch.ones(2))
+    for scales in ((1.0,), (1.0, 0.0), (1.0, float("nan"))):
+        with pytest.raises(ValueError, match="scale"):
+            make_flow_task("ring2d", conditions=2, scales=scales)
