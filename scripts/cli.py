@@ -14,8 +14,8 @@ from pathlib import Path
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = ("train", "evaluate", "benchmark", "plot", "report", "tune", "methods", "gradient_lab", "inventory_network",
-            "inventory_example", "inventory_train", "inventory_orders", "inventory_report", "stockpyl_check",
-            "unrolled", "export", "make_dataset", "reproduce")  # fmt: skip
+            "inventory_example", "inventory_train", "inventory_orders", "inventory_report", "llm_example",
+            "stockpyl_check", "unrolled", "export", "make_dataset", "reproduce")  # fmt: skip
 
 FOLDER = Path(__file__).resolve().parent
 

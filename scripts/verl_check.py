@@ -162,8 +162,8 @@ def clips(name: str) -> dict[str, Any]:
     """verl's names of the method's bounds; verl's third bound, of negative advantages, is out of the way."""
     config = get_method(name).Config(**FITTED.get(name, {}))
     found: dict[str, Any] = {"clip_ratio_c": 1e9}
-    for mine, its in (("clip_low", "clip_ratio_low"), ("clip_high", "clip_ratio_high"), ("tau_pos", "tau_pos"),
-                      ("tau_neg", "tau_neg")):  # fmt: skip
+    for mine, its in (("clip_low", "clip_ratio_low"), ("clip_high", "clip_ratio_high"), ("tau_positive", "tau_pos"),
+                      ("tau_negative", "tau_neg")):  # fmt: skip
         if hasattr(config, mine):
             found[its] = getattr(config, mine)
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,19 @@ from ccrl.packages import require
 __all__ = ["export_model"]
 
 TOLERANCE = 1e-3
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """A training that exports in every iteration would be lost among the library's progress bars."""
+    logging = require("transformers.utils.logging", "llm")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -38,13 +53,15 @@ def export_model(policy: nn.Module, vocab: Vocabulary, folder: Path, check: bool
     if ends := list(end_tokens(vocab)):
         model.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
         model.generation_config.pad_token_id = vocab.pad
-    model.save_pretrained(folder)
+    with _no_bars():
+        model.save_pretrained(folder)
     if isinstance(vocab, HFVocabulary):
         vocab.tokenizer.save_pretrained(folder)
     if not check:
         return 0.0
     transformers = require("transformers", "llm")
-    again = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
+    with _no_bars():
+        again = transformers.AutoModelForCausalLM.from_pretrained(str(folder), local_files_only=True)
     ids = torch.arange(min(16, policy.vocab_size), device=next(policy.parameters()).device).unsqueeze(0)
     mine, theirs = (
         m.eval()(input_ids=ids).logits.float().log_softmax(-1) for m in (policy.model, again.to(ids.device))

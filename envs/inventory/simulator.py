@@ -141,11 +141,12 @@ class InventoryEnv:
         return {name: value.to(device=device, dtype=dtype) for name, value in scenarios.items()}
 
     def _features(self, demand: Recorded) -> Tensor:
-        """``[S, T + L, K, F]``: of every period, and those after it that an order of it meets."""
+        """``[S, T + L + 1, K, F]``: of every period, and those after it that an order of it meets; of the period after
+        the last one too, which the last observation is of."""
         assert demand.features is not None
-        first = self.first_week + demand.history
-        given = demand.features[:, first : first + self.periods + self.network.slots]
-        missing = self.periods + self.network.slots - given.shape[1]
+        first, periods = self.first_week + demand.history, self.periods + self.network.slots + 1
+        given = demand.features[:, first : first + periods]
+        missing = periods - given.shape[1]
         return torch.cat((given, demand.beyond.expand(-1, missing, -1, -1)), 1) if missing else given
 
     def _by_series(self, rows: Tensor, copy: Tensor, generator: torch.Generator) -> State:

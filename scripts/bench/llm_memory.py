@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -56,6 +57,8 @@ class Config:
     """Timed updates of each setting, in turn."""
     threads: int = 1
     """torch threads."""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: this process's CPU seconds, for one thread on a machine that others use."""
     device: str = "cpu"
     """cpu or cuda."""
 
@@ -95,12 +98,12 @@ class Update:
     def __call__(self) -> None:
         self.agent.updaters["policy"].step(self.terms, self.batch)
 
-    def seconds(self) -> float:
-        start = time.perf_counter()
+    def seconds(self, clock: Callable[[], float]) -> float:
+        start = clock()
         self()
         if self.agent.device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start
 
 
 def measure(config: Config) -> dict[str, tuple[float, float, float]]:
@@ -112,7 +115,8 @@ def measure(config: Config) -> dict[str, tuple[float, float, float]]:
         # the first update makes the moments, which stay
         memory[name] = peak(updates[name], config.device) / 2**20
         weights[name] = sum(p.nbytes for p in updates[name].agent.policy.parameters()) / 2**20
-    rows = [{name: update.seconds() for name, update in updates.items()} for _ in range(config.rounds)]
+    clock = time.perf_counter if config.clock == "wall" else time.process_time
+    rows = [{name: update.seconds(clock) for name, update in updates.items()} for _ in range(config.rounds)]
     return {name: (statistics.median(row[name] for row in rows), memory[name], weights[name]) for name in updates}
 
 
@@ -122,7 +126,7 @@ def main(config: Config) -> None:
     base = found["the defaults (256 tokens a piece)"]
     size = config.n_prompts * config.group_size
     print(f"{size} completions of {config.length} tokens, {config.layers} layers of width {config.width}, vocabulary "
-          f"{config.vocab}, {config.threads} thread(s), {config.device}\n")  # fmt: skip
+          f"{config.vocab}, {config.threads} thread(s), {config.device}, {config.clock} clock\n")  # fmt: skip
     print("| setting | seconds | of the defaults | update, MiB | weights, MiB |\n|---|---|---|---|---|")
     for name, (seconds, update, weights) in found.items():
         print(f"| {name} | {seconds:.2f} | {seconds / base[0]:.2f} | {update:.0f} | {weights:.0f} |")

@@ -9,7 +9,8 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 torch=${TORCH:-torch==2.13.0}
 
 "${PYTHON:-python3.11}" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install "$torch" "verl==0.9.1" cachetools -e "$root"
+# the three after it: what verl 0.9.1 imports without asking for it
+"$folder/venv/bin/pip" install "$torch" "verl==0.9.1" cachetools fastapi uvicorn -e "$root[verl]"
 
 cd "$root"
 "$folder/venv/bin/python" scripts/verl_check.py

@@ -11,28 +11,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from ccrl.packages import require
 
 ROOT = Path(__file__).resolve().parents[2]
-CHARACTERS = "0123456789+=abcdefghijklmnopqrstuvwxyz :\n"
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
-REWARD = '''
-def digits(completions, answer, **columns):
-    """As TRL calls it: all completions at once; of chat messages each is a list of messages."""
-    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
-    return [float(bool(t) and t.strip().isdigit()) for t in texts]
-
-def short(prompt, completion, record):
-    return 1.0 if len(completion) <= len(record["answer"]) else 0.0
-'''
 
 
 @pytest.fixture(scope="module")
@@ -40,37 +24,11 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``base`` (a Llama of one layer with a tokenizer of characters and a chat template), ``data.jsonl``
     (texts and chat messages) and ``my_rewards.py``."""
     try:
-        transformers, tokenizers = require("transformers", "llm"), require("tokenizers", "llm")
+        require("transformers", "llm")
     except ImportError as error:
         pytest.skip(str(error))
     work = tmp_path_factory.mktemp("engineer")
-    known = {token: i for i, token in enumerate([*CHARACTERS, "<pad>", "<bos>", "<eos>", "<unk>"])}
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(known, unk_token="<unk>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    backend.decoder = tokenizers.decoders.Fuse()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
-        chat_template=TEMPLATE,
-    ).save_pretrained(work / "base")  # fmt: skip
-    torch.manual_seed(0)
-    transformers.AutoModelForCausalLM.from_config(
-        transformers.LlamaConfig(
-            vocab_size=len(known), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, max_position_embeddings=128, bos_token_id=None, eos_token_id=None,
-        )
-    ).save_pretrained(work / "base")  # fmt: skip
-    lines: list[dict[str, Any]] = []
-    for i in range(60):
-        ask: Any = f"{i}+1=" if i % 2 else [{"role": "system", "content": "add"}, {"role": "user", "content": f"{i}+1"}]
-        lines.append({"prompt": ask, "answer": str(i + 1)})
-    (work / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (work / "my_rewards.py").write_text(REWARD)
-    judge = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1,
-        pad_token_id=known["<pad>"],
-    )  # fmt: skip
-    transformers.AutoModelForSequenceClassification.from_config(judge).save_pretrained(work / "judge")
-    transformers.AutoTokenizer.from_pretrained(work / "base").save_pretrained(work / "judge")
+    command("llm_example", "--out", str(work), cwd=work)
     return work
 
 

@@ -229,9 +229,12 @@ def test_promotions_and_the_season_reach_every_agent():
     assert start.shape == (6, 2 + 16 + 1 + 1 + seasons + 3)
     assert torch.equal(start[:, 2:18], torch.ones(6, 16))  # in units of the usual demand, whatever it is
     assert set(start[:, 19].tolist()) == set((0.1 + torch.tensor([4.0, 100.0])).log().tolist())
-    for week in range(16, 31):
+    for week in range(16, 16 + env.env.periods):
         assert start[0, -3:].tolist() == [float((week + k) % 7 == 0) for k in range(3)]
-        start = env.step(torch.zeros(6, 1)).obs
+        result = env.step(torch.zeros(6, 1))
+        start = result.obs
+    assert bool(result.truncated.all())
+    assert result.final_obs[0, -3:].tolist() == [float((week + 1 + k) % 7 == 0) for k in range(3)]
     # what is the same of all products is not shown, what differs is: lead times 1 and 2, no capacity and one of 100
     task = make_task("own_demand", sales=sales, holding=1.0, underage=9.0, lead_time=2)
     task.by_series["capacity"][1] = 100.0
