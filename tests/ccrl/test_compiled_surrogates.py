@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
@@ -70,6 +71,32 @@ def updater(kind: str, module: nn.Module, compile: bool) -> FlatUpdater | Module
     if kind == "flat":
         return FlatUpdater(module, lr=0.01, eps=1e-5, compile=compile)
     return ModuleUpdater(module, lambda params: torch.optim.Adam(params, lr=0.01, eps=1e-5), compile=compile)
+
+
+def test_graphs_are_traced_once_and_come_from_the_disk_the_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process finds what this one compiled; a surrogate with another number in it does not."""
+
+    def step(eps: float = 1e-5) -> tuple[Tensor, dict[str, int]]:
+        torch._dynamo.reset()  # type: ignore[no-untyped-call]
+        counters.clear()
+        module = Tempered().float()
+        made = FlatUpdater(module, lr=0.01, eps=eps, compile=True)
+        columns = {k: batch()[k].float() for k in ("obs", "log_prob", "advantage", "valid")}
+        made.step(reading(module), Data(columns).epoch(Batching(size="full"), None)[0])
+        return made.flat.clone(), dict(counters["aot_autograd"])
+
+    first, counted = step()
+    assert counted["total"] == 1, "traced again: a step size of no axis is a number at first"
+
+    def compiled_anew(*args: object, **options: object) -> None:
+        raise RuntimeError("compiled anew")
+
+    monkeypatch.setattr("torch._inductor.compile_fx.fx_codegen_and_compile", compiled_anew)
+    again, counted = step()
+    assert torch.equal(again, first)
+    assert counted["autograd_cache_hit"] == counted["total"] == 1
+    with pytest.raises(Exception, match="compiled anew"):
+        step(eps=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["flat", "module"])
