@@ -64,6 +64,25 @@ def short_sidebar(app, env):
                 node.parent.remove(node)
 
 
+trees = {}
+
+
+def one_tree(app, pagename, templatename, context, doctree):
+    """Pages of the reference stand in no sidebar, so theirs is one tree with the same links: it is resolved once, not
+    anew for each of some hundred pages, which was a third of the time of a build."""
+    if pagename.startswith("api/") and "toctree" in context:
+        resolve = context["toctree"]
+
+        def toctree(**options):
+            key = tuple(sorted(options.items()))
+            if key not in trees:
+                trees[key] = resolve(**options)
+            return trees[key]
+
+        context["toctree"] = toctree
+
+
 def setup(app):
+    app.connect("html-page-context", one_tree, priority=400)  # before furo draws it
     app.connect("env-check-consistency", short_sidebar)
     app.connect("autodoc-process-docstring", literal_blocks, priority=400)  # before napoleon reads sections

@@ -224,7 +224,7 @@ class _Links(html.parser.HTMLParser):
 def broken_links(folder: Path) -> list[str]:
     """Local links of the HTML pages under ``folder`` that lead nowhere, as ``page: link``."""
     read: dict[Path, _Links] = {}
-    for path in sorted(folder.rglob("*.html")):
+    for path in sorted(folder.resolve().rglob("*.html")):
         read[path] = _Links()
         read[path].feed(path.read_text(encoding="utf-8"))
     broken = []
@@ -233,11 +233,11 @@ def broken_links(folder: Path) -> list[str]:
             parts = urllib.parse.urlsplit(link)
             if parts.scheme or parts.netloc:
                 continue
-            target = (path.parent / urllib.parse.unquote(parts.path)).resolve() if parts.path else path.resolve()
+            target = Path(os.path.normpath(path.parent / urllib.parse.unquote(parts.path))) if parts.path else path
             anchors = read[target].anchors if target in read else None
             missing = parts.fragment and anchors is not None and urllib.parse.unquote(parts.fragment) not in anchors
-            if not target.exists() or missing:
-                broken.append(f"{path.relative_to(folder)}: {link}")
+            if missing or not (anchors is not None or target.exists()):
+                broken.append(f"{path.relative_to(folder.resolve())}: {link}")
     return broken
 
 

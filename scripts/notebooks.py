@@ -96,6 +96,8 @@ def main(options: Options) -> list[Path]:
         if options.write:
             for cell in notebook.cells:
                 cell.metadata.pop("execution", None)  # the time of day: another file at every run
+                if "outputs" in cell:  # warnings name the folders of this machine
+                    cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
             nbformat.write(notebook, path)
         print(f"[notebooks] {path.name}: {time.perf_counter() - start:.0f} s", flush=True)
     return paths
