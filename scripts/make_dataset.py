@@ -230,16 +230,18 @@ def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Data
             action = act(obs)  # type: ignore[arg-type]
             if isinstance(space, gymnasium.spaces.Box):
                 action = action.clamp(*(torch.as_tensor(x).to(action) for x in (space.low, space.high)))
+            before = np.array(obs.cpu().numpy())  # type: ignore[union-attr]  # the step may overwrite it
             result = env.step(action)
+            ended = result.terminated | result.truncated
             parts = (
-                obs,
                 action,
                 result.reward,
-                result.final_obs,
+                # rows of final_obs hold a successor only where an episode ended
+                torch.where(ended.unsqueeze(-1), result.final_obs, result.obs),  # type: ignore[arg-type]
                 result.terminated,
                 result.truncated & ~result.terminated,
             )
-            columns = [np.array(x.cpu().numpy()) for x in parts]  # type: ignore[union-attr]
+            columns = [before, *(np.array(x.cpu().numpy()) for x in parts)]
             for i in range(env.num_envs):
                 now[i].append(tuple(c[i] for c in columns))
                 if columns[4][i] or columns[5][i]:

@@ -40,6 +40,11 @@ def test_corridor_and_pendulum(tmp_path: Path) -> None:
     assert 4.0 < corridor.returns().mean() < 5.5
     bad = script.main(script.Pendulum(out=str(tmp_path / "p.npz"), gain=0.3, steps=2000))
     assert 20 < bad.returns().mean() < 60
+    # the simulator writes the next observation over the last one, and a true successor only where an episode ends
+    goes_on = ~(bad.terminated | bad.truncated)[:-1]
+    np.testing.assert_array_equal(bad.next_obs[:-1][goes_on], bad.obs[1:][goes_on])
+    assert (bad.obs != bad.next_obs).any(1).all()
+    assert np.abs(bad.next_obs[bad.terminated, 1]).min() > 0.2, "an episode ends where the pole leans"
     good = script.main(script.Pendulum(out=str(tmp_path / "g.npz"), gain=1.0, noise=0.0, steps=1000, num_envs=2))
     assert good.returns().tolist() == [1000.0] * 2
     assert good.truncated.sum() == 2
