@@ -19,8 +19,7 @@ more seeds, runs what is missing. In the end ``FIGURES/offline_NAME.md``, ``.csv
 from __future__ import annotations
 
 import itertools
-import shlex
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -144,7 +143,14 @@ class Study(Settings):
                 found.append(cell)
         return found
 
-    def run(self, name: str, command: str) -> Rows:
+    def command(self, name: str) -> str:
+        """What a page says it was made by: folders and jobs, which change no number, are left out."""
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        kept = {k: v for k, v in given.items() if k not in ("out", "figures", "jobs", "report")}
+        flags = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in kept.items())
+        return f"python scripts/studies/offline {name} --out results/offline {flags}".rstrip()
+
+    def run(self, name: str) -> Rows:
         """Run what is missing unless only the report is asked for; write the page. Its first table.
 
         :raises ValueError: nothing is there to report.
@@ -164,6 +170,7 @@ class Study(Settings):
             raise ValueError(f"{path}: expected finished runs of {name}, found none; run it without --report")
         kind = report.REPORTS[name]
         found, stem = kind.tables(rows), self.figures / f"offline_{name}"
+        command = self.command(name)
         tables.write(stem, command, found[0], rows, *found[1:])
         if kind.figure is not None:
             page = kind.figure(rows)
@@ -200,6 +207,5 @@ def main(argv: list[str]) -> list[Rows]:
     for name in STUDIES if argv[0] == "all" else argv[:1]:
         if argv[0] == "all" and study.report and not (study.out / f"{name}.csv").exists():
             continue
-        shown = shlex.join([name, *argv[1:]])
-        found.append(replace(study).run(name, f"python scripts/studies/offline {shown}"))
+        found.append(study.run(name))
     return found
