@@ -159,6 +159,8 @@ class ReplayBuffer:
                 raise ValueError(f"ReplayBuffer: expected {count} rows in {name!r}, got shape {wrong[0]}")
         if count > self.capacity:
             raise ValueError(f"ReplayBuffer: {count} rows at once do not fit a ring of {self.capacity}; enlarge it")
+        if self.device.type == "cpu" and self._write_side_by_side(rows, keep):
+            return
         order = keep.long().cumsum(0)
         # boolean indexing would wait for the device to learn the number of rows
         slot = torch.where(keep, (self._position + order - 1) % self.capacity, self.capacity)
@@ -170,6 +172,23 @@ class ReplayBuffer:
         self._size.copy_((self._size + added).clamp_max(self.capacity))
         self._total.add_(added)
         self._empty = False
+
+    def _write_side_by_side(self, rows: Mapping[str, Tree], keep: Tensor) -> bool:
+        """``_write`` where all rows are kept and lie before the ring's end, which only the host knows without waiting;
+        False elsewhere. Agents add a row per step, and twenty small kernels took longer than their copies."""
+        start, count = int(self._position), len(keep)
+        if start + count > self.capacity or not bool(keep.all()):
+            return False
+        target, source = list[Tensor](), list[Tensor]()
+        for name, column in self._columns.items():
+            target += [x[start : start + count] for x in tree_leaves(column)]
+            source += tree_leaves(rows[name], column)
+        torch._foreach_copy_(target, source)
+        self._position.fill_((start + count) % self.capacity)
+        self._size.fill_(min(int(self._size) + count, self.capacity))
+        self._total.add_(count)
+        self._empty = False
+        return True
 
     # -- drawing ------------------------------------------------------------------------------------------------------
 

@@ -107,14 +107,14 @@ def _clocks(run: Run, count: int) -> tuple[float, float]:
 def _ours(config: Config, n: int, updates: int) -> Run:
     options = {"hidden": config.hidden, "batch_size": config.batch_size, "compile": config.compile, "num_envs": n}
     agent = agents.get_agent(config.agent)(
-        config.task, updates=updates, learning_starts=500, rounds=10, buffer_size=100_000, **options
+        config.task, updates=updates, learning_starts=500, buffer_size=100_000, **options
     )
 
     def run(steps: int) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             agent.learn(steps)
 
-    run(500 + 40 * n)
+    run(500 + 50 * n)
     return run
 
 
