@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -40,7 +41,7 @@ class ProgressBar:
             total=total, initial=initial, unit=" steps", unit_scale=True, disable=None if enabled else True
         )
         self._seconds, self._drawn, self._now = seconds, 0.0, ""
-        self._table: list[tqdm[object]] = []
+        self._table: list[Any] = []
         if not self._bar.disable and seconds is not None:
             self._table = [tqdm(bar_format="{desc}", position=i, leave=False) for i in (1, 2)]
 
