@@ -152,6 +152,7 @@ def main(config: ReportConfig) -> Path:
     demand = task.demand
     assert isinstance(demand, Recorded)
     env = InventoryEnv(task, "test")
+    print("held-out periods; cost per product and period, of all locations together")
     print(page.text_table(rows))
     for found in questions:
         print(

@@ -22,7 +22,9 @@ from ccrl.settings import Count, Natural, Settings
 
 __all__ = ["ExampleConfig", "main"]
 
-CHARACTERS = "0123456789+=abcdefghijklmnopqrstuvwxyz :\n"
+CHARACTERS = "0123456789+-*/=abcdefghijklmnopqrstuvwxyz :\n"
+CALLS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+"""Marks that are a token each, as in Qwen's tokenizers."""
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -77,8 +79,9 @@ def main(config: ExampleConfig) -> list[Path]:
         tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
         chat_template=TEMPLATE,
     )  # fmt: skip
+    tokenizer.add_tokens(list(CALLS))
     shape = {
-        "vocab_size": len(known), "hidden_size": config.width, "intermediate_size": 2 * config.width,
+        "vocab_size": len(tokenizer), "hidden_size": config.width, "intermediate_size": 2 * config.width,
         "num_hidden_layers": config.layers, "num_attention_heads": 2, "num_key_value_heads": 2,
         "max_position_embeddings": 128,
     }  # fmt: skip

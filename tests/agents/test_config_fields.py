@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from agents import AGENTS, get_agent
-from agents.llm.config import ModelConfig, OptimiserConfig, RolloutConfig
+from agents.llm.config import GenerationConfig, ModelConfig, OptimiserConfig, RolloutConfig
 from ccrl.testing.settings_contract import settings_faults
 
 TEXTS = {"base", "clone_from", "dataset", "method", "reference"}
@@ -19,6 +19,6 @@ def test_fields(name: str) -> None:
     assert settings_faults(get_agent(name).Config(), TEXTS) == []
 
 
-@pytest.mark.parametrize("part", [ModelConfig, OptimiserConfig, RolloutConfig])
+@pytest.mark.parametrize("part", [GenerationConfig, ModelConfig, OptimiserConfig, RolloutConfig])
 def test_fields_beside_a_method(part: Any) -> None:
     assert settings_faults(part(), ("model",)) == []

@@ -16,7 +16,7 @@ import envs  # noqa: F401  (registers ids)
 from agents import get_agent
 from agents.grouped import Grouped
 from agents.llm import METHODS
-from agents.llm.config import ModelConfig, OptimiserConfig, RolloutConfig
+from agents.llm.config import GenerationConfig, ModelConfig, OptimiserConfig, RolloutConfig
 from ccrl.batched_env import resolve_env
 from ccrl.collect import Collector, Request
 from ccrl.wrappers import StackedEnv
@@ -108,7 +108,7 @@ def test_settings_go_where_they_belong() -> None:
 def test_what_nobody_reads_is_refused() -> None:
     """There is no language model here, and no setting of another recipe."""
     offered = {f.name for f in fields(Grouped.of("hpt").Config)}
-    beside = {f.name for part in (ModelConfig, OptimiserConfig, RolloutConfig) for f in fields(part)}
+    beside = {f.name for part in (GenerationConfig, ModelConfig, OptimiserConfig, RolloutConfig) for f in fields(part)}
     assert offered & beside == {"learning_rate", "max_grad_norm"}  # Adam's here
     for name, value in (("lora_rank", 2), ("weight_decay", 0.1), ("skip_grad_norm", 1.0), ("tau_positive", 2.0)):
         with pytest.raises(TypeError, match=f"grouped has no setting '{name}'"):

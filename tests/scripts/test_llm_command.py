@@ -135,12 +135,12 @@ def test_it_goes_on_from_another_folder(work: Path, run: Path, tmp_path: Path) -
 
 
 def test_a_server_writes_and_a_reward_model_judges(work: Path) -> None:
-    """The page's second command, against the small server."""
+    """The page's last command, against the small server."""
     from ccrl.testing.completions_server import CompletionsServer
 
     shutil.copytree(work / "base", work / "served")
     with CompletionsServer(work / "served", "mine") as server:
-        argv = [server.url if word.startswith("http") else word for word in page("train", 1)]
+        argv = [server.url if word.startswith("http") else word for word in page("train", 2)]
         command(
             "train", *argv, "--total-timesteps", "32", "--eval-every", "0", "--run-root", "served_runs", "--lora-rank",
             "2", *SIZES, *SAMPLING, cwd=work,
@@ -152,3 +152,21 @@ def test_a_server_writes_and_a_reward_model_judges(work: Path) -> None:
     assert all(float(row["rollout/server_gap"]) < 1e-4 for row in rows)
     assert all(abs(float(row["rollout/judge"])) > 0 for row in rows)
     assert "completions come from a server" in json.loads((run / "run.json").read_text())["resume_note"]
+
+
+def test_several_turns_with_a_tool(work: Path) -> None:
+    """The page's second command: the model's folder has a chat template and a token for the end of a call."""
+    command(
+        "train", *page("train", 1), "--total-timesteps", "16", "--eval-every", "0", "--run-root", "tool_runs", *SIZES,
+        cwd=work,
+    )  # fmt: skip
+    (run,) = (work / "tool_runs").iterdir()
+    assert "tools__grpo" in run.name
+    from agents.llm.baselines import GRPO
+    from ccrl.experiment.checkpoint import latest
+
+    agent = GRPO.load(latest(run / "checkpoints"))
+    vocab, task = agent.task.vocab, agent.task
+    called = vocab.encode("<tool_call>12*7</tool_call>")
+    assert called[-1] == task.turn
+    assert vocab.decode(task.respond(None, called)) == "<tool_response>84</tool_response>"

@@ -11,7 +11,7 @@ import agents
 from agents.llm import METHODS, get_method
 from agents.llm.agent import LLM
 from agents.llm.baselines import GRPO, GRPOConfig
-from agents.llm.config import ModelConfig, OptimiserConfig, RolloutConfig
+from agents.llm.config import GenerationConfig, ModelConfig, OptimiserConfig, RolloutConfig
 from ccrl.estimators.recipe import Method, MethodConfig, Recipe
 from ccrl.testing.recipe_contract import RaggedTask
 
@@ -25,7 +25,7 @@ def test_every_name_is_a_method_and_every_setting_has_one_home(name: str) -> Non
     method = get_method(name)
     assert isinstance(method, Method)
     assert method.name == name
-    parts = (method.Config, ModelConfig, OptimiserConfig, RolloutConfig)
+    parts = (method.Config, GenerationConfig, ModelConfig, OptimiserConfig, RolloutConfig)
     names = [f.name for part in parts for f in fields(part)]
     assert len(names) == len(set(names))
     assert method.defaults.keys() <= {f.name for part in parts[1:] for f in fields(part)}

@@ -11,6 +11,7 @@ import torch
 
 from agents.llm.baselines import GRPO
 from agents.llm.epo import EPO
+from ccrl import registry
 from ccrl.llm.models import tiny_model
 from ccrl.llm.served import ServerError
 from ccrl.packages import require
@@ -149,3 +150,20 @@ def _has_peft() -> bool:
     import importlib.util
 
     return importlib.util.find_spec("peft") is not None
+
+
+def test_a_resumed_run_sends_its_weights_first(server: CompletionsServer, base: Path, tmp_path: Path) -> None:
+    """The server has those of another run by then."""
+    options = {"path": str(base / "data.jsonl"), "reward": "json:dumps", "max_new_tokens": 5}
+    settings = {"generation": server.url, "generation_model": "mine", "generation_weights": "reload",
+                "generation_folder": server.folder, "model": str(base), **SIZE}  # fmt: skip
+    first = GRPO("jsonl", seed=0, env_kwargs=options, **settings)
+    first.save(tmp_path / "run.pt")
+    agent(server, base).learn(16)
+    with registry.stored("a run", ["json:dumps"]):
+        again = GRPO.load(tmp_path / "run.pt", trust=["json:dumps"])
+    prompts = again.collector.draw(2)
+    again.collector.generate(again.policy, prompts, torch.arange(2))
+    assert again.collector.sent == 1
+    assert again.collector.log["rollout/server_gap"] < 1e-4
+    assert "sends it the weights again" in again.collector.resume_note
