@@ -171,7 +171,8 @@ class Study:
                     proxy, gold = ([p[column] for p in run] for column in ("reward", "gold"))
                     axes[-1].plot(proxy, gold, style, color=f"C{i}", alpha=0.6)
                 axes[-1].set(xlabel="proxy reward", ylabel="gold reward")
-        axes[0].legend(fontsize=8)
+        handles, names = axes[0].get_legend_handles_labels()
+        page.legend(handles, names, loc="outside upper center", ncols=min(len(names), 4), fontsize=8)
         page.supxlabel(command, x=0.005, ha="left", fontsize=6, color="0.4")  # the layout keeps room for it
         return page
 
