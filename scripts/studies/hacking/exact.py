@@ -18,6 +18,7 @@ check_siblings("envs")
 
 from ccrl.experiment.cells import complete
 from envs.hacking import Agreement, ExactTask, tomato_task
+from scripts.studies.look import look
 from scripts.studies.tables import Rows
 
 __all__ = ["Exact", "chi_square", "measured", "objective", "optimise", "tomato_reference"]
@@ -73,22 +74,21 @@ class Exact:
         """The rows are the table."""
         return [rows]
 
-    def figure(self, rows: Rows, command: str) -> Figure:
+    def figure(self, rows: Rows) -> Figure:
         """True return over the weights, at the optimum."""
         page = Figure(figsize=(6.4, 3.6), layout="constrained")
         axis = page.subplots()
         for i, method in enumerate(("sqrt-chi2", "action KL")):
             mine = [row for row in rows if row["method"] == method]
             x, y = [r["weight"] for r in mine], [r["J_true, optimum"] for r in mine]
-            axis.plot(x, y, "-o", color=f"C{i}", label=method)
+            axis.plot(x, y, marker="o", label=method, **look(i))
         for method, style in (("reference", "--"), ("true optimum", "-"), ("none", ":")):
             value = next(row["J_true"] for row in rows if row["method"] == method)
             axis.axhline(value, color="#8A8A8A", ls=style, lw=0.9, label=method)
-        axis.set_xlabel("weight (c; of the KL per step)")
-        axis.set_ylabel("true return")
+        axis.set_xlabel("weight (c of sqrt-chi2; of the KL per step)")
+        axis.set_ylabel("true return at the optimum, exact")
         axis.grid(color="#E6E6E6")
         axis.legend(frameon=False, fontsize=8)
-        page.supxlabel(command, x=0.01, ha="left", fontsize=6, color="#5A5A5A")
         return page
 
 

@@ -22,6 +22,7 @@ from ccrl.policies import MLPPolicy
 from ccrl.stats import paired_t, t_interval
 from envs.hacking import PointGoal, agreement, point_goal
 from scripts.studies.hacking.exact import NAN, tomato_reference
+from scripts.studies.look import look
 from scripts.studies.tables import Rows
 
 __all__ = ["SAMPLED", "Sampled", "judged", "parse", "play_sampled"]
@@ -57,7 +58,7 @@ TRIED: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """Task -> methods with their weights."""
-COLOURS = {"none": "C3", "sqrt_chi2": "C0", "action_kl": "C1", "stop": "C2"}
+LOOKS = {"none": look(6), "sqrt_chi2": look(0), "action_kl": look(1), "stop": look(2)}
 
 
 def parse(tried: str) -> tuple[str, float]:
@@ -151,36 +152,40 @@ class Sampled:
             out.append(row | dict(zip(("sqrt_chi2 is above it by", "from", "to "), other)))
         return out
 
-    def figure(self, rows: Rows, command: str) -> Figure:
+    def figure(self, rows: Rows) -> Figure:
         """True and proxy return over training at the best weights, and the last true return over the weights."""
-        page = Figure(figsize=(12.0, 3.8), layout="constrained")
-        true, proxy, sweep = page.subplots(1, 3)
+        page = Figure(figsize=(6.4, 6.2), layout="constrained")
+        (true, proxy), below = page.subplots(2, 2)
+        grid = below[0].get_gridspec()
+        for axis in below:
+            axis.remove()
+        sweep = page.add_subplot(grid[1, :])
         groups = _distinct(self.methods)
         for method in groups:
             weights = [w for m, w in self.methods if m == method]
             best = max(weights, key=lambda w: statistics.fmean(r["true"] for r in _last(rows, method, w)))
-            label = {"none": "no penalty", "stop": f"stop at chi2_hat {best:g}"}.get(method, f"{method} {best:g}")
+            label = {"none": "no penalty", "stop": f"stop at chi2 {best:g}"}.get(method, f"{method} {best:g}")
             if method != "stop":  # its curves end at different times
                 for axis, name in ((true, "true"), (proxy, "proxy")):
                     mine = [r for r in rows if (r["method"], r["weight"]) == (method, best)]
                     times = sorted({r["iteration"] for r in mine})
                     bands = [_interval([r[name] for r in mine if r["iteration"] == t]) for t in times]
-                    _band(axis, times, bands, COLOURS.get(method, "C4"), label)
+                    _band(axis, times, bands, LOOKS.get(method, look(3)), label)
             bands = [_interval([r["true"] for r in _last(rows, method, w)]) for w in weights]
             if method == "none":
-                sweep.axhline(bands[0][0], color=COLOURS["none"], ls=":", label=label)
+                sweep.axhline(bands[0][0], label=label, **LOOKS["none"])
             else:
-                _band(sweep, weights, bands, COLOURS.get(method, "C4"), method, marker="o")
+                _band(sweep, weights, bands, LOOKS.get(method, look(3)), method, marker="o")
         first = statistics.fmean(row["true"] for row in rows if row["iteration"] == 1)
-        sweep.axhline(first, color="#8A8A8A", ls="--", lw=0.9, label="first rollout")
+        sweep.axhline(first, color="#8A8A8A", ls=":", label="first rollout")
         sweep.set_xscale("log")
         for axis, x, y in ((true, "rollouts", "true"), (proxy, "rollouts", "proxy"), (sweep, "weight", "last true")):
-            axis.set_xlabel("weight (stop: chi2_hat to stop at)" if axis is sweep else x)
-            axis.set_ylabel(f"{y} return")
+            axis.set_xlabel("weight of the penalty (stop: estimated chi2 to stop at)" if axis is sweep else x)
+            axis.set_ylabel(f"{y} return of an episode")
             axis.grid(color="#E6E6E6")
-            axis.legend(frameon=False, fontsize=7)
-        page.suptitle(f"{self.task}: means of {self.seeds} seeds, 95 % intervals", x=0.01, ha="left")
-        page.supxlabel(command, x=0.01, ha="left", fontsize=6, color="#5A5A5A")
+        for axis in (true, sweep):
+            axis.legend(frameon=False, fontsize=8)
+        page.suptitle(f"{self.task}: means of {self.seeds} seeds; bands: 95 % (Student's t)", fontsize=10)
         return page
 
 
@@ -215,11 +220,11 @@ def _interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def _band(
-    axis: Any, x: list[Any], bands: list[tuple[float, float, float]], colour: str, label: str, **style: Any
+    axis: Any, x: list[Any], bands: list[tuple[float, float, float]], line: dict[str, Any], label: str, **style: Any
 ) -> None:
     mean, low, high = zip(*bands)
-    axis.plot(x, mean, color=colour, label=label, markersize=3, **style)
-    axis.fill_between(x, low, high, color=colour, alpha=0.15, lw=0)
+    axis.plot(x, mean, label=label, markersize=3, **line | style)
+    axis.fill_between(x, low, high, color=line["color"], alpha=0.15, lw=0)
 
 
 def play_sampled(cell: dict[str, Any]) -> Rows:

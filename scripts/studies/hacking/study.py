@@ -44,5 +44,5 @@ def main(argv: list[str]) -> list[Rows]:
     stem = study.figures / f"hacking_{argv[0]}"
     command = "python scripts/studies/hacking " + shlex.join(argv)
     tables.write(stem, command, found[0], rows, *found[1:])
-    study.figure(rows, command).savefig(stem.with_suffix(".png"), dpi=120)
+    study.figure(rows).savefig(stem.with_suffix(".png"), dpi=100)
     return found

@@ -38,14 +38,12 @@ from ccrl.experiment.logger import digits
 from ccrl.policies import GibbsPolicy, OneHot
 from ccrl.stats import t_interval
 from scripts.studies import tables
+from scripts.studies.look import look
 from scripts.studies.tables import Rows
 
 __all__ = ["CartPole", "Errors", "Samples", "main"]
 
 METHODS = ("pg", "nmpg", "npg_igt", "nharpg", "harpg")
-# Okabe and Ito's, told apart with all common kinds of colour blindness, and by their lines without colours
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#4D4D4D")
-DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (4, 1, 1, 1)), (0, (8, 2)), (0, (1, 2)))
 KNOWN = (*NPGIGTEstimator.rules, *HARPGEstimator.rules)
 
 
@@ -226,12 +224,11 @@ def figure(rows: Rows, target: float) -> Figure:
         values = np.array([[row["return"] for row in group] for group in by.values()])
         mean, low, high = t_interval(values) if seeds > 1 else (values[:, 0],) * 3
         rate = next(iter(by.values()))[0]["gamma_0"]
-        look: dict[str, Any] = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
         steps = [_mean([row["steps"] for row in group]) / 1000 for group in by.values()]
         for axis, x in ((upper, list(by)), (lower, steps)):
-            axis.plot(x, mean, label=f"{method}, step {rate:g}", **look)
+            axis.plot(x, mean, label=f"{method}, step {rate:g}", **look(i))
             # returns lie in [0, 200]; with few runs Student's interval does not know that
-            axis.fill_between(x, np.clip(low, 0, 200), np.clip(high, 0, 200), color=look["color"], alpha=0.15, lw=0)
+            axis.fill_between(x, np.clip(low, 0, 200), np.clip(high, 0, 200), color=look(i)["color"], alpha=0.15, lw=0)
     for axis, label in ((upper, "iterations"), (lower, "environment steps, thousands (mean of the runs)")):
         axis.axhline(target, color="#5A5A5A", linewidth=1, linestyle=":", label=f"target, {target:g}")
         axis.set(xlabel=label, ylabel="return of 20 episodes, at most 200", ylim=(0, 205))

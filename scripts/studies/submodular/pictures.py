@@ -14,6 +14,7 @@ check_siblings("envs")
 
 from ccrl.stats import t_interval
 from envs.coverage import Coverage, Groups
+from scripts.studies.look import look
 from scripts.studies.tables import Rows
 
 __all__ = ["curves", "draw", "interval", "paths"]
@@ -29,26 +30,23 @@ def interval(values: Sequence[float]) -> tuple[float, float, float]:
     return float(mean), float(low), float(high)
 
 
-def curves(
-    rows: Rows, methods: Sequence[str], bounds: list[tuple[str, float, str]], title: str, command: str
-) -> Figure:
+def curves(rows: Rows, methods: Sequence[str], bounds: list[tuple[str, float, str]], title: str) -> Figure:
     """Mean F over training with 95 % intervals of the mean over seeds."""
-    page = Figure(figsize=(6.4, 3.8), layout="constrained")
+    page = Figure(figsize=(6.4, 5.0), layout="constrained")
     axis = page.subplots()
     for i, method in enumerate(methods):
         mine = [row for row in rows if row["method"] == method]
         times = sorted({row["iteration"] for row in mine})
         mean, low, high = zip(*(interval([r["value"] for r in mine if r["iteration"] == t]) for t in times))
-        axis.plot(times, mean, color=f"C{i}", label=method)
-        axis.fill_between(times, low, high, color=f"C{i}", alpha=0.2, lw=0)
+        axis.plot(times, mean, label=method, **look(i))
+        axis.fill_between(times, low, high, color=look(i)["color"], alpha=0.15, lw=0)
     for (name, value, _), style in zip(bounds, ("--", "-")):
         axis.axhline(value, color="#8A8A8A", lw=0.8, ls=style, label=name)
     axis.set_xlabel("batches")
     axis.set_ylabel("mean F of a batch")
     axis.grid(color="#E6E6E6")
-    axis.legend(frameon=False, fontsize=7)
-    page.suptitle(title, x=0.01, ha="left", fontsize=9)
-    page.supxlabel(command, x=0.01, ha="left", fontsize=6, color="#5A5A5A")
+    axis.set_title(title, loc="left", fontsize=10)
+    page.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return page
 
 

@@ -230,8 +230,8 @@ def main(argv: list[str], small: dict[str, Any] | None = None) -> Rows:
     command = "python scripts/studies/submodular " + shlex.join(argv)
     table = study.summary(rows)
     tables.write(stem, command, table, rows)
-    title = f"{study.task}: means of {study.seeds} seeds, 95 % intervals"
-    pictures.curves(rows, study.methods, study.bounds, title, command).savefig(stem.with_suffix(".png"), dpi=120)
+    title = f"{study.task}: means of {study.seeds} seeds; bands: 95 % (Student's t)"
+    pictures.curves(rows, study.methods, study.bounds, title).savefig(stem.with_suffix(".png"), dpi=100)
     page = pictures.paths(study.env, study.shown(rows), command)
     page.savefig(stem.with_name(f"{stem.name}_paths.png"), dpi=120)
     return table
