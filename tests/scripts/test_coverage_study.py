@@ -3,6 +3,7 @@ import csv
 import numpy as np
 import pytest
 
+from ccrl.packages import ROOT
 from ccrl.stats import iqm, stratified_bootstrap
 from scripts.studies.coverage.__main__ import Options, bootstrap, main
 
@@ -22,6 +23,13 @@ def test_the_rows_are_bootstrapped_as_the_package_does():
     low, high = bootstrap(x, iqm, 20_000, np.random.default_rng(1))
     ours = stratified_bootstrap(x.T, repetitions=20_000)
     assert (low[0], high[0]) == pytest.approx((ours.low, ours.high), abs=0.05 * float(ours.high - ours.low))
+
+
+def test_the_page_has_the_kept_table():
+    kept = (ROOT / "docs" / "figures" / "interval_coverage.md").read_text()
+    rows = [line for line in kept.split("\n") if line.startswith("| ")]
+    assert "\n".join(rows[1:]) in (ROOT / "docs" / "statistics.md").read_text()
+    assert len(rows) == 1 + 3 * 5
 
 
 def test_bad_settings():
