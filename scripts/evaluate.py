@@ -27,7 +27,7 @@ check_siblings("agents", "envs")
 import agents
 import envs
 from ccrl import registry
-from ccrl.batched_env import evaluation_env
+from ccrl.batched_env import BatchedEnv, evaluation_env
 from ccrl.experiment import checkpoint
 from ccrl.experiment.evaluation import evaluate_agent
 from ccrl.experiment.files import write_atomic
@@ -83,16 +83,15 @@ def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
         why = f"; there are {', '.join(found)}" if found else "; a run writes its first after checkpoint_every steps"
         raise FileNotFoundError(f"{run.path}: expected a checkpoint {config.checkpoint!r}, found none{why}")
     info = run.info
-    agent = agents.get_agent(info["agent"]).load(path, device=config.device, trust=config.trust)
+    scene = _filmed(config, run) if config.video else None
+    agent = agents.get_agent(info["agent"]).load(path, scene, config.device, trust=config.trust)
     text = getattr(agent, "text", False)
     if config.video and not agent.steps_env:
         raise ValueError("video: an agent that steps no environment has nothing to film; leave --video out")
     options = {"device": config.device, **agent.env_kwargs}
-    # a simulator films by itself, from its first step on
-    own_recorder = config.video and str(info["env"]).partition(":")[0] in envs.LAB_FAMILIES
-    if own_recorder:
-        options["video"] = str(run.videos)
-    env = evaluation_env(info["env"], config.episodes, "test", **options) if agent.steps_env else None
+    env = scene
+    if scene is None and agent.steps_env:
+        env = evaluation_env(info["env"], config.episodes, "test", **options)
     scalars: dict[str, float] = {"steps": float(agent.num_timesteps)}
     for kind in ("deterministic", "stochastic"):
         result = evaluate_agent(agent, env, config.episodes, config.seed, kind == "deterministic")
@@ -111,7 +110,7 @@ def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
         scalars |= found
     text_of = json.dumps(scalars | {"checkpoint": str(path.name)}, indent=2) + "\n"
     write_atomic(run.path / "evaluation.json", lambda file: file.write(text_of.encode()))
-    if own_recorder:
+    if scene is not None:
         print(f"video of the first steps, by the simulator: {run.videos}")
     elif config.video:
         # render_mode is an option of the environment: without it a window or a renderer may never be made
@@ -121,6 +120,15 @@ def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
         scene.close()
         print(f"video of one deterministic episode (return {digits(score)}): {target}")
     return scalars
+
+
+def _filmed(config: EvaluateConfig, run: RunFolder) -> BatchedEnv | None:
+    """The environment of a simulator that films by itself, from its first step on; None: ours does not."""
+    if str(run.info["env"]).partition(":")[0] not in envs.LAB_FAMILIES:
+        return None
+    trained = run.config()
+    options = trained.get("env_kwargs", {}) | {"video": str(run.videos)}
+    return envs.make(run.info["env"], trained["agent"]["num_envs"], device=config.device, **options)
 
 
 if __name__ == "__main__":
