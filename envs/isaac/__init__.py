@@ -61,7 +61,8 @@ def make_isaac(
 
     :param clip_actions: half width of a clip of the actions; None: none.
     :param random_ages: training begins in the middle of episodes.
-    :param video: the simulator's own recorder films the first copy into a file in this folder; None: no film.
+    :param video: the simulator's own recorder films the scene into a file in this folder (the package moviepy below 2);
+        None: no film.
     :param video_length: steps that it films, from the first on.
     :param cfg: entries of the task's configuration by dotted name, as in ``{"episode_length_s": 5.0}``; ``seed`` is 0
         where it is not among them.
