@@ -99,7 +99,7 @@ def main(config: Config) -> list[dict[str, Any]]:
         mine = [{name: float(row[name]) for name in COLUMNS[4:]} for row in rows if row["who"] == who]
         score, seconds, cpu, share = (np.array([row[name] for row in mine]) for name in COLUMNS[4:])
         print(
-            f"[bench] {who}: return {iqm(score[:, None]):.2f} (IQM of {len(mine)}; {score.min():.2f} to "
+            f"[bench] {who}: return {float(iqm(score)):.2f} (IQM of {len(mine)}; {score.min():.2f} to "
             f"{score.max():.2f}), {np.median(seconds):.1f} s, of the CPU {np.median(cpu):.1f} s, of which "
             f"{np.median(share):.1f} s in the simulator"
         )
