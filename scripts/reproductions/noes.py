@@ -13,9 +13,9 @@ _ETR = (
     "spent on entropy"
 )
 _AWM = (
-    "expected number in doubt: ours is 31 with one time per sample and 5 with six, so the reference run's 14 would be "
-    "that of two times per sample, not of the 13 that it names; Flow-GRPO's agrees, and so do target variances in "
-    "closed form (docs/awm.md)"
+    "expected number of another design: with prompts drawn with replacement and independent times it is 10.7 (uniform) "
+    "and 11.2 (ghuber) here, near the reference run's 13 to 15; prompts that are dealt and times that are stratified, as "
+    "here, have a third to a half of that (`python scripts/studies/flow variance`). Flow-GRPO's agrees"
 )
 _RISKPO = (
     "expected number not of this setting: the optimiser of the reference run is not known. With SGD RiskPO is slower, "
