@@ -14,8 +14,8 @@ _ETR = (
 )
 _AWM = (
     "expected number of another design: with prompts drawn with replacement and independent times it is 10.7 (uniform) "
-    "and 11.2 (ghuber) here, near the reference run's 13 to 15; prompts that are dealt and times that are stratified, as "
-    "here, have a third to a half of that (`python scripts/studies/flow variance`). Flow-GRPO's agrees"
+    "and 11.2 (ghuber) here, near the reference run's 13 to 15; prompts that are dealt and times that are stratified, "
+    "as here, have a third to a half of that (`python scripts/studies/flow variance`). Flow-GRPO's agrees"
 )
 _RISKPO = (
     "expected number not of this setting: the optimiser of the reference run is not known. With SGD RiskPO is slower, "
