@@ -213,7 +213,8 @@ VERTICALS: dict[str, tuple[str, Prepare]] = {
 
 
 def _draw(found: dict[str, dict[int, float]], path: Path) -> None:
-    pyplot = require("matplotlib.pyplot", "plots")
+    from matplotlib import pyplot  # late: only where a figure is asked for
+
     figure, axes = pyplot.subplots(2, 3, figsize=(10, 6), squeeze=False)
     for axis, (name, costs) in zip(axes.flat, found.items()):
         axis.loglog(list(costs), list(costs.values()), "o-")
