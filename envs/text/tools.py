@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from ccrl import registry
-from ccrl.llm.task import Score, Vocabulary
+from ccrl.llm.task import Prompts, Score, Split, Vocabulary
 from envs.text.generated import LONGEST, GeneratedTask, Question, Verdict, at_least, columns, some_of
 from envs.text.jsonl import JsonLines
 from envs.text.rewards import Asked, Reward
@@ -225,6 +225,18 @@ class ToolLines(JsonLines):
         found.turn = found._turn()
         return found
 
+    def ask(self, numbers: Tensor, split: Split) -> Prompts:
+        """See :class:`ccrl.llm.task.FiniteTask`.
+
+        Raises:
+            ValueError: the end of a call has several characters, and no tokenizer came.
+        """
+        if self.turn < 0:
+            raise ValueError(f"call: expected one character as the end of a call without a tokenizer, got "
+                             f"{self.call[1]!r}; pass call=['<', '>'], result=['', ';'], or a model with a "
+                             "tokenizer")  # fmt: skip
+        return super().ask(numbers, split)
+
     def score(self, prompts: Any, question: Tensor, tokens: Tensor, length: Tensor) -> Score:
         completions = columns(tokens, length)
         asked: list[Asked] = []
@@ -261,14 +273,10 @@ class ToolLines(JsonLines):
         return CharVocabulary(sorted({*super()._characters().chars, *more}))
 
     def _turn(self) -> int:
-        # a vocabulary of characters ends a call with the last one of its mark
         tokens = self.vocab.encode(self.call[1])
         if isinstance(self.vocab, CharVocabulary):
-            if len(self.call[1]) > 1:
-                raise ValueError(f"call: expected one character as the end of a call without a tokenizer, got "
-                                 f"{self.call[1]!r}; pass call=['<', '>'], result=['', ';'], or a model with a "
-                                 "tokenizer")  # fmt: skip
-        elif len(tokens) != 1:
+            return tokens[0] if len(tokens) == 1 else -1  # a model's tokenizer may follow
+        if len(tokens) != 1:
             raise ValueError(f"call: expected an end of a call that is one token, got {self.call[1]!r} of "
                              f"{len(tokens)}; add it to the tokenizer, or choose another end")  # fmt: skip
         return tokens[0]

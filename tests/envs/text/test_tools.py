@@ -228,7 +228,7 @@ def test_marks_are_tokens_of_the_tokenizer(lines: Path) -> None:
     with pytest.raises(ValueError, match="one token"):
         make_task("tools", path=lines, vocab=vocab, call=("[", "3*3"))
     with pytest.raises(ValueError, match="expected one character as the end of a call"):
-        make_task("tools", path=lines)
+        make_task("tools", path=lines).prompts(1, None)
     with pytest.raises(ValueError, match="some of calculator or module:function"):
         make_task("tools", path=lines, tools="abacus", **MARKS)
     with pytest.raises(ValueError, match="expected at least one"):
