@@ -322,17 +322,9 @@ class Data(Mapping[str, Tree]):
             columns["valid"] = tree_map(lambda x: x * kept, columns["valid"])
         return self._batch(columns, n_sequences=n, n_groups=n_groups)
 
-    def _batch(
-        self,
-        columns: Mapping[str, Tree],
-        n_sequences: int | None,
-        n_groups: int | None = None,
-        n_valid: Tensor | None = None,
-    ) -> Data:
-        """Attach the counts of the whole optimiser batch: micro-batches divide by them, so their sums are exact.
-
-        :param n_valid: the number of valid rows, 0-d, where it is known.
-        """
+    def _batch(self, columns: Mapping[str, Tree], n_sequences: int | None, n_groups: int | None = None,
+               n_valid: Tensor | None = None) -> Data:  # fmt: skip
+        """Attach the counts of the whole optimiser batch: micro-batches divide by them, so their sums are exact."""
         if n_valid is None:
             valid = columns["valid"]
             assert isinstance(valid, Tensor)
@@ -342,11 +334,10 @@ class Data(Mapping[str, Tree]):
             scalars["n_sequences"] = n_valid.new_tensor(float(n_sequences))
         if n_groups is not None:
             scalars["n_groups"] = n_valid.new_tensor(float(n_groups))
-        transition = n_sequences is None
         return Data(
             dict(columns) | scalars,
             raw=self.raw | scalars.keys(),
-            sequence=frozenset() if transition else self.sequence,
+            sequence=frozenset() if n_sequences is None else self.sequence,
             scalars=frozenset(scalars),
         )
 
