@@ -74,9 +74,9 @@ def main(config: Config) -> str:
         f"|---:|---:|---|{'---:|' * (3 + len(columns))}",
     ]
     for n, updates in config.settings:
-        sides: dict[str, Run] = {"ccrl": _ours(config, n, updates)}
-        sides |= {name: _theirs(config, module, n, updates) for name, module in others.items()}
         rounds = -(-config.steps // updates)
+        sides: dict[str, Run] = {"ccrl": _ours(config, n, updates, rounds)}
+        sides |= {name: _theirs(config, module, n, updates) for name, module in others.items()}
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
         least = list[float]()
         for k in range(config.rounds):
@@ -104,17 +104,18 @@ def _clocks(run: Run, count: int) -> tuple[float, float]:
     return time.process_time() - cpu, time.perf_counter() - wall
 
 
-def _ours(config: Config, n: int, updates: int) -> Run:
+def _ours(config: Config, n: int, updates: int, rounds: int) -> Run:
     options = {"hidden": config.hidden, "batch_size": config.batch_size, "compile": config.compile, "num_envs": n}
     agent = agents.get_agent(config.agent)(
-        config.task, updates=updates, learning_starts=500, buffer_size=100_000, **options
+        config.task, updates=updates, learning_starts=500, rounds=rounds, buffer_size=100_000, **options
     )
 
+    # learn() takes whole iterations: one is exactly a measurement
     def run(steps: int) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             agent.learn(steps)
 
-    run(500 + 50 * n)
+    run(500 + rounds * n)
     return run
 
 
