@@ -22,9 +22,9 @@ from ccrl.settings import Above, ConfigError, Count, Natural, checked
 __all__ = ["Randomise", "Variants", "draw_variants"]
 
 Randomise = Mapping[str, tuple[float, float]] | Callable[[mujoco.MjModel, np.random.Generator], None]
-"""What differs. Either ranges of factors by field, ``{"geom_friction": (0.5, 1.5), "body_mass+body_inertia": (0.8,
-1.2)}``: one factor per model, uniform, for all entries of the field and of those joined to it by ``+``. Or a function
-that changes the copy of the model that it is given."""
+"""What differs: ranges of factors by field, such as ``{"geom_friction": (0.5, 1.5)}``, one factor per model, uniform,
+for all entries of the field and of those joined to it by a plus sign (``"body_mass+body_inertia"``); or a function that
+changes the copy of the model that it is given."""
 
 UNSAFE = ("opt.timestep", "opt.integrator", "opt.cone", "opt.solver")
 """Fields that the environment or an engine reads once, for all copies."""
