@@ -24,7 +24,8 @@ from ccrl.packages import check_siblings
 
 __all__ = [
     "FAMILIES", "PLUGINS", "Registry", "UntrustedError", "agents", "environments", "flow_tasks",
-    "functional_environments", "import_module", "is_module_name", "load", "methods", "stored", "text_tasks",
+    "functional_environments", "import_module", "is_module_name", "load", "load_function", "methods",
+    "stored", "text_tasks",
 ]  # fmt: skip
 
 PLUGINS = "ccrl.plugins"
@@ -113,6 +114,25 @@ def load(name: str) -> Any:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"{name!r}: expected a name {attribute!r} in {found.__name__}, there is none{hint}")
     return getattr(found, attribute)
+
+
+def load_function(name: str, setting: str, expected: str) -> Callable[..., Any]:
+    """The function that ``module:name`` names, for a setting that may be one.
+
+    Raises:
+        ValueError: there is none; the text says what ``setting`` is ``expected`` to be.
+        UntrustedError: see :func:`import_module`.
+    """
+    try:
+        found = load(name)
+    except UntrustedError:
+        raise
+    except (ValueError, ModuleNotFoundError) as error:
+        raise ValueError(f"{setting}: expected {expected}, got {name!r}: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{setting}: expected a function at {name!r}, got {type(found).__name__}")
+    function: Callable[..., Any] = found
+    return function
 
 
 class Registry:

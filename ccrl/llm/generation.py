@@ -211,14 +211,7 @@ def _route(weights: str) -> Callable[[Path, CompletionsClient], None] | None:
         return None
     if weights == "reload":
         return _reload
-    try:
-        function = registry.load(weights)
-    except registry.UntrustedError:
-        raise
-    except (ValueError, ModuleNotFoundError) as error:
-        raise ValueError(
-            f"generation_weights: expected none, reload or module:function, got {weights!r}: {error}"
-        ) from error
+    function = registry.load_function(weights, "generation_weights", "none, reload or module:function")
     return lambda folder, client: function(folder, client.url, client.model)
 
 

@@ -194,15 +194,5 @@ def _find(reward: Reward | str, device: str, batch: int) -> Reward:
         return FolderReward(reward, device, batch)
     if not isinstance(reward, str):
         raise TypeError(f"reward: expected a function or 'module:function', got {type(reward).__name__}")
-    try:
-        function = registry.load(reward)
-    except registry.UntrustedError:
-        raise
-    except (ValueError, ModuleNotFoundError) as error:
-        raise ValueError(
-            f"reward: expected 'module:function' or the folder of a reward model, got {reward!r}: {error}"
-        ) from error
-    if not callable(function):
-        raise ValueError(f"reward: expected {reward!r} to be a function, got {type(function).__name__}")
-    made: Reward = function
+    made: Reward = registry.load_function(reward, "reward", "'module:function' or the folder of a reward model")
     return made

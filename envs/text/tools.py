@@ -301,14 +301,5 @@ def _find(tool: Tool | str) -> tuple[str, Tool]:
         return getattr(tool, "__name__", type(tool).__name__), tool
     if tool in TOOLS:
         return tool, TOOLS[tool]
-    try:
-        found = registry.load(tool)
-    except registry.UntrustedError:
-        raise
-    except (ValueError, ModuleNotFoundError) as error:
-        raise ValueError(
-            f"tools: expected some of {', '.join(TOOLS)} or module:function, got {tool!r}: {error}"
-        ) from error
-    if not callable(found):
-        raise ValueError(f"tools: expected a function at {tool!r}, got {type(found).__name__}")
+    found = registry.load_function(tool, "tools", f"some of {', '.join(TOOLS)} or module:function")
     return getattr(found, "__name__", tool), found

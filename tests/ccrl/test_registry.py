@@ -155,3 +155,12 @@ def test_from_a_folder_that_is_not_installed(tmp_path):
     said, modules = done.stdout.splitlines()
     assert "import the package that registers the name first (`import envs`)" in said
     assert modules == "False False"
+
+
+def test_a_setting_that_names_a_function_says_what_it_expected():
+    assert registry.load_function("math:sqrt", "weights", "none or module:function")(4.0) == 2.0
+    with pytest.raises(ValueError, match="weights: expected a function at 'math:pi', got float"):
+        registry.load_function("math:pi", "weights", "none or module:function")
+    for name in ("none", "no_such_module:f", "math:no_such_name"):
+        with pytest.raises(ValueError, match=f"weights: expected reload or module:function, got '{name}'"):
+            registry.load_function(name, "weights", "reload or module:function")

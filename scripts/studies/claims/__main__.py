@@ -8,11 +8,12 @@ if __package__ in (None, ""):
 
 import tyro
 
-from ccrl.experiment.cells import CellsFailed
 from scripts.studies.claims.study import Options, main
+from scripts.studies.command import run
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description="Test the papers' central claims, and write docs/claims.md."))
-    except (ValueError, CellsFailed) as error:
-        sys.exit(f"error: {error}")
+    run(
+        lambda argv: main(
+            tyro.cli(Options, args=argv, description="Test the papers' central claims, and write docs/claims.md.")
+        )
+    )

@@ -8,11 +8,14 @@ if __package__ in (None, ""):
 
 import tyro
 
-from ccrl.experiment.cells import CellsFailed
+from scripts.studies.command import run
 from scripts.studies.control.study import Options, main
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description="Run the matched comparison for control, and write docs/control.md."))
-    except (ValueError, CellsFailed) as error:
-        sys.exit(f"error: {error}")
+    run(
+        lambda argv: main(
+            tyro.cli(
+                Options, args=argv, description="Run the matched comparison for control, and write docs/control.md."
+            )
+        )
+    )

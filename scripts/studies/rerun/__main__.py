@@ -8,11 +8,12 @@ if __package__ in (None, ""):
 
 import tyro
 
-from ccrl.experiment.cells import CellsFailed
+from scripts.studies.command import run
 from scripts.studies.rerun.study import Options, main
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description="Re-run cells of the claims' results with fresh seeds."))
-    except (ValueError, CellsFailed) as error:
-        sys.exit(f"error: {error}")
+    run(
+        lambda argv: main(
+            tyro.cli(Options, args=argv, description="Re-run cells of the claims' results with fresh seeds.")
+        )
+    )

@@ -8,11 +8,12 @@ if __package__ in (None, ""):
 
 import tyro
 
-from ccrl.experiment.cells import CellsFailed
+from scripts.studies.command import run
 from scripts.studies.separate.study import Options, main
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Options, description="Compare methods for language models where they can differ."))
-    except (ValueError, CellsFailed) as error:
-        sys.exit(f"error: {error}")
+    run(
+        lambda argv: main(
+            tyro.cli(Options, args=argv, description="Compare methods for language models where they can differ.")
+        )
+    )
