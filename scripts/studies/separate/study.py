@@ -167,7 +167,8 @@ def page(found: dict[str, list[Result]], results: Path) -> str:
         "(AdamW), and choose their step size (or coefficient) from three on 2 tuning seeds; the others are the "
         "method's defaults. Score: the mean of 6 evaluations spread over the training, each 8 samples of 128 held-out "
         "questions. Differences to GRPO are paired by seed, over 10 fresh seeds, with Student's 95 % interval; p is "
-        "two-sided with Holm's correction over the comparisons of a setting. Differences hold for this warm start (of a method that is about the supervised steps: its own).",
+        "two-sided with Holm's correction over the comparisons of a setting. Differences hold for this warm start "
+        "(of a method that is about the supervised steps: its own).",
         "", "Made by `python scripts/studies/separate --out results/separate`; every run is a line of "
         "`docs/figures/separate/NAME.csv`. Minutes are the runs' wall time, one thread each, tuning "
         "included.",
