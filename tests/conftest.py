@@ -6,6 +6,7 @@ import ctypes.util
 import os
 import random
 import sys
+from collections.abc import Iterator
 
 # Before NumPy, torch and MuJoCo are imported, which read these once. The subprocesses of tests inherit them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes with a thread per core each slow one another down
@@ -33,3 +34,14 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (code under test may read the global stream)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Modules that a test writes and imports end with it: another test's of the same name would never be read."""
+    before = set(sys.modules)
+    yield
+    written = f"{tmp_path_factory.getbasetemp()}{os.sep}"
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(written):
+            del sys.modules[name]
