@@ -49,9 +49,9 @@ def complete(
     """All rows of ``cells``, in their order and as text: from ``path`` where it has them, else from new runs, which are
     added to it.
 
-    A row is the cell's settings, ``seconds`` (of the whole cell, unless the results have their own) and the results;
-    None is an empty text. A cell is in the file with all its rows or not at all, so a killed study goes on with the
-    cells it was at. A cell that fails does not stop the others.
+    A row is the cell's settings, ``seconds`` and ``cpu_seconds`` (wall time and processor time of the whole cell,
+    unless the results have their own) and the results; None is an empty text. A cell is in the file with all its rows
+    or not at all, so a killed study goes on with the cells it was at. A cell that fails does not stop the others.
 
     :param names: settings that tell cells apart, of which the file must then have none with different other settings;
         None: all settings, so that other settings are other cells.
@@ -78,13 +78,14 @@ def complete(
     path.parent.mkdir(parents=True, exist_ok=True)
     shown = [k for k in keys if len({settings[k] for settings in wanted}) > 1] or keys
     failures = []
-    for count, (cell, found, seconds) in enumerate(_here(left, play) if jobs == 1 else _processes(left, play, jobs), 1):
+    running = _here(left, play) if jobs == 1 else _processes(left, play, jobs)
+    for count, (cell, found, (seconds, cpu)) in enumerate(running, 1):
         head = f"[{name} {count}/{len(left)}] " + ", ".join(f"{k} {cell[k]}" for k in shown)
         if isinstance(found, str):
             failures.append(f"{head}: {found.splitlines()[-1]}")
             print(f"{head}: FAILED\n{found}", flush=True)
             continue
-        row = {k: _text(v) for k, v in cell.items()} | {"seconds": f"{seconds:.1f}"}
+        row = {k: _text(v) for k, v in cell.items()} | {"seconds": f"{seconds:.1f}", "cpu_seconds": f"{cpu:.1f}"}
         rows += [row | {k: _text(v) for k, v in point.items()} for point in found]
         _write(path, rows)
         last = ", ".join(
@@ -116,23 +117,26 @@ def _check_same(path: Path, names: Sequence[str], settings: Mapping[str, str], r
         raise ValueError(f"{path}: {cell} was run with {there}, expected {here}; choose another file")
 
 
-def _timed(play: Play, cell: dict[str, Any]) -> tuple[Sequence[Mapping[str, Any]] | str, float]:
-    """Rows or the traceback, which as an exception would not outlive the way between processes."""
-    start = time.perf_counter()
+_Found = tuple[Sequence[Mapping[str, Any]] | str, tuple[float, float]]
+"""Rows or the traceback, which as an exception would not outlive the way between processes; wall and CPU seconds."""
+
+
+def _timed(play: Play, cell: dict[str, Any]) -> _Found:
+    start, start_cpu = time.perf_counter(), time.process_time()
+    found: Sequence[Mapping[str, Any]] | str
     try:
-        return play(cell), time.perf_counter() - start
+        found = play(cell)
     except Exception:
-        return traceback.format_exc(), time.perf_counter() - start
+        found = traceback.format_exc()
+    return found, (time.perf_counter() - start, time.process_time() - start_cpu)
 
 
-def _here(left: list[dict[str, Any]], play: Play) -> Iterator[tuple[Cell, Sequence[Mapping[str, Any]] | str, float]]:
+def _here(left: list[dict[str, Any]], play: Play) -> Iterator[tuple[Cell, *_Found]]:
     for cell in left:
         yield cell, *_timed(play, cell)
 
 
-def _processes(
-    left: list[dict[str, Any]], play: Play, jobs: int
-) -> Iterator[tuple[Cell, Sequence[Mapping[str, Any]] | str, float]]:
+def _processes(left: list[dict[str, Any]], play: Play, jobs: int) -> Iterator[tuple[Cell, *_Found]]:
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _begin) as pool:
         futures = {pool.submit(_timed, play, cell): cell for cell in left}
         try:

@@ -63,8 +63,8 @@ def test_results_may_have_other_columns(tmp_path: Path) -> None:
 def test_none_is_empty_and_results_may_have_their_own_seconds(tmp_path: Path) -> None:
     cells = [{"rate": None, "seed": 0}]
     for _ in range(2):
-        rows = complete(tmp_path / "study.csv", cells, lambda cell: [{"seconds": 7.25, "text": None}])
-        assert rows == [{"rate": "", "seed": "0", "seconds": "7.25", "text": ""}]
+        rows = complete(tmp_path / "study.csv", cells, lambda cell: [{"seconds": 7.25, "cpu_seconds": 7, "text": None}])
+        assert rows == [{"rate": "", "seed": "0", "seconds": "7.25", "cpu_seconds": "7", "text": ""}]
     assert len(read_rows(tmp_path / "study.csv")) == 1
 
 

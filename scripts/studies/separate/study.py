@@ -170,12 +170,12 @@ def page(found: dict[str, list[Result]], results: Path) -> str:
         "two-sided with Holm's correction over the comparisons of a setting. Differences hold for this warm start "
         "(of a method that is about the supervised steps: its own).",
         "", "Made by `python scripts/studies/separate --out results/separate`; every run is a line of "
-        "`docs/figures/separate/NAME.csv`. Minutes are the runs' wall time, one thread each, tuning "
+        "`docs/figures/separate/NAME.csv`. Minutes are the runs' processor time, one thread each, tuning "
         "included.",
     ]  # fmt: skip
     for name, setting in SETTINGS.items():
         rows = _rows(results, name)
-        minutes = sum(float(row["seconds"]) for row in rows) / 60
+        minutes = sum(float(row["cpu_seconds"]) for row in rows) / 60
         lines += ["", f"## {name}", "", f"{setting.text[0].upper()}{setting.text[1:]}. {setting.claim.setting}; "
                   f"`{json.dumps(dict(setting.shape))}`."]  # fmt: skip
         trial = results / f"pilot_{name}.csv"
@@ -191,7 +191,7 @@ def page(found: dict[str, list[Result]], results: Path) -> str:
         if not differences:
             lines += ["", f"Not run yet to a comparison: {len(rows)} runs."]
             continue
-        lines += ["", f"{len(rows)} runs, {minutes:.0f} minutes.", "",
+        lines += ["", f"{len(rows)} runs, {minutes:.0f} CPU minutes.", "",
                   "| method | chosen | score | score - first | p | verdict | pass@1 | pass@8 | entropy |",
                   "|---|---|--:|---|--:|---|--:|--:|--:|"]  # fmt: skip
         head = differences[0]
