@@ -15,6 +15,7 @@ from ccrl.experiment.csv_table import read_rows
 from ccrl.packages import ROOT
 from scripts.methods import methods
 from scripts.studies.claims import study
+from scripts.studies.claims.control import mean_over_steps
 from scripts.studies.claims.claim import Arm, Claim, judge, run
 from scripts.studies.claims.elsewhere import OTHERS, lines
 
@@ -118,12 +119,22 @@ def test_a_short_claim_plays(name: str) -> None:
     assert value != arm.play(1001, **arm.grid[0])
 
 
-def test_a_step_size_at_the_end_of_its_grid_is_said() -> None:
+def test_a_curve_is_weighed_by_its_steps() -> None:
+    curve = [{"steps": 10, "return": 1.0}, {"steps": 30, "return": 4.0}, {"steps": 70, "return": 9.0}]
+    # of 50 steps the first 10 count 1, the next 20 count 4, the last 20 count 9: (10 + 80 + 180) / 50
+    assert mean_over_steps(curve, 50) == pytest.approx(5.4)
+    with pytest.raises(ValueError, match="a curve of at least 71 steps, got 70"):
+        mean_over_steps(curve, 71)
+
+
+def test_a_setting_at_the_end_of_its_grid_is_said() -> None:
     arm = Arm("a", score(0.0), tuple({"learning_rate": rate} for rate in (0.1, 0.2, 0.4)))
     assert study._edge(arm, '{"learning_rate": 0.2}') == ""
-    assert study._edge(arm, '{"learning_rate": 0.1}') == " (the smallest of its grid)"
-    assert study._edge(arm, '{"learning_rate": 0.4}') == " (the largest of its grid)"
-    assert study._edge(Arm("b", score(0.0), GRID), '{"rate": 1.0}') == ""
+    assert study._edge(arm, '{"learning_rate": 0.1}') == " (learning_rate is the smallest of its grid)"
+    assert study._edge(arm, '{"learning_rate": 0.4}') == " (learning_rate is the largest of its grid)"
+    two = tuple({"rate": rate, "weight": weight} for rate in (1.0, 2.0) for weight in (0.1, 0.2, 0.3))
+    # of two values one is always at an end
+    assert study._edge(Arm("b", score(0.0), two), '{"rate": 2.0, "weight": 0.3}') == " (weight is the largest of its grid)"
 
 
 def test_the_page_is_that_of_the_kept_results(tmp_path: Path) -> None:

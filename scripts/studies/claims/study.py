@@ -100,8 +100,9 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
         "with Holm's correction over the comparisons of a claim. **Supported**: p below .05 in the claimed direction. "
         "**Contradicted**: p below .05 in the other. Nothing here speaks of the papers' own, larger settings. On "
         "tables most methods prefer the largest step size tried, however wide the grid: effects are those at it.", "",
-        "Made by `python scripts/studies/claims`; every run is a line of `docs/figures/claims/NAME.csv`.", "",
-        "| paper | comparison | n | effect | p | verdict | minutes |", "|---|---|--:|---|--:|---|--:|",
+        "Made by `python scripts/studies/claims`; every run is a line of `docs/figures/claims/NAME.csv`. Minutes are wall "
+        "time of all its runs on one core that others used too.", "",
+        "| paper | comparison | n | effect | p | verdict | wall minutes |", "|---|---|--:|---|--:|---|--:|",
     ]  # fmt: skip
     for name, results in found.items():
         rows = read_rows(folder / f"{name}.csv")
@@ -138,9 +139,10 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
 
 
 def _edge(arm: Arm, settings: str) -> str:
-    """A best step size at the end of its grid says that the grid was too short for this arm."""
-    rates = [setting["learning_rate"] for setting in arm.grid if "learning_rate" in setting]
-    chosen = json.loads(settings).get("learning_rate")
-    if len(set(rates)) < 3 or chosen not in (min(rates), max(rates)):
-        return ""
-    return f" (the {'smallest' if chosen == min(rates) else 'largest'} of its grid)"
+    """A best value at the end of its grid says that the grid was too short for this arm."""
+    chosen, ends = json.loads(settings), []
+    for name, value in chosen.items():
+        tried = {setting[name] for setting in arm.grid if isinstance(setting[name], float)}
+        if len(tried) >= 3 and value in (min(tried), max(tried)):
+            ends.append(f"{name} is the {'smallest' if value == min(tried) else 'largest'} of its grid")
+    return f" ({', '.join(ends)})" if ends else ""
