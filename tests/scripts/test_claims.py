@@ -15,8 +15,8 @@ from ccrl.experiment.csv_table import read_rows
 from ccrl.packages import ROOT
 from scripts.methods import methods
 from scripts.studies.claims import study
-from scripts.studies.claims.control import mean_over_steps
 from scripts.studies.claims.claim import Arm, Claim, judge, run
+from scripts.studies.claims.control import mean_over_steps
 from scripts.studies.claims.elsewhere import OTHERS, lines
 
 
@@ -134,7 +134,8 @@ def test_a_setting_at_the_end_of_its_grid_is_said() -> None:
     assert study._edge(arm, '{"learning_rate": 0.4}') == " (learning_rate is the largest of its grid)"
     two = tuple({"rate": rate, "weight": weight} for rate in (1.0, 2.0) for weight in (0.1, 0.2, 0.3))
     # of two values one is always at an end
-    assert study._edge(Arm("b", score(0.0), two), '{"rate": 2.0, "weight": 0.3}') == " (weight is the largest of its grid)"
+    both = '{"rate": 2.0, "weight": 0.3}'
+    assert study._edge(Arm("b", score(0.0), two), both) == " (weight is the largest of its grid)"
 
 
 def test_the_page_is_that_of_the_kept_results(tmp_path: Path) -> None:

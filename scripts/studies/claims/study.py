@@ -100,8 +100,8 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
         "with Holm's correction over the comparisons of a claim. **Supported**: p below .05 in the claimed direction. "
         "**Contradicted**: p below .05 in the other. Nothing here speaks of the papers' own, larger settings. On "
         "tables most methods prefer the largest step size tried, however wide the grid: effects are those at it.", "",
-        "Made by `python scripts/studies/claims`; every run is a line of `docs/figures/claims/NAME.csv`. Minutes are wall "
-        "time of all its runs on one core that others used too.", "",
+        "Made by `python scripts/studies/claims`; every run is a line of `docs/figures/claims/NAME.csv`. Minutes are "
+        "wall time of all its runs on one core that others used too.", "",
         "| paper | comparison | n | effect | p | verdict | wall minutes |", "|---|---|--:|---|--:|---|--:|",
     ]  # fmt: skip
     for name, results in found.items():
