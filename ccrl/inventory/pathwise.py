@@ -21,6 +21,8 @@ from ccrl.collect import EpisodeStats, Request
 from ccrl.data import Data, Unit
 from ccrl.estimators.terms import Aggregate, LogRatio, Outputs, Term
 from ccrl.inventory.functional_env import FunctionalEnv, State
+from ccrl.inventory.stores import StoresKernel
+from ccrl.updaters.check import unequal
 
 __all__ = ["OrderModule", "Scenarios", "Unrolled", "average_cost", "cost_term", "per_period_and_store", "scenario_data"]
 
@@ -41,16 +43,23 @@ class Unrolled(nn.Module):
     :param policy: an :class:`OrderModule`, or a function without parameters from observations to feasible quantities.
     :param compile_period: compile one period (policy and simulator) and call it ``T`` times. Only under gradients:
         evaluation has other batch sizes, and each would compile once more.
+    :param kernel: what computes the cost under gradients in its place; its first gradient is compared with this one's.
     """
 
     unit: Unit = "sequence"
 
     def __init__(
-        self, env: FunctionalEnv, policy: nn.Module | Callable[[State], Tensor], *, compile_period: bool = False
+        self,
+        env: FunctionalEnv,
+        policy: nn.Module | Callable[[State], Tensor],
+        *,
+        compile_period: bool = False,
+        kernel: StoresKernel | None = None,
     ) -> None:
         super().__init__()
         self.env, self.policy = env, policy
         self.foresight = int(getattr(policy, "foresight", 0))
+        self._kernel, self._checked = kernel, False
         self._compiled: Callable[..., tuple[State, Tensor]] | None = None
         if compile_period:
             self._compiled = torch.compile(self.period, dynamic=False)
@@ -66,13 +75,36 @@ class Unrolled(nn.Module):
     def forward(self, batch: Data, want: frozenset[str]) -> Outputs:
         """``{"cost": [T, B]}``, summed over nodes and edges, with the whole horizon's graph attached."""
         scenarios: State = {k: batch[k] for k in sorted(batch.sequence & batch.keys())}
+        if self._kernel is not None and torch.is_grad_enabled():
+            if not self._checked:
+                self._check(self._kernel, scenarios)
+                self._checked = True
+            return {"cost": self._kernel(scenarios)}
+        return {"cost": self._unroll(scenarios)}
+
+    def _check(self, kernel: StoresKernel, scenarios: State) -> None:
+        """:raises RuntimeError: if the kernel's gradient on the first scenarios is not the eager one."""
+        few = {k: v[:32] for k, v in scenarios.items()}
+        named = {k: p for k, p in self.named_parameters() if p.requires_grad}
+        got, expected = (
+            dict(zip(named, torch.autograd.grad(cost.mean(), list(named.values()))))
+            for cost in (kernel(few), self._unroll(few))
+        )
+        floor = torch.stack([g.norm() for g in expected.values()]).norm() * 1e-6
+        if wrong := unequal(got, expected, dict.fromkeys(expected, floor), dict):
+            raise RuntimeError(
+                f"compile='kernel': its gradient of {', '.join(wrong)} is not the eager one: the environment does more "
+                "than its stores_alone() says, or the compiler is at fault; train with compile='off'"
+            )
+
+    def _unroll(self, scenarios: State) -> Tensor:
         demand = self.env.noise(scenarios)
         state, costs = self.env.initial(scenarios), []
         period = self._compiled if self._compiled is not None and torch.is_grad_enabled() else self.period
         for t, now in enumerate(demand.unbind()):
             state, cost = period(state, now, self.future(demand, t))
             costs.append(cost)
-        return {"cost": torch.stack(costs)}
+        return torch.stack(costs)
 
     def future(self, demand: Tensor, t: int) -> Tensor | None:
         """What an oracle sees at ``t``, ``[B, K, foresight]``; 0 beyond the horizon."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from ccrl.data import Data, columns_read
 from ccrl.estimators.terms import Term, statistics, surrogate
 from ccrl.estimators.updates import GradientEstimate, Stats, Updater
+from ccrl.native import compiler
 
 __all__ = [
     "AdaptiveRate",
@@ -37,10 +37,10 @@ def linear_decay(updaters: Iterable[Updater], lr: float, progress: Tensor | floa
 
 def can_compile() -> tuple[bool, str]:
     """Whether ``torch.compile`` has a C++ compiler here, and the line that says why not."""
-    compiler = next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), None)
-    if compiler is None:
+    found = compiler()
+    if found is None:
         return False, "no C++ compiler (g++ or clang++) on PATH: updates run eagerly; install one to compile them"
-    return True, f"updates are compiled with {compiler}; the first one takes some seconds"
+    return True, f"updates are compiled with {found}; the first one takes some seconds"
 
 
 class AdaptiveRate:

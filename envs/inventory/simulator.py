@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ccrl.inventory.functional_env import Split, State
+from ccrl.inventory.stores import StoresAlone
 from envs.inventory.demand import Recorded, days_from_christmas, seasons
 from envs.inventory.tasks import Task
 from envs.inventory.terms import EDGE_TERMS, expire, fixed_charge, place
@@ -299,6 +300,14 @@ class InventoryEnv:
             following["past_demand"] = torch.cat((state["past_demand"][:, :, 1:], noise[:, :, None]), 2)
             following["week"] = state["week"] + 1
         return following, cost
+
+    def stores_alone(self) -> StoresAlone | None:
+        """Costs of stores without warehouses, drawn demand and no terms, of which a kernel may compute the horizon."""
+        task = self.task
+        more = task.by_series or task.terms or task.edge_cost or task.profit or task.earliest is not None
+        if self.network.internal or self.recorded or more:
+            return None
+        return StoresAlone(task.holding, task.underage, task.lost)
 
     def _on(self, like: Tensor) -> State:
         """The constants and the routing matrices on the device and in the type of ``like``:

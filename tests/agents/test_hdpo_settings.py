@@ -15,6 +15,7 @@ from agents.hdpo import HDPO, HDPOConfig, published_rate
 from ccrl.inventory.base_stock import CappedBaseStockPolicy
 from ccrl.inventory.functional_env import State
 from ccrl.inventory.pathwise import Unrolled, average_cost
+from ccrl.native import compiler
 from envs.inventory import InventoryEnv, make_task, simulate
 
 SMALL = {"n_train": 12, "n_dev": 6, "batch_size": 5, "dev_every": 2}
@@ -46,6 +47,16 @@ def test_settings_reach_the_policy_and_its_updates() -> None:
     assert (phase.batching.size, phase.batching.microbatch) == (5, 2)
     assert make(hidden=(7,)).policy.net[0].out_features == 7
     assert float(make(learning_rate=0.25).updaters["policy"].lr) == 0.25
+
+
+@pytest.mark.skipif(compiler() is None, reason="no C++ compiler on PATH")
+def test_the_kernel_trains_as_the_eager_update_does(capsys: pytest.CaptureFixture[str]) -> None:
+    plain, fast = make().learn(until=1200), make(compile="kernel").learn(until=1200)
+    assert "the whole horizon is one kernel" in capsys.readouterr().out
+    for a, b in zip(plain.policy.parameters(), fast.policy.parameters()):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="kernel': expected stores alone"):
+        make(task="serial_system", compile="kernel").build()
 
 
 def test_the_forecaster_learns_once_for_the_steps_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
