@@ -34,6 +34,10 @@ class ModelConfig(Settings):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Matrices are multiplied in this type; trained weights and log-probabilities stay float32, and weights that
     adapters leave alone are stored in it."""
+    products: Literal["auto", "torch", "onednn"] = "auto"
+    """Float32 matrices are multiplied on a CPU as PyTorch does it (torch), or by oneDNN where that is faster, which on
+    processors that are not Intel's takes half the time and differs in the last digits (onednn); auto takes oneDNN for
+    the tiny model and leaves a model directory as it is."""
     gradient_checkpointing: bool = False
     """Layers are computed again in the backward pass instead of kept, which trades speed of the update for memory;
     prompts are then not shared between the completions of a group."""

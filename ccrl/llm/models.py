@@ -20,15 +20,19 @@ from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.llm.task import Prompts, TextTask
 from ccrl.llm.vocabulary import HFVocabulary, folder_ends, has_tokenizer
 from ccrl.packages import require
+from ccrl.policies.dense import make_dense
 
 __all__ = ["Snapshot", "add_adapters", "build_policy", "fit_task", "load_model", "longest_prompt", "tiny_model"]
 
 
 def tiny_model(
-    vocab_size: int, *, layers: int = 4, width: int = 128, heads: int = 4, max_length: int = 256, pad: int | None = None
-) -> nn.Module:
+    vocab_size: int, *, layers: int = 4, width: int = 128, heads: int = 4, max_length: int = 256,
+    pad: int | None = None, onednn: bool = True,
+) -> nn.Module:  # fmt: skip
     """A Llama from scratch with weights from torch's global generator (about 0.8 M parameters by default).
 
+    :param onednn: its matrix products are oneDNN's where that is faster (``ccrl.policies.dense``): the library's model,
+        parameters and names, other last digits.
     :raises ValueError: if ``heads`` does not divide ``width``.
     """
     if width % heads:
@@ -40,7 +44,7 @@ def tiny_model(
         bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
     model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model
+    return make_dense(model) if onednn else model
 
 
 def load_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -74,11 +78,16 @@ def build_policy(config: Any, task: TextTask) -> nn.Module:
     """The policy that ``config.model`` names, for ``task``.
 
     :raises ValueError: if the model's vocabulary is smaller than the task's, if it has fewer positions than a prompt
-        and a completion need, or if a table is asked for where prompts are not numbers of questions, or with adapters.
+        and a completion need, if a table is asked for where prompts are not numbers of questions, or with adapters, or
+        if oneDNN is to multiply what it does not.
     """
     options = {"temperature": config.temperature}
     dtype: torch.dtype = getattr(torch, getattr(config, "dtype", "float32"))
     again: bool = getattr(config, "gradient_checkpointing", False)
+    products: str = getattr(config, "products", "auto")
+    if products == "onednn" and (config.model == "tabular" or dtype != torch.float32):
+        raise ValueError(f"products: expected auto with model='tabular' or dtype='bfloat16' (oneDNN's products are "
+                         f"of a model's float32 matrices), got {products!r}")  # fmt: skip
     if config.model == "tabular":
         if not hasattr(task, "fixed_length"):
             raise ValueError(
@@ -99,9 +108,12 @@ def build_policy(config: Any, task: TextTask) -> nn.Module:
         model = tiny_model(
             task.vocab.size, layers=config.model_layers, width=config.model_width, heads=config.model_heads,
             max_length=max(256, longest + cap), pad=task.vocab.pad if 0 <= task.vocab.pad < task.vocab.size else None,
+            onednn=products != "torch",
         )  # fmt: skip
     else:
         model = load_model(config.model, dtype if config.lora_rank else torch.float32)
+        if products == "onednn":
+            make_dense(model)
     if config.model == "tiny" and config.lora_rank:
         model = model.to(dtype)
     rows = int(model.get_output_embeddings().weight.shape[0])  # type: ignore[operator]

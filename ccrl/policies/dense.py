@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Dense", "dense"]
+__all__ = ["Dense", "dense", "make_dense"]
 
-ROWS, WIDTH = 128, 16
-"""Smaller products take longer this way."""
+WORK, WIDTH = 2**20, 16
+"""Products of fewer multiplications, or with a narrower factor, take longer this way."""
 
 _AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
@@ -64,9 +64,12 @@ class _Dense(torch.autograd.Function):
         by_weight = None
         if needs_weight and inputs.shape[1] < WIDTH:  # the other way round a narrow factor takes eight times as long
             by_weight = (inputs.t() @ rows).t()
+        elif needs_weight and (rows.shape[1] < WIDTH or _work(x, weight) < 2 * WORK):
+            by_weight = rows.t() @ inputs
+        elif needs_weight and rows.shape[1] > inputs.shape[1]:  # the first factor is copied: the smaller one
+            by_weight = multiply(inputs.t(), rows.t(), None).t()
         elif needs_weight:
-            narrow = rows.shape[1] < WIDTH
-            by_weight = rows.t() @ inputs if narrow else multiply(rows.t(), inputs.t(), None)
+            by_weight = multiply(rows.t(), inputs.t(), None)
         by_x = multiply(grad, weight.t(), None) if needs_x else None
         return by_x, by_weight, rows.sum(0) if ctx.biased and needs_bias else None
 
@@ -77,8 +80,9 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     By oneDNN for float32 on a CPU where the product is large enough to gain, by ``torch.nn.functional.linear`` else.
     Gradients of gradients work; transforms of ``torch.func`` raise.
     """
-    large = max(weight.shape) >= WIDTH and x.numel() >= ROWS * weight.shape[1]
-    if not (_AVAILABLE and large and x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32):
+    large = max(weight.shape) >= WIDTH and _work(x, weight) >= WORK
+    whole = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if not (_AVAILABLE and large and whole and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return _product(x, weight, bias)
@@ -86,8 +90,22 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return found
 
 
+def _work(x: Tensor, weight: Tensor) -> int:
+    """Multiplications of their product."""
+    return x.numel() * weight.shape[0]
+
+
 class Dense(nn.Linear):
     """``torch.nn.Linear`` by :func:`dense`: the same parameters under the same names."""
 
     def forward(self, x: Tensor) -> Tensor:
         return dense(x, self.weight, self.bias)
+
+
+def make_dense(module: nn.Module) -> nn.Module:
+    """``module``, with every layer that is a ``torch.nn.Linear`` and no subclass of it a ``Dense``, in place:
+    parameters, their names and hooks stay."""
+    for layer in module.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Dense
+    return module

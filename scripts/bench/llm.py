@@ -159,7 +159,7 @@ class Theirs:
         tokenizer = transformers.PreTrainedTokenizerFast(
             tokenizer_object=backend, padding_side="left", pad_token="<pad>", eos_token="<eos>"
         )
-        model = tiny_model(config.vocab, layers=config.layers, width=config.width)
+        model = tiny_model(config.vocab, layers=config.layers, width=config.width, onednn=False)
         model.load_state_dict(ours.agent.policy.model.state_dict())  # type: ignore[union-attr]
         prompts = [vocabulary.decode(row) for row in ours.prompts.tokens.tolist()]
         options = trl.GRPOConfig(

@@ -17,6 +17,7 @@ from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.llm.task import TextTask
 from ccrl.packages import require
+from ccrl.policies.dense import Dense
 from ccrl.testing.recipe_contract import RaggedTask
 
 WANT = frozenset({"log_prob"})
@@ -52,6 +53,18 @@ def test_a_saved_model_is_the_same(transformers: Any, task: TextTask, tmp_path: 
     policy.model.save_pretrained(tmp_path)
     again = build_policy(config(model=str(tmp_path)), task)
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), again.parameters(), strict=True))
+
+
+def test_whose_products(transformers: Any, task: TextTask, tmp_path: Path) -> None:
+    def layer(**changes: Any) -> type:
+        return type(build_policy(config(**changes), task).model.get_output_embeddings())  # type: ignore[union-attr, operator]
+
+    assert (layer(), layer(products="torch")) == (Dense, torch.nn.Linear)
+    tiny_model(task.vocab.size, layers=1, width=16, heads=2).save_pretrained(tmp_path)
+    folder = str(tmp_path)
+    assert (layer(model=folder), layer(model=folder, products="onednn")) == (torch.nn.Linear, Dense)
+    with pytest.raises(ValueError, match="products: expected auto with model='tabular' or dtype='bfloat16'"):
+        layer(products="onednn", dtype="bfloat16")
 
 
 def test_a_vocabulary_too_small(transformers: Any, task: TextTask, tmp_path: Path) -> None:
