@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -110,6 +110,9 @@ class Estimator(nn.Module):
 
     fields: tuple[Field, ...] = ()
     heads: frozenset[str] = frozenset()
+    reads_stats: ClassVar[bool] = True
+    """Whether an overridden ``after_update`` may read the terms' ``stats``, which cost a forward pass. False: that pass
+    is left out of iterations of which nothing is logged."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +151,8 @@ class Estimator(nn.Module):
         """Duals and moments that move with every minibatch: write buffers in place."""
 
     def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
-        """Once per iteration: quantiles, histories, schedules, normalisers."""
+        """Once per iteration: quantiles, histories, schedules, normalisers. ``stats`` are there for a row of the log
+        to be added to, and to be read where ``reads_stats`` says so."""
 
     @property
     def per_minibatch(self) -> bool:
@@ -176,14 +180,14 @@ def run_phases(estimator: Estimator, data: dict[str, Data], ctx: Context, watche
     returns the number of gradient steps taken (fewer than planned after an early stop).
 
     The terms' ``stats`` are taken after their phase, by a forward pass that is left out where nobody reads them: not
-    ``watched``, and no ``after_update`` that might.
+    ``watched``, and no ``after_update`` that might (``Estimator.reads_stats``).
 
     With several phases the totals are told apart by name: ``policy_total_loss``, ``critic_grad_norm``.
     """
     stats: Stats = {}
     steps = 0
     phases = estimator.phases()
-    watched = watched or type(estimator).after_update is not Estimator.after_update
+    watched = watched or (estimator.reads_stats and type(estimator).after_update is not Estimator.after_update)
     for phase in phases:
         if phase.skip is not None and phase.skip(data["on"], ctx):
             continue

@@ -112,6 +112,9 @@ class Recipe(Estimator):
 
     unit: ClassVar[Unit] = "sequence"
     """What a minibatch may not split: ``group`` where a loss compares inside groups."""
+    reads_stats = False
+    """A recipe whose ``after_update`` reads the terms' ``stats`` says True; what an update itself says (its losses,
+    every term by name) is always there."""
     ratio: Ratio = staticmethod(ratios.token)
     clock_unit: ClassVar[str] = "completions"
     """What the agent's clock counts: completions, or demonstrations where nothing is sampled."""

@@ -199,7 +199,8 @@ class RecipeContract(MethodContract):
         self.resumes("arithmetic", {"operands": 1, "digits": 1, "modulus": 10}, TINY, tmp_path / "a.pt")
 
     def resumes(self, task: str, env_kwargs: dict[str, Any], options: dict[str, Any], path: Path) -> None:
-        """Two iterations, a checkpoint, two more: as without it."""
+        """Two iterations, a checkpoint, two more: as without it. Then one that nobody watches, in which statistics are
+        missing that a recipe may not have asked for (``reads_stats``)."""
         settings = SMALL | dict(self.options) | options
 
         def make() -> Any:
@@ -219,6 +220,12 @@ class RecipeContract(MethodContract):
         assert loaded.iteration == whole.iteration == 4
         assert any(not torch.equal(a, b) for a, b in zip(start, whole.policy.parameters())), "nothing was learned"
         _equal(loaded.state_dict(), whole.state_dict())
+        loaded.learner.watched = False
+        try:
+            loaded.learner.iterate()
+        except KeyError as error:
+            raise AssertionError(f"after_update reads {error} of an update that nobody watches; set reads_stats = True "
+                                 "if it is a statistic of a term") from error  # fmt: skip
 
     # -- the life cycle -----------------------------------------------------------------------------------------------
 

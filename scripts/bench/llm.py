@@ -114,15 +114,15 @@ class FixedLength:
 
 
 class Ours:
-    """The suite's agent."""
+    """The suite's agent: GRPO's, or another one."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, agent: Any = None) -> None:
         task = FixedLength(config)
         settings = GRPO.Settings(
             n_prompts=config.n_prompts, group_size=config.group_size, model_layers=config.layers,
             model_width=config.width,
         )  # fmt: skip
-        self.agent = GRPO(task, settings, seed=0, device=config.device)
+        self.agent = GRPO(task, settings, seed=0, device=config.device) if agent is None else agent
         self.prompts = task.prompts(config.n_prompts, None).to(config.device)
         questions = torch.arange(config.n_prompts, device=config.device)
         self.question = questions.repeat_interleave(config.group_size)

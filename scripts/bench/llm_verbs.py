@@ -17,6 +17,7 @@ check_siblings("agents", "envs")
 import agents
 from ccrl.data import Batching, Data
 from ccrl.llm import padding
+from ccrl.llm.task import Prompts
 from scripts.bench import llm
 
 __all__ = ["Config", "main"]
@@ -29,8 +30,8 @@ class Config(llm.Config):
     """verbs: shares of an iteration of GRPO: draw, plan, generate, score, prepare (advantages), update, statistics (of
     a row of the log), rest. context: tokens per second behind a long prompt, beside the library's ``generate`` with the
     same weights, which TRL calls. padding: tokens evaluated per token of a completion, and the time of an update, with
-    completions of unequal lengths, without and with buckets. overhead: seconds of an iteration of every method that
-    trains on this task over GRPO's, in alternating rounds."""
+    completions of unequal lengths, without and with buckets. overhead: seconds of an iteration of every method over
+    GRPO's, in alternating rounds; methods that imitate learn from demonstrations of the same length."""
 
     what: tuple[What, ...] = ("verbs", "context", "padding", "overhead")
     """These are measured."""
@@ -183,26 +184,50 @@ def _padding(config: Config) -> None:
 
 
 def _overhead(config: Config) -> None:
+    """In turns with GRPO. Between two rows of the log, and with the statistics of one."""
     torch.set_num_threads(config.threads[0])
     clock, grpo = _clock(config), llm.Ours(config)
-    settings = {"n_prompts": config.n_prompts, "group_size": config.group_size, "model_layers": config.layers,
-                "model_width": config.width}  # fmt: skip
     size = config.n_prompts * config.group_size * config.length
     grpo.logged()
+    print(f"{'method':>12} {'over GRPO, %':>12} {'logged, %':>10} {'its tokens / GRPO':>18}", flush=True)
     for name in config.methods:
         try:
-            agent: Any = agents.get_agent(name)(llm.FixedLength(config), seed=0, **settings)
-            agent.learn(agent.samples_per_iteration)
+            method = llm.Ours(config, _trained(name, config))
+            method.logged()
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             print(f"{name:>12}  not on this task: {str(error)[:90]}", flush=True)
             continue
-        before, pairs = agent.collector.tokens, []
-        for _ in range(config.rounds):
-            start = clock()
-            agent.learn(agent.samples_per_iteration)
-            between = clock()
-            grpo.logged()
-            pairs.append((between - start, clock() - between))
-        tokens = (agent.collector.tokens - before) / config.rounds
-        ratio = statistics.median(a / b for a, b in pairs)
-        print(f"{name:>12}  {100 * (ratio - 1):+6.1f} %, generates {tokens / size:.2f} x GRPO's tokens", flush=True)
+        before, over = method.agent.collector.tokens, list[float]()
+        for what in ("iterate", "logged"):
+            pairs = []
+            for _ in range(config.rounds):
+                marks = [clock()]
+                for side in (method, grpo):
+                    getattr(side, what)()
+                    marks.append(clock())
+                pairs.append((marks[1] - marks[0]) / (marks[2] - marks[1]))
+            over.append(100 * (statistics.median(pairs) - 1))
+        tokens = (method.agent.collector.tokens - before) / (2 * config.rounds * size)
+        print(f"{name:>12} {over[0]:>+12.1f} {over[1]:>+10.1f} {tokens:>18.2f}", flush=True)
+
+
+def _trained(name: str, config: Config) -> Any:
+    """A method's agent on as many completions as GRPO's; a method that imitates gets its demonstrations."""
+    settings = {"n_prompts": config.n_prompts, "group_size": config.group_size, "model_layers": config.layers,
+                "model_width": config.width}  # fmt: skip
+    if agents.get_agent(name).method.Config().imitates:
+        task: Any = _Shown(config)
+        if agents.get_agent(name).method.Config().group_size == 1:  # one demonstration per prompt
+            settings |= {"n_prompts": config.n_prompts * config.group_size, "group_size": 1}
+    else:
+        task = llm.FixedLength(config)
+    return agents.get_agent(name)(task, seed=0, **settings)
+
+
+class _Shown(llm.FixedLength):
+    """With a demonstration of every prompt: even tokens."""
+
+    def prompts(self, n: int, generator: torch.Generator | None, split: str = "train") -> Prompts:
+        found = super().prompts(n, generator, split)
+        shown = 2 * torch.randint(self.vocab.size // 2, (n, self.max_new_tokens), generator=generator)
+        return replace(found, demonstration=shown, demonstration_valid=torch.ones(shown.shape))

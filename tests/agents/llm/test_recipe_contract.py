@@ -16,11 +16,12 @@ from agents.llm.baselines import GRPO, DrGRPO
 from agents.llm.preferences import SFT
 from ccrl.data import Data
 from ccrl.estimators import aggregates
-from ccrl.estimators.base import Stage
+from ccrl.estimators.base import Context, Stage
 from ccrl.estimators.recipe import MethodConfig, Recipe
 from ccrl.estimators.terms import Aggregate, LogRatio, Loss, Outputs, Term
 from ccrl.settings import Positive
 from ccrl.testing.recipe_contract import RecipeContract
+from ccrl.updaters import Stats
 
 EQUAL = "test_equal_rewards_have_no_gradient"
 
@@ -106,9 +107,17 @@ class GradientsInStages(Recipe):
         return (*super().stages(), keep)
 
 
+class UnaskedStatistics(Recipe):
+    """Reads statistics that are not always taken."""
+
+    def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
+        stats["twice"] = 2.0 * stats["approx_kl"]
+
+
 @pytest.mark.parametrize(
     ("recipe", "test"),
     [
+        (UnaskedStatistics, "test_trains_and_resumes_on_a_bandit"),
         (ByPosition, "test_order_of_the_sequences_does_not_matter"),
         (LocalCounts, "test_micro_batches_add_up"),
         (CountsPadding, "test_padded_steps_change_nothing"),
