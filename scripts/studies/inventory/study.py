@@ -4,6 +4,7 @@
     python scripts/studies/inventory data --out results/inventory --jobs 2
     python scripts/studies/inventory methods --out results/inventory --jobs 2
     python scripts/studies/inventory speed --out results/inventory
+    python scripts/studies/inventory clock --purpose tune --out results/inventory     # and then --purpose test
     python scripts/studies/inventory report --out results/inventory --figures docs/figures
 
 Every measurement is a cell (an instance, its settings, a seed), and becomes a row of ``OUT/NAME.csv`` when it is done.
@@ -29,13 +30,14 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from ccrl.experiment.cells import CellsFailed, complete
-from scripts.studies.inventory import cells, methods
+from scripts.studies.inventory import cells, clock, methods
 from scripts.studies.inventory import report as reports
 
 __all__ = ["Data", "Gaps", "Methods", "Report", "Speed", "main", "run_study"]
 
 Cell = dict[str, Any]
-MEASURES = {"gaps": cells.gap, "data": cells.data_efficiency, "methods": methods.compare, "speed": cells.speed}
+MEASURES = {"gaps": cells.gap, "data": cells.data_efficiency, "methods": methods.compare, "speed": cells.speed,
+            "clock": clock.to_gap}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -254,9 +256,12 @@ def run_study(study: Any) -> int:
     for name, wanted in study.cells().items():
         measure = partial(_measure, name.split("_")[0])
         try:
-            complete(study.out / f"{name}.csv", wanted, measure, jobs=study.jobs, name=name)
+            rows = complete(study.out / f"{name}.csv", wanted, measure, jobs=study.jobs, name=name)
         except CellsFailed as error:
             failed += error.count
+            continue
+        if name == "clock_test":
+            print(clock.table(rows), flush=True)
     print(f"{(time.perf_counter() - start) / 60:.1f} minutes, {failed} cells failed", flush=True)
     return failed
 
@@ -284,6 +289,7 @@ def main(argv: list[str]) -> int:
         "data": Data,
         "methods": Methods,
         "speed": Speed,
+        "clock": clock.Clock,
         "report": Report,
     }
     study: Any = tyro.extras.subcommand_cli_from_dict(commands, args=argv, description=__doc__)
