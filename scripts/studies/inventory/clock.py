@@ -55,9 +55,9 @@ class Clock:
     """Instances: one store, lost sales (lead time 2) or backlogged (lead time 4), underage 9."""
     seeds: tuple[int, ...] = ()
     """Of networks and scenarios; none: 1000 1001 to tune, 100 to 104 to test."""
-    batches: tuple[int, ...] = (64, 128, 256, 512)
+    batches: tuple[int, ...] = (32, 64, 128, 256, 512)
     """Of the grid."""
-    rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     """Step sizes of the grid."""
     most: int = 2000
     """Updates before a run gives up."""
