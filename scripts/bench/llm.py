@@ -62,7 +62,7 @@ class Config:
     device: str = "cpu"
     """cpu or cuda."""
     memory: bool = True
-    """Also the memory of a loss in pieces of ``logits_chunk_size`` tokens against the plain one."""
+    """Also the memory of both sides, and of a loss in pieces of ``logits_chunk_size`` tokens against the plain one."""
     memory_vocab: int = 50_000
     """Its vocabulary."""
     memory_tokens: int = 512
@@ -230,6 +230,12 @@ def _speed(config: Config) -> None:
                     f"{statistics.median(ratios):>6.2f}  {ratios[0]:.2f} to {ratios[-1]:.2f}",
                     flush=True,
                 )
+        if config.memory:
+            most = {what: [peak(getattr(side, what), config.device) / 2**20 for side in (ours, theirs)]
+                    for what in ("generate", "train", "iterate")}  # fmt: skip
+            for what, (a, b) in most.items():
+                print(f"peak MiB of tensors above weights and moments, {what}: ccrl {a:.0f}, TRL {b:.0f} ({a / b:.2f})",
+                      flush=True)  # fmt: skip
 
 
 def _seconds(side: Callable[[], None], config: Config) -> float:

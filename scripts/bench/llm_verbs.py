@@ -184,12 +184,26 @@ def _padding(config: Config) -> None:
 
 
 def _overhead(config: Config) -> None:
-    """In turns with GRPO. Between two rows of the log, and with the statistics of one."""
+    """In turns with GRPO, one epoch of whole batches everywhere. Between two rows of the log: over GRPO, and, of
+    methods that evaluate a reference policy, over GRPO with its KL to one; then with the statistics of a row."""
     torch.set_num_threads(config.threads[0])
-    clock, grpo = _clock(config), llm.Ours(config)
+    clock = _clock(config)
+    grpo, with_kl = (llm.Ours(config, _trained("grpo", config, kl_coef=kl)) for kl in (0.0, 0.001))
     size = config.n_prompts * config.group_size * config.length
-    grpo.logged()
-    print(f"{'method':>12} {'over GRPO, %':>12} {'logged, %':>10} {'its tokens / GRPO':>18}", flush=True)
+    for side in (grpo, with_kl):
+        side.logged()
+    print(f"{'method':>12} {'over GRPO, %':>13} {'with its KL':>12} {'logged':>7} {'its tokens':>11}", flush=True)
+
+    def over(method: llm.Ours, other: llm.Ours, what: str) -> float:
+        ratios = []
+        for _ in range(config.rounds):
+            marks = [clock()]
+            for side in (method, other):
+                getattr(side, what)()
+                marks.append(clock())
+            ratios.append((marks[1] - marks[0]) / (marks[2] - marks[1]))
+        return 100 * (statistics.median(ratios) - 1)
+
     for name in config.methods:
         try:
             method = llm.Ours(config, _trained(name, config))
@@ -197,30 +211,22 @@ def _overhead(config: Config) -> None:
         except (ValueError, TypeError, KeyError, RuntimeError) as error:
             print(f"{name:>12}  not on this task: {str(error)[:90]}", flush=True)
             continue
-        before, over = method.agent.collector.tokens, list[float]()
-        for what in ("iterate", "logged"):
-            pairs = []
-            for _ in range(config.rounds):
-                marks = [clock()]
-                for side in (method, grpo):
-                    getattr(side, what)()
-                    marks.append(clock())
-                pairs.append((marks[1] - marks[0]) / (marks[2] - marks[1]))
-            over.append(100 * (statistics.median(pairs) - 1))
+        before = method.agent.collector.tokens
+        plain, logged = over(method, grpo, "iterate"), over(method, grpo, "logged")
         tokens = (method.agent.collector.tokens - before) / (2 * config.rounds * size)
-        print(f"{name:>12} {over[0]:>+12.1f} {over[1]:>+10.1f} {tokens:>18.2f}", flush=True)
+        same = f"{over(method, with_kl, 'iterate'):+.1f}" if method.agent.estimator.wants_reference else ""
+        print(f"{name:>12} {plain:>+13.1f} {same:>12} {logged:>+7.1f} {tokens:>11.2f}", flush=True)
 
 
-def _trained(name: str, config: Config) -> Any:
+def _trained(name: str, config: Config, **more: Any) -> Any:
     """A method's agent on as many completions as GRPO's; a method that imitates gets its demonstrations."""
+    own = agents.get_agent(name).method.Config()
     settings = {"n_prompts": config.n_prompts, "group_size": config.group_size, "model_layers": config.layers,
-                "model_width": config.width}  # fmt: skip
-    if agents.get_agent(name).method.Config().imitates:
-        task: Any = _Shown(config)
-        if agents.get_agent(name).method.Config().group_size == 1:  # one demonstration per prompt
-            settings |= {"n_prompts": config.n_prompts * config.group_size, "group_size": 1}
-    else:
-        task = llm.FixedLength(config)
+                "model_width": config.width} | more  # fmt: skip
+    settings |= {key: value for key, value in {"n_epochs": 1, "batch_size": 0}.items() if key not in own.unread}
+    if own.imitates and own.group_size == 1:  # one demonstration per prompt
+        settings |= {"n_prompts": config.n_prompts * config.group_size, "group_size": 1}
+    task = _Shown(config) if own.imitates else llm.FixedLength(config)
     return agents.get_agent(name)(task, seed=0, **settings)
 
 
