@@ -61,6 +61,8 @@ class Config:
     """cpu: this process's CPU seconds, for one thread on a machine that others use."""
     device: str = "cpu"
     """cpu or cuda."""
+    products: Literal["auto", "torch", "onednn"] = "auto"
+    """Whose matrix products our side takes; TRL's are PyTorch's."""
     memory: bool = True
     """Also the memory of both sides, and of a loss in pieces of ``logits_chunk_size`` tokens against the plain one."""
     memory_vocab: int = 50_000
@@ -120,7 +122,7 @@ class Ours:
         task = FixedLength(config)
         settings = GRPO.Settings(
             n_prompts=config.n_prompts, group_size=config.group_size, model_layers=config.layers,
-            model_width=config.width,
+            model_width=config.width, products=config.products,
         )  # fmt: skip
         self.agent = GRPO(task, settings, seed=0, device=config.device) if agent is None else agent
         self.prompts = task.prompts(config.n_prompts, None).to(config.device)
