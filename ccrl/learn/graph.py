@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ccrl.data import Data, columns_read
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.updates import Stats
+from ccrl.onednn import graph_options
 from ccrl.updaters.check import left_unchanged, unequal
 from ccrl.updaters.flat import FlatUpdater
 from ccrl.waiting import waiting
@@ -124,8 +125,7 @@ class CycleGraphs:
         for phase, update in zip(phases, pure):
             names += [cycle.name_of(phase, k) for k in update.names]
         steps.__code__ = steps.__code__.replace()  # compiled code is cached by code object
-        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.keep_tensor_guards_unsafe}
-        options["cpp_wrapper"] = like["valid"].device.type == "cpu"
+        options = graph_options(like["valid"].device)
         graph = torch.compile(steps, dynamic=False, fullgraph=True, options=options)
         targets = [flat for _, _, flat in moves]
         buffers = [_buffer_pairs(a, ctx) for a in averages]

@@ -1,9 +1,4 @@
-"""A linear layer by oneDNN's product, which on CPUs that are not Intel's takes half the time of the usual one.
-
-PyTorch multiplies float32 matrices on CPUs with MKL, which on other makers' processors leaves their wider registers
-idle; oneDNN, which every build of PyTorch for x86 has beside it, does not ask whose processor it is. Sums are taken in
-another order, so numbers differ from ``torch.nn.Linear``'s in the last digits; they are the same at every call.
-"""
+"""A linear layer by oneDNN's product: ``torch.nn.Linear``'s numbers but for their last digits (``ccrl.onednn``)."""
 
 from __future__ import annotations
 
@@ -13,35 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ccrl.onednn import AVAILABLE, onednn_linear
+
 __all__ = ["Dense", "dense", "make_dense"]
 
 WORK, WIDTH = 2**20, 16
 """Products of fewer multiplications, or with a narrower factor, take longer this way."""
-
-_AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return found
-
-
-# compiled graphs take oneDNN's operator for weights that never change, and refuse it for others: to them it is opaque
-_LIBRARY = torch.library.Library("ccrl", "FRAGMENT")
-_LIBRARY.define("dense(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-_LIBRARY.impl("dense", _onednn, "CPU")
-
-
-@torch.library.register_fake("ccrl::dense", lib=_LIBRARY)  # type: ignore[untyped-decorator]
-def _like(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``x @ weight.T + bias`` by oneDNN where neither factor is narrow."""
     if min(weight.shape) < WIDTH:
         return F.linear(x, weight, bias)
-    found: Tensor = (torch.ops.ccrl.dense if torch.compiler.is_compiling() else _onednn)(x, weight, bias)
+    found: Tensor = (torch.ops.ccrl.dense if torch.compiler.is_compiling() else onednn_linear)(x, weight, bias)
     return found
 
 
@@ -82,7 +61,7 @@ def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     large = max(weight.shape) >= WIDTH and _work(x, weight) >= WORK
     whole = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    if not (_AVAILABLE and large and whole and x.device.type == "cpu"):
+    if not (AVAILABLE and large and whole and x.device.type == "cpu"):
         return F.linear(x, weight, bias)
     if not torch.is_grad_enabled():
         return _product(x, weight, bias)

@@ -42,8 +42,8 @@ def test_gradients_of_gradients():
 
 def test_only_large_products_of_float32_on_a_cpu_take_the_other_way(monkeypatch):
     calls = []
-    monkeypatch.setattr(module, "_onednn", lambda x, w, b: calls.append(x.shape) or F.linear(x, w, b))
-    if not module._AVAILABLE:
+    monkeypatch.setattr(module, "onednn_linear", lambda x, w, b: calls.append(x.shape) or F.linear(x, w, b))
+    if not module.AVAILABLE:
         pytest.skip("this build of PyTorch has no oneDNN")
     with torch.no_grad():
         dense(*drawn(128, 64, (127,)))  # 127 * 128 * 64 < 2^20
@@ -77,7 +77,7 @@ def test_linear_layers_become_dense_and_their_subclasses_stay():
 
 def test_function_transforms_are_refused():
     """Under them the opaque product would be differentiated wrongly in a compiled graph."""
-    if not module._AVAILABLE:
+    if not module.AVAILABLE:
         pytest.skip("this build of PyTorch has no oneDNN")
     x, weight, bias = (t.detach() for t in drawn(48, 64))
     with pytest.raises(RuntimeError, match="functorch"):
