@@ -101,8 +101,8 @@ class LLM(MethodAgent):
     def connect(self, env: str | TextTask) -> None:
         named = resolve_task(env, **(self.env_kwargs if isinstance(env, str) else {}))
         self.task = fit_task(named, self.config.model)
-        fields = getattr(self.method.Recipe, "fields", ())
-        self.collector = self._served(fields) if self.config.generation else self._collector(self.seed, fields)
+        fields, more = (getattr(self.method.Recipe, name, ()) for name in ("fields", "optional_fields"))
+        self.collector = self._served(fields) if self.config.generation else self._collector(self.seed, fields + more)
 
     def _collector(self, seed: int, fields: tuple[Any, ...] = ()) -> TokenCollector:
         return TokenCollector(self.task, **self._sampling(seed, fields))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from agents.llm.agent import LLMMethod
-from ccrl.data import Data, masked
+from ccrl.data import Data, Field, masked
 from ccrl.estimators.base import Stage
 from ccrl.estimators.groups import Groups
 from ccrl.estimators.recipe import Aggregation, MethodConfig, Parts, Recipe
@@ -174,7 +174,10 @@ class ScoreBaseline:
         valid, columns = data["valid"], self.config.microbatch or None
         if self.config.baseline_weight == "length":
             return (valid > 0).double()
-        squares = evaluate_columns(self.policy, data, frozenset({"sum_pi2"}), columns)["sum_pi2"]
+        if "sum_pi2" in data:  # the sampler's
+            squares = data["sum_pi2"]
+        else:
+            squares = evaluate_columns(self.policy, data, frozenset({"sum_pi2"}), columns)["sum_pi2"]
         chosen = masked(data["log_prob"], valid).double().exp()
         return torch.where(valid > 0, (1.0 - 2.0 * chosen + squares.double()).clamp_min(0.0), 0.0)
 
@@ -279,6 +282,8 @@ class ScaledUpdater:
 
 class OBLRPORecipe(Recipe):
     """The weighted baseline; with ``snr_pieces`` an updater whose step size follows the gradient's noise."""
+
+    optional_fields = (Field("sum_pi2"),)
 
     def __init__(self, config: Any, parts: Parts) -> None:
         outputs = getattr(parts.policy, "outputs", None)

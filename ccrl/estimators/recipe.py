@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from ccrl.collect import Request
-from ccrl.data import Batching, Data, Unit, masked
+from ccrl.data import Batching, Data, Field, Unit, masked
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.base import Context, Estimator, Phase, Stage
 from ccrl.estimators.rollouts import evaluate_columns
@@ -116,6 +116,8 @@ class Recipe(Estimator):
     """A recipe whose ``after_update`` reads the terms' ``stats`` says True; what an update itself says (its losses,
     every term by name) is always there."""
     ratio: Ratio = staticmethod(ratios.token)
+    optional_fields: ClassVar[tuple[Field, ...]] = ()
+    """As ``fields``, of samplers that have them at no cost; without them the recipe evaluates the policy."""
     clock_unit: ClassVar[str] = "completions"
     """What the agent's clock counts: completions, or demonstrations where nothing is sampled."""
 

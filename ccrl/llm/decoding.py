@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from ccrl.buffer import RolloutBuffer
-from ccrl.llm.policy import TokenPolicy, entropy_of
+from ccrl.llm.policy import TokenPolicy, collision_of, entropy_of
 from ccrl.llm.task import ConversationTask, Prompts, TextTask
 from ccrl.llm.vocabulary import end_tokens
 
-__all__ = ["COMPACT", "LOOK", "decode", "truncate"]
+__all__ = ["COMPACT", "FIELDS", "LOOK", "decode", "truncate"]
+
+FIELDS = {"entropy": entropy_of, "sum_pi2": collision_of}
+"""Columns of the whole distribution that are written on the way, where a buffer has them."""
 
 COMPACT = 0.75
 """Finished completions leave the computation when at most this share of the rows still runs."""
@@ -24,7 +27,7 @@ def decode(
     fixed: bool = False, deterministic: bool = False, top_p: float = 1.0, top_k: int = 0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Write a completion per entry of ``question`` ``[N]`` into a cleared ``buffer``: tokens, flags, ``log_prob`` and,
-    where it has the column, ``entropy``. Returns ``valid`` (chosen by the policy) and ``present`` (in the context)
+    where it has them, ``FIELDS``. Returns ``valid`` (chosen by the policy) and ``present`` (in the context)
     ``[T, N]``.
 
     :param noise: ``[T, N]`` uniform numbers, one per token whatever rows still run: dropping finished rows changes no
@@ -39,7 +42,7 @@ def decode(
     temperature: float = policy.temperature  # type: ignore[attr-defined]
     ending = torch.tensor(end_tokens(task.vocab), dtype=torch.int64, device=device)
     talk = _Conversation(task, prompts, question, steps, device) if isinstance(task, ConversationTask) else None
-    entropy = buffer.extra.get("entropy")
+    described = [(buffer.extra[name], of) for name, of in FIELDS.items() if name in buffer.extra]
     valid = torch.zeros(steps, n, device=device)
     present = torch.zeros_like(valid)
     rows = torch.arange(n, device=device)
@@ -56,8 +59,8 @@ def decode(
             token, chosen = torch.where(reply >= 0, reply, token), running & (reply < 0)
         buffer.action[t, here] = torch.where(running, token, buffer.action[t, here])
         buffer.extra["log_prob"][t, here] = _chosen(log_probs, token) * chosen
-        if entropy is not None:
-            entropy[t, here] = entropy_of(log_probs) * chosen
+        for column, of in described:
+            column[t, here] = of(log_probs) * chosen
         valid[t, here] = chosen.float()
         present[t, here] = running.float()
         ends = chosen & (token.unsqueeze(-1) == ending).any(-1)

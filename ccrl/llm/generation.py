@@ -87,7 +87,7 @@ class ServedCollector(TokenCollector):
         if self._fixed:
             raise ValueError(f"generation: expected completions with an end, got {task.name!r}, whose have a fixed "
                              "length; leave generation out")  # fmt: skip
-        if self._entropy:
+        if self._fields:
             raise ValueError("generation: expected a method that reads log-probabilities of the chosen tokens alone, "
                              "got one that reads entropies, which a server does not send")  # fmt: skip
         if (weights == "none") != (folder is None):

@@ -29,6 +29,7 @@ __all__ = [
     "TokenPolicy",
     "backbone",
     "check_positions",
+    "collision_of",
     "entropy_of",
     "model_positions",
     "positions_of",
@@ -76,6 +77,11 @@ def entropy_of(log_probs: Tensor) -> Tensor:
     return -torch.where(log_probs.isinf(), 0.0, log_probs.exp() * log_probs).sum(-1)
 
 
+def collision_of(log_probs: Tensor) -> Tensor:
+    """Sums of squared probabilities ``[...]`` of distributions ``[..., V]``."""
+    return log_probs.exp().square().sum(-1)
+
+
 def token_outputs(logits: Tensor, token: Tensor, want: frozenset[str], temperature: float, k: int) -> dict[str, Tensor]:
     """``OUTPUTS`` (all but ``hidden``) from ``logits`` ``[..., V]`` and tokens ``[...]``, in float32 at least."""
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
@@ -88,7 +94,7 @@ def token_outputs(logits: Tensor, token: Tensor, want: frozenset[str], temperatu
     if "entropy" in want:
         out["entropy"] = entropy_of(log_probs)
     if "sum_pi2" in want:
-        out["sum_pi2"] = log_probs.exp().square().sum(-1)
+        out["sum_pi2"] = collision_of(log_probs)
     if want & {"topk_index", "topk_log_prob"}:
         top = log_probs.topk(min(k, log_probs.shape[-1]), dim=-1)
         out |= {"topk_index": top.indices, "topk_log_prob": top.values}

@@ -16,7 +16,7 @@ from torch import Tensor
 from ccrl.buffer import RolloutBuffer
 from ccrl.collect import EpisodeStats, Request
 from ccrl.data import Data, Field
-from ccrl.llm.decoding import decode
+from ccrl.llm.decoding import FIELDS, decode
 from ccrl.llm.policy import TokenPolicy
 from ccrl.llm.task import AdaptiveTask, FiniteTask, Prompts, Split, TextTask
 from ccrl.seeding import named_generator
@@ -55,8 +55,8 @@ class TokenCollector:
     ``episode_reward`` (reward), ``reward_components`` ``[N, C]`` (its components), ``answer``, ``length`` (tokens
     present), ``capped`` (stopped by the cap), ``demonstration`` (1: not sampled; its ``log_prob`` is 0).
 
-    :param fields: more raw columns that an estimator declares; ``entropy`` (nats, of the sampling distribution) is the
-        one there is.
+    :param fields: more raw columns that an estimator declares; of the sampling distribution ``entropy`` (nats) and
+        ``sum_pi2``.
     :param pad_to_multiple_of: completions are padded to a multiple of it, so that compiled and cached shapes are few.
     :param top_p, top_k: what tokens are sampled from, see ``ccrl.llm.decoding.truncate``; scores are not truncated.
     :param max_new_tokens: a shorter cap of completions than the task's; None: the task's.
@@ -67,9 +67,9 @@ class TokenCollector:
         self, task: TextTask, *, seed: int = 0, device: torch.device | str = "cpu", fields: tuple[Field, ...] = (),
         pad_to_multiple_of: int = 1, max_new_tokens: int | None = None, top_p: float = 1.0, top_k: int = 0,
     ) -> None:  # fmt: skip
-        unknown = {f.name for f in fields} - {"entropy"}
+        unknown = {f.name for f in fields} - FIELDS.keys()
         if unknown:
-            raise ValueError(f"fields: expected names among ['entropy'], got {sorted(unknown)}")
+            raise ValueError(f"fields: expected names among {sorted(FIELDS)}, got {sorted(unknown)}")
         if pad_to_multiple_of < 1:
             raise ValueError(f"pad_to_multiple_of: expected >= 1, got {pad_to_multiple_of}")
         self.task, self.device, self.pad_to_multiple_of = task, torch.device(device), pad_to_multiple_of
@@ -81,7 +81,7 @@ class TokenCollector:
             _check_cap(task, max_new_tokens, fixed)
         self.steps = int(fixed or max_new_tokens or task.max_new_tokens)
         self._fixed = fixed is not None
-        self._entropy = bool(fields)
+        self._fields = fields
         self.generator = named_generator(seed, "completions", self.device)
         self.prompt_generator = named_generator(seed, "prompts")
         self.total_steps, self.fresh_steps = 0, 0
@@ -285,7 +285,7 @@ class TokenCollector:
         """The buffer of a tag, without what was in it."""
         if (tag, n) not in self._buffers:
             tokens: gym.Space[Any] = gym.spaces.Discrete(self.task.vocab.size)
-            fields = (Field("log_prob"), *((Field("entropy"),) if self._entropy else ()))
+            fields = (Field("log_prob"), *self._fields)
             self._buffers[tag, n] = RolloutBuffer(
                 self.steps, n, tokens, tokens, fields=fields, device=self.device, keep_final_obs=False
             )

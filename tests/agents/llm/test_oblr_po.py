@@ -202,6 +202,7 @@ def test_the_logit_norm_is_exact_on_tables() -> None:
         agent.policy.logits.normal_(generator=torch.Generator().manual_seed(0))
     agent.learner.points()
     data = agent.collector.collect(agent.estimator.parts.request, agent.policy)
+    assert "sum_pi2" in data, "the sampler writes it on its way"
     logit = ScoreBaseline(agent.config, agent.policy)(data)["score_norm"]
     torch.testing.assert_close(logit, exact_score_norms(agent.policy, data).float(), rtol=1e-4, atol=1e-6)
 

@@ -122,7 +122,7 @@ def test_ragged_counts() -> None:
 
 def test_facts_of_a_rollout() -> None:
     task = RaggedTask()
-    data = collect(0, fields=(Field("entropy"),))
+    data = collect(0, fields=(Field("entropy"), Field("sum_pi2")))
     policy, eos = table(task), task.vocab.eos
     steps = torch.arange(data.shape[0])[:, None]
     assert torch.equal(data["present"] > 0, steps < data["length"])
@@ -137,7 +137,7 @@ def test_facts_of_a_rollout() -> None:
     torch.testing.assert_close(data["reward_components"].sum(1), data["episode_reward"])
     assert not data["capped"].any()
     assert not data["demonstration"].any()
-    out = policy(data, frozenset({"log_prob", "entropy"}))
+    out = policy(data, frozenset({"log_prob", "entropy", "sum_pi2"}))
     for name, value in out.items():
         torch.testing.assert_close(data[name], torch.where(data["valid"] > 0, value, 0.0).detach())
 
@@ -357,7 +357,7 @@ def test_requests_that_do_not_fit_their_prompts() -> None:
 
 def test_bad_requests() -> None:
     task = RaggedTask()
-    with pytest.raises(ValueError, match=r"fields: expected names among \['entropy'\], got \['value'\]"):
+    with pytest.raises(ValueError, match=r"fields: expected names among \['entropy', 'sum_pi2'\], got \['value'\]"):
         TokenCollector(task, fields=(Field("value"),))
     with pytest.raises(ValueError, match="pad_to_multiple_of: expected >= 1, got 0"):
         TokenCollector(task, pad_to_multiple_of=0)
