@@ -18,10 +18,11 @@ from typing import Any
 import torch
 
 from ccrl.packages import check_siblings, require
-from ccrl.settings import Compile
+from ccrl.settings import Activation, Compile
 
 check_siblings("agents", "envs")
 
+import envs  # noqa: F401  (registers ids)
 from agents import PPO
 from agents.ppo import PPOConfig
 
@@ -109,8 +110,19 @@ def _cpuinfo() -> list[str]:
 # -- sides ----------------------------------------------------------------------------------------------------------
 
 
-def _ours(config: Config, compiled: Compile, batch_size: int, n_epochs: int, num_envs: int, n_steps: int) -> Side:
-    ppo = PPOConfig(num_envs=num_envs, n_steps=n_steps, batch_size=batch_size, n_epochs=n_epochs, compile=compiled)
+def _ours(
+    config: Config,
+    compiled: Compile,
+    batch_size: int,
+    n_epochs: int,
+    num_envs: int,
+    n_steps: int,
+    activation: Activation = "tanh",
+) -> Side:
+    ppo = PPOConfig(
+        num_envs=num_envs, n_steps=n_steps, batch_size=batch_size, n_epochs=n_epochs, compile=compiled,
+        activation=activation,
+    )  # fmt: skip
     kwargs = {"nthread": config.nthread} if config.nthread else {}
     agent = PPO(config.task, ppo, env_kwargs=kwargs)
     shares: list[list[float]] = []
@@ -151,6 +163,7 @@ def _compare(config: Config, batch_size: int, n_epochs: int) -> None:
     shape = (batch_size, n_epochs, config.num_envs, config.n_steps)
     sides = {
         "ccrl, compiled": _ours(config, "on", *shape),
+        "ccrl, compiled, fast_tanh": _ours(config, "on", *shape, "fast_tanh"),
         "ccrl, eager": _ours(config, "off", *shape),
         "SB3": _theirs(config, "stable_baselines3", batch_size, n_epochs),
     }
