@@ -101,18 +101,18 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
         "**Contradicted**: p below .05 in the other. Nothing here speaks of the papers' own, larger settings. On "
         "tables most methods prefer the largest step size tried, however wide the grid: effects are those at it.", "",
         "Made by `python scripts/studies/claims`; every run is a line of `docs/figures/claims/NAME.csv`. Minutes are "
-        "wall time of all its runs on one core that others used too.", "",
-        "| paper | comparison | n | effect | p | verdict | wall minutes |", "|---|---|--:|---|--:|---|--:|",
+        "those of all its runs, of the processor or, of studies that did not keep those, wall time on a core that "
+        "others used too.", "",
+        "| paper | comparison | n | effect | p | verdict | minutes |", "|---|---|--:|---|--:|---|--:|",
     ]  # fmt: skip
     for name, results in found.items():
         rows = read_rows(folder / f"{name}.csv")
-        minutes = sum(float(row["seconds"]) for row in rows) / 60
         for i, r in enumerate(results):
             d = r.difference
             lines.append(
                 f"| [{name}](#{name.replace('.', '-')}) | {r.better} - {r.worse} | {CLAIMS[name].test_seeds} | "
                 f"{d.difference:+.3g} [{d.low:.3g}, {d.high:.3g}] | {r.adjusted:.2g} | {r.verdict} | "
-                f"{'' if i else f'{minutes:.1f}'} |"
+                f"{'' if i else _minutes(rows)} |"
             )
     if missing := sorted(set(CLAIMS) - set(found)):
         lines += ["", f"Written, and not run to the end yet: {', '.join(missing)} (the same command goes on)."]
@@ -127,8 +127,8 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
         claim = CLAIMS[name]
         lines += [
             "", f"## {name}", "", f"Claim: {claim.text}.", "",
-            f"{claim.setting}. Score: {claim.score}. {len(claim.arms[0].grid)} settings x {claim.tuning_seeds} tuning "
-            f"seeds for each arm, {claim.test_seeds} test seeds. `python scripts/studies/claims {claim.paper}`", "",
+            f"{claim.setting}. Score: {claim.score}. {_tuning(claim)}, {claim.test_seeds} test seeds. "
+            f"`python scripts/studies/claims {claim.paper}`", "",
             "| arm | setting chosen | mean score |", "|---|---|--:|",
         ]  # fmt: skip
         arms = {r.better: (r.settings[0], r.scores[0]) for r in results}
@@ -136,6 +136,20 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
         for arm, (settings, score) in arms.items():
             lines.append(f"| {arm} | `{settings}`{_edge(claim.arm(arm), settings)} | {score:.4g} |")
     return "\n".join(lines) + "\n"
+
+
+def _tuning(claim: Claim) -> str:
+    settings = len(claim.arms[0].grid)
+    return (
+        f"{settings} settings x {claim.tuning_seeds} tuning seeds for each arm" if settings > 1 else "No setting tuned"
+    )
+
+
+def _minutes(rows: list[dict[str, str]]) -> str:
+    """Of all runs, of the processor where every row has them."""
+    if all(row.get("cpu_seconds") for row in rows):
+        return f"{sum(float(row['cpu_seconds']) for row in rows) / 60:.1f} CPU"
+    return f"{sum(float(row['seconds']) for row in rows) / 60:.1f} wall"
 
 
 def _edge(arm: Arm, settings: str) -> str:
