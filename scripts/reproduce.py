@@ -30,7 +30,7 @@ from ccrl.packages import ROOT, check_siblings
 check_siblings("agents", "envs")
 
 from scripts.reproductions import PAPERS, Measurement
-from scripts.reproductions.noes import NOES
+from scripts.reproductions.noes import NOES, OPENS
 
 __all__ = ["Options", "embed", "embed_page", "load", "main", "page", "save", "table"]
 
@@ -136,6 +136,10 @@ def page(folder: Path) -> str:
         lines += ["", "## What does not hold, and why", "", "| paper | quantity | reason |", "|---|---|---|"]
         lines += [f"| {slug} | {_cell(row.quantity)} | {NOES.get((slug, row.quantity), 'not examined yet')} |"
                   for slug, row in noes]  # fmt: skip
+    opens = Counter(slug for slug, (numbers, _) in found.items() for row in numbers if row.verdict == "open")
+    if opens:
+        lines += ["", "## What stays open, and why", "", "| paper | open numbers | reason |", "|---|--:|---|"]
+        lines += [f"| {slug} | {n} | {OPENS.get(slug, 'not examined yet')} |" for slug, n in opens.items()]
     for slug, (numbers, seconds) in found.items():
         seeds = max(len(row.values) for row in numbers)
         lines += ["", f"## {slug}: {PAPERS[slug]}", "", f"{seeds} seeds, {seconds} s. "

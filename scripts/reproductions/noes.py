@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["NOES"]
+__all__ = ["NOES", "OPENS"]
 
 _ADORA = (
     "the claim fails here: groups whose longest success happens to be long count more, so completions also lengthen "
@@ -69,3 +69,41 @@ NOES: dict[tuple[str, str], str] = {
     ("riskpo", "hard questions after 600 updates, RiskPO"): _RISKPO,
 }
 """``(slug, quantity)`` of every number that does not hold."""
+
+_REFERENCE = (
+    "the expected number is of one or a few reference runs, whose own spread is not known; the interval crosses it"
+)
+_SMALL = "no difference that these seeds could tell from none; nothing is claimed"
+_TWO = "two seeds: Student's factor is 12.7, so the interval says nothing"
+
+OPENS: dict[str, str] = {
+    "adora": "the claim is not met in the mean; the interval just reaches 0",
+    "awm": "three seeds beside reference runs of one or three; gradients here vary less (see above)",
+    "bnpo": "the mean has the other sign than the conjecture, which is wrong beside GRPO too (see above)",
+    "capo": "the largest update of a run without a threshold varies fivefold with the seed, its ratio elevenfold",
+    "copg": "the theory is of the optimum; the last epoch of a fit is at .83 to .97 of it",
+    "copo": _REFERENCE,
+    "d3s": "step sizes as they come; with each method's own D3S gains more than GRPO (docs/claims.md)",
+    "dcpo": _REFERENCE,
+    "diffusion_opd": "three seeds, and the two losses end almost equal; the accepted range of the mean reward is wide",
+    "div_prec": _SMALL,
+    "empg": _SMALL,
+    "epo": "the difference varies from -.12 to .005 nats with the seed",
+    "etr": "differences of entropy vary by several tenths of a nat with the seed; for the others "
+    "the expected number is of one or a few reference runs, whose own spread is not known",
+    "g2rpo": "a ratio of extremes: positive with every seed, and five times as large with one as with the others",
+    "gdpo": _REFERENCE,
+    "grpo_guard": "a mean ratio of 1 - 3e-5 and one per cent of clipped terms are at the noise of these draws",
+    "knapsack_rl": "success at the end varies by a tenth or more with the seed; the share is at the noise of its draws",
+    "mhpo": _REFERENCE,
+    "oblr_po": "the expected number is of 20 other bandits; by the seeds it is 1.2 to 2.0",
+    "p3o": "shares of the best reward vary by two hundredths with the bandit drawn",
+    "pf_ppo": "expected numbers are of one draw; for training, no difference that these seeds could tell from none",
+    "polar": _TWO,
+    "r2vpo": "the constraint is a bound: the variance stays below the budget, near the lower end of the accepted range",
+    "reward_models": "64 labels teach almost nothing: accuracy is within a hundredth of chance",
+    "riskpo": _SMALL,
+    "rpo": "the claim is of large models; the mean has the other sign here",
+    "v0": "three seeds beside a reference run of other draws; the differences are below a thousandth or two",
+}
+"""Of every paper with open numbers: why they stay open."""

@@ -11,7 +11,7 @@ import pytest
 from ccrl.packages import ROOT
 from scripts import reproduce
 from scripts.reproductions import PAPERS, Measurement
-from scripts.reproductions.noes import NOES
+from scripts.reproductions.noes import NOES, OPENS
 from scripts.reproductions.tables import History
 
 
@@ -79,6 +79,13 @@ def test_every_no_of_the_kept_numbers_has_a_reason() -> None:
     noes = {(slug, row.quantity) for slug in PAPERS if (folder / f"{slug}.csv").exists()
             for row in reproduce.load(folder / f"{slug}.csv")[0] if row.verdict == "no"}  # fmt: skip
     assert noes == set(NOES), "a number that does not hold needs a reason, and a reason such a number"
+
+
+def test_open_numbers_have_a_reason() -> None:
+    folder = reproduce.Options().results
+    papers = {slug for slug in PAPERS if (folder / f"{slug}.csv").exists()
+              for row in reproduce.load(folder / f"{slug}.csv")[0] if row.verdict == "open"}  # fmt: skip
+    assert papers == set(OPENS), "a paper with open numbers needs a reason, and a reason such a paper"
 
 
 def test_a_methods_page_has_todays_numbers() -> None:
