@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.studies.offline import report
 from scripts.studies.offline.report import REPORTS
 from scripts.studies.offline.study import STUDIES, main
 
@@ -48,3 +49,9 @@ def test_every_study_has_a_page_and_unknown_ones_are_refused(tmp_path: Path) -> 
         main(["cheetah"])
     with pytest.raises(ValueError, match="found none; run it without --report"):
         main(["rows", "--report", "--out", str(tmp_path), "--figures", str(tmp_path)])
+
+
+def test_nothing_is_decided_while_runs_are_missing() -> None:
+    table = [report.line("mean return >= 8", [True], "9"), report.line("none", [False], "7"), {"controller": "base"}]
+    assert [row.get("holds") for row in report.undecided(table, 3, 3)] == ["yes", "no (0 of 1)", None]
+    assert [row.get("holds") for row in report.undecided(table, 1, 3)] == ["open (1 of 3 runs)"] * 2 + [None]

@@ -51,6 +51,13 @@ def line(text: str, holds: Iterable[bool], found: str) -> dict[str, Any]:
     return {"expected": text, "holds": verdict, "found": found}
 
 
+def undecided(table: Rows, done: int, runs: int) -> Rows:
+    """The table of acceptance while runs are missing: nothing is decided by those there are."""
+    if done >= runs:
+        return table
+    return [row | {"holds": f"open ({done} of {runs} runs)"} if "holds" in row else row for row in table]
+
+
 def spread(rows: Rows, column: str) -> str:
     """Mean and Student's 95 % interval."""
     values = [row[column] for row in rows]

@@ -170,6 +170,9 @@ class Study(Settings):
             raise ValueError(f"{path}: expected finished runs of {name}, found none; run it without --report")
         kind = report.REPORTS[name]
         found, stem = kind.tables(rows), self.figures / f"offline_{name}"
+        keys = list(cells[0])
+        done = len({tuple(row[k] for k in keys) for row in rows})
+        found = [report.undecided(table, done, len(cells)) for table in found]
         command = self.command(name)
         tables.write(stem, command, found[0], rows, *found[1:])
         if kind.figure is not None:
