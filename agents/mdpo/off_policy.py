@@ -122,14 +122,16 @@ class OffPolicyMDPOCycle(Cycle):
     def targets(self, draw: Data, ctx: Context) -> Data:
         c, policy, target = self.config, ctx.policy, ctx.bank.policy("target")
         old = ctx.bank.policy("old").params(rows(draw["obs"]))  # type: ignore[operator]
-        draw = draw.derive(**{f"old_{k}": v.unsqueeze(0) for k, v in old.items()})
+        # derived at the end: what is read from a derived batch is not seen as read, and a compiled step lacks it
+        made = {f"old_{k}": v.unsqueeze(0) for k, v in old.items()}
         if c.state_value:
-            draw = draw.derive(state_value=self._soft(policy, policy, draw, "").unsqueeze(0))
+            made["state_value"] = self._soft(policy, policy, draw, "").unsqueeze(0)
             following = target.v(rows(draw["next_obs"]))  # type: ignore[operator]
         else:
             following = self._soft(policy, target, draw, "next_")
         factor = discount(draw, c)
-        return draw.derive(target=draw["reward"] + (factor * following).masked_fill(factor == 0, 0.0))
+        target_q = draw["reward"] + (factor * following).masked_fill(factor == 0, 0.0)
+        return draw.derive(target=target_q, **made)
 
     def _soft(self, policy: Any, critic: Any, draw: Data, where: str) -> Tensor:
         """``min_i Q_i(s, a) - lambda log pi(a|s)`` ``[B]`` at a sample."""
