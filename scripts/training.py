@@ -260,7 +260,7 @@ def build(
     """
     torch.set_num_threads(config.torch_threads)
     if config.track != "none":
-        require(config.track, "track")
+        require(config.track, config.track)
     elif config.track_project != TrainConfig.track_project:
         raise configs.ConfigError("track_project: expected a service to use it, got track 'none'; set track")
     cls, group = agents.get_agent(agent_name), Group.join(config)

@@ -31,7 +31,7 @@ class Tracker:
 
     def __init__(self, service: Literal["wandb", "trackio"], project: str, run: RunFolder, config: Mapping[str, Any]):
         self.service = service
-        self._module = require(service, "track")
+        self._module = require(service, service)
         name, flat = run.path.name, flatten(dict(config))
         if service == "wandb":
             # the folder's name is unique, with its time: the same folder resumed is the same run

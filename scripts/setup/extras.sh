@@ -7,14 +7,16 @@ set -euo pipefail
 folder=$(realpath -m "${1:?usage: scripts/setup/extras.sh FOLDER [EXTRA ...]}")
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 shift
-(($#)) || set -- tune gp export mujoco sb3 offline notebooks track llm reasoning
+(($#)) || set -- tune gp export mujoco sb3 offline notebooks wandb trackio llm reasoning
 cd "$root"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 failed=()
 for extra in "$@"; do
   start=$SECONDS
+  pins=constraints.txt
+  [ "$extra" != trackio ] || { pins=$(mktemp) && grep -v "^pillow==" constraints.txt > "$pins"; }  # which wants an older one
   if "${PYTHON:-python3}" -m venv "$folder/$extra" &&
-    "$folder/$extra/bin/pip" install -q -c constraints.txt -e ".[$extra]" &&
+    "$folder/$extra/bin/pip" install -q -c "$pins" -e ".[$extra]" &&
     "$folder/$extra/bin/python" scripts/setup/extra_check.py "$extra"; then
     echo "extra $extra: $((SECONDS - start)) s"
   else

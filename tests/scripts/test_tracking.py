@@ -72,7 +72,7 @@ def test_what_a_service_is_given(service: Any, tmp_path: Path, monkeypatch: pyte
 
 def test_a_missing_service_is_said_before_a_folder_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
-    with pytest.raises(ImportError, match=r'pip install -e "\.\[track\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[wandb\]"'):
         Tracker("wandb", "p", RunFolder(tmp_path), CONFIG)
 
 

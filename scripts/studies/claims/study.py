@@ -25,7 +25,7 @@ from ccrl.packages import ROOT
 from scripts.studies.claims import bayesian, control, elsewhere, language
 from scripts.studies.claims.claim import Arm, Claim, Result, chosen, judge, run
 
-__all__ = ["CLAIMS", "Options", "main", "page", "play"]
+__all__ = ["CLAIMS", "Options", "edge", "main", "page", "play"]
 
 CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (*control.CLAIMS, *bayesian.CLAIMS, *language.CLAIMS)}
 RESULTS = ROOT / "docs" / "figures" / "claims"
@@ -134,7 +134,7 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
         arms = {r.better: (r.settings[0], r.scores[0]) for r in results}
         arms |= {r.worse: (r.settings[1], r.scores[1]) for r in results}
         for arm, (settings, score) in arms.items():
-            lines.append(f"| {arm} | `{settings}`{_edge(claim.arm(arm), settings)} | {score:.4g} |")
+            lines.append(f"| {arm} | `{settings}`{edge(claim.arm(arm), settings)} | {score:.4g} |")
     return "\n".join(lines) + "\n"
 
 
@@ -152,7 +152,7 @@ def _minutes(rows: list[dict[str, str]]) -> str:
     return f"{sum(float(row['seconds']) for row in rows) / 60:.1f} wall"
 
 
-def _edge(arm: Arm, settings: str) -> str:
+def edge(arm: Arm, settings: str) -> str:
     """A best value at the end of its grid says that the grid was too short for this arm."""
     chosen, ends = json.loads(settings), []
     for name, value in chosen.items():

@@ -30,6 +30,7 @@ from ccrl.experiment.files import write_atomic
 from ccrl.packages import ROOT
 from ccrl.stats.student import t_quantile
 from scripts.studies.claims.claim import Result, chosen, judge, run
+from scripts.studies.claims.study import edge
 from scripts.studies.separate.setting import Setting, look
 from scripts.studies.separate.settings import SETTINGS
 
@@ -201,6 +202,13 @@ def page(found: dict[str, list[Result]], results: Path) -> str:
             d = r.difference
             gap = f"{d.difference:+.3f} [{d.low:.3f}, {d.high:.3f}]"
             lines.append(_row(rows, r.better, r.settings[0], r.scores[0], gap, f"{r.adjusted:.2g}", words[r.verdict]))
+        ends = [r.better for r in differences if edge(setting.claim.arm(r.better), r.settings[0])]
+        ends += [head.worse] if edge(setting.claim.arm(head.worse), head.settings[1]) else []
+        if ends:
+            lines += [
+                "",
+                f"Chosen at the end of what was tried, so perhaps not at its best: {', '.join(sorted(ends))}.",
+            ]
         if missing := set(setting.entries) - {head.worse} - {r.better for r in differences}:
             lines += ["", f"Not finished: {', '.join(sorted(missing))}."]
     return "\n".join(lines) + "\n"
