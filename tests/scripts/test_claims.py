@@ -129,13 +129,13 @@ def test_a_curve_is_weighed_by_its_steps() -> None:
 
 def test_a_setting_at_the_end_of_its_grid_is_said() -> None:
     arm = Arm("a", score(0.0), tuple({"learning_rate": rate} for rate in (0.1, 0.2, 0.4)))
-    assert study._edge(arm, '{"learning_rate": 0.2}') == ""
-    assert study._edge(arm, '{"learning_rate": 0.1}') == " (learning_rate is the smallest of its grid)"
-    assert study._edge(arm, '{"learning_rate": 0.4}') == " (learning_rate is the largest of its grid)"
+    assert study.edge(arm, '{"learning_rate": 0.2}') == ""
+    assert study.edge(arm, '{"learning_rate": 0.1}') == " (learning_rate is the smallest of its grid)"
+    assert study.edge(arm, '{"learning_rate": 0.4}') == " (learning_rate is the largest of its grid)"
     two = tuple({"rate": rate, "weight": weight} for rate in (1.0, 2.0) for weight in (0.1, 0.2, 0.3))
     # of two values one is always at an end
     both = '{"rate": 2.0, "weight": 0.3}'
-    assert study._edge(Arm("b", score(0.0), two), both) == " (weight is the largest of its grid)"
+    assert study.edge(Arm("b", score(0.0), two), both) == " (weight is the largest of its grid)"
 
 
 def test_the_page_is_that_of_the_kept_results(tmp_path: Path) -> None:
