@@ -381,10 +381,18 @@ class _Recorder(Data):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.read: set[str] = set()
+        self.made: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
-        self.read.add(name)
+        if name not in self.made:
+            self.read.add(name)
         return super().__getitem__(name)
+
+    def derive(self, **columns: Tree) -> Data:
+        # what is read from the overlay is read from the batch: a compiled step would lack it
+        found = _Recorder.__new__(_Recorder)
+        found.__dict__ = super().derive(**columns).__dict__ | {"read": self.read, "made": self.made | columns.keys()}
+        return found
 
 
 def _unbind(tree: Tree) -> Sequence[Tree]:

@@ -122,16 +122,14 @@ class OffPolicyMDPOCycle(Cycle):
     def targets(self, draw: Data, ctx: Context) -> Data:
         c, policy, target = self.config, ctx.policy, ctx.bank.policy("target")
         old = ctx.bank.policy("old").params(rows(draw["obs"]))  # type: ignore[operator]
-        # derived at the end: what is read from a derived batch is not seen as read, and a compiled step lacks it
-        made = {f"old_{k}": v.unsqueeze(0) for k, v in old.items()}
+        draw = draw.derive(**{f"old_{k}": v.unsqueeze(0) for k, v in old.items()})
         if c.state_value:
-            made["state_value"] = self._soft(policy, policy, draw, "").unsqueeze(0)
+            draw = draw.derive(state_value=self._soft(policy, policy, draw, "").unsqueeze(0))
             following = target.v(rows(draw["next_obs"]))  # type: ignore[operator]
         else:
             following = self._soft(policy, target, draw, "next_")
         factor = discount(draw, c)
-        target_q = draw["reward"] + (factor * following).masked_fill(factor == 0, 0.0)
-        return draw.derive(target=target_q, **made)
+        return draw.derive(target=draw["reward"] + (factor * following).masked_fill(factor == 0, 0.0))
 
     def _soft(self, policy: Any, critic: Any, draw: Data, where: str) -> Tensor:
         """``min_i Q_i(s, a) - lambda log pi(a|s)`` ``[B]`` at a sample."""

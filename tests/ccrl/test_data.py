@@ -251,6 +251,11 @@ def test_discount_modes() -> None:
 
 def test_columns_read_names_what_a_function_needs() -> None:
     assert columns_read(lambda b: b["id"] + b["prompt"], rollout()) == ["id", "prompt"]
+    # what is read from what is derived is read from the batch; what was derived is not
+    derived = columns_read(
+        lambda b: b.derive(x=b["id"]).derive(y=b["id"])["valid"] + b.derive(x=b["id"])["x"], rollout()
+    )
+    assert derived == ["id", "valid"]
 
 
 @pytest.mark.parametrize("bad", [{"unit": "step"}, {"size": 0}, {"size": "all"}, {"epochs": 0}, {"microbatch": 0}])
