@@ -14,6 +14,7 @@ from ccrl.estimators import q_losses
 from ccrl.estimators.terms import no_ratio
 from ccrl.policies import CATEGORICAL
 from ccrl.testing.agent_contract import SpacesEnv
+from ccrl.updaters import can_compile
 
 F64 = torch.float64
 BOX = spaces.Box(-1, 1, (2,), np.float32)
@@ -97,3 +98,18 @@ def test_the_reference_is_a_copy_of_some_steps_ago() -> None:
 def test_an_index_outside_one_to_two_is_refused() -> None:
     with pytest.raises(ValueError, match="tsallis"):
         OffPolicyMDPO(SpacesEnv(BOX, BOX), tsallis=2.5, **SMALL)
+
+
+def test_compiled_steps_are_the_eager_ones() -> None:
+    """Every compiled step lacked a column once: it is read from a batch to which others were added."""
+    if not can_compile()[0]:
+        pytest.skip("no C++ compiler")
+
+    def train(compile: str) -> OffPolicyMDPO:
+        small = {"hidden": (8,), "learning_starts": 5, "batch_size": 8, "rounds": 20, "buffer_size": 100}
+        return OffPolicyMDPO("Pendulum-v1", compile=compile, **small).learn(20)
+
+    eager, compiled = train("off"), train("on")
+    assert compiled.learner.cycle.compiled
+    for name, value in eager.policy.state_dict().items():
+        torch.testing.assert_close(compiled.policy.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
