@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Generator, Tensor
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ccrl.successors import Successors
 
 __all__ = [
-    "Batching", "Data", "Field", "Unit", "columns_read", "masked", "masked_mean", "masked_sum", "tree_columns",
+    "Batching", "Data", "Field", "Unit", "masked", "masked_mean", "masked_sum", "tree_columns",
     "tree_leaves", "tree_map",
 ]  # fmt: skip
 
@@ -368,31 +368,6 @@ class Data(Mapping[str, Tree]):
                 pieces.append(0)
             pieces[-1] += count
         return pieces
-
-
-def columns_read(fn: Callable[[Data], object], batch: Data) -> list[str]:
-    """Names of the columns that ``fn(batch)`` reads, sorted: compiled and vectorised code takes only those along."""
-    recorder = _Recorder(batch._columns, sequence=batch.sequence, scalars=batch.scalars)
-    fn(recorder)
-    return sorted(recorder.read)
-
-
-class _Recorder(Data):
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.read: set[str] = set()
-        self.made: set[str] = set()
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.made:
-            self.read.add(name)
-        return super().__getitem__(name)
-
-    def derive(self, **columns: Tree) -> Data:
-        # what is read from the overlay is read from the batch: a compiled step would lack it
-        found = _Recorder.__new__(_Recorder)
-        found.__dict__ = super().derive(**columns).__dict__ | {"read": self.read, "made": self.made | columns.keys()}
-        return found
 
 
 def _unbind(tree: Tree) -> Sequence[Tree]:

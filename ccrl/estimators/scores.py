@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ccrl.data import Data, columns_read, masked, tree_map
+from ccrl.columns import columns_read
+from ccrl.data import Data, masked, tree_map
 from ccrl.estimators.updates import owned_parameters
 from ccrl.policies.distributions import Distribution
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ccrl.data import Data, columns_read
+from ccrl.columns import columns_read
+from ccrl.data import Data
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.updates import Stats
 from ccrl.onednn import graph_options

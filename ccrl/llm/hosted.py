@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ccrl.collect import Request
-from ccrl.data import Batching, Data, columns_read
+from ccrl.columns import columns_read
+from ccrl.data import Batching, Data
 from ccrl.estimators.base import Context, Estimator
 from ccrl.estimators.terms import Outputs, Term, surrogate
 from ccrl.estimators.updates import Stats

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ccrl.data import Data, columns_read
+from ccrl.columns import columns_read
+from ccrl.data import Data
 from ccrl.estimators.terms import Term, statistics, surrogate
 from ccrl.estimators.updates import GradientEstimate, Stats, Updater
 from ccrl.native import compiler

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ccrl.data import Batching, Data, Unit, columns_read
+from ccrl.columns import columns_read
+from ccrl.data import Batching, Data, Unit
 from ccrl.successors import Successors
 
 T, N = 5, 3
