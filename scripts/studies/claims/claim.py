@@ -16,7 +16,7 @@ from ccrl.experiment.cells import complete
 from ccrl.experiment.protocol import SEEDS, check_seeds
 from ccrl.stats import Paired, holm, paired_t
 
-__all__ = ["Arm", "Claim", "Result", "chosen", "judge", "run"]
+__all__ = ["Arm", "Claim", "Result", "chosen", "edge", "judge", "run"]
 
 Rows = list[dict[str, str]]
 Verdict = Literal["supported", "not supported", "contradicted"]
@@ -140,6 +140,16 @@ def best(claim: Claim, arm: Arm, rows: Sequence[dict[str, str]]) -> dict[str, An
 def chosen(claim: Claim, rows: Sequence[dict[str, str]]) -> dict[str, str]:
     """The best settings of every arm, as JSON."""
     return {arm.name: json.dumps(best(claim, arm, rows), sort_keys=True) for arm in claim.arms}
+
+
+def edge(arm: Arm, settings: str) -> str:
+    """A best value at the end of its grid says that the grid was too short for this arm."""
+    chosen, ends = json.loads(settings), []
+    for name, value in chosen.items():
+        tried = {setting[name] for setting in arm.grid if isinstance(setting[name], float)}
+        if len(tried) >= 3 and value in (min(tried), max(tried)):
+            ends.append(f"{name} is the {'smallest' if value == min(tried) else 'largest'} of its grid")
+    return f" ({', '.join(ends)})" if ends else ""
 
 
 def judge(claim: Claim, rows: Sequence[dict[str, str]]) -> list[Result]:

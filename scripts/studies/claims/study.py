@@ -23,9 +23,9 @@ from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.files import write_atomic
 from ccrl.packages import ROOT
 from scripts.studies.claims import bayesian, control, elsewhere, language
-from scripts.studies.claims.claim import Arm, Claim, Result, chosen, judge, run
+from scripts.studies.claims.claim import Claim, Result, chosen, edge, judge, run
 
-__all__ = ["CLAIMS", "Options", "edge", "main", "page", "play"]
+__all__ = ["CLAIMS", "Options", "main", "page", "play"]
 
 CLAIMS: dict[str, Claim] = {claim.name: claim for claim in (*control.CLAIMS, *bayesian.CLAIMS, *language.CLAIMS)}
 RESULTS = ROOT / "docs" / "figures" / "claims"
@@ -150,13 +150,3 @@ def _minutes(rows: list[dict[str, str]]) -> str:
     if all(row.get("cpu_seconds") for row in rows):
         return f"{sum(float(row['cpu_seconds']) for row in rows) / 60:.1f} CPU"
     return f"{sum(float(row['seconds']) for row in rows) / 60:.1f} wall"
-
-
-def edge(arm: Arm, settings: str) -> str:
-    """A best value at the end of its grid says that the grid was too short for this arm."""
-    chosen, ends = json.loads(settings), []
-    for name, value in chosen.items():
-        tried = {setting[name] for setting in arm.grid if isinstance(setting[name], float)}
-        if len(tried) >= 3 and value in (min(tried), max(tried)):
-            ends.append(f"{name} is the {'smallest' if value == min(tried) else 'largest'} of its grid")
-    return f" ({', '.join(ends)})" if ends else ""

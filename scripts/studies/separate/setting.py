@@ -135,7 +135,9 @@ class Setting:
     """Settings that all share."""
     completions: int
     entries: Mapping[str, Entry]
-    grid: tuple[Mapping[str, Any], ...] = tuple({"learning_rate": rate} for rate in (1e-4, 3e-4, 1e-3))
+    grid: tuple[Mapping[str, Any], ...] = tuple(
+        {"learning_rate": rate} for rate in (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
+    )
     """What is tried on the tuning seeds."""
     score: str = "pass1"
     """The number of an evaluation whose mean over the training is the score."""

@@ -71,9 +71,9 @@ OCCUPANCY = LLMMethod(
 )  # fmt: skip
 
 
-def each(name: str, *values: float, **fixed: Any) -> tuple[dict[str, Any], ...]:
-    """A grid of one setting."""
-    return tuple({name: value, **fixed} for value in values)
+def with_rates(name: str, *values: float) -> tuple[dict[str, Any], ...]:
+    """A grid of one more setting and the step sizes that most methods choose; as many as the setting's own grid."""
+    return tuple({name: value, "learning_rate": rate} for value in values for rate in (1e-4, 3e-4))
 
 
 STALE = Setting(
@@ -92,7 +92,7 @@ SPARSE = Setting(
     "few prompts are solved at the start, so most groups teach nothing",
     Start("sorting", {"digits": 5}, steps=80),
     {"n_prompts": 16, "group_size": 8},
-    100 * 128,
+    300 * 128,
     {
         "GRPO": Entry(GRPO), "DAPO": Entry(DAPO), "HPT": Entry(HPT), "COPO": Entry(COPO),
         "Knapsack RL": Entry(KnapsackRL, {"batch_size": 0}),
@@ -105,7 +105,7 @@ REWARDS = Setting(
     "two rewards of unequal difficulty: the form is learnt long before the number",
     Start("format_accuracy", {"digits": 1, "modulus": 10}, steps=100),
     {"n_prompts": 16, "group_size": 8},
-    100 * 128,
+    300 * 128,
     {"GRPO": Entry(GRPO), "GDPO": Entry(GDPO), "BNPO": Entry(BNPO), "G2RPO": Entry(G2RPO)},
 )
 TURNS = Setting(
@@ -125,7 +125,7 @@ ENTROPY = Setting(
     200 * 128,
     {
         "GRPO": Entry(GRPO),
-        "GRPO with an entropy bonus": Entry(GRPO, {}, each("entropy_coef", 0.003, 0.01, 0.03, learning_rate=3e-4)),
+        "GRPO with an entropy bonus": Entry(GRPO, {}, with_rates("entropy_coef", 0.003, 0.01, 0.03)),
         "DCPO": Entry(DCPO), "RiskPO": Entry(RiskPO), "EPO": Entry(EPO),
         "precision, then GRPO": Entry(GRPO, start=Start("countdown", {"numbers": 3}, 300, beta=-0.25)),
         "diversity, then GRPO": Entry(GRPO, start=Start("countdown", {"numbers": 3}, 300, beta=0.5)),
@@ -140,8 +140,8 @@ PROXY = Setting(
     100 * 128,
     {
         "GRPO": Entry(GRPO),
-        "GRPO, token KL": Entry(GRPO, {}, each("kl_coef", 0.01, 0.1, 1.0, learning_rate=3e-4)),
-        "GRPO, sequence chi-square": Entry(OCCUPANCY, {}, each("coef", 0.03, 0.1, 0.3, learning_rate=3e-4)),
+        "GRPO, token KL": Entry(GRPO, {}, with_rates("kl_coef", 0.01, 0.1, 1.0)),
+        "GRPO, sequence chi-square": Entry(OCCUPANCY, {}, with_rates("coef", 0.03, 0.1, 0.3)),
         "PF-PPO": Entry(PFPPO), "RPO": Entry(RPO), "P3O": Entry(P3O, PAIRS),
     },
     judge=Judge(prompts=64, steps=300),
