@@ -33,6 +33,7 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from ccrl.experiment.csv_table import read_rows
+from ccrl.seeding import stream_seed
 from ccrl.updaters import GradientEstimate
 from scripts import gradient_lab_estimators as estimators
 from scripts import gradient_lab_problems as problems
@@ -97,7 +98,7 @@ def measure(options: Options) -> list[dict[str, Any]]:
         built = {name: estimators.build(name, setting, m, path_step=options.path_step) for name in options.estimators}
         collected: dict[str, list[tuple[Tensor, float, float]]] = {name: [] for name in built}
         seconds = dict.fromkeys(built, 0.0)
-        rollouts = setting.rollouts(m, 1000 * options.seed + m)
+        rollouts = setting.rollouts(m, stream_seed(options.seed, f"{m} episodes"))
         for _ in range(options.repetitions):
             data = next(rollouts)
             for name, estimate in built.items():

@@ -23,6 +23,7 @@ from ccrl.estimators.base import Context
 from ccrl.estimators.stages import EpisodeReturn, Gae, Values
 from ccrl.gp.fisher import AnalyticFisher
 from ccrl.policies import MLPPolicy
+from ccrl.seeding import stream_seed
 from ccrl.updaters import GradientEstimate
 from scripts import gradient_lab_problems as problems
 
@@ -189,7 +190,10 @@ def _dbqpg(setting: Any, episodes: int) -> Estimate:
     def scale(data: Data, ready: Data) -> Tensor:
         return _steps(data) * ready["advantage"][ready["valid"] > 0].std()  # its targets are standardised
 
-    estimate, rollouts = _prepared(setting, estimator, scale), setting.rollouts(episodes, setting.seed + 4)
+    estimate, rollouts = (
+        _prepared(setting, estimator, scale),
+        setting.rollouts(episodes, stream_seed(setting.seed, "kernel")),
+    )
     for _ in range(100):
         estimator.fit({"on": next(rollouts)}, setting.ctx)
     return estimate
@@ -243,7 +247,7 @@ def _momentum(config: Any, estimator: Any, name: str, setting: Any, episodes: in
     back = torch.cat([lengths.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
     path = setting.theta - back.unsqueeze(1) * setting.truth / setting.truth.norm()
     env = setting.make(episodes)
-    collector = Collector(env, seed=setting.seed + 5, make_env=lambda n: env)
+    collector = Collector(env, seed=stream_seed(setting.seed, "path"), make_env=lambda n: env)
     k = torch.zeros((), dtype=torch.float64)
     own = setting.ctx
     ctx = Context(own.generator, own.bank, own.scores, k=k)

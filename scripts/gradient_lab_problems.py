@@ -23,6 +23,7 @@ from ccrl.estimators.base import Context
 from ccrl.estimators.scores import Scores
 from ccrl.estimators.trajectory import TrajectoryEstimator
 from ccrl.policies import GibbsPolicy, LinearGaussianPolicy, MLPPolicy, OneHot, RBFGrid
+from ccrl.seeding import named_generator, stream_seed
 from envs.classic import Exact
 
 __all__ = ["PROBLEMS", "ActorCritic", "Problem", "Setting", "design", "problem"]
@@ -146,8 +147,8 @@ class Setting:
         env = self.make(warmup)
         self.policy: Any = p.policy(env)
         self.theta = torch.cat([x.detach().double().reshape(-1) for x in self.policy.parameters()])
-        self.ctx = Context(torch.Generator().manual_seed(seed + 1), Bank(self.policy), self.scores)
-        data = next(self.rollouts(warmup, seed + 2, env))
+        self.ctx = Context(named_generator(seed, "context"), Bank(self.policy), self.scores)
+        data = next(self.rollouts(warmup, stream_seed(seed, "critic"), env))
         self.critic = self._fit(data)
         self.truth_error: Tensor | None = None
         """Standard errors of the reference gradient ``[n]``; None: it is exact."""
@@ -187,7 +188,7 @@ class Setting:
 
     def _reference(self, env: BatchedEnv, batches: int) -> tuple[Tensor, Tensor]:
         """Mean over batches of the gradient with reward to go minus the critic, and its standard errors."""
-        means, rollouts = [], self.rollouts(env.num_envs, self.seed + 3, env)
+        means, rollouts = [], self.rollouts(env.num_envs, stream_seed(self.seed, "reference"), env)
         for _ in range(batches):
             data = self.weigh(next(rollouts))
             value = design(self.problem.features(data["obs"].flatten(0, 1)).double()) @ self.critic

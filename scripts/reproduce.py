@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,6 +26,7 @@ import tyro
 
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.files import write_atomic
+from ccrl.experiment.run import describe
 from ccrl.packages import ROOT, check_siblings
 
 check_siblings("agents", "envs")
@@ -32,7 +34,7 @@ check_siblings("agents", "envs")
 from scripts.reproductions import PAPERS, Measurement
 from scripts.reproductions.noes import NOES, OPENS
 
-__all__ = ["Options", "embed", "embed_page", "load", "main", "page", "save", "table"]
+__all__ = ["Kept", "Options", "embed", "embed_page", "load", "main", "page", "save", "table"]
 
 
 @dataclass(frozen=True)
@@ -51,19 +53,31 @@ class Options:
     """Nothing runs; the page is made from the results."""
 
 
-def save(path: Path, rows: list[Measurement], seconds: float) -> None:
-    """One line per number: text, range, the values of all seeds, and the seconds that the paper's run took."""
+class Kept(NamedTuple):
+    """What is in the repository of a paper's experiment."""
+
+    numbers: list[Measurement]
+    seconds: int
+    """Of the whole run."""
+    commit: str
+    """Of the code that ran, with a ``+`` where files differed from it; of runs before that was kept, the commit that
+    added their numbers."""
+
+
+def save(path: Path, rows: list[Measurement], seconds: float, commit: str = "") -> None:
+    """One line per number: text, range, the values of all seeds; the seconds of the paper's run and its commit."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["quantity", "expected", "low", "high", "values", "seconds"])
+    writer.writerow(["quantity", "expected", "low", "high", "values", "seconds", "commit"])
     for row in rows:
         values = " ".join(f"{v:.7g}" for v in row.values)
-        writer.writerow([row.quantity, row.expected, *(f"{x:.7g}" for x in row.accept), values, round(seconds)])
+        span = (f"{x:.7g}" for x in row.accept)
+        writer.writerow([row.quantity, row.expected, *span, values, round(seconds), commit])
     write_atomic(path, lambda file: file.write(text.getvalue().encode()))
 
 
-def load(path: Path) -> tuple[list[Measurement], int]:
-    """What :func:`save` wrote: the numbers, and seconds."""
+def load(path: Path) -> Kept:
+    """What :func:`save` wrote."""
     rows = read_rows(path)
     found = [
         Measurement(
@@ -74,7 +88,12 @@ def load(path: Path) -> tuple[list[Measurement], int]:
         )
         for row in rows
     ]
-    return found, int(rows[0]["seconds"])
+    return Kept(found, int(rows[0]["seconds"]), rows[0]["commit"])
+
+
+def _commit() -> str:
+    git = describe()["git"] or {"commit": "", "dirty": False}
+    return git["commit"][:7] + "+" * git["dirty"]
 
 
 def table(numbers: list[Measurement]) -> list[str]:
@@ -93,32 +112,35 @@ def _cell(text: str) -> str:
     return text.replace("|", chr(92) + "|")
 
 
-def embed(text: str, slug: str, found: tuple[list[Measurement], int]) -> str:
+def embed(text: str, slug: str, found: Kept) -> str:
     """``text`` of a method's page with its table between the two comments that name the slug; without them as it is."""
     begin, end = f"<!-- reproduction: {slug} -->", "<!-- end of reproduction -->"
     head, mark, rest = text.partition(begin)
     _, close, tail = rest.partition(end)
     if not mark or not close:
         return text
-    numbers, _ = found
-    seeds = max(len(row.values) for row in numbers)
-    said = f"Means over {seeds} seeds with Student's 95 % interval (`python scripts/reproduce.py --papers {slug}`):"
-    return "\n".join([head + begin, "", said, "", *table(numbers), "", end]) + tail
+    seeds = max(len(row.values) for row in found.numbers)
+    said = (
+        f"Means over {seeds} seeds with Student's 95 % interval (`python scripts/reproduce.py --papers {slug}`, "
+        f"commit {found.commit}):"
+    )
+    return "\n".join([head + begin, "", said, "", *table(found.numbers), "", end]) + tail
 
 
 def page(folder: Path) -> str:
     """Markdown: what holds by kind of number, and one table per paper."""
     found = {slug: load(folder / f"{slug}.csv") for slug in sorted(PAPERS) if (folder / f"{slug}.csv").exists()}
-    rows = [row for numbers, _ in found.values() for row in numbers]
+    rows = [row for numbers, *_ in found.values() for row in numbers]
     count = Counter((row.kind, row.verdict) for row in rows)
     total = Counter(row.kind for row in rows)
-    noes = [(slug, row) for slug, (numbers, _) in found.items() for row in numbers if row.verdict == "no"]
+    noes = [(slug, row) for slug, (numbers, *_) in found.items() for row in numbers if row.verdict == "no"]
     lines = [
         "# The papers' small experiments", "",
         "Made by `python scripts/reproduce.py` on one CPU thread; the number of every seed is in "
         "`docs/figures/reproductions/`. Expected numbers "
         "are the paper's where it says so, else of a formula or of a [reference run](reference_runs.md), an "
-        "independent implementation.", "",
+        "independent implementation. A table's commit is that of the code that made its numbers, or that added them.",
+        "",
         "* An *identity* is computed without chance, and must hold.",
         "* An *estimate* is the mean over seeds of a number with a known value; its range is that value's own "
         "uncertainty.",
@@ -136,13 +158,13 @@ def page(folder: Path) -> str:
         lines += ["", "## What does not hold, and why", "", "| paper | quantity | reason |", "|---|---|---|"]
         lines += [f"| {slug} | {_cell(row.quantity)} | {NOES.get((slug, row.quantity), 'not examined yet')} |"
                   for slug, row in noes]  # fmt: skip
-    opens = Counter(slug for slug, (numbers, _) in found.items() for row in numbers if row.verdict == "open")
+    opens = Counter(slug for slug, (numbers, *_) in found.items() for row in numbers if row.verdict == "open")
     if opens:
         lines += ["", "## What stays open, and why", "", "| paper | open numbers | reason |", "|---|--:|---|"]
         lines += [f"| {slug} | {n} | {OPENS.get(slug, 'not examined yet')} |" for slug, n in opens.items()]
-    for slug, (numbers, seconds) in found.items():
+    for slug, (numbers, seconds, commit) in found.items():
         seeds = max(len(row.values) for row in numbers)
-        lines += ["", f"## {slug}: {PAPERS[slug]}", "", f"{seeds} seeds, {seconds} s. "
+        lines += ["", f"## {slug}: {PAPERS[slug]}", "", f"{seeds} seeds, {seconds} s, commit {commit}. "
                   f"`python scripts/reproduce.py --papers {slug}`", "", *table(numbers)]  # fmt: skip
     return "\n".join(lines) + "\n"
 
@@ -155,12 +177,13 @@ def main(options: Options) -> dict[str, list[Measurement]]:
                  f"{sorted(unknown)}, {options.seeds}")  # fmt: skip
     torch.set_num_threads(1)
     found: dict[str, list[Measurement]] = {}
+    commit = _commit()  # before results change files
     options.results.mkdir(parents=True, exist_ok=True)
     for slug in () if options.page_only else options.papers or sorted(PAPERS):
         start = time.perf_counter()
         module = importlib.import_module(f"scripts.reproductions.{slug}")
         found[slug] = module.run(list(range(options.seeds)))
-        save(options.results / f"{slug}.csv", found[slug], time.perf_counter() - start)
+        save(options.results / f"{slug}.csv", found[slug], time.perf_counter() - start, commit)
         for row in found[slug]:
             print(f"{slug}: {row.quantity}: {row.mean:.5g} (expected {row.expected}): {row.verdict}", flush=True)
     docs = ROOT / "docs"

@@ -42,6 +42,7 @@ from ccrl.batched_env import evaluation_env, resolve_env
 from ccrl.experiment import config as configs
 from ccrl.experiment.evaluation import evaluate_agent
 from ccrl.experiment.logger import digits
+from ccrl.seeding import stream_seed
 from ccrl.settings import Count, Natural, Settings
 from ccrl.stats import score_at_budget
 
@@ -122,7 +123,7 @@ def train_once(options: Options, settings: dict[str, Any], seed: int, report: An
         due = trained.num_timesteps * options.evaluations // options.total_timesteps
         if due > done:
             done = due
-            found = evaluate_agent(trained, eval_env, options.eval_episodes, seed=10_000 + seed)
+            found = evaluate_agent(trained, eval_env, options.eval_episodes, seed=stream_seed(seed, "tuning"))
             value = float(found.returns.mean())
             if report is not None:
                 report(value, done)
@@ -154,7 +155,9 @@ def _study(options: Options, worker: int = 0) -> Any:
     samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler,
                 "cmaes": optuna.samplers.CmaEsSampler}  # fmt: skip
     # not the seed alone: a study that goes on would propose its first trials again
-    study.sampler = samplers[options.sampler](seed=options.seeds[0] + 10_000 * worker + len(study.trials))
+    study.sampler = samplers[options.sampler](
+        seed=stream_seed(options.seeds[0], f"worker {worker}, trial {len(study.trials)}")
+    )
     return study
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Literal
 
 from ccrl.stats import t_interval
 
-__all__ = ["PAPERS", "Measurement"]
+__all__ = ["PAPERS", "Measurement", "of_runs", "of_samples"]
 
 PAPERS: dict[str, str] = {
     "adora": "lengths of completions where longer ones succeed more often, and where length does not matter",
@@ -48,6 +49,19 @@ PAPERS: dict[str, str] = {
     "v0": "success of unseen policies from outcomes in context, on simulated item responses",
 }
 """Slug -> what the experiment shows, in a few words; the module has the slug's name."""
+
+
+def of_runs(*values: float) -> tuple[float, float]:
+    """The range of a number that several independent runs gave: their mean and two standard errors to each side."""
+    mean, half = fmean(values), 2.0 * stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def of_samples(value: float, n: int) -> tuple[float, float]:
+    """The range of a number that one run gave as the mean of ``n`` samples from [0, 1]: two standard errors to each
+    side, at the largest variance that such samples can have. How runs differ is not in it: it is not known."""
+    half = 2.0 * math.sqrt(value * (1.0 - value) / n)
+    return value - half, value + half
 
 
 @dataclass(frozen=True)

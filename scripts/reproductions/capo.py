@@ -14,6 +14,7 @@ from ccrl.estimators.terms import Outputs
 from ccrl.llm.policy import OUTPUTS, token_outputs
 from ccrl.llm.task import Prompts
 from ccrl.packages import check_siblings
+from ccrl.seeding import named_generator
 from scripts.reproductions import Measurement
 from scripts.reproductions.tables import train
 
@@ -37,7 +38,7 @@ class Labels(TokenBandit):
 
     def __init__(self, seed: int) -> None:
         super().__init__(CONTEXTS, 1, ACTIONS)
-        self.generator = torch.Generator().manual_seed(3000 + seed)
+        self.generator = named_generator(seed, "bandit")
         self.features = torch.randn(CONTEXTS, WIDTH, generator=self.generator) / 4.0
         teacher = torch.randn(ACTIONS, WIDTH, generator=self.generator)
         self.label = (self.features @ teacher.t()).argmax(1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ccrl.packages import check_siblings
+from ccrl.seeding import named_generator
 from scripts.reproductions import Measurement
 
 check_siblings("agents", "envs")
@@ -30,7 +31,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def source(seed: int) -> tuple[Tensor, Tensor]:
     """Frequencies of the next symbol after each pair of symbols ``[S^2, S]``, and of the pairs ``[S^2]``."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = named_generator(seed, "source")
     logits = 2.0 * torch.randn(SYMBOLS**2, SYMBOLS, generator=generator, dtype=torch.float64)
     following = logits.softmax(1).view(SYMBOLS, SYMBOLS, SYMBOLS)
     pairs = torch.full((SYMBOLS, SYMBOLS), SYMBOLS**-2.0, dtype=torch.float64)
@@ -42,7 +43,7 @@ def source(seed: int) -> tuple[Tensor, Tensor]:
 def pretrained(seed: int, options: dict[str, Any]) -> tuple[float, float]:
     """Cross entropy and entropy, nats per token, of a table of logits after Adam on tokens of the source."""
     following, pairs = source(seed)
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = named_generator(seed, "tokens")
     table = torch.zeros(SYMBOLS**2, SYMBOLS, requires_grad=True)
     optimiser = torch.optim.Adam([table], lr=0.05)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.0, PRETRAINING)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.packages import check_siblings
+from ccrl.seeding import stream_seed
 from scripts.reproductions import Measurement
 from scripts.reproductions.tables import train
 
@@ -79,7 +80,7 @@ def _train(mixture: float, seed: int, refresh_every: int = 35) -> dict[str, floa
     """Success over all questions, exact: after a quarter of the updates, after all, and (without probes) after as many
     completions as 0.5 takes with them; squared gradient norm, share of informative groups."""
     init = torch.zeros(QUESTIONS, 1, 2)
-    init[:, 0, 1] = rates((QUESTIONS,), 5000 + seed).clamp(1e-3, 1 - 1e-3).logit()
+    init[:, 0, 1] = rates((QUESTIONS,), stream_seed(seed, "questions to learn")).clamp(1e-3, 1 - 1e-3).logit()
     curve: list[float] = []
 
     def look(agent: LLM) -> None:

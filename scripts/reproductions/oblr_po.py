@@ -9,6 +9,7 @@ from torch import Generator, Tensor
 
 from ccrl.estimators.groups import Groups
 from ccrl.packages import check_siblings
+from ccrl.seeding import named_generator
 from scripts.reproductions import Measurement
 
 check_siblings("agents", "envs")
@@ -80,7 +81,7 @@ def run(seeds: list[int]) -> list[Measurement]:
     for size, expected in TABLE.items():
         means: list[list[float]] = []
         for seed in seeds:
-            generator = Generator().manual_seed(1000 * seed + size)
+            generator = named_generator(seed, f"bandits, groups of {size}")
             found = [variances(size, generator) for _ in range(DRAWS)]
             bias = torch.tensor([b for _, b in found]).median()
             means.append([*torch.tensor([row for row, _ in found]).mean(0).tolist(), float(bias)])

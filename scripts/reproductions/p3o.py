@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.packages import check_siblings
+from ccrl.seeding import named_generator
 from scripts.reproductions import Measurement
 from scripts.reproductions.tables import train
 
@@ -33,7 +34,7 @@ class Shifted(TokenBandit):
 
     def __init__(self, shift: float, seed: int) -> None:
         super().__init__(CONTEXTS, 1, ACTIONS)
-        generator = torch.Generator().manual_seed(1000 + seed)
+        generator = named_generator(seed, "bandit")
         self.true = torch.randn(CONTEXTS, ACTIONS, generator=generator, dtype=torch.float64)
         offset = torch.randn(CONTEXTS, 1, generator=generator, dtype=torch.float64)
         self.observed = self.true + shift * offset

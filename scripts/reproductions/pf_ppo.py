@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.packages import check_siblings
+from ccrl.seeding import named_generator
 from scripts.reproductions import Measurement
 from scripts.reproductions.tables import train
 
@@ -39,7 +40,7 @@ class Noisy(TokenBandit):
 
     def __init__(self, seed: int, fresh: bool) -> None:
         super().__init__(QUESTIONS, 1, ARMS)
-        self.generator = torch.Generator().manual_seed(2000 + seed)
+        self.generator = named_generator(seed, "bandit")
         self.rate = torch.rand(QUESTIONS, ARMS, generator=self.generator)
         self.said = None if fresh else said(self.rate, self.generator)
 

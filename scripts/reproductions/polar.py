@@ -16,7 +16,8 @@ from ccrl.llm.policy import OUTPUTS, token_outputs
 from ccrl.llm.reward_head import Scored, pair_terms
 from ccrl.llm.task import Prompts, Score, Split
 from ccrl.packages import check_siblings
-from scripts.reproductions import Measurement
+from ccrl.seeding import named_generator, stream_seed
+from scripts.reproductions import Measurement, of_samples
 
 check_siblings("agents", "envs")
 
@@ -26,6 +27,8 @@ from agents.llm.polar import POLAR, judged_by
 __all__ = ["bayes", "pmi", "regularised", "run"]
 
 SYMBOLS, LENGTH = 8, 16
+TRIPLES, TOLD = 400_000, 4000
+"""New triples of a trained reward: Gaussian ones, and of bigrams."""
 PAIRS = {"gaussian": (3000, 512), "bigrams": (2500, 256)}
 
 
@@ -116,12 +119,12 @@ def _gaussian(seeds: list[int]) -> list[Measurement]:
     steps, size = PAIRS["gaussian"]
     rows = list[tuple[float, float]]()
     for seed in seeds:
-        generator = Generator().manual_seed(seed)
+        generator = named_generator(seed, "triples")
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.manual_seed(stream_seed(seed, "networks"))
             model = Perceptron(lambda batch: torch.stack([batch["reference"], batch["x"]], 1), 2)
         trained(model, lambda g=generator: side_by_side(*gaussian_triples(size, 4.0, g).float()), steps)  # type: ignore[misc]
-        test = side_by_side(*gaussian_triples(400_000, 4.0, Generator().manual_seed(seed + 100)).float())
+        test = side_by_side(*gaussian_triples(TRIPLES, 4.0, named_generator(seed, "test triples")).float())
         with torch.no_grad():
             margin = model(test).view(-1, 2).diff(dim=1).neg().squeeze(1)
         rows.append((float((margin > 0).double().mean()), float(F.softplus(-margin.double()).mean())))
@@ -129,16 +132,17 @@ def _gaussian(seeds: list[int]) -> list[Measurement]:
     for variance, accuracy, loss in ((1.0, 0.6229, 0.6248), (4.0, 0.7403, 0.4696), (16.0, 0.8502, 0.2824)):
         exact = bayes(variance, 2_000_000, 0)
         found += [
+            # both sides are means of two million: their difference has the variance of a million's
             Measurement(f"exact reward, policies of variance {variance:g}: accuracy", f"{accuracy} (reference run)",
-                        (accuracy - 2e-3, accuracy + 2e-3), (exact[0],)),
+                        of_samples(accuracy, 1_000_000), (exact[0],)),
             Measurement(f"exact reward, policies of variance {variance:g}: loss", f"{loss} (reference run)",
-                        (loss - 2e-3, loss + 2e-3), (exact[1],)),
+                        of_samples(loss, 1_000_000), (exact[1],)),
         ]  # fmt: skip
     return [
         *found,
-        Measurement("trained reward, variance 4: accuracy", "0.7403 (exact reward)", (0.735, 0.7425),
+        Measurement("trained reward, variance 4: accuracy", "0.7403 (exact reward)", of_samples(0.7403, TRIPLES),
                     tuple(row[0] for row in rows)),
-        Measurement("trained reward, variance 4: loss", "0.4696 (exact reward)", (0.4670, 0.4760),
+        Measurement("trained reward, variance 4: loss", "0.4696 (exact reward)", of_samples(0.4696, TRIPLES),
                     tuple(row[1] for row in rows)),
     ]  # fmt: skip
 
@@ -222,10 +226,10 @@ def sequence_kl(one: Tensor, other: Tensor) -> float:
 
 def discriminator(seed: int) -> tuple[Perceptron, Tensor, Tensor]:
     """Trained on 200 policies; those, and 50 others."""
-    generator = Generator().manual_seed(seed)
+    generator = named_generator(seed, "policies and triples")
     seen, unseen = draw_logits(200, generator), draw_logits(50, generator)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.manual_seed(stream_seed(seed, "networks"))
         model = Perceptron(bigram_features, 3 * SYMBOLS**2)
     steps, size = PAIRS["bigrams"]
     trained(model, lambda: bigram_triples(seen, size, generator), steps)
@@ -234,8 +238,8 @@ def discriminator(seed: int) -> tuple[Perceptron, Tensor, Tensor]:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, pool: Tensor, seed: int) -> float:
-    """Share of 4,000 pairs in which the candidate of the reference's policy has the larger reward."""
-    said = model(bigram_triples(pool, 4000, Generator().manual_seed(seed + 50))).view(-1, 2)
+    """Share of ``TOLD`` pairs in which the candidate of the reference's policy has the larger reward."""
+    said = model(bigram_triples(pool, TOLD, named_generator(seed, "test triples"))).view(-1, 2)
     return float((said[:, 0] > said[:, 1]).double().mean())
 
 
@@ -243,7 +247,7 @@ def accuracy(model: nn.Module, pool: Tensor, seed: int) -> float:
 def rank_correlation(model: nn.Module, unseen: Tensor, seed: int) -> float:
     """Mean over ten pairs of policies of Spearman's correlation of ``E r(y, y*)`` with ``KL(pi, pi*)`` on eleven
     policies between them."""
-    generator, found = Generator().manual_seed(seed + 60), list[float]()
+    generator, found = named_generator(seed, "policies between"), list[float]()
     for a, b in zip(unseen[:10], unseen[10:20]):
         kl, reward = list[float](), list[float]()
         for share in torch.linspace(0, 1, 11):
@@ -290,7 +294,7 @@ class Toward:
 
 def toward(model: nn.Module, target: Tensor, references: int, tau: float, seed: int) -> dict[str, tuple[float, float]]:
     """``KL(target || pi)`` and ``KL(pi || target)`` after 0, 60 and 300 iterations of 32 groups of 8, Adam at 0.03."""
-    generator = Generator().manual_seed(seed + 70)
+    generator = named_generator(seed, "start and references")
     task = Toward(written(target.expand(references, -1, -1), generator))
     config = POLAR.Settings(model="tabular", n_prompts=32, group_size=8, learning_rate=0.03, tau=tau)
     cls = LLM.of(judged_by(model))
@@ -327,28 +331,36 @@ def run(seeds: list[int]) -> list[Measurement]:
         rows["rank"].append(rank_correlation(model, unseen, seed))
         for case in ((64, 0.0), (64, 0.5), (8, 0.5), (2, 0.5)):
             kls.setdefault(case, []).append(toward(model, unseen[20], *case, seed))
-    for name, expected, accept in (("seen", "0.918 (reference run)", (0.89, 0.94)),
-                                   ("unseen", "0.909 (reference run)", (0.88, 0.94))):  # fmt: skip
+    for name, value in (("seen", 0.918), ("unseen", 0.909)):
         what = f"bigram policies, {name} ones: pairs told apart"
-        found.append(Measurement(what, expected, accept, tuple(rows[name])))
+        found.append(Measurement(what, f"{value} (reference run)", of_samples(value, TOLD), tuple(rows[name])))
     found.append(Measurement("rank correlation of the mean reward with the KL to the reference's policy",
-                             "-1.0 (reference run), at most -0.8", (-1.0, -0.8), tuple(rows["rank"])))  # fmt: skip
+                             "-1.0 (reference run), at most -0.8", (-math.inf, -0.8), tuple(rows["rank"])))  # fmt: skip
 
     def forward(case: tuple[int, float], when: str, direction: int = 0) -> tuple[float, ...]:
         return tuple(run[when][direction] for run in kls[case])
 
-    plain = (64, 0.0)
-    back = tuple(b - a for a, b in zip(forward(plain, "60"), forward(plain, "300")))
+    def less(one: tuple[float, ...], other: tuple[float, ...]) -> tuple[float, ...]:
+        return tuple(a - b for a, b in zip(one, other))
+
+    # how far a drawn start is from a drawn target is no number of the method's: 12 to 40 nats
+    plain, kl = (64, 0.0), "KL(target || policy), nats"
+    down, up = (-math.inf, 0.0), (0.0, math.inf)
     found += [
-        Measurement("KL(target || policy) before, nats", "about 21 (reference run, one target)", (10.0, 35.0),
-                    forward(plain, "0")),
-        Measurement("reward alone: KL(target || policy) after 60 iterations", "10.8 (reference run, one target)",
-                    (5.0, 18.0), forward(plain, "60")),
-        Measurement("reward alone: its rise from 60 to 300 iterations", "positive (10.2, reference run)",
-                    (0.0, math.inf), back),
+        Measurement(f"reward alone: {kl}, 60 iterations minus 0", "negative (-10.6, reference run)", down,
+                    less(forward(plain, "60"), forward(plain, "0"))),
+        Measurement("reward alone: its rise from 60 to 300 iterations", "positive (10.2, reference run)", up,
+                    less(forward(plain, "300"), forward(plain, "60"))),
     ]  # fmt: skip
-    for case, expected in (((64, 0.5), "3.7"), ((8, 0.5), "3.9"), ((2, 0.5), "5.8")):
-        what = f"tau 0.5, {case[0]} references: KL(target || policy) at the end"
-        said = f"{expected} (reference run, one target)"
-        found.append(Measurement(what, said, (1.0, 10.0), forward(case, "300")))
-    return found
+    for references, expected in ((64, "-17.7"), (8, "-17.5"), (2, "-15.6")):
+        what = f"tau 0.5, {references} references: {kl}, 300 iterations minus 0"
+        case = (references, 0.5)
+        found.append(Measurement(what, f"negative ({expected}, reference run)", down,
+                                 less(forward(case, "300"), forward(case, "0"))))  # fmt: skip
+    return [
+        *found,
+        Measurement(f"64 references: {kl}, after 300 iterations, tau 0.5 minus the reward alone",
+                    "negative (-17.3, reference run)", down, less(forward((64, 0.5), "300"), forward(plain, "300"))),
+        Measurement(f"tau 0.5: {kl}, after 300 iterations, 2 references minus 64", "positive (2.1, reference run)", up,
+                    less(forward((2, 0.5), "300"), forward((64, 0.5), "300"))),
+    ]  # fmt: skip

@@ -12,6 +12,7 @@ from ccrl.llm.judged import Judged
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.packages import check_siblings
+from ccrl.seeding import named_generator, stream_seed
 from scripts.reproductions import Measurement
 
 check_siblings("agents", "envs")
@@ -39,7 +40,7 @@ def pairs(n: int, seed: int) -> Judged:
     task = make_task("sequence_match", **TASK)
     policy = TabularTokenPolicy(TASK["questions"], TASK["fixed_length"], TASK["symbols"])
     data = TokenCollector(task, seed=seed).collect(Request(counts=torch.full((n,), 2)), policy)
-    return Judged.pairs_of(data, data["episode_reward"], torch.Generator().manual_seed(seed), noise=NOISE)
+    return Judged.pairs_of(data, data["episode_reward"], named_generator(seed, "preferences"), noise=NOISE)
 
 
 def outcome(labels: int, seed: int) -> dict[str, float]:
@@ -47,7 +48,7 @@ def outcome(labels: int, seed: int) -> dict[str, float]:
     task = make_task("sequence_match", **TASK)
     trainer = RewardTrainer(task, data=pairs(labels, seed), seed=seed, **MODEL)
     trainer.learn(until=UPDATES)
-    report = trainer.report(pairs(2000, seed + 1000))
+    report = trainer.report(pairs(2000, stream_seed(seed, "new pairs")))
     settings = GRPO.Settings(model="tabular", n_prompts=8, group_size=8, learning_rate=0.1)
     agent = judged(GRPO, trainer.reward)(task, settings, seed=seed)
     said, true = list[float](), list[float]()

@@ -89,10 +89,11 @@ def test_open_numbers_have_a_reason() -> None:
 
 
 def test_a_methods_page_has_todays_numbers() -> None:
-    found = [Measurement("gap", "> 0", (0.0, math.inf), (1.0, 1.1, 0.9))], 7
+    found = reproduce.Kept([Measurement("gap", "> 0", (0.0, math.inf), (1.0, 1.1, 0.9))], 7, "abcdef0")
     page = "# M\n\n<!-- reproduction: m -->\nstale\n<!-- end of reproduction -->\n\nafter\n"
     text = reproduce.embed(page, "m", found)
     assert "stale" not in text
+    assert "commit abcdef0" in text
     assert "| gap | > 0 | 0 to inf | 1 [0.7516, 1.248] | claim | yes |" in text  # 4.303 * .1 / sqrt(3)
     assert text.startswith("# M\n\n<!-- reproduction: m -->\n\nMeans over 3 seeds")
     assert text.endswith("\n\n<!-- end of reproduction -->\n\nafter\n")
@@ -116,8 +117,8 @@ def test_numbers_read_back(tmp_path: Path) -> None:
         Measurement("a, b", "> 0 (paper)", (0.0, math.inf), (0.25, -1e-9)),
         Measurement("c", "1", (1.0, 1.0), (1.0,)),
     ]
-    reproduce.save(tmp_path / "x.csv", rows, 12.4)
-    assert reproduce.load(tmp_path / "x.csv") == (rows, 12)
+    reproduce.save(tmp_path / "x.csv", rows, 12.4, "abcdef0+")
+    assert reproduce.load(tmp_path / "x.csv") == (rows, 12, "abcdef0+")
 
 
 def test_every_paper_has_its_module() -> None:

@@ -23,6 +23,7 @@ from ccrl.data import Data
 from ccrl.estimators.base import Context
 from ccrl.estimators.trajectory import LinearBaseline, TrajectoryEstimator
 from ccrl.learn import Learner, RolloutLearner
+from ccrl.seeding import stream_seed
 from ccrl.updaters import FlatUpdater
 from envs.classic.mountain_car import MAX_SPEED, MountainCarTwoActions
 from scripts import gradient_lab_problems as lab
@@ -147,7 +148,7 @@ def _mountain_car(
     else:
         agent = MonteCarlo(env, BACConfig(**sizes, policy="grid"), seed=seed, baseline=method == "mc-baseline")
     # of its own seed: what is evaluated must not depend on how often
-    judge = Collector(judge_env, seed=seed + 500_000, make_env=lambda n: judge_env)
+    judge = Collector(judge_env, seed=stream_seed(seed, "evaluation"), make_env=lambda n: judge_env)
     start = time.process_time()
     points = []
 

@@ -107,7 +107,7 @@ def lines(folder: Path) -> list[str]:
 
 def _measured(other: Other, folder: Path) -> tuple[str, str, str]:
     if other.quantity:
-        numbers, _ = reproduce.load(folder / "reproductions" / f"{other.paper}.csv")
+        numbers, *_ = reproduce.load(folder / "reproductions" / f"{other.paper}.csv")
         row = next(row for row in numbers if row.quantity == other.quantity)
         low, high = row.interval
         return str(len(row.values)), f"{row.mean:.3g} [{low:.3g}, {high:.3g}]", VERDICTS[row.verdict]

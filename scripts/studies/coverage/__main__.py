@@ -22,6 +22,7 @@ import numpy as np
 import tyro
 from numpy.typing import NDArray
 
+from ccrl.seeding import stream_seed
 from ccrl.stats import iqm, t_interval, tolerance_interval, tolerance_runs, trimmed_t_interval
 
 __all__ = ["DISTRIBUTIONS", "Options", "main", "rows"]
@@ -81,7 +82,7 @@ def rows(options: Options) -> Iterator[dict[str, object]]:
     """One per distribution, number of runs and interval: its coverage and mean width. Truths are those of a sample of
     a million; an IQM of fewer than four runs is their mean and is judged as one."""
     for name, draw in DISTRIBUTIONS.items():
-        large = draw(np.random.default_rng(options.seed + 1), (1, 1_000_000))[0]
+        large = draw(np.random.default_rng(stream_seed(options.seed, "truth")), (1, 1_000_000))[0]
         mean, middle, ordered = float(large.mean()), float(iqm(large)), np.sort(large)
         for n in options.runs:
             generator = np.random.default_rng([options.seed, n])

@@ -17,7 +17,7 @@ check_siblings("agents", "envs")
 from agents.flow.awm import AWM, AWMRecipe
 from agents.flow.flow_grpo import FlowGRPO
 from ccrl.flow import Conditions
-from ccrl.seeding import named_generator
+from ccrl.seeding import named_generator, stream_seed
 from scripts.reproductions import awm as awm_test
 from scripts.studies import tables
 from scripts.studies.tables import Rows
@@ -40,11 +40,11 @@ def variance(start: Any, seed: int, method: str, design: str, batches: int) -> f
     """Total variance over the squared norm of the mean. :param start: an agent with the pre-trained policy."""
     conditions, times = design.split(", ")
     if method == "flow_grpo":
-        agent = awm_test.started(FlowGRPO, start, seed + 100)
+        agent = awm_test.started(FlowGRPO, start, stream_seed(seed, "gradient variance"))
     else:
         made = AWM if times == "stratified" else replace(AWM, Recipe=Independent)
         settings = {"weighting": method, "n_times": 13, "kl_coef": 0.0, "ema_coef": 0.0, **awm_test.ODE}
-        agent = awm_test.started(made, start, seed + 100, **settings)
+        agent = awm_test.started(made, start, stream_seed(seed, "gradient variance"), **settings)
     if conditions == "with replacement":
         generator, count = named_generator(seed, "conditions with replacement"), agent.task.conditions
         agent.collector.draw = lambda n: Conditions(torch.randint(count, (n,), generator=generator))

@@ -36,6 +36,7 @@ from ccrl.experiment.cells import complete
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.logger import digits
 from ccrl.policies import GibbsPolicy, OneHot
+from ccrl.seeding import stream_seed
 from ccrl.stats import t_interval
 from scripts.studies import tables
 from scripts.studies.look import look
@@ -270,7 +271,7 @@ def play_cartpole(cell: dict[str, Any]) -> Rows:
     )  # fmt: skip
     agent = cls("CartPole-v1", config, seed=cell["seed"], env_kwargs={"max_episode_steps": 200})
     env = envs.make("CartPole-v1", 20, max_episode_steps=200)
-    judge = Collector(env, seed=cell["seed"] + 1000, make_env=lambda n: env)
+    judge = Collector(env, seed=stream_seed(cell["seed"], "evaluation"), make_env=lambda n: env)
     curve = []
 
     def watch(agent: Any) -> bool:

@@ -5,13 +5,14 @@
 
 A cell is one method of one claim at its tuned setting, with the scores of its test seeds in ``docs/figures/claims``.
 The commit that last changed these files is the seed of the draw: it did not exist when they were made, so nobody could
-choose the cells. Each drawn cell runs once, with a seed of 500 and up that no study here uses. Where a cell's n scores
-have mean m and deviation s, and runs are normal, a further run is in ``m +- t_{n - 1} s (1 + 1 / n)^(1 / 2)`` with
-probability .95.
+choose the cells. Each drawn cell runs once, with a seed of 500 and up that no study and no earlier draw used. Where a
+cell's n scores have mean m and deviation s, and runs are normal, a further run is in
+``m +- t_{n - 1} s (1 + 1 / n)^(1 / 2)`` with probability .95.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -33,7 +34,7 @@ from ccrl.stats.student import binomial_tail, t_quantile
 from scripts.studies.claims.claim import chosen
 from scripts.studies.claims.study import CLAIMS, play
 
-__all__ = ["Options", "cells", "drawn", "main", "prediction", "table"]
+__all__ = ["Options", "cells", "drawn", "fresh", "main", "prediction", "table"]
 
 FRESH = 500
 """Of the seeds; those of the claims are 100 to 119."""
@@ -92,7 +93,8 @@ def main(options: Options) -> str:
         torch.set_num_threads(1)
         commit = options.commit or _last_commit(options.results)
         have = cells(options.results)
-        seeds = range(FRESH, FRESH + options.count)
+        first = fresh(path, commit)
+        seeds = range(first, first + options.count)
         check_seeds("test", seeds)
         wanted: list[dict[str, Any]] = []
         for seed, name in zip(seeds, drawn(list(have), commit, options.count)):
@@ -109,6 +111,13 @@ def main(options: Options) -> str:
     return text
 
 
+def fresh(path: Path, commit: str) -> int:
+    """The first seed of ``commit``'s draw: after all seeds of the draws that are before it in ``path``."""
+    rows = read_rows(path) if path.exists() else []
+    before = itertools.takewhile(lambda row: row["commit"] != commit, rows)
+    return max((int(row["seed"]) + 1 for row in before), default=FRESH)
+
+
 def _last_commit(folder: Path) -> str:
     command = ["git", "-C", str(folder), "log", "-1", "--format=%H", "--", "."]
     found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -117,17 +126,22 @@ def _last_commit(folder: Path) -> str:
     return found
 
 
+def _inside(row: dict[str, str]) -> bool:
+    return float(row["low"]) <= float(row["score"]) <= float(row["high"])
+
+
 def table(rows: list[dict[str, str]]) -> str:
     """Markdown: the cells of the last draw, and how likely as many inside are if 95 % are the truth."""
+    everything = [_inside(row) for row in rows]
     rows = [row for row in rows if row["commit"] == rows[-1]["commit"]]
-    inside = [float(r["low"]) <= float(r["score"]) <= float(r["high"]) for r in rows]
+    inside = [_inside(row) for row in rows]
     n, k = len(rows), sum(inside)
     fewer = 1.0 - binomial_tail(k + 1, n, LEVEL) if k < n else 1.0
     lines = [
         f"`python scripts/studies/rerun`: {n} cells of `docs/figures/claims`, drawn with the hash of the commit that "
         f"changed them last ({rows[0]['commit'][:12]}) as seed, each run once more with a fresh seed. **{k} of {n}** "
         "are inside the interval that holds a further run with probability .95 (as few or fewer: probability "
-        f"{fewer:.2g}).",
+        f"{fewer:.2g}); of all draws so far, {sum(everything)} of {len(everything)}.",
         "", "| claim | method | setting | seed | score | of earlier runs: mean, interval for a further one | inside |",
         "|---|---|---|--:|--:|---|---|",
     ]  # fmt: skip
