@@ -21,7 +21,7 @@ from scripts.make_dataset import Maze, Pendulum
 from scripts.studies.offline.data import SETS, opened
 from scripts.studies.tables import Rows
 
-__all__ = ["GRIDS", "play_baseline", "play_online", "play_selection", "play_short", "returns_of"]
+__all__ = ["GRIDS", "compiled", "play_baseline", "play_online", "play_selection", "play_short", "returns_of"]
 
 SPARSE = {"iql": {"expectile": 0.9, "beta": 10.0}, "rebrac": {"actor_penalty": 0.003, "critic_penalty": 0.001}}
 """Published settings for mazes with sparse rewards (IQL's of antmaze, ReBRAC's of maze2d)."""
@@ -41,6 +41,11 @@ def returns_of(agent: Any, env_id: str, episodes: int, seed: int) -> Any:
     return found
 
 
+def compiled(agent: Any) -> dict[str, str]:
+    """The column that says whether gradient steps were one compiled graph, whose arithmetic has another order."""
+    return {"compile": "on" if agent.learner.cycle.compiled else "off"}
+
+
 def play_short(cell: dict[str, Any], out: Path) -> Rows:
     """U-maze or pendulum with two layers of 128 and a short training."""
     maze = cell["data"] == "u_maze"
@@ -55,7 +60,7 @@ def play_short(cell: dict[str, Any], out: Path) -> Rows:
     returns = returns_of(agent, env_id, cell["episodes"], cell["seed"])
     random = data.scores[0] if data.scores else 5.0
     return [{"return": float(returns.mean()), "random": random, "data return": float(data.returns().mean()),
-             "cpu seconds": spent}]  # fmt: skip
+             "cpu seconds": spent} | compiled(agent)]  # fmt: skip
 
 
 def u_maze(steps: int, seed: int = 0) -> Dataset:
@@ -84,7 +89,7 @@ def play_baseline(cell: dict[str, Any], out: Path) -> Rows:
         rows.append({"update": agent.num_timesteps, "return": mean, "score": normalised_score(mean, data.scores or "")})
 
     agent.learn(updates, callback=look)
-    return [row | {"data return": float(data.returns().mean())} for row in rows]
+    return [row | {"data return": float(data.returns().mean())} | compiled(agent) for row in rows]
 
 
 def play_online(cell: dict[str, Any], out: Path) -> Rows:
@@ -104,7 +109,7 @@ def play_online(cell: dict[str, Any], out: Path) -> Rows:
         if step:
             agent.learn(until=step)
         returns = returns_of(agent, env_id, cell["episodes"], cell["seed"])
-        rows.append({"step": agent.num_timesteps, "return": float(returns.mean())})
+        rows.append({"step": agent.num_timesteps, "return": float(returns.mean())} | compiled(agent))
     return rows
 
 
@@ -120,4 +125,4 @@ def play_selection(cell: dict[str, Any], out: Path) -> Rows:
     assert data.scores is not None
     return [{"values": json.dumps(settings), "return": float(returns.mean()), "random": data.scores[0],
              "expert": data.scores[1],
-             "returns": " ".join(f"{x:.0f}" for x in returns)}]  # fmt: skip
+             "returns": " ".join(f"{x:.0f}" for x in returns)} | compiled(agent)]  # fmt: skip

@@ -20,7 +20,7 @@ from ccrl.offline import tail_mean, value_at_risk
 from ccrl.seeding import stream_seed
 from envs.maze import HazardCorridor, cautious_action, overconfident_action
 from scripts.make_dataset import Corridor
-from scripts.studies.offline.cells import returns_of, u_maze
+from scripts.studies.offline.cells import compiled, returns_of, u_maze
 from scripts.studies.offline.data import SETS, opened
 from scripts.studies.tables import Rows
 
@@ -66,7 +66,7 @@ def play_corridor(cell: dict[str, Any], out: Path) -> Rows:
         rows.append(
             {"k_a": k_a, "k_s": k_s, "controller": "corrected" if k_a or k_s else "base"} | _drive(policy, cell)
         )
-    return rows
+    return [row | compiled(agent) for row in rows]
 
 
 @torch.no_grad()
@@ -105,5 +105,5 @@ def play_strengths(cell: dict[str, Any], out: Path) -> Rows:
     for k_a, k_s in STRENGTHS:
         agent.policy.config = replace(agent.config, action_strength=k_a, state_strength=k_s)
         returns = returns_of(agent, kind.env, cell["episodes"], cell["seed"])
-        rows.append({"k_a": k_a, "k_s": k_s} | _risk(returns))
+        rows.append({"k_a": k_a, "k_s": k_s} | _risk(returns) | compiled(base))
     return rows

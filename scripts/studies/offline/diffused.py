@@ -16,7 +16,7 @@ from agents.offline.pgd import PGD
 from ccrl.offline import Dataset
 from ccrl.seeding import named_generator
 from envs.maze import PointMaze
-from scripts.studies.offline.cells import SPARSE, returns_of, u_maze
+from scripts.studies.offline.cells import SPARSE, compiled, returns_of, u_maze
 from scripts.studies.tables import Rows
 
 __all__ = ["STEPS", "play_guidance", "play_rows", "target_policy"]
@@ -53,7 +53,7 @@ def play_guidance(cell: dict[str, Any], out: Path) -> Rows:
         made.actor = target_policy  # type: ignore[method-assign]
         made.ctx.generator.manual_seed(cell["seed"])
         rows.append({"strength": strength} | _judged(made.generate(cell["trajectories"], guided=True), data))
-    return rows
+    return [row | {"compile": "off"} for row in rows]
 
 
 def _windows(data: Dataset, count: int, seed: int) -> dict[str, Tensor]:
@@ -87,4 +87,4 @@ def play_rows(cell: dict[str, Any], out: Path) -> Rows:
     )  # fmt: skip
     agent.learn(cell["updates"])
     returns = returns_of(agent, "ccrl/PointMazeU-v0", cell["episodes"], cell["seed"])
-    return [{"return": float(returns.mean())}]
+    return [{"return": float(returns.mean())} | compiled(agent)]

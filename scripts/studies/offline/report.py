@@ -363,7 +363,7 @@ def guidance_figure(rows: Rows) -> Figure:
 
 REPORTS: dict[str, Page] = {
     "corridor": Page(corridor, corridor_figure), "short": Page(short), "guidance": Page(guidance, guidance_figure),
-    "online": Page(online, online_figure), "selection": Page(selection, selection_figure),
     "maze": Page(strengths, strengths_figure), "rows": Page(made_rows, rows_figure),
     "baselines": Page(baselines, baselines_figure), "hopper": Page(strengths, strengths_figure),
+    "online": Page(online, online_figure), "selection": Page(selection, selection_figure),
 }  # fmt: skip

@@ -3,12 +3,12 @@
     python scripts/studies/offline corridor --out results/offline   # CDSA beside a hazard: strengths, VaR, CVaR
     python scripts/studies/offline short --out results/offline      # U-maze and pendulum, two layers of 128
     python scripts/studies/offline guidance --out results/offline   # PGD: likelihood and dynamics error
-    python scripts/studies/offline online --out results/offline     # TD3 from nothing, from TD3+BC, with its data
-    python scripts/studies/offline selection --out results/offline  # what choosing settings costs in online episodes
     python scripts/studies/offline maze --out results/offline       # CDSA: strengths on the point maze
+    python scripts/studies/offline hopper --out results/offline     # CDSA: strengths on Hopper
     python scripts/studies/offline rows --out results/offline       # PGD: real, unguided, guided, world-model rows
     python scripts/studies/offline baselines --out results/offline  # four Minari data sets, four agents
-    python scripts/studies/offline hopper --out results/offline     # CDSA: strengths on Hopper
+    python scripts/studies/offline online --out results/offline     # TD3 from nothing, from TD3+BC, with its data
+    python scripts/studies/offline selection --out results/offline  # what choosing settings costs in online episodes
     python scripts/studies/offline all --out results/offline        # every one of them, in this order
     python scripts/studies/offline all --out results/offline --report   # pages from the runs that are there
 
@@ -29,6 +29,7 @@ import tyro
 
 from ccrl.experiment.cells import CellsFailed, complete
 from ccrl.experiment.csv_table import read_rows
+from ccrl.experiment.run import describe
 from ccrl.settings import Count, Natural, Settings
 from scripts.studies import tables
 from scripts.studies.offline import report
@@ -67,17 +68,13 @@ STUDIES: dict[str, Plan] = {
          *_cross(data=("pendulum",), method=("bc", "td3_bc", "iql"))),
     ),
     "guidance": Plan(play_guidance, {"steps": 100_000, "denoiser_steps": 3_000, "trajectories": 300}, ({},)),
-    "online": Plan(
-        play_online, {"updates": 10_000, "online": 10_000, "every": 2_000, "episodes": 50, "steps": 100_000},
-        _cross(start=("nothing", "networks", "networks and data")),
-    ),
-    "selection": Plan(
-        play_selection, {"updates": 10_000, "episodes": 100, "steps": 100_000},
-        tuple({"method": m, "setting": i} for m, grid in GRIDS.items() for i in range(len(grid))),
-    ),
     "maze": Plan(
         play_strengths, {"updates": 10_000, "score_updates": 10_000, "episodes": 100, "steps": 100_000},
         _cross(data=("u_maze",), base=("bc", "td3_bc")),
+    ),
+    "hopper": Plan(
+        play_strengths, {"updates": 30_000, "score_updates": 10_000, "episodes": 100, "steps": 100_000},
+        _cross(data=("hopper",), base=("bc", "td3_bc")),
     ),
     "rows": Plan(
         play_rows, {"updates": 10_000, "episodes": 100, "steps": 100_000, "denoiser_steps": 3_000,
@@ -88,9 +85,13 @@ STUDIES: dict[str, Plan] = {
         play_baseline, {"updates": 30_000, "episodes": 100, "steps": 100_000},
         _cross(data=tuple(SETS), method=METHODS),
     ),
-    "hopper": Plan(
-        play_strengths, {"updates": 30_000, "score_updates": 10_000, "episodes": 20, "steps": 100_000},
-        _cross(data=("hopper",), base=("bc", "td3_bc")),
+    "online": Plan(
+        play_online, {"updates": 10_000, "online": 10_000, "every": 2_000, "episodes": 50, "steps": 100_000},
+        _cross(start=("nothing", "networks", "networks and data")),
+    ),
+    "selection": Plan(
+        play_selection, {"updates": 10_000, "episodes": 100, "steps": 100_000},
+        tuple({"method": m, "setting": i} for m, grid in GRIDS.items() for i in range(len(grid))),
     ),
 }  # fmt: skip
 """In the order of ``all``: cheap and telling ones first."""
@@ -158,7 +159,7 @@ class Study(Settings):
         path, cells = self.out / f"{name}.csv", self.cells(name)
         failed: CellsFailed | None = None
         if not self.report:
-            play = partial(STUDIES[name].play, out=self.out)
+            play = partial(_traced, play=STUDIES[name].play, out=self.out)
             try:
                 complete(path, cells, play, jobs=self.jobs, name=f"offline {name}")
             except CellsFailed as error:
@@ -182,6 +183,15 @@ class Study(Settings):
         if failed is not None:
             raise failed
         return found[0]
+
+
+def _traced(cell: dict[str, Any], play: Any, out: Path) -> Rows:
+    """A cell's rows, with what made them."""
+    rows: Rows = play(cell, out=out)
+    about = describe()
+    made = {"torch": (about["versions"]["torch"] or "").partition("+")[0], "threads": torch.get_num_threads(),
+            "commit": (about["git"] or {}).get("commit", "")[:12]}  # fmt: skip
+    return [row | made for row in rows]
 
 
 def _finished(path: Path, cells: list[dict[str, Any]]) -> Rows:
