@@ -246,7 +246,8 @@ class CorrectedPolicy(nn.Module):
     def evaluate(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
         """Squared errors ``[1, B]``: ``score_error`` (denoising, weighted by sigma^2), ``inverse_error`` and
         ``forward_error`` (standardised)."""
-        obs, out = batch["obs"][0], dict[str, Tensor]()
+        obs = batch["obs"][0]
+        out: dict[str, Tensor] = {}  # Dynamo does not trace a call of dict[str, Tensor]
         of_obs, of_action, of_step, density = self._split()
         if "score_error" in want:
             scales = torch.cat([of_obs, density], -1)

@@ -159,7 +159,7 @@ class Study(Settings):
         path, cells = self.out / f"{name}.csv", self.cells(name)
         failed: CellsFailed | None = None
         if not self.report:
-            play = partial(_traced, play=STUDIES[name].play, out=self.out)
+            play = partial(_traced, play=STUDIES[name].play, out=self.out, made=_made())
             try:
                 complete(path, cells, play, jobs=self.jobs, name=f"offline {name}")
             except CellsFailed as error:
@@ -185,13 +185,15 @@ class Study(Settings):
         return found[0]
 
 
-def _traced(cell: dict[str, Any], play: Any, out: Path) -> Rows:
-    """A cell's rows, with what made them."""
-    rows: Rows = play(cell, out=out)
+def _made() -> dict[str, Any]:
+    """Columns that say what makes the rows; asked for before the runs, for the commit may move while they last."""
     about = describe()
-    made = {"torch": (about["versions"]["torch"] or "").partition("+")[0], "threads": torch.get_num_threads(),
-            "commit": (about["git"] or {}).get("commit", "")[:12]}  # fmt: skip
-    return [row | made for row in rows]
+    commit = (about["git"] or {}).get("commit", "")[:12]
+    return {"torch": (about["versions"]["torch"] or "").partition("+")[0], "threads": 1, "commit": commit}
+
+
+def _traced(cell: dict[str, Any], play: Any, out: Path, made: dict[str, Any]) -> Rows:
+    return [row | made for row in play(cell, out=out)]
 
 
 def _finished(path: Path, cells: list[dict[str, Any]]) -> Rows:

@@ -246,3 +246,17 @@ def test_the_state_part_keeps_a_policy_out_of_the_hazard() -> None:
     assert chosen in {(0.0, 0.0), (0.0, 0.05)}
     with pytest.raises(ValueError, match="budget"):
         choose_strength(with_strength, obs, [(1.0, 0.0)], budget=0.0)
+
+
+def test_the_compiled_step_is_traced_whole(line_env: Any, line_data: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By Dynamo alone, without the minute of a C++ compiler: long trainings compile by themselves."""
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: whole(f, backend="eager", fullgraph=True))
+    monkeypatch.setattr("ccrl.learn.base.can_compile", lambda: (True, "traced: a test"))
+    base = BC(line_env, data=line_data, hidden=(8,), updates=5, compile="off").policy
+    found = []
+    for mode in ("off", "on"):
+        agent: Any = CDSA(line_env, data=line_data, policy=base, **SMALL | {"compile": mode}).learn(5)
+        assert agent.learner.cycle.compiled == (mode == "on")
+        found.append(torch.cat([p.detach().flatten() for p in agent.policy.parameters()]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
