@@ -114,7 +114,8 @@ class FlowActor(MLPPolicy):
         return gaussian_log_prob(chain[..., 1:, :], means, std, "sum")
 
     def evaluate(self, batch: Data, want: frozenset[str]) -> dict[str, Tensor]:
-        lead, out = batch.shape, dict[str, Tensor]()
+        lead = batch.shape
+        out: dict[str, Tensor] = {}  # Dynamo does not trace a call of dict[str, Tensor]
         if want & {"log_prob", "step_log_prob"}:
             chain = batch["old_chain"].reshape(-1, self.steps + 1, self.n_out).transpose(0, 1)
             time, by_x, by_v, _ = (row.unsqueeze(1) for row in self.factors)

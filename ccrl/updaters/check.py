@@ -102,7 +102,8 @@ def _differing(updater: FlatUpdater, terms: tuple[Term, ...], batches: Sequence[
                 updater.finite.fill_(True)
             run(batches)
             gradient, change = updater.views(updater.exp_avg.clone()), updater.views(updater.flat - start)
-            return gradient, change | {k: b.clone() for k, b in buffers()}, bool(updater.finite)
+            # as doubles: flags have no difference
+            return gradient, change | {k: b.double().clone() for k, b in buffers()}, bool(updater.finite)
 
     def buffers() -> list[tuple[str, Tensor]]:
         return [(k, b) for k, b in updater.module.named_buffers() if b.numel()]
