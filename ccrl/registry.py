@@ -89,9 +89,11 @@ def import_module(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there and misses a package of its own
+        near = difflib.get_close_matches(module, FAMILIES, n=1)
+        hint = f"did you mean {near[0]}:{attribute}? Else " if near else ""
         raise ModuleNotFoundError(
-            f"{name!r}: expected a module {module!r} that has {attribute!r}, found none; install its package or put "
-            "its folder on PYTHONPATH",
+            f"{name!r}: expected a module {module!r} that has {attribute!r}, found none; {hint}install its package or "
+            "put its folder on PYTHONPATH",
             name=error.name,
         ) from error
     except (ValueError, TypeError) as error:  # "..x:y" and the like

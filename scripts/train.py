@@ -82,6 +82,8 @@ def prepare(argv: list[str]) -> Callable[[], RunFolder]:
         return _training().resume(argv[1], argv[3:])  # type: ignore[no-any-return]
     if argv[:1] == ["llm"]:
         argv = text_arguments(argv[1:])
+    elif argv[:1] and argv[0] in agents.METHODS:
+        argv = text_arguments(["--method", *argv])
     if not argv or not (argv[0] in registry.agents or registry.is_module_name(argv[0])):
         usage = (f"usage: train.py {{{','.join(sorted(agents.AGENTS | agents.FLOW_METHODS))}}} [flags] | llm --method "
                  f"{{{','.join(sorted(agents.METHODS))}}} [flags] | module:Class [flags] | --resume RUN")  # fmt: skip

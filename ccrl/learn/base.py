@@ -278,7 +278,8 @@ class Learner(ABC):
     def _choose_compile(self, iterations: int) -> None:
         steps = self.gradient_steps() * iterations
         pays = self.compile == "on" or (self.compile == "auto" and steps >= self.compile_from)
-        wanted = pays and getattr(self.policy, "compiles", True) and self._whole()
+        # without phases the updates are a direction's explicit steps: there is no surrogate to compile
+        wanted = pays and bool(self.phases()) and getattr(self.policy, "compiles", True) and self._whole()
         targets = [u for u in self.updaters.values() if hasattr(u, "compile") and not getattr(u, "hooks", None)]
         possible, why = can_compile()
         if wanted and targets:

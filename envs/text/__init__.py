@@ -44,8 +44,8 @@ def make_task(name: str, **options: Any) -> TextTask:
         ValueError: there is no such task, or an option has a value the task cannot have.
         TypeError: the task has no such option.
     """
-    family, colon, data_set = name.partition(":")
-    if colon and family == "reasoning_gym":
+    family, _, data_set = name.partition(":")
+    if family == "reasoning_gym":
         from envs.text.reasoning import ReasoningGym
 
         found: TextTask = ReasoningGym(data_set, **options)

@@ -57,6 +57,16 @@ def train(agent, iterations):
     return agent.updaters["policy"].flat.clone()
 
 
+@pytest.mark.parametrize("agent", [NPGIGT, HARPG])
+def test_no_compiler_is_announced_for_explicit_steps(agent, capsys):
+    """However many steps: a direction has no surrogate to compile."""
+    made = agent("ccrl/RandomMDP-v0", num_envs=2, n_steps=STEPS)
+    made.learner.begin(0, 10**9)
+    assert made.learner.compile == "auto"
+    assert not made.updaters["policy"].compile
+    assert capsys.readouterr().out == ""
+
+
 def rewards(monkeypatch, change):
     """Every RandomMDP built from here on has changed rewards."""
     plain = RandomMDP.reward
