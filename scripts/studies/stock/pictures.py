@@ -12,6 +12,7 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from ccrl.distributional import (
+    OCE,
     CVaR,
     Entropic,
     Expected,
@@ -32,7 +33,10 @@ Rows = list[dict[str, Any]]
 
 
 def objectives() -> tuple[Figure, Rows]:
-    """One panel per objective: five of numbers, CVaR at two levels, on the chain of four steps; two of vectors."""
+    """One panel per objective: seven of numbers, CVaR at two levels, on the chain of four steps; two of vectors.
+
+    Red is the objective: a line where it is a return, an arrow where it is a distance from minus c_0.
+    """
     chain = SABChain()
     mean = chain.optimum(Expected()).law
     panels: list[tuple[str, Objective]] = [
@@ -40,24 +44,32 @@ def objectives() -> tuple[Figure, Rows]:
         ("CVaR at .25", CVaR(0.25)),
         ("CVaR at .5", CVaR(0.5)),
         ("mean-CVaR, half each, .25", MeanCVaR(0.5, 0.25)),
+        ("OCE, slopes 4 and .5", OCE(4.0, 0.5)),
         ("entropic, rate 1", Entropic(1.0)),
         ("target return 3", TargetReturn(3.0)),
         ("optimistic tail beyond 6", OptimisticTail(6.0)),
     ]
-    page = Figure(figsize=(12.0, 9.0), layout="constrained")
-    axes = page.subplots(3, 3).flatten()
+    page = Figure(figsize=(12.0, 11.5), layout="constrained")
+    axes = page.subplots(4, 3).flatten()
+    for axis in axes[len(panels) + 2 :]:
+        axis.set_visible(False)
     rows: Rows = []
     for axis, (name, objective) in zip(axes, panels):
         found = chain.optimum(objective)
         axis.bar(mean.atoms - 0.18, mean.weights, 0.36, color=GREY, label="best mean")
         axis.bar(found.law.atoms + 0.18, found.law.weights, 0.36, color=BLUE, label="best for the objective")
-        start = float(found.start)  # type: ignore[arg-type]
+        start = float(found.start) + 0.0  # type: ignore[arg-type]  # no -0
         if not isinstance(objective, Expected):
             axis.axvline(-start, color="#5A5A5A", linestyle=":", linewidth=1.0, label="minus c_0")
         mark = found.value
         if isinstance(objective, TargetReturn | OptimisticTail):
-            # these values are distances from minus c_0
-            axis.set_title(f"{name}: {mark:.4g}", fontsize=9, loc="left")
+            # values are distances: the mean one to the target, the mean gain beyond the threshold
+            ends = (-start + mark, -start - mark) if mark < 0 else (-start, -start + mark)
+            height = 0.5 * float(found.law.weights.max())
+            arrow = {"arrowstyle": "<->", "color": RED, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.5}
+            axis.annotate("", (ends[0], height), (ends[1], height), arrowprops=arrow)
+            axis.set_title(f"{name}: {mark:.4g}, for the best mean {float(objective.value(*mean)):.4g}", fontsize=9,
+                           loc="left")  # fmt: skip
         else:
             axis.axvline(mark, color=RED, linewidth=1.5, label="the objective")
             axis.set_title(
@@ -65,6 +77,8 @@ def objectives() -> tuple[Figure, Rows]:
             )
         if isinstance(objective, CVaR):
             axis.axvspan(-12, -start, color=RED, alpha=0.08)
+        if isinstance(objective, OptimisticTail):
+            axis.axvspan(-start, 14, color=RED, alpha=0.08)
         axis.set_xlim(-9, 13)
         axis.set_xlabel("return", fontsize=8)
         rows.append(
@@ -72,23 +86,27 @@ def objectives() -> tuple[Figure, Rows]:
         )
     axes[1].legend(fontsize=7, frameon=False)
 
+    home_axis, budget_axis = axes[len(panels) : len(panels) + 2]
     home = Homeostat()
     found = home.optimum()
-    _scatter(axes[7], _moved(found.law, found.start), f"homeostasis from (-1, -1): {found.value:.4g}")
-    axes[7].plot(0, 0, "+", color=RED, markersize=14)
-    axes[7].set_xlabel("deviation of food at the end", fontsize=8)
-    axes[7].set_ylabel("of water", fontsize=8)
+    _scatter(home_axis, _moved(found.law, found.start), f"homeostasis from (-1, -1): {found.value:.4g}")
+    home_axis.plot(0, 0, "+", color=RED, markersize=14)
+    circle = torch.linspace(0.0, 2.0 * torch.pi, 100)
+    home_axis.plot(found.value * circle.cos(), found.value * circle.sin(), color=RED)  # the mean distance
+    home_axis.set_xlabel("deviation of food at the end", fontsize=8)
+    home_axis.set_ylabel("of water", fontsize=8)
     rows.append({"objective": "homeostasis", "value": found.value, "c_0": str(found.start)})
 
     budget = CostBudget()
     found = budget.optimum()
-    _scatter(axes[8], found.law, f"earned less 3 x cost beyond 3: {found.value:.4g}")
-    axes[8].axhline(-3.0, color=RED, linewidth=1.5)
-    axes[8].set_xlabel("earned", fontsize=8)
-    axes[8].set_ylabel("minus cost", fontsize=8)
+    _scatter(budget_axis, found.law, f"earned less 3 x cost beyond 3: {found.value:.4g}")
+    budget_axis.axhline(-3.0, color=RED, linewidth=1.5)
+    budget_axis.set_xlabel("earned", fontsize=8)
+    budget_axis.set_ylabel("minus cost", fontsize=8)
     rows.append({"objective": "soft constraints", "value": found.value, "c_0": str(found.start)})
     page.suptitle(
-        "Law of the return under the exact best policy; chain of four steps, gamma 1 (areas below: probability)",
+        "Law of the return under the exact best policy; chain of four steps, gamma 1 (areas below: probability). Red: "
+        "the objective",
         x=0.01, ha="left", fontsize=10,
     )  # fmt: skip
     return page, rows
