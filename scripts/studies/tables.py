@@ -25,11 +25,11 @@ def _cell(x: Any) -> str:
     return str(x)
 
 
-def write(stem: Path, command: str, table: Rows, rows: Rows | None = None, *more: Rows) -> None:
-    """Print ``table`` and the tables ``more`` and write them to ``stem.md``; ``rows``, with the columns of the first
-    one, to ``stem.csv``."""
+def write(stem: Path, command: str, table: Rows, rows: Rows | None = None, *more: Rows, note: str = "") -> None:
+    """Print ``table`` and the tables ``more`` and write them to ``stem.md``, with ``note`` above them; ``rows``, with
+    the columns of the first one, to ``stem.csv``."""
     stem.parent.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(markdown(part) for part in (table, *more))
+    text = "\n".join([*([note + "\n"] if note else []), *(markdown(part) for part in (table, *more))])
     print(text)
     stem.with_suffix(".md").write_text(f"`{command}`\n\n{text}", encoding="utf-8")
     if rows is not None:

@@ -55,3 +55,21 @@ def test_nothing_is_decided_while_runs_are_missing() -> None:
     table = [report.line("mean return >= 8", [True], "9"), report.line("none", [False], "7"), {"controller": "base"}]
     assert [row.get("holds") for row in report.undecided(table, 3, 3)] == ["yes", "no (0 of 1)", None]
     assert [row.get("holds") for row in report.undecided(table, 1, 3)] == ["open (1 of 3 runs)"] * 2 + [None]
+
+
+def test_a_page_says_what_made_it_and_what_is_missing() -> None:
+    rows = [{"commit": "abc", "torch": "2.13.0"}, {"commit": "", "torch": ""}]
+    assert report.made_by(rows[:1], 3, 3) == "All 3 runs. Commit: abc; PyTorch 2.13.0, one thread."
+    assert report.made_by(rows, 1, 3).startswith("**1 of 3 runs are there.** Commit: abc, of older rows unknown")
+    assert report.undecided([{"verdict": "guided is better"}], 1, 3) == [{"verdict": "open (1 of 3 runs)"}]
+
+
+def test_the_gain_of_the_best_strength_is_paired() -> None:
+    rows = [
+        {"base": "bc", "seed": s, "k_a": a, "k_s": k} | dict.fromkeys(("return", "VaR 5%", "CVaR 5%"), r + s)
+        for s in (0.0, 1.0) for a, k, r in ((0.0, 0.0, 1.0), (0.5, 0.0, 3.0), (1.0, 0.0, 2.0), (0.0, 1.0, 0.0))
+    ]  # fmt: skip
+    (first, *_) = report.strengths(rows)[1]
+    assert first["holds"] == "yes"
+    # both seeds gain exactly 2 and 1
+    assert first["found"] == "best at 0.5: 3.5; less that at 0: 2 [2, 2], at the largest: 1 [1, 1]"

@@ -52,10 +52,20 @@ def line(text: str, holds: Iterable[bool], found: str) -> dict[str, Any]:
 
 
 def undecided(table: Rows, done: int, runs: int) -> Rows:
-    """The table of acceptance while runs are missing: nothing is decided by those there are."""
+    """A table while runs are missing: nothing is decided by those there are."""
     if done >= runs:
         return table
-    return [row | {"holds": f"open ({done} of {runs} runs)"} if "holds" in row else row for row in table]
+    return [row | {k: f"open ({done} of {runs} runs)" for k in ("holds", "verdict") if k in row} for row in table]
+
+
+def made_by(rows: Rows, done: int, runs: int) -> str:
+    """How many of the runs are there and what made them, in a line."""
+    count = f"All {runs} runs." if done >= runs else f"**{done} of {runs} runs are there.**"
+    commits = sorted({str(row.get("commit", "")) for row in rows} - {""})
+    unknown = any(not row.get("commit") for row in rows)
+    names = [*commits, *(["of older rows unknown (30 November)"] if unknown else [])]
+    versions = sorted({str(row["torch"]) for row in rows if row.get("torch")})
+    return f"{count} Commit: {', '.join(names)}; PyTorch {', '.join(versions) or '2.13.0'}, one thread."
 
 
 def spread(rows: Rows, column: str) -> str:
@@ -105,11 +115,17 @@ def strengths(rows: Rows) -> list[Rows]:
                  **{c: f"{mean(p, c):.4g} ({seeds(p, c)})" for c in ("return", "VaR 5%", "CVaR 5%")}}
                 for k, p in by.items()
             ]  # fmt: skip
-            means = [mean(p, "return") for p in by.values()]
+            runs = list(by.values())
+            means = [mean(p, "return") for p in runs]
             best = int(np.argmax(means))
+            gain = [f"{means[best] - means[k]:.4g}" for k in (0, -1)]
+            if len(runs[0]) > 1:
+                pairs = (paired_t(*([r["return"] for r in runs[k]] for k in (best, end))) for end in (0, -1))
+                gain = [f"{p[0]:.4g} [{p[1]:.4g}, {p[2]:.4g}]" for p in pairs]
             lines.append(line(
                 f"{base}, {which}: inverted U (the best strength is neither 0 nor the largest)",
-                [0 < best < len(means) - 1], f"best at {list(by)[best]:g}: {means[best]:.4g}, at 0 {means[0]:.4g}",
+                [0 < best < len(means) - 1],
+                f"best at {list(by)[best]:g}: {means[best]:.4g}; less that at 0: {gain[0]}, at the largest: {gain[1]}",
             ))  # fmt: skip
             tail = [mean(p, "VaR 5%") for p in by.values()]
             lines.append(line(f"{base}, {which}: some strength raises VaR 5%", [max(tail[1:]) > tail[0]],

@@ -175,7 +175,7 @@ class Study(Settings):
         done = len({tuple(row[k] for k in keys) for row in rows})
         found = [report.undecided(table, done, len(cells)) for table in found]
         command = self.command(name)
-        tables.write(stem, command, found[0], rows, *found[1:])
+        tables.write(stem, command, found[0], rows, *found[1:], note=report.made_by(rows, done, len(cells)))
         if kind.figure is not None:
             page = kind.figure(rows)
             page.text(0.005, 0.002, command, fontsize=5, color="0.4")
