@@ -120,7 +120,8 @@ def strengths(rows: Rows) -> list[Rows]:
             best = int(np.argmax(means))
             gain = [f"{means[best] - means[k]:.4g}" for k in (0, -1)]
             if len(runs[0]) > 1:
-                pairs = (paired_t(*([r["return"] for r in runs[k]] for k in (best, end))) for end in (0, -1))
+                returns = [[r["return"] for r in p] for p in runs]
+                pairs = (paired_t(returns[best], returns[end]) for end in (0, -1))
                 gain = [f"{p[0]:.4g} [{p[1]:.4g}, {p[2]:.4g}]" for p in pairs]
             lines.append(line(
                 f"{base}, {which}: inverted U (the best strength is neither 0 nor the largest)",
