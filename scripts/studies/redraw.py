@@ -51,8 +51,7 @@ def _seeds(rows: Rows) -> int:
 
 
 def _flow(name: str) -> Callable[[Rows], Figure]:
-    command = f"python scripts/studies/redraw.py flow_{name}"
-    return lambda rows: replace(flow.Study(NOWHERE), name=name).figure(rows, command)
+    return lambda rows: replace(flow.Study(NOWHERE), name=name).figure(rows)
 
 
 def _sampled(task: str) -> Callable[[Rows], Figure]:
@@ -73,7 +72,7 @@ FIGURES: dict[str, Callable[[Rows], Figure]] = {
     "momentum_cartpole": lambda rows: momentum.figure(momentum.typed(rows), 180.0),
     "hacking_exact": lambda rows: exact.Exact(NOWHERE).figure(rows),
     **{f"hacking_{task}": _sampled(task) for task in ("tomato", "point")},
-    **{f"flow_{name}": _flow(name) for name in ("guard", "awm", "opd", "gridworld", "maze")},
+    **{f"flow_{name}": _flow(name) for name in flow.PLANS},
     **{f"submodular_{task}": _submodular(task) for task in ("grid", "items", "large", "design", "point", "ant")},
 }
 """Name of the files -> the figure of their rows."""

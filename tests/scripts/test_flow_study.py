@@ -8,7 +8,7 @@ import pytest
 
 from scripts.reproductions import awm, diffusion_opd
 from scripts.studies.flow import distil
-from scripts.studies.flow.study import gold_at, main, steps_to
+from scripts.studies.flow.study import chosen, gold_at, main, steps_to
 
 
 def test_a_study_resumes_and_writes_its_files(tmp_path, monkeypatch):
@@ -52,6 +52,18 @@ def test_variance_by_design(tmp_path, quick):
     (table,) = main(["variance", "--figures", str(tmp_path), "--seeds", "1", "--batches", "2"])
     assert [row["method"] for row in table] == ["uniform"] * 4 + ["ghuber"] * 4 + ["flow_grpo"] * 2
     assert (tmp_path / "flow_variance.md").exists()
+
+
+def test_clip_ranges_are_chosen_on_seeds_of_their_own(tmp_path):
+    def run(method, seed, *gold):
+        return [{"method": method, "seed": seed, "gold": g} for g in gold]
+
+    rows = [*run("a, eps 1", 1, 0.1, 0.9, 0.2), *run("a, eps 1", 2, 0.1, 0.5, 0.2)]  # (.9 + .5) / 2 = .7
+    rows += [*run("a, eps 2", 1, 0.1, 0.8), *run("a, eps 2", 2, 0.1, 0.7), *run("b, eps 1", 1, 0.1)]  # .75; .1
+    assert chosen(rows) == ("a, eps 2", "b, eps 1")
+    for name, first, allowed in (("guard_grid", "100", "from 1000 to 1999"), ("guard_test", "10", "from 100 to 999")):
+        with pytest.raises(ValueError, match=allowed):
+            main([name, "--out", str(tmp_path), "--first", first])
 
 
 def test_steps_to_a_reward():

@@ -39,7 +39,7 @@ METHODS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
         "grpo_guard + KL": ("grpo_guard", HACKED | {"kl_coef": 0.02}),
     },
     "guard_grid": GRID,
-    "guard_test": {name: GRID[name] for name in ("flow_grpo, eps 0.002", "grpo_guard, eps 0.0006")},
+    "guard_test": GRID,  # of which the study runs those that guard_grid chose
     "awm": {
         "awm": ("awm", PLAIN),
         "diffusion_nft": ("diffusion_nft", PLAIN),
