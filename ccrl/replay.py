@@ -281,7 +281,10 @@ class Mixture:
 
 def _mapped(columns: dict[str, Tree], folder: Path) -> dict[str, Tree]:
     """Zeros of these shapes in files of ``folder``, one per column; files that are there are overwritten."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"folder: expected one that can be made or written, got {folder} ({error.strerror})") from None
     count = itertools.count()
 
     def make(x: Tensor) -> Tensor:

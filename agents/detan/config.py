@@ -121,8 +121,9 @@ class DetaNConfig(Settings):
         objective = self.make_objective()
         objective.check_discount(self.gamma)
         for name in ("stock_low", "stock_high"):
-            if len(getattr(self, name)) not in (1, max(objective.dims, 1)):
-                raise ValueError(f"{name}: expected 1 or {max(objective.dims, 1)} numbers, got {getattr(self, name)}")
+            if len(getattr(self, name)) not in (1, objective.dims or 1):
+                wanted = f"1 number or {objective.dims}" if objective.dims > 1 else "1 number"
+                raise ValueError(f"{name}: expected {wanted}, got {getattr(self, name)}")
         low, high = self.stock_range()
         if bool((low >= high).any()):
             raise ValueError(f"stock_low: expected less than stock_high, got {self.stock_low} and {self.stock_high}")

@@ -53,7 +53,7 @@ class OfflineConfig(Settings):
     normalise_obs: bool = True
     """Observations are standardised with the data set's mean and standard deviation, in evaluation too."""
     compile: Compile = "auto"
-    """Gradient steps are compiled graphs: always (on), never (off), or from 1,000 of them on where there is a C++
+    """Gradient steps are compiled graphs: always (on), never (off), or from 20,000 of them on where there is a C++
     compiler (auto)."""
 
 

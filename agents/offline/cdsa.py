@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from agents.offline.base import OfflineAgent, OfflineConfig, Parts
 from agents.offline.bc import term
-from agents.offline.policy import OfflinePolicy
+from agents.offline.policy import OfflinePolicy, check_acts
 from ccrl import registry
 from ccrl.batched_env import Tree
 from ccrl.data import Batching, Data, Field, Unit
@@ -86,6 +86,15 @@ class CDSAConfig(OfflineConfig):
     """These are the widths of the hidden layers of the inverse and the forward model."""
     batch_size: Count = 512
     """A gradient step reads this many transitions, drawn with replacement."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low = self.sigma_max if self.levels == 1 else self.sigma_min
+        if self.sigma_min < self.sigma_max and not low <= self.sigma <= self.sigma_max:
+            raise ValueError(
+                f"sigma: expected a level at which the score is trained, {low:g} to {self.sigma_max:g} (levels, "
+                f"sigma_min, sigma_max), got {self.sigma:g}"
+            )
 
 
 class CorrectedPolicy(nn.Module):
@@ -293,6 +302,7 @@ class CDSA(OfflineAgent):
         spaces = self.env.single_observation_space, self.env.single_action_space
         if not hasattr(self, "_base"):
             self._base = self._find_base()
+            check_acts(self._base, *spaces)
         return CorrectedPolicy(*spaces, self._base, self.config)
 
     def _find_base(self) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -26,7 +27,8 @@ def go_online(agent: OfflineAgent, env: Any, *, keep_data: bool = True, **settin
     :param keep_data: the replay memory begins with the data set's rows, where the agent has them.
     :param settings: of TD3; ``hidden`` is the agent's, ``learning_starts`` is 0, ``gamma`` and the seed the agent's
         unless given.
-    :raises ValueError: a policy of another kind, Dict observations, other widths, or a memory smaller than the data.
+    :raises ValueError: a policy of another kind, Dict observations, another environment's spaces, other widths, or a
+        memory smaller than the data.
     """
     policy = agent.policy
     if not isinstance(policy, OfflinePolicy) or policy.keys:
@@ -42,6 +44,13 @@ def go_online(agent: OfflineAgent, env: Any, *, keep_data: bool = True, **settin
         "hidden": hidden, "learning_starts": 0, "gamma": getattr(agent.config, "gamma", 0.99), "seed": agent.seed,
     }  # fmt: skip
     online = TD3(env, **(start | settings))
+    space, actions = online.env.single_observation_space, online.env.single_action_space
+    sizes = math.prod(space.shape or ()), math.prod(actions.shape or ())
+    if sizes != (policy.width, policy.n_out):
+        raise ValueError(
+            f"go_online: expected observations and actions of {policy.width} and {policy.n_out} numbers as "
+            f"{agent.name} has, got {sizes[0]} and {sizes[1]}; give the agent's own environment"
+        )
     _carry_over(policy, online.policy)
     # the targets were made from the networks of before
     online.learner.cycle.start(online.ctx.bank)  # type: ignore[attr-defined]

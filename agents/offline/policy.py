@@ -18,7 +18,7 @@ from ccrl.policies.actions import box_bounds
 from ccrl.policies.encoders import mlp
 from ccrl.policies.q import Ensemble
 
-__all__ = ["OfflinePolicy"]
+__all__ = ["OfflinePolicy", "check_acts"]
 
 _LOG_2PI = math.log(2.0 * math.pi)
 
@@ -180,3 +180,29 @@ def _widths(space: gym.Space[Any]) -> tuple[list[str], int]:
             raise ValueError(f"observation space: expected vectors of real numbers, got {part}{where}")
     width = sum(part.shape[0] for part in parts.values() if part.shape)
     return ([k for k in parts if k], width)
+
+
+@torch.no_grad()
+def check_acts(policy: Any, observation_space: Any, action_space: Any) -> None:
+    """Let ``policy``, or a function from observations to actions, act on an observation of zeros.
+
+    :raises ValueError: it fails on it, or its action has another size than the task's.
+    """
+    held = list(policy.parameters()) if isinstance(policy, nn.Module) else []
+    device = held[0].device if held else torch.device("cpu")
+
+    def zeros(space: Any) -> Any:
+        if isinstance(space, gym.spaces.Dict):
+            return {k: zeros(leaf) for k, leaf in space.spaces.items()}
+        return torch.zeros(1, *(space.shape or ()), device=device)
+
+    obs, size = zeros(observation_space), action_space.shape
+    try:
+        action = policy.to_env(policy.act(obs, None)["action"]) if hasattr(policy, "act") else policy(obs)
+    except (RuntimeError, KeyError, IndexError) as error:
+        raise ValueError(
+            f"policy: expected one for the environment's observations, {observation_space}, but it fails on them "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    if tuple(action.shape[1:]) != tuple(size):
+        raise ValueError(f"policy: expected actions of shape {size} as the environment has, got {action.shape[1:]}")

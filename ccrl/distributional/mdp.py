@@ -23,7 +23,8 @@ class FiniteMDP:
     :param reward: ``[S, A, O]``, or ``[S, A, O, m]`` of vectors.
     :param successor: ``[S, A, O]`` int64.
     :param ends: ``[S, A, O]`` bool: the outcome ends the episode.
-    :raises ValueError: shapes that differ, or probabilities that do not sum to 1.
+    :raises ValueError: shapes that differ, probabilities that are negative or do not sum to 1, successors that are no
+        states, rewards that are not finite.
     """
 
     probability: Tensor
@@ -36,12 +37,28 @@ class FiniteMDP:
         if len(shape) != 3 or any(x.shape[:3] != shape for x in (self.reward, self.successor, self.ends)):
             shapes = [tuple(x.shape) for x in (self.probability, self.reward, self.successor, self.ends)]
             raise ValueError(f"FiniteMDP: expected four tables [S, A, O], got {shapes}")
-        if bool((self.probability.sum(-1) - 1.0).abs().max() > 1e-9):
-            raise ValueError("FiniteMDP: expected probabilities that sum to 1 in every state and action")
+        sums = (self.probability.sum(-1) - 1.0).abs()
+        if not bool((sums <= 1e-9).all() & (self.probability >= 0.0).all()):  # also of NaN
+            raise ValueError("FiniteMDP: expected probabilities >= 0 that sum to 1 in every state and action")
+        if bool((self.successor < 0).any() | (self.successor >= shape[0]).any()):
+            raise ValueError(
+                f"FiniteMDP: expected successors in 0 ... {shape[0] - 1}, got {int(self.successor.min())} to "
+                f"{int(self.successor.max())}; an outcome that ends the episode has the successor None"
+            )
+        if not bool(self.reward.isfinite().all()):
+            raise ValueError("FiniteMDP: expected finite rewards, got NaN or inf")
 
     @classmethod
     def of(cls, table: Sequence[Sequence[Sequence[Outcome]]]) -> FiniteMDP:
-        """From lists: ``table[state][action]`` are the outcomes."""
+        """From lists: ``table[state][action]`` are the outcomes.
+
+        :raises ValueError: no state, other actions in some state, an action without outcomes.
+        """
+        if not table or not table[0] or any(len(row) != len(table[0]) or not all(row) for row in table):
+            raise ValueError(
+                "FiniteMDP.of: expected a state or more, the same actions in all, and an outcome or more of each, got "
+                f"{[[len(outcomes) for outcomes in row] for row in table]} outcomes"
+            )
         actions, most = len(table[0]), max(len(outcomes) for row in table for outcomes in row)
         first = table[0][0][0][1]
         tail = (len(first),) if isinstance(first, Sequence) else ()

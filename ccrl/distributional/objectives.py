@@ -189,9 +189,15 @@ class Entropic(Objective):
 
 @dataclass(frozen=True)
 class TargetReturn(Objective):
-    """Generate a desired return: ``f(x) = -|x|``, ``c_0 = -target``."""
+    """Generate a desired return: ``f(x) = -|x|``, ``c_0 = -target``.
+
+    :raises ValueError: a target that is not finite.
+    """
 
     target: float = 0.0
+
+    def __post_init__(self) -> None:
+        _finite("target", self.target)
 
     @property
     def start(self) -> float:
@@ -204,9 +210,15 @@ class TargetReturn(Objective):
 @dataclass(frozen=True)
 class OptimisticTail(Objective):
     """The mean gain beyond a threshold: ``f(x) = max(x, 0)``, ``c_0 = -threshold``. The threshold is an input: of a
-    convex utility the search over ``c_0`` is a minimisation, which does not commute with the policy's maximisation."""
+    convex utility the search over ``c_0`` is a minimisation, which does not commute with the policy's maximisation.
+
+    :raises ValueError: a threshold that is not finite.
+    """
 
     threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        _finite("threshold", self.threshold)
 
     @property
     def start(self) -> float:
@@ -220,7 +232,7 @@ class OptimisticTail(Objective):
 class Homeostasis(Objective):
     """Keep variables at their set-points: ``f(x) = -||x||_2``, the stock is the deviation, ``c_0`` the first one.
 
-    :raises ValueError: no variable.
+    :raises ValueError: no variable, or a deviation that is not finite.
     """
 
     deviation: tuple[float, ...] = (0.0,)
@@ -230,6 +242,7 @@ class Homeostasis(Objective):
         object.__setattr__(self, "dims", len(self.deviation))
         if not self.deviation:
             raise ValueError("deviation: expected one number per variable, got none")
+        _finite("deviation", *self.deviation)
 
     @property
     def start(self) -> tuple[float, ...]:
@@ -244,7 +257,7 @@ class SoftConstraints(Objective):
     """Returns ``G_i >= bounds[i]``: ``f(x) = sum_i min(x_i, 0)``, ``c_0 = -bounds``. With ``trade_off``, coordinate 0
     is a reward without a bound: ``f(x) = x_0 + trade_off * sum_{i >= 1} min(x_i, 0)``, ``c_0 = (0, -bounds)``.
 
-    :raises ValueError: no bound, or a trade-off that is not positive.
+    :raises ValueError: no bound, one that is not finite, or a trade-off that is not positive.
     """
 
     bounds: tuple[float, ...] = (0.0,)
@@ -256,6 +269,7 @@ class SoftConstraints(Objective):
         object.__setattr__(self, "dims", len(self.bounds) + (trade_off is not None))
         if not self.bounds or (trade_off is not None and not 0.0 < trade_off < math.inf):
             raise ValueError(f"expected one bound or more and trade_off > 0, got {self.bounds} and {trade_off}")
+        _finite("bounds", *self.bounds)
 
     @property
     def start(self) -> tuple[float, ...]:
@@ -286,6 +300,11 @@ class Custom(Objective):
 
     def utility(self, x: Tensor) -> Tensor:
         return self.f(x)
+
+
+def _finite(name: str, *values: float) -> None:
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{name}: expected finite numbers, got {list(values)}")
 
 
 def _level(tau: float) -> None:

@@ -55,16 +55,22 @@ def normalised_score(returns: Number, scores: tuple[float, float] | str) -> Numb
 
 
 def value_at_risk(returns: NDArray[np.float64], q: float) -> float:
-    """The lower ``q``-quantile of returns, one of them (no interpolation); higher is better."""
-    return float(np.quantile(np.asarray(returns, dtype=np.float64), q, method="lower"))
+    """The lower ``q``-quantile of returns, one of them (no interpolation); higher is better.
+
+    :raises ValueError: ``q`` outside [0, 1], no returns, or some that are not finite.
+    """
+    rows = np.asarray(returns, dtype=np.float64)
+    if not 0.0 <= q <= 1.0 or not len(rows) or not np.isfinite(rows).all():
+        raise ValueError(f"value_at_risk: expected q in [0, 1] and finite returns, got {q} and {rows}")
+    return float(np.quantile(rows, q, method="lower"))
 
 
 def tail_mean(returns: NDArray[np.float64], q: float) -> float:
     """CVaR: the mean of the worst ``ceil(q M)`` of ``M`` returns; higher is better.
 
-    :raises ValueError: ``q`` outside (0, 1], or no returns.
+    :raises ValueError: ``q`` outside (0, 1], no returns, or some that are not finite.
     """
     rows = np.sort(np.asarray(returns, dtype=np.float64))
-    if not 0.0 < q <= 1.0 or not len(rows):
-        raise ValueError(f"tail_mean: expected q in (0, 1] and at least one return, got {q} and {len(rows)}")
+    if not 0.0 < q <= 1.0 or not len(rows) or not np.isfinite(rows).all():
+        raise ValueError(f"tail_mean: expected q in (0, 1] and finite returns, got {q} and {rows}")
     return float(rows[: int(np.ceil(q * len(rows)))].mean())

@@ -99,11 +99,14 @@ class StockEnv:
         self.set_start(start)
 
     def set_start(self, start: Starts) -> None:
-        """Let later episodes begin elsewhere. :raises ValueError: numbers of another length than the reward's."""
+        """Let later episodes begin elsewhere. :raises ValueError: numbers of another length than the reward's, or not
+        finite."""
         if not callable(start):
             fixed = torch.as_tensor(start, dtype=torch.float64, device=self.device)
             if fixed.shape not in ((), self.dims):
                 raise ValueError(f"start: expected a number or {self.dims} of them, got shape {tuple(fixed.shape)}")
+            if not bool(fixed.isfinite().all()):
+                raise ValueError(f"start: expected finite numbers, got {start}")
         self.starts = start
 
     # The protocol.

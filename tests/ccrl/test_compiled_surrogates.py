@@ -180,7 +180,7 @@ class TwoParts(nn.Module):
 
 
 def test_buffers_written_in_a_forward_pass_are_written_compiled() -> None:
-    """Also a 0-d float64 one, whose in-place writes compiled CPU graphs drop; a flag has no difference to be checked."""
+    """Also a 0-d float64 one, whose in-place writes compiled CPU graphs drop; a flag has no difference."""
     module = Tempered()
     module.register_buffer("ready", torch.tensor(True))
     module.calls = torch.zeros((), dtype=F64)

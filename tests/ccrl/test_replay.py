@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -232,7 +233,10 @@ def test_every_row_of_a_large_ring_is_reached() -> None:
     assert abs(odd - 500) < 5 * 250**0.5
 
 
-def test_bad_input() -> None:
+def test_bad_input(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"folder: expected one that can be made or written, got .*file \("):
+        ReplayBuffer(64, OBS, ACT, folder=tmp_path / "file")
     with pytest.raises(ValueError, match="capacity"):
         ring(0)
     with pytest.raises(ValueError, match="per-sequence"):

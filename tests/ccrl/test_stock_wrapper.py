@@ -214,6 +214,7 @@ def test_starts_do_not_repeat_the_environments_random_numbers():
         (lambda: StockEnv(StockEnv(Script(2), 0.9), 0.9), "wrapped already"),
         (lambda: StockEnv(Script(2), 0.9, rewards="costs"), r"rewards: expected a key .*\['obs'\], got 'costs'"),
         (lambda: StockEnv(Script(2), 0.9, (1.0, 2.0)), "start: expected a number"),
+        (lambda: StockEnv(Script(2), 0.9, float("nan")), "start: expected finite numbers, got nan"),
         (lambda: StockEnv(Script(2), 0.9, objective=Entropic(1.0)), "gamma = 1"),
         (lambda: StockEnv(Script(2), 0.9, objective=Custom(f=torch.sign, homogeneous=0.0)), "degree 1"),
         (lambda: StockEnv(Script(2), 0.9, objective=Homeostasis((0.0, 0.0))), "rewards of 2 dimensions, got numbers"),

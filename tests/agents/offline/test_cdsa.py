@@ -174,6 +174,12 @@ def test_a_checkpoint_of_any_agent_is_corrected_and_resumes(line_data: Dataset, 
         CDSA("Pendulum-v1", data=data)
     with pytest.raises(ValueError, match="leave one of them out"):
         CDSA("Pendulum-v1", data=data, policy=base.policy, base="x.pt")
+    with pytest.raises(ValueError, match=r"a level at which the score is trained, 0\.05 to 1 "):
+        CDSA("Pendulum-v1", data=data, policy=base.policy, sigma=2.0)
+    with pytest.raises(ValueError, match=r"expected actions of shape \(1,\) as the environment has"):
+        CDSA("Pendulum-v1", data=data, policy=lambda obs: obs)
+    with pytest.raises(ValueError, match="it fails on them"):
+        CDSA("Pendulum-v1", data=data, policy=nn.Sequential(nn.Linear(5, 1)))
 
 
 def test_risk_by_hand() -> None:
@@ -183,6 +189,10 @@ def test_risk_by_hand() -> None:
     assert tail_mean(returns, 0.2) == -3.0
     with pytest.raises(ValueError, match="q in"):
         tail_mean(returns, 0.0)
+    for measure in (tail_mean, value_at_risk):
+        for wrong in ([], [1.0, np.nan]):
+            with pytest.raises(ValueError, match="finite returns"):
+                measure(np.array(wrong), 0.5)
 
 
 def corridor_data(episodes: int = 60) -> Dataset:

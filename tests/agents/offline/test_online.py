@@ -71,5 +71,7 @@ def test_what_cannot_go_on_is_refused(line_data: Dataset) -> None:
         go_online(agent, Walk(), hidden=(8, 8))
     with pytest.raises(ValueError, match="do not fit a ring of 10"):
         go_online(agent, Walk(), buffer_size=10)
+    with pytest.raises(ValueError, match=r"of \d and \d numbers as td3_bc has, got 3 and 1"):
+        go_online(agent, "Pendulum-v1")
     with pytest.raises(ValueError, match="vector observations"):
         go_online(TD3(Walk(), hidden=(16, 16), buffer_size=100), Walk())  # type: ignore[arg-type]

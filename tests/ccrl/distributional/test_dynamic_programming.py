@@ -233,6 +233,12 @@ def test_the_range_of_stocks_that_matter():
     ("build", "message"),
     [
         (lambda: FiniteMDP.of([[[(0.5, 0.0, 0)]]]), "sum to 1"),
+        (lambda: FiniteMDP.of([[[(float("nan"), 0.0, 0)]]]), "sum to 1"),
+        (lambda: FiniteMDP.of([[[(1.5, 0.0, 0), (-0.5, 0.0, 0)]]]), "probabilities >= 0"),
+        (lambda: FiniteMDP.of([[[(1.0, 0.0, 3)]]]), r"successors in 0 \.\.\. 0, got 3 to 3"),
+        (lambda: FiniteMDP.of([[[(1.0, float("inf"), 0)]]]), "finite rewards"),
+        (lambda: FiniteMDP.of([]), "a state or more"),
+        (lambda: FiniteMDP.of([[[(1.0, 0.0, 0)]], [[]]]), r"got \[\[1\], \[0\]\] outcomes"),
         (lambda: SAB.timed(0), "horizon: expected >= 1"),
         (lambda: ExactOracle(SAB, 3, Entropic(1.0), 0.9), "gamma = 1"),
         (lambda: ExactOracle(SAB, 3, Homeostasis((0.0, 0.0))), "rewards of 2 numbers, got 0"),

@@ -121,7 +121,8 @@ WRONG = [
     lambda: CVaR(0.0), lambda: CVaR(1.5), lambda: CVaR(math.nan), lambda: MeanCVaR(-0.1, 0.5),
     lambda: MeanCVaR(0.5, 2.0), lambda: OCE(below=0.5), lambda: OCE(above=2.0), lambda: Entropic(0.0),
     lambda: Homeostasis(()), lambda: SoftConstraints((), 1.0), lambda: SoftConstraints((1.0,), -1.0),
-    lambda: Expected().check_discount(1.5),
+    lambda: Expected().check_discount(1.5), lambda: TargetReturn(math.inf), lambda: OptimisticTail(math.nan),
+    lambda: Homeostasis((0.0, math.nan)), lambda: SoftConstraints((math.inf,)),
 ]  # fmt: skip
 
 
