@@ -80,7 +80,10 @@ NOES: dict[tuple[str, str], str] = {
     ),
     ("pf_ppo", "errors of completions: true success after training, BW minus no filter"): (
         "the claim fails where a completion keeps its error, as of a reward model: extreme rewards are the overrated "
-        "ones. Where errors are drawn anew it holds"
+        "ones. Where errors are drawn anew it has the claim's sign and stays open"
+    ),
+    ("pf_ppo", "errors of completions: true success after training, BR minus no filter"): (
+        "the claim fails where a completion keeps its error (see above)"
     ),
     ("r2vpo", "ModSum: mean reward over training, 2 old rollouts minus none"): (
         "the claim fails here: the larger variance of old rollouts raises lambda, which slows the fresh ones"
@@ -94,7 +97,6 @@ _REFERENCE = (
     "the expected number is of one or a few reference runs, whose own spread is not known; the interval crosses it"
 )
 _SMALL = "no difference that these seeds could tell from none; nothing is claimed"
-_TWO = "two seeds: Student's factor is 12.7, so the interval says nothing"
 
 OPENS: dict[str, str] = {
     "adora": "the claim is not met in the mean; the interval just reaches 0",
@@ -119,7 +121,7 @@ OPENS: dict[str, str] = {
     "oblr_po": "the expected number is of 20 other bandits; by the seeds it is 1.2 to 2.0",
     "p3o": "shares of the best reward vary by two hundredths with the bandit drawn",
     "pf_ppo": "expected numbers are of one draw; for training, no difference that these seeds could tell from none",
-    "polar": _TWO,
+    "polar": "three seeds: the intervals cross the ranges, which are sampling errors alone, or 0",
     "r2vpo": "the constraint is a bound: the variance stays below the budget, near the lower end of the accepted range",
     "reward_models": "64 labels teach almost nothing: accuracy is within a hundredth of chance",
     "riskpo": _SMALL,
