@@ -43,7 +43,7 @@ OTHERS = (
           "largest mean KL of an update, no threshold minus tau_F = 100",
           why="no collapse of the rivals was seen, so what the bound buys is not shown"),
     Other("cdsa", "correcting actions toward the data keeps any offline policy safe", "cdsa.md",
-          why="MuJoCo and AntMaze data sets are not here, and the corridor has one seed"),
+          why="MuJoCo and AntMaze data sets are not here, and the corridor is our own, on three seeds"),
     Other("copo", "a global loss teaches from unanimous groups", "llm/copo.md",
           "the same after 200 updates, soft blend minus GRPO"),
     Other("crossq", "no target network and batch normalisation: more per sample than SAC", "crossq.md",
