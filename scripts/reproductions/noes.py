@@ -123,7 +123,6 @@ OPENS: dict[str, str] = {
     "pf_ppo": "expected numbers are of one draw; for training, no difference that these seeds could tell from none",
     "polar": "three seeds: the intervals cross the ranges, which are sampling errors alone, or 0",
     "r2vpo": "the constraint is a bound: the variance stays below the budget, near the lower end of the accepted range",
-    "reward_models": "64 labels teach almost nothing: accuracy is within a hundredth of chance",
     "riskpo": _SMALL,
     "rpo": "the claim is of large models; the mean has the other sign here",
     "v0": "three seeds beside a reference run of other draws; the differences are below a thousandth or two",
