@@ -79,6 +79,13 @@ def test_one_joint_pass_mixes_the_statistics() -> None:
     grad = torch.autograd.grad(loss, (v, layer.weight))
     assert grad[0].tolist() == pytest.approx([-1.011981, 2.031928], abs=1e-6)
     assert float(grad[1]) == pytest.approx(3.027045, abs=1e-6)
+    # what it is not: the second half without gradients through the statistics, and two passes of their own
+    joint = torch.cat([first @ v, (second @ v).detach()]).unsqueeze(-1)
+    q, following = layer(joint, training=True).squeeze(-1).chunk(2)
+    (half,) = torch.autograd.grad(0.5 * (q - (reward + 0.9 * following.detach())).square().mean(), v)
+    assert half.tolist() == pytest.approx([2.189719, -0.468316], abs=1e-6)
+    q, following = (layer((x @ v).unsqueeze(-1), training=True).squeeze(-1).detach() for x in (first, second))
+    assert float(0.5 * (q - (reward + 0.9 * following)).square().mean()) == pytest.approx(6.401814, abs=1e-6)
 
 
 def test_members_have_statistics_of_their_own_and_acting_moves_none() -> None:

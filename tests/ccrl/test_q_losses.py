@@ -119,6 +119,11 @@ def test_quantile_huber() -> None:
     theta, y = t(-1, 0.5, 2), t(0, 1, 4)
     assert float(q_losses.quantile_huber(theta, y, 1.0)) == pytest.approx(1.430556, abs=1e-6)
     assert float(q_losses.quantile_huber(theta, y, 0.0)) == pytest.approx(1.916667, abs=1e-6)
+    # levels .25, .75; u = (.5, 2) and (-.5, 1). kappa 0: (.25 * .5 + .25 * 2) / 2 + (.25 * .5 + .75 * 1) / 2 = .75;
+    # kappa 1: (.25 * .125 + .25 * 1.5) / 2 + (.25 * .125 + .75 * .5) / 2 = .203125 + .203125
+    theta, y = t(0, 1), t(0.5, 2)
+    assert float(q_losses.quantile_huber(theta, y, 0.0)) == pytest.approx(0.75)
+    assert float(q_losses.quantile_huber(theta, y, 1.0)) == pytest.approx(0.40625)
 
 
 def test_one_quantile_is_the_huber_loss_of_the_chosen_action() -> None:
