@@ -6,9 +6,19 @@ import csv
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Rows", "markdown", "write"]
+from ccrl.experiment.run import describe
+
+__all__ = ["Rows", "made", "markdown", "write"]
 
 Rows = list[dict[str, Any]]
+
+
+def made() -> dict[str, Any]:
+    """Columns that say what makes rows, with one thread; asked for before a study's runs, for the commit may move while
+    they last."""
+    about = describe()
+    commit = (about["git"] or {}).get("commit", "")[:12]
+    return {"torch": (about["versions"]["torch"] or "").partition("+")[0], "threads": 1, "commit": commit}
 
 
 def markdown(rows: Rows) -> str:

@@ -37,8 +37,11 @@ def test_tail(tmp_path: Path) -> None:
         "tail", "--out", str(tmp_path), "--figures", str(tmp_path), "--seeds", "1", "--steps", "1024",
         "--episodes", "50",
     ])  # fmt: skip
-    assert [row["trained for"] for row in rows] == ["mean", "cvar", "optimum of each"]
+    assert [row["trained for"] for row in rows] == ["mean", "cvar", "cvar less mean", "optimum of each"]
     for row in rows[:2]:
         assert row["cvar"] <= row["mean"]
-        assert row["mean"] <= rows[2]["mean"] + 0.3
-    assert len(read_rows(tmp_path / "tail.csv")) == 2
+        assert row["mean"] <= rows[3]["mean"] + 0.3
+    assert rows[2]["cvar"] == pytest.approx(rows[1]["cvar"] - rows[0]["cvar"])
+    runs = read_rows(tmp_path / "tail.csv")
+    assert [run["seed"] for run in runs] == ["100", "100"]
+    assert all(run["torch"] and run["threads"] == "1" for run in runs)

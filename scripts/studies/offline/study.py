@@ -29,7 +29,6 @@ import tyro
 
 from ccrl.experiment.cells import CellsFailed, complete
 from ccrl.experiment.csv_table import read_rows
-from ccrl.experiment.run import describe
 from ccrl.settings import Count, Natural, Settings
 from scripts.studies import tables
 from scripts.studies.offline import report
@@ -159,7 +158,7 @@ class Study(Settings):
         path, cells = self.out / f"{name}.csv", self.cells(name)
         failed: CellsFailed | None = None
         if not self.report:
-            play = partial(_traced, play=STUDIES[name].play, out=self.out, made=_made())
+            play = partial(_traced, play=STUDIES[name].play, out=self.out, made=tables.made())
             try:
                 complete(path, cells, play, jobs=self.jobs, name=f"offline {name}")
             except CellsFailed as error:
@@ -183,13 +182,6 @@ class Study(Settings):
         if failed is not None:
             raise failed
         return found[0]
-
-
-def _made() -> dict[str, Any]:
-    """Columns that say what makes the rows; asked for before the runs, for the commit may move while they last."""
-    about = describe()
-    commit = (about["git"] or {}).get("commit", "")[:12]
-    return {"torch": (about["versions"]["torch"] or "").partition("+")[0], "threads": 1, "commit": commit}
 
 
 def _traced(cell: dict[str, Any], play: Any, out: Path, made: dict[str, Any]) -> Rows:

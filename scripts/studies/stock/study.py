@@ -15,6 +15,7 @@ import shlex
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from agents import PPO, DetaN
 from ccrl.distributional import CVaR, ExactOracle, Expected, Law, Objective, best_stock_free, cvar, law_of
 from ccrl.experiment.cells import complete
 from ccrl.experiment.csv_table import read_rows
+from ccrl.stats import t_interval
 from ccrl.wrappers import StockEnv
 from scripts.studies import tables
 from scripts.studies.stock.pictures import gaps, objectives
@@ -71,6 +73,8 @@ class Chain:
     """Discounts."""
     seeds: int = 5
     """Runs of each."""
+    first_seed: int = 100
+    """The first of their seeds; those up to 99 are for looking."""
     horizon: int = 4
     """Steps of an episode."""
     updates: int = 4000
@@ -82,9 +86,10 @@ class Chain:
         """Per discount and level: optimum, D-eta-N, and the baselines that see no stock."""
         cells = [
             {"gamma": g, "horizon": self.horizon, "updates": self.updates, "batch_size": self.batch_size, "seed": seed}
-            for seed, g in itertools.product(range(self.seeds), self.gammas)
+            for seed, g in itertools.product(_seeds(self), self.gammas)
         ]
-        found = complete(self.out / "chain.csv", cells, play_chain, jobs=self.jobs, name="chain")
+        play = partial(_traced, play=play_chain, made=tables.made())
+        found = complete(self.out / "chain.csv", cells, play, jobs=self.jobs, name="chain")
         rows = []
         for g, tau in itertools.product(self.gammas, LEVELS):
             mine = [r for r in found if float(r["gamma"]) == g and float(r["tau"]) == tau]
@@ -162,8 +167,10 @@ class Tail:
     """Folder of the table."""
     jobs: int = 1
     """Runs at a time, each a process with one thread."""
-    seeds: int = 5
+    seeds: int = 10
     """Runs of each."""
+    first_seed: int = 100
+    """The first of their seeds; those up to 99 are for looking."""
     steps: int = 200_000
     """Environment steps of a run."""
     tau: float = 0.1
@@ -172,25 +179,45 @@ class Tail:
     """Episodes of the final evaluation."""
 
     def run(self) -> Rows:
-        """Mean and CVaR of both, and the optima."""
+        """Mean and CVaR of both with Student's 95 % interval, their paired differences, and the optima."""
         cells = [
             {"trained for": name, "tau": self.tau, "steps": self.steps, "episodes": self.episodes, "seed": seed}
-            for seed, name in itertools.product(range(self.seeds), ("mean", "cvar"))
+            for seed, name in itertools.product(_seeds(self), ("mean", "cvar"))
         ]
-        found = complete(self.out / "tail.csv", cells, play_tail, jobs=self.jobs, name="tail")
+        play = partial(_traced, play=play_tail, made=tables.made())
+        found = complete(self.out / "tail.csv", cells, play, jobs=self.jobs, name="tail")
         env: Any = envs.make("ccrl/OrderExecution-v0", 1)
         fine = {"inventory": 61, "stocks": 961}
         optima = {"mean": env.optimum(Expected(), **fine).value, "cvar": env.optimum(CVaR(self.tau), **fine).value}
-        rows: Rows = []
-        for name in ("mean", "cvar"):
-            mine = [r for r in found if r["trained for"] == name]
-            row: dict[str, Any] = {"trained for": name}
-            for measure in ("mean", "cvar"):
-                values = [float(r[measure]) for r in mine]
-                spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-                row |= {measure: statistics.fmean(values), f"{measure} sd": spread}
-            rows.append(row)
+        # the two runs of a seed follow one another
+        values = {
+            (name, measure): [float(r[measure]) for r in found if r["trained for"] == name]
+            for name in ("mean", "cvar") for measure in ("mean", "cvar")
+        }  # fmt: skip
+        rows: Rows = [
+            {"trained for": name} | {k: v for measure in ("mean", "cvar") for k, v in _spread(
+                measure, values[name, measure]).items()}
+            for name in ("mean", "cvar")
+        ]  # fmt: skip
+        less = {k: [a - b for a, b in zip(values["cvar", k], values["mean", k])] for k in ("mean", "cvar")}
+        rows.append({"trained for": "cvar less mean"} | _spread("mean", less["mean"]) | _spread("cvar", less["cvar"]))
         return [*rows, {"trained for": "optimum of each", "mean": optima["mean"], "cvar": optima["cvar"]}]
+
+
+def _spread(name: str, values: list[float]) -> dict[str, Any]:
+    """Mean, Student's 95 % interval, worst."""
+    if len(values) < 2:
+        return {name: values[0], f"{name}, 95 %": "", f"{name}, least": values[0]}
+    mean, low, high = (float(x) for x in t_interval(values))
+    return {name: mean, f"{name}, 95 %": f"[{low:.4g}, {high:.4g}]", f"{name}, least": min(values)}
+
+
+def _seeds(study: Chain | Tail) -> range:
+    return range(study.first_seed, study.first_seed + study.seeds)
+
+
+def _traced(cell: dict[str, Any], play: Callable[[dict[str, Any]], Rows], made: dict[str, Any]) -> Rows:
+    return [row | {"compile": "off"} | made for row in play(cell)]
 
 
 def play_tail(cell: dict[str, Any]) -> Rows:
