@@ -14,6 +14,7 @@ A group of one has advantage 0: it is compared with nothing. The reference's KL 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -96,6 +97,8 @@ class DAPOConfig(MethodConfig):
 class DAPORecipe(Recipe):
     """Dynamic sampling and the length penalty before GRPO's advantages."""
 
+    _warned = False
+
     def plan(self, points: dict[str, Tensor], have: dict[str, Data], ctx: Context) -> list[Request]:
         """Rollouts of the usual size, until the groups whose outcomes differ fill one of them."""
         if not have:
@@ -116,7 +119,26 @@ class DAPORecipe(Recipe):
             columns = torch.isin(joined["group"], wanted).nonzero().squeeze(-1)
             if columns.numel():
                 joined = joined.take(columns)
-        return super().prepare({"sampled": have["on"], "on": joined}, ctx)
+        found = super().prepare({"sampled": have["on"], "on": joined}, ctx)
+        self._warn_of_right_answers(found["on"])
+        return found
+
+    def _warn_of_right_answers(self, data: Data) -> None:
+        """Once. Where an answer needs most of ``max_new_tokens`` the penalty teaches to leave it out."""
+        if self._warned or "shaped_episode_reward" not in data:
+            return
+        score = data["episode_reward"]
+        penalty = data["shaped_episode_reward"] - score
+        share = float((penalty < 0)[score == score.max()].float().mean())
+        # outcomes or lengths that are all equal have no advantage
+        if share > 0.5 and score.min() < score.max() and penalty.min() < penalty.max():
+            self._warned = True
+            warnings.warn(
+                f"DAPO: the length penalty falls on {share:.0%} of the best completions: expected answers shorter than "
+                f"{1.0 - self.config.overlong_share:.0%} of the {self.parts.max_length} tokens that a completion may "
+                "have; give the task a larger max_new_tokens, or set overlong_share to 0",
+                stacklevel=2,
+            )
 
     def idle(self, data: Data, ctx: Context) -> bool:
         # without an informative group the length penalty would be all there is to learn from

@@ -94,7 +94,9 @@ SPARSE = Setting(
     {"n_prompts": 16, "group_size": 8},
     300 * 128,
     {
-        "GRPO": Entry(GRPO), "DAPO": Entry(DAPO), "HPT": Entry(HPT), "COPO": Entry(COPO),
+        "GRPO": Entry(GRPO), "HPT": Entry(HPT), "COPO": Entry(COPO),
+        # a right answer is as long as may be here: the penalty would teach to leave it out
+        "DAPO without length penalty": Entry(DAPO, {"overlong_share": 0.0}),
         "Knapsack RL": Entry(KnapsackRL, {"batch_size": 0}),
         "MMR1": Entry(MMR1, {"pool_size": 64, "probe_rollouts": 8, "refresh_every": 25, "kl_coef": 0.0}),
         "D3S": Entry(D3S), "ADORA": Entry(ADORA, {"kl_coef": 0.0}),

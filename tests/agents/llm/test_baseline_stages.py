@@ -3,6 +3,7 @@ scores, what lies after the end, DAPO without dynamic sampling, KL in the reward
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -86,6 +87,21 @@ def test_dapo_compares_scores_less_the_length_penalty() -> None:
     expected = (shaped - shaped.mean()) / (shaped.std() + 1e-6)
     found = advantages(DAPO, rollout([1, 0, 1, 1, 0], [0] * 5), overlong_share=0.5)
     close(found, expected * VALID)
+
+
+def test_dapo_says_that_its_length_penalty_falls_on_right_answers() -> None:
+    """Limit 4, buffer 2, lengths 3 and 4 right, others shorter or wrong. Once is enough."""
+    parts = Parts(nn.Identity(), None, Request(counts=torch.tensor([5])), 4)  # type: ignore[arg-type]
+    recipe = DAPO.Recipe(DAPOConfig(max_tries=1, overlong_share=0.5), parts)
+    context = Context(torch.Generator(), Bank(parts.policy), lambda *_: None)  # type: ignore[arg-type,return-value]
+    data = {"on": rollout([1, 0, 0, 1, 0], [0] * 5)}
+    with pytest.warns(UserWarning, match=r"falls on 100% of the best completions: .* 50% of the 4 tokens"):
+        recipe.prepare(data, context)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recipe.prepare(data, context)
+        # a short right answer beside them: lengths can be learnt
+        DAPO.Recipe(recipe.config, parts).prepare({"on": rollout([1, 0, 1, 0, 0], [0] * 5)}, context)
 
 
 def test_dapo_without_a_buffer_is_grpo() -> None:
