@@ -27,8 +27,9 @@ class Arm:
     """One side of a comparison."""
 
     name: str
-    play: Callable[..., float]
-    """``play(seed, **settings) -> score`` of one run; higher is better."""
+    play: Callable[..., float] | None
+    """``play(seed, **settings) -> score`` of one run; higher is better. None where a run needs more than that: its
+    study plays it."""
     grid: tuple[dict[str, Any], ...]
     """Settings among which the tuning seeds choose."""
 

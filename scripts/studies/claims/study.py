@@ -50,6 +50,7 @@ class Options:
 def play(cell: dict[str, Any]) -> list[dict[str, Any]]:
     """The score of one cell."""
     arm = CLAIMS[cell["claim"]].arm(cell["arm"])
+    assert arm.play is not None
     return [{"score": float(arm.play(cell["seed"], **json.loads(cell["settings"])))}]
 
 

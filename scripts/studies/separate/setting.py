@@ -149,8 +149,7 @@ class Setting:
     def claim(self) -> Claim:
         """Every method's difference to the first, to be judged as claims are."""
         first, *others = self.entries
-        arms = tuple(Arm(name, _elsewhere, tuple(map(dict, entry.grid or self.grid)))
-                     for name, entry in self.entries.items())  # fmt: skip
+        arms = tuple(Arm(name, None, tuple(map(dict, entry.grid or self.grid))) for name, entry in self.entries.items())
         where = f"{self.start.task} {json.dumps(dict(self.start.options))}, {self.completions:,} completions"
         return Claim(self.name, self.text, where, f"mean {self.score} of {EVALUATIONS} evaluations", arms,
                      tuple((other, first) for other in others), self.tuning_seeds, self.test_seeds)  # fmt: skip
@@ -176,10 +175,6 @@ class Setting:
 
         agent.learn(self.completions, watch)
         return {"score": sum(row[self.score] for row in found) / len(found), **found[-1]}
-
-
-def _elsewhere(seed: int, **settings: Any) -> float:
-    raise NotImplementedError("a run of this study needs its folder; it is played by Setting.play")
 
 
 @torch.no_grad()
