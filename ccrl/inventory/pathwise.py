@@ -91,7 +91,7 @@ class Unrolled(nn.Module):
             for cost in (kernel(few), self._unroll(few))
         )
         floor = torch.stack([g.norm() for g in expected.values()]).norm() * 1e-6
-        if wrong := unequal(got, expected, dict.fromkeys(expected, floor), dict):
+        if wrong := unequal(got, expected, dict.fromkeys(expected, floor), 0.0, lambda moved: expected):
             raise RuntimeError(
                 f"compile='kernel': its gradient of {', '.join(wrong)} is not the eager one: the environment does more "
                 "than its stores_alone() says, or the compiler is at fault; train with compile='off'"

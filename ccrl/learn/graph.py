@@ -232,7 +232,7 @@ def _check(graphs: CycleGraphs, pattern: Pattern, batch: Data, ctx: Context, run
         if i:
             sizes = {k: v.norm() for u in updaters for k, v in u.views(u.flat).items()}
             floors = {k: floor + 16.0 * eps * sizes.get(k, 0.0) for k, floor in floors.items()}
-        wrong += unequal(found[i], expected[i], floors, lambda i=i: trial(eager, eps)[i])  # type: ignore[misc]
+        wrong += unequal(found[i], expected[i], floors, eps, lambda moved, i=i: trial(eager, moved)[i])  # type: ignore[misc]
     if wrong:
         raise RuntimeError(
             f"phases {[p.name for p in phases]}: the compiled step of {sorted(set(wrong))} is not the eager one. A "

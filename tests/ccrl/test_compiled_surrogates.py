@@ -3,6 +3,7 @@ updates that share one graph."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -130,10 +131,33 @@ def test_the_check_tells_rounding_from_faults() -> None:
     """Allowed: 1e-4 of the norm, or 16 times what moves with the parameters' own rounding."""
     one = {"p": torch.tensor([1.0, 1.0])}
     none = {"p": 0.0}
-    assert unequal({"p": torch.tensor([1.0, 1.00005])}, one, none, lambda: one) == []
-    assert unequal({"p": torch.tensor([1.0, 1.001])}, one, none, lambda: one) == ["p"]
-    assert unequal({"p": torch.tensor([1.0, 1.001])}, one, none, lambda: {"p": torch.tensor([1.0, 1.0001])}) == []
-    assert unequal({"p": torch.tensor([1.0, torch.nan])}, one, none, lambda: one) == ["p"]
+    eps = torch.finfo(torch.float32).eps
+
+    def said(value: float, perturbed: Callable[[float], dict[str, Tensor]]) -> list[str]:
+        return unequal({"p": torch.tensor([1.0, value])}, one, none, eps, perturbed)
+
+    assert said(1.00005, lambda moved: one) == []
+    assert said(1.001, lambda moved: one) == ["p"]
+    assert said(1.001, lambda moved: {"p": torch.tensor([1.0, 1.0001 if abs(moved) < 1e-6 else 1.0])}) == []
+    assert said(torch.nan, lambda moved: one) == ["p"]
+
+
+def test_the_check_tells_kinks_from_faults() -> None:
+    """A unit of a ReLU goes on where the parameter, which is 1, passes a kink: at 1 + 10 eps, within the reach of
+    rounding, or at 1 + 1e-3. The gradient is (1000, 1 if on), so that the unit is ten times the tolerance of 0.1. Where
+    the kink is in reach 0.1 + 2 x 1 is allowed."""
+    eps = torch.finfo(torch.float32).eps
+
+    def said(got: float, kink: float) -> list[str]:
+        def gradient(moved: float) -> dict[str, Tensor]:
+            return {"p": torch.tensor([1000.0, float(1.0 + moved >= kink)])}
+
+        return unequal({"p": torch.tensor([1000.0, got])}, gradient(0.0), {"p": 0.0}, eps, gradient)
+
+    near, far = 1.0 + 10.0 * eps, 1.0 + 1e-3
+    assert said(1.0, near) == []
+    assert said(1.0, far) == ["p"]
+    assert said(2.5, near) == ["p"]
 
 
 def test_a_gradient_of_rounding_alone_passes_the_check() -> None:
