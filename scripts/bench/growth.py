@@ -213,19 +213,23 @@ VERTICALS: dict[str, tuple[str, Prepare]] = {
 
 
 def _draw(found: dict[str, dict[int, float]], path: Path) -> None:
-    from matplotlib import pyplot  # late: only where a figure is asked for
+    from matplotlib import pyplot, ticker  # late: only where a figure is asked for
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(10, 6), squeeze=False)
+    figure, axes = pyplot.subplots(3, 2, figsize=(6, 7), squeeze=False)
     for axis, (name, costs) in zip(axes.flat, found.items()):
         axis.loglog(list(costs), list(costs.values()), "o-")
         axis.set_title(f"{name}: slope {slope(costs):.2f}", fontsize=10)
         axis.set_xlabel(f"{'tokens' if name == 'generated' else name}")
         axis.set_ylabel(f"us per {VERTICALS[name][0]}")
-        axis.grid(True, which="both", alpha=0.3)
+        axis.grid(True, alpha=0.3)
+        for one in (axis.xaxis, axis.yaxis):  # two sizes may be less than a decade apart
+            one.set_major_locator(ticker.LogLocator(subs=(1.0,) if one is axis.xaxis else (1.0, 2.0, 5.0)))
+            one.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x:,g}"))
+            one.set_minor_formatter(ticker.NullFormatter())
         low, high = min(costs.values()), max(costs.values())
         axis.set_ylim(low / 2, max(high * 2, low * 4))  # a flat line looks flat
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
     pyplot.close(figure)

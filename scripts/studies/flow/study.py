@@ -287,6 +287,9 @@ def _interval(name: str, values: list[float]) -> dict[str, float]:
 def main(argv: list[str]) -> list[Rows]:
     """Run one of the studies and write its files; its tables."""
     torch.set_num_threads(1)
+    if argv[:1] in (["--help"], ["-h"]):
+        print(__doc__)
+        return []
     if argv[:1] == ["pictures"]:
         return tyro.cli(Pictures, args=argv[1:], description=__doc__).run()
     if argv[:1] == ["variance"]:

@@ -303,9 +303,9 @@ def _speed(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
              row["batch_size"], row["compile"], f"{row['device name']}, {row['threads used']} threads",
              *(f"{float(x):,.0f}" if x else "" for x in forward + both), f"{_number(row, 'first seconds'):.1f}"]
         )  # fmt: skip
-    page = Figure(figsize=(7.6, 3.2), layout="constrained")
+    page = Figure(figsize=(6.2, 2.9), layout="constrained")
     left, right = page.subplots(1, 2)
-    looks = {"off": ("-", "eager"), "period": ("--", "compiled period")}
+    looks = {"off": ("-", "eager"), "period": ("--", "compiled")}
     one, many = ([r for r in rows if ("OneStore" in r["env"]) is first] for first in (True, False))
     for i, ((device, mode), mine) in enumerate(groups(one, "device", "compile").items()):
         dash, text = looks[mode]
@@ -313,7 +313,7 @@ def _speed(tables: dict[str, list[Row]]) -> tuple[str, Figure]:
         left.plot(
             [int(r["batch_size"]) for r in mine], y, dash, marker="o", ms=3, color=COLOURS[i], label=f"{device}, {text}"
         )
-    left.axhline(0.6, color="#8A8A8A", linewidth=0.8, linestyle="--")
+    left.axhline(0.6, color="#6A6A6A", linewidth=0.8, linestyle=":", label="wanted: .6")
     left.set_xscale("log", base=2)
     left.set(xlabel="scenarios per update", ylabel="million store-periods/s", ylim=(0, None))
     left.set_title("One store, forward and backward", loc="left")
