@@ -93,7 +93,7 @@ def load(path: Path) -> Kept:
 
 def _commit() -> str:
     git = describe()["git"] or {"commit": "", "dirty": False}
-    return git["commit"][:7] + "+" * git["dirty"]
+    return str(git["commit"])[:7] + "+" * bool(git["dirty"])
 
 
 def table(numbers: list[Measurement]) -> list[str]:
