@@ -72,7 +72,7 @@ FIGURES: dict[str, Callable[[Rows], Figure]] = {
     "momentum_cartpole": lambda rows: momentum.figure(momentum.typed(rows), 180.0),
     "hacking_exact": lambda rows: exact.Exact(NOWHERE).figure(rows),
     **{f"hacking_{task}": _sampled(task) for task in ("tomato", "point")},
-    **{f"flow_{name}": _flow(name) for name in flow.PLANS},
+    **{f"flow_{name}": _flow(name) for name in flow.PLANS if name != "guard_grid"},
     **{f"submodular_{task}": _submodular(task) for task in ("grid", "items", "large", "design", "point", "ant")},
 }
 """Name of the files -> the figure of their rows."""
