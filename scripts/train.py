@@ -15,6 +15,7 @@ python scripts/train.py my_package.my_module:MyAgent --env my_package.envs:MyEnv
 
 from __future__ import annotations
 
+import difflib
 import gc
 import os
 import sys
@@ -90,7 +91,9 @@ def prepare(argv: list[str]) -> Callable[[], RunFolder]:
         if argv[:1] in (["-h"], ["--help"]):
             print(f"{usage}\n{__doc__}AGENT --help shows every flag.")
             sys.exit(0)
-        sys.exit(f"{usage}; received {argv[:1] or 'nothing'}")
+        near = difflib.get_close_matches(argv[0], [*registry.agents.names(), *agents.METHODS], n=1) if argv else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        sys.exit(f"{usage}; received {argv[:1] or 'nothing'}{hint}")
     name, rest = argv[0], argv[1:]
     overlay = None
     if "--config" in rest:
