@@ -11,6 +11,7 @@ import torch
 
 from ccrl.experiment.csv_table import read_rows
 from ccrl.returns import gae
+from ccrl.seeding import stream_seed
 from ccrl.updaters import GradientEstimate
 from scripts import gradient_lab as lab
 from scripts import gradient_lab_estimators as estimators
@@ -149,7 +150,7 @@ def test_momentum_methods_arrive_along_the_gradient_by_their_own_steps(mdp, monk
 def test_critic_and_fisher_matrix_of_the_warm_up():
     """Ridge regression on the reward to go of valid rows; the mean over episodes of their scores' products."""
     setting = problems.Setting("CartPole-v1", warmup=20, reference=40)
-    data = next(setting.rollouts(20, setting.seed + 2))
+    data = next(setting.rollouts(20, stream_seed(setting.seed, "critic")))
     u = setting.scores(setting.theta, data, "trajectory").dense()
     torch.testing.assert_close(setting.fisher, u @ u.T / 20)
     keep = data["valid"] > 0
