@@ -46,6 +46,7 @@ def test_settings_are_chosen_on_other_seeds_than_those_reported(tmp_path: Path) 
     assert {r["settings"] for r in tests} == {'{"rate": 2.0}'}
     assert len(rows) == 3 * 3 * 2 + 3 * 4
     assert rows[0]["threads"] == "1"
+    assert rows[0]["compile"] == "off"
     assert rows[0]["torch"]
 
     def never(cell: dict[str, Any]) -> list[dict[str, Any]]:
