@@ -308,7 +308,7 @@ def test_resume_is_exact(tmp_path):
         ({"objective": "homeostasis", "deviation": (0.0, 0.0), "kappa": 1.0}, "kappa"),
         ({"objective": "risky"}, "expected one of"),
         ({"stock_low": (1.0,), "stock_high": (1.0,)}, "stock_low: expected less"),
-        ({"stock_low": (1.0, 2.0)}, "stock_low: expected 1 or 1 numbers"),
+        ({"stock_low": (1.0, 2.0)}, "stock_low: expected 1 number"),
         ({"gamma": 0.0}, "gamma"),
     ],
 )
