@@ -142,6 +142,8 @@ class Setting:
     score: str = "pass1"
     """The number of an evaluation whose mean over the training is the score."""
     judge: Judge | None = None
+    remark: str = ""
+    """What a reader should know before the table."""
     tuning_seeds: int = 2
     test_seeds: int = 10
 

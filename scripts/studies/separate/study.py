@@ -193,7 +193,7 @@ def page(found: dict[str, list[Result]], results: Path) -> str:
         if not differences:
             lines += ["", f"Not run yet to a comparison: {len(rows)} runs."]
             continue
-        lines += ["", f"{len(rows)} runs, {minutes:.0f} CPU minutes.", "",
+        lines += ["", f"{len(rows)} runs, {minutes:.0f} CPU minutes. {setting.remark}".rstrip(), "",
                   "| method | chosen | score | score - first | p | verdict | pass@1 | pass@8 | entropy |",
                   "|---|---|--:|---|--:|---|--:|--:|--:|"]  # fmt: skip
         head = differences[0]
