@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -31,8 +31,9 @@ class _Recorder(Data):
             self.read.add(name)
         return super().__getitem__(name)
 
-    def derive(self, **columns: Tree) -> Data:
-        # what is read from the overlay is read from the batch: a compiled step would lack it
+    def _with(self, columns: Mapping[str, Tree], successors: bool = True) -> Data:
+        # what is read from an overlay is read from the batch: a compiled step would lack it
         found = _Recorder.__new__(_Recorder)
-        found.__dict__ = super().derive(**columns).__dict__ | {"read": self.read, "made": self.made | columns.keys()}
+        made = self.made | (columns.keys() - self._columns.keys())
+        found.__dict__ = super()._with(columns, successors).__dict__ | {"read": self.read, "made": made}
         return found

@@ -257,6 +257,11 @@ def test_columns_read_names_what_a_function_needs() -> None:
         lambda b: b.derive(x=b["id"]).derive(y=b["id"])["valid"] + b.derive(x=b["id"])["x"], rollout()
     )
     assert derived == ["id", "valid"]
+    # through every kind of overlay
+    assert columns_read(lambda b: b.with_scalars(s=b["id"]).take(torch.tensor([0]))["valid"], rollout()) == [
+        "id",
+        "valid",
+    ]
 
 
 @pytest.mark.parametrize("bad", [{"unit": "step"}, {"size": 0}, {"size": "all"}, {"epochs": 0}, {"microbatch": 0}])

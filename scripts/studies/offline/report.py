@@ -63,9 +63,9 @@ def made_by(rows: Rows, done: int, runs: int) -> str:
     count = f"All {runs} runs." if done >= runs else f"**{done} of {runs} runs are there.**"
     commits = sorted({str(row.get("commit", "")) for row in rows} - {""})
     unknown = any(not row.get("commit") for row in rows)
-    names = [*commits, *(["of older rows unknown (30 November)"] if unknown else [])]
+    names = [*commits, *(["of older rows unknown"] if unknown else [])]
     versions = sorted({str(row["torch"]) for row in rows if row.get("torch")})
-    return f"{count} Commit: {', '.join(names)}; PyTorch {', '.join(versions) or '2.13.0'}, one thread."
+    return f"{count} Commit: {', '.join(names)}; PyTorch {', '.join(versions) or 'of a version not kept'}, one thread."
 
 
 def spread(rows: Rows, column: str) -> str:
