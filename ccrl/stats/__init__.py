@@ -19,12 +19,12 @@ from ccrl.stats.aggregates import (
     stratified_bootstrap,
 )
 from ccrl.stats.budget import score_after_evaluations, score_at_budget
+from ccrl.stats.differences import Difference, holm, paired_t, sign_flip, welch_t
 from ccrl.stats.intervals import iqm_interval, t_interval, tolerance_interval, tolerance_runs, trimmed_t_interval
-from ccrl.stats.paired import Paired, holm, paired_t, sign_flip
 
 __all__ = [
-    "Interval", "Paired", "holm", "iqm", "iqm_interval", "median_of_means", "optimality_gap", "paired_t",
+    "Difference", "Interval", "holm", "iqm", "iqm_interval", "median_of_means", "optimality_gap", "paired_t",
     "performance_profile", "probability_of_improvement", "probability_of_improvement_interval", "sample_efficiency",
     "score_after_evaluations", "score_at_budget", "sign_flip", "stratified_bootstrap", "t_interval",
-    "tolerance_interval", "tolerance_runs", "trimmed_t_interval",
+    "tolerance_interval", "tolerance_runs", "trimmed_t_interval", "welch_t",
 ]  # fmt: skip

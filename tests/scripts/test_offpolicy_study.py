@@ -12,6 +12,7 @@ import pytest
 from ccrl.experiment.csv_table import read_rows
 from ccrl.packages import ROOT
 from scripts.studies.offpolicy import report
+from scripts.studies.offpolicy.pages import CONTINUOUS, DISCRETE, PAGES
 from scripts.studies.offpolicy.study import COLUMNS, FIGURES, Options, main
 
 
@@ -74,19 +75,28 @@ def test_the_rule_by_hand() -> None:
     assert report.verdict([4.0, 5.0], theirs, 2) == "two runs: no interval"
 
 
-def test_welch_by_hand() -> None:
-    # variances 1 and 4 over 3: error sqrt(5 / 3) = 1.291; df (5 / 3)^2 / ((1 / 3)^2 / 2 + (4 / 3)^2 / 2) = 2.94, 2
-    mean, low, high, p = report.difference([1.0, 2.0, 3.0], [0.0, 2.0, 4.0])
-    assert (mean, p) == (0.0, pytest.approx(1.0))
-    assert high == pytest.approx(4.302653 * 1.2909944, rel=1e-6) == -low
-    assert report.difference([1.0, 1.0], [0.0, 0.0]) == (1.0, 1.0, 1.0, 0.0)
+def test_runs_are_compared_at_a_step_or_over_the_second_half() -> None:
+    run = report.Run(
+        "CartPole-v1", "dqn", 100, np.array([2e4, 3e4, 6e4, 1.2e5]), np.array([9.0, 100.0, 400.0, 460.0]), True
+    )
+    assert CONTINUOUS.score(run) == pytest.approx(440.0)  # two thirds of the way from 400 to 460
+    assert DISCRETE.score(run) == pytest.approx(320.0)  # (100 + 400 + 460) / 3
 
 
-def test_the_page_is_what_its_numbers_make() -> None:
-    runs = report.runs_of(read_rows(FIGURES / "offpolicy_runs.csv"))
+@pytest.mark.parametrize("which", ["continuous", "discrete"])
+def test_the_page_is_what_its_numbers_make(which: str) -> None:
+    about = PAGES[which]
+    runs = report.runs_of(read_rows(FIGURES / f"{about.name}_runs.csv"))
     theirs = report.published(FIGURES / "offpolicy_published.csv")
-    assert (ROOT / "docs/off_policy_curves.md").read_text(encoding="utf-8") == report.page(runs, theirs)
+    assert (ROOT / "docs" / about.file).read_text(encoding="utf-8") == report.page(about, runs, theirs)
+    assert {(r.env, r.agent, r.seed) for r in runs} <= set(about.planned())
+
+
+def test_what_the_page_says_of_the_published_runs() -> None:
+    theirs = report.published(FIGURES / "offpolicy_published.csv")
     assert all(len(curves) == 10 for curves in theirs.values())
-    at = {key: np.mean([np.interp(1e5, *curve) for curve in curves]) for key, curves in theirs.items()}
-    assert at["sac", "HalfCheetah-v4"] == pytest.approx(6156, abs=1)
-    assert len(report.planned()) == 25
+    cheetah = theirs["sac", "HalfCheetah-v4"]
+    for at, mean in ((50_000, 4212), (100_000, 6156)):
+        assert np.mean([np.interp(at, *curve) for curve in cheetah]) == pytest.approx(mean, abs=1)
+    assert np.diff(cheetah[0][0])[1:] == pytest.approx(5_000_000 // 300)
+    assert (len(CONTINUOUS.planned()), len(DISCRETE.planned())) == (25, 20)

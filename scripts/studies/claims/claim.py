@@ -14,7 +14,7 @@ import torch
 
 from ccrl.experiment.cells import complete
 from ccrl.experiment.protocol import SEEDS, check_seeds
-from ccrl.stats import Paired, holm, paired_t
+from ccrl.stats import Difference, holm, paired_t
 
 __all__ = ["Arm", "Claim", "Result", "chosen", "edge", "judge", "run"]
 
@@ -91,7 +91,7 @@ class Result:
     """The tuned ones, as JSON."""
     scores: tuple[float, float]
     """Means over the test seeds."""
-    difference: Paired
+    difference: Difference
     adjusted: float
     """Holm's p value over the comparisons of the claim."""
 

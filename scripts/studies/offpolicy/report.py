@@ -1,38 +1,71 @@
-"""The page and the figure of the off-policy curves, from whatever runs there are."""
+"""A page and a figure of learning curves, from whatever runs there are; ``pages.py`` says of which."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import yaml
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ccrl.experiment.others import read_others
-from ccrl.stats import holm, t_interval
-from ccrl.stats.student import t_cdf, t_quantile
+from ccrl.stats import holm, t_interval, welch_t
 
-__all__ = ["Run", "difference", "figure", "page", "planned", "published", "runs_of", "verdict"]
+__all__ = ["Page", "Panel", "Run", "figure", "page", "planned", "published", "runs_of", "verdict"]
 
 Array = NDArray[np.float64]
-AT = 100_000
-"""Returns are compared at this step."""
-COMPARED = {
-    ("HalfCheetah-v5", "sac"): ("sac", "HalfCheetah-v4"), ("HalfCheetah-v5", "sb3:sac"): ("sac", "HalfCheetah-v4"),
-    ("HalfCheetah-v5", "crossq"): ("crossq", "HalfCheetah-v4"), ("Hopper-v5", "sac"): ("sac", "Hopper-v4"),
-    ("Walker2d-v5", "sac"): ("sac", "Walker2d-v4"),
-}  # fmt: skip
-"""Which published curves an agent's runs stand beside."""
-PAIRS = (
-    ("HalfCheetah-v5", "sac", "sb3:sac"), ("HalfCheetah-v5", "td3", "sac"), ("HalfCheetah-v5", "crossq", "sac"),
-    ("Hopper-v5", "mdpo_off_policy tsallis=1.0", "sac"), ("Hopper-v5", "mdpo_off_policy tsallis=1.4", "sac"),
-    ("Hopper-v5", "mdpo_off_policy tsallis=1.4", "mdpo_off_policy tsallis=1.0"),
-)  # fmt: skip
-"""Comparisons of our own runs: task, first, second."""
+Published = dict[tuple[str, str], list[tuple[Array, Array]]]
+"""``(agent, env)`` to the steps and returns of every seed."""
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel of the figure: agents on a task, and perhaps the published curves behind them."""
+
+    env: str
+    agents: tuple[str, ...]
+    beside: tuple[str, str] | None = None
+    """A key of ``Published``."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """What a page is about."""
+
+    name: str
+    """Numbers are in NAME_runs.csv, the figure is NAME_curves.png."""
+    file: str
+    """The page's file name."""
+    spec: str
+    """The study's file name, in this folder."""
+    head: str
+    """The page up to the list of runs."""
+    at: int
+    """Runs are compared at this step."""
+    panels: tuple[Panel, ...]
+    pairs: tuple[tuple[str, str, str], ...]
+    """Comparisons of our own runs: task, first, second."""
+    since: int | None = None
+    """Runs are compared by the mean of their evaluations from this step on; None: by the return at ``at``."""
+    compared: Mapping[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
+    """Which published curves an agent's runs stand beside: (task, agent) to a key of ``Published``."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """How agents are called in the table where not by their own name."""
+
+    def score(self, run: Run) -> float:
+        """What runs are compared by."""
+        if self.since is not None:
+            return float(run.returns[run.steps >= self.since].mean())
+        return float(np.interp(self.at, run.steps, run.returns))
+
+    def planned(self) -> list[tuple[str, str, int]]:
+        """``env, agent, seed`` of every run of the study."""
+        return planned(Path(__file__).with_name(self.spec))
 
 
 @dataclass(frozen=True)
@@ -50,19 +83,10 @@ class Run:
     made: str = ""
     """Version of PyTorch, threads, whether updates were compiled."""
 
-    @property
-    def last(self) -> float:
-        """The return at ``AT`` steps."""
-        return float(np.interp(AT, self.steps, self.returns))
 
-
-Published = dict[tuple[str, str], list[tuple[Array, Array]]]
-"""``(agent, env)`` to the steps and returns of every seed."""
-
-
-def planned(path: Path | None = None) -> list[tuple[str, str, int]]:
+def planned(path: Path) -> list[tuple[str, str, int]]:
     """``env, agent, seed`` of every run of the study."""
-    spec = yaml.safe_load((path or Path(__file__).with_name("study.yaml")).read_text(encoding="utf-8"))
+    spec = yaml.safe_load(path.read_text(encoding="utf-8"))
     found = []
     for entry in spec["entries"]:
         ((name, values),) = entry.get("sweep", {"": [""]}).items()
@@ -100,7 +124,7 @@ def published(path: Path) -> Published:
 
 
 def verdict(ours: Sequence[float], theirs: Sequence[float], planned_runs: int) -> str:
-    """The rule of the page, on returns at ``AT`` steps."""
+    """The rule of the page, on what runs are compared by."""
     if len(ours) < planned_runs:
         return f"open ({len(ours)} of {planned_runs} runs)"
     if planned_runs < 3:
@@ -115,57 +139,13 @@ def verdict(ours: Sequence[float], theirs: Sequence[float], planned_runs: int) -
     return "agrees" if inside else "open"
 
 
-def difference(x: Sequence[float], y: Sequence[float]) -> tuple[float, float, float, float]:
-    """``mean(x) - mean(y)`` with Welch's 95 % interval and p value, degrees of freedom rounded down."""
-    a, b = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-    parts = [v.var(ddof=1) / len(v) for v in (a, b)]
-    error = math.sqrt(sum(parts))
-    mean = float(a.mean() - b.mean())
-    if error == 0.0:
-        return mean, mean, mean, 1.0 if mean == 0 else 0.0
-    df = max(1, int(sum(parts) ** 2 / sum(p**2 / (len(v) - 1) for p, v in zip(parts, (a, b)))))
-    half = t_quantile(0.975, df) * error
-    return mean, mean - half, mean + half, 2 * t_cdf(-abs(mean) / error, df)
-
-
-HEAD = """# Off-policy agents: learning curves
-
-SAC, TD3, CrossQ and off-policy MDPO over 100,000 environment steps, the mean of ten deterministic episodes every
-5,000; settings in [study.yaml](../scripts/studies/offpolicy/study.yaml), which are the agents' defaults but for
-warm-up and widths named there. Pages of the methods: [sac](sac.md), [td3](td3.md), [crossq](crossq.md),
-[mdpo_off_policy](mdpo_off_policy.md).
-
-    python scripts/benchmark.py --study scripts/studies/offpolicy/study.yaml --out results/offpolicy
-    python scripts/studies/offpolicy results/offpolicy
-
-The first command trains, goes on where it was stopped, and takes some hours on one core; the second writes [every
-evaluation](figures/offpolicy_runs.csv) (with commit, versions, threads, compile mode, processor time), the figure and
-this page, from whatever runs there are.
-
-**Published curves.** Ten seeds each of SAC and CrossQ from the raw results that the authors of SimbaV2 publish
-(repository `dojeon-ai/SimbaV2`, commit 14fafb2, folder `results`), the [part up to 200,000
-steps](figures/offpolicy_published.csv). They are of the **v4** tasks, ours of **v5**: HalfCheetah is the same task in
-both; Hopper and Walker2d differ (healthy reward, contact and friction), so a difference there may be the task's.
-Theirs have points at 99,996 steps (SAC) or 90,000 and 108,000 (CrossQ, interpolated).
-
-**Rule**, written when seed 0 of SAC and TD3 on HalfCheetah had finished and no other run. At 100,000 steps, with
-Student's 95 % interval of our mean and the range of the published seeds: *below* or *above* if interval and range do
-not meet; *agrees* if our mean lies in the range and the published mean in our interval; *open* otherwise, and while
-runs are missing. With three runs the interval is 2.5 standard deviations to each side, so *agrees* excludes little: the
-half width is beside it. The difference to the published seeds (Welch's interval) was added after five runs of SAC, and
-no verdict hangs on it. Seeds are 0, 1, 2 (SAC on HalfCheetah to 4), nothing was tuned, and no difference between
-methods is claimed from so few runs ([protocol](protocol.md)): those below are reported with Welch's interval and Holm's
-p value. Ours and SB3's begin with 10,000 uniform steps without updates; how long theirs wait is not known to us.
-"""
-
-
 def _range(values: Iterable[float]) -> str:
     found = list(values)
     return f"{np.mean(found):,.0f} ({min(found):,.0f} to {max(found):,.0f})"
 
 
-def _at(curves: list[tuple[Array, Array]]) -> list[float]:
-    return [float(np.interp(AT, steps, returns)) for steps, returns in curves]
+def _at(curves: list[tuple[Array, Array]], at: int) -> list[float]:
+    return [float(np.interp(at, steps, returns)) for steps, returns in curves]
 
 
 def _groups(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
@@ -177,31 +157,35 @@ def _groups(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
     return found
 
 
-def page(runs: list[Run], theirs: Published) -> str:
+def page(about: Page, runs: list[Run], theirs: Published) -> str:
     """Markdown."""
-    groups, plan = _groups(runs), planned()
+    groups, plan = _groups(runs), about.planned()
     keys = list(dict.fromkeys((env, agent) for env, agent, _ in plan))
-    picture = "![Learning curves beside the published seeds](figures/offpolicy_curves.png)"
+    what = f"At {about.at:,} steps" if about.since is None else f"Mean of the evaluations from {about.since:,} steps on"
+    columns = ["task", "agent", "runs", "mean, 95 %", "half width", "each run", "CPU min a run"]
+    aligned = ["---", "---", "--:", "---", "--:", "---", "--:"]
+    if about.compared:
+        columns += ["published: mean (range of 10)", "ours less published, 95 %", "verdict"]
+        aligned += ["---"] * 3
     lines = [
-        HEAD, *_missing(runs, plan), "", picture, "", "## At 100,000 steps", "",
-        "| task | agent | runs | mean, 95 % | half width | each run | CPU min a run | published: mean (range of 10) "
-        "| ours less published, 95 % | verdict |",
-        "|---|---|--:|---|--:|---|--:|---|---|---|",
+        about.head, *_missing(runs, plan), "", f"![Learning curves](figures/{about.name}_curves.png)", "",
+        "Thin: runs. Thick: the mean of finished ones, from five on with Student's 95 % interval at every evaluation.",
+        "", f"## {what}", "", f"| {' | '.join(columns)} |", f"|{'|'.join(aligned)}|",
     ]  # fmt: skip
     for key in keys:
         own, count = groups.get(key, []), sum((e, a) == key for e, a, _ in plan)
-        beside = _at(theirs[COMPARED[key]]) if key in COMPARED else []
-        values = [r.last for r in own]
-        lines.append("| " + " | ".join([
-            key[0], _name(key[1]), f"{len(own)} of {count}", *_mean(values), ", ".join(f"{v:,.0f}" for v in values),
-            _minutes(own), _range(beside) if beside else "none here", _less(values, beside, count),
-            verdict(values, beside, count) if beside else "",
-        ]) + " |")  # fmt: skip
-    return "\n".join([*lines, "", *_comparisons(groups, plan), *_made(runs)]).rstrip() + "\n"
-
-
-def _name(agent: str) -> str:
-    return {"crossq": "CrossQ, critics 512 wide (published: 2,048)", "sb3:sac": "SAC of SB3"}.get(agent, f"`{agent}`")
+        values = [about.score(r) for r in own]
+        row = [
+            key[0], about.names.get(key[1], f"`{key[1]}`"), f"{len(own)} of {count}", *_mean(values),
+            ", ".join(f"{v:,.0f}" for v in values), _minutes(own),
+        ]  # fmt: skip
+        if key in about.compared:
+            beside = _at(theirs[about.compared[key]], about.at)
+            row += [_range(beside), _less(values, beside, count), verdict(values, beside, count)]
+        elif about.compared:
+            row += ["none here", "", ""]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join([*lines, "", *_comparisons(about, groups, plan), *_made(runs)]).rstrip() + "\n"
 
 
 def _mean(values: list[float]) -> list[str]:
@@ -214,7 +198,7 @@ def _mean(values: list[float]) -> list[str]:
 def _less(values: list[float], beside: list[float], count: int) -> str:
     if len(values) < max(3, count) or not beside:
         return ""
-    mean, low, high, _ = difference(values, beside)
+    mean, low, high, _ = welch_t(values, beside)
     return f"{mean:,.0f} [{low:,.0f}, {high:,.0f}]"
 
 
@@ -239,13 +223,13 @@ def _missing(runs: list[Run], plan: list[tuple[str, str, int]]) -> list[str]:
     return lines
 
 
-def _comparisons(groups: dict[tuple[str, str], list[Run]], plan: list[tuple[str, str, int]]) -> list[str]:
+def _comparisons(about: Page, groups: dict[tuple[str, str], list[Run]], plan: list[tuple[str, str, int]]) -> list[str]:
     found = []
-    for env, first, second in PAIRS:
-        x, y = ([r.last for r in groups.get((env, agent), [])] for agent in (first, second))
+    for env, first, second in about.pairs:
+        x, y = ([about.score(r) for r in groups.get((env, agent), [])] for agent in (first, second))
         whole = all(len(v) == sum((e, a) == (env, n) for e, a, _ in plan) for v, n in ((x, first), (y, second)))
         if len(x) > 1 and len(y) > 1 and whole:
-            found.append((env, first, second, len(x), len(y), difference(x, y)))
+            found.append((env, first, second, len(x), len(y), welch_t(x, y)))
     head = ["## Beside one another", ""]
     if not found:
         return [*head, "No pair of agents has all its runs yet.", ""]
@@ -263,34 +247,39 @@ def _made(runs: list[Run]) -> list[str]:
     return ["Runs were made by " + "; ".join(made) + "; commits " + ", ".join(commits) + "."] if runs else []
 
 
-def figure(runs: list[Run], theirs: Published) -> Figure:
-    """A panel per task and published agent: every run thin, means of finished groups thick, published seeds grey."""
-    panels = (
-        ("HalfCheetah-v5", ("sac", "sb3:sac"), ("sac", "HalfCheetah-v4")),
-        ("HalfCheetah-v5", ("crossq", "td3"), ("crossq", "HalfCheetah-v4")),
-        ("Hopper-v5", ("sac", "mdpo_off_policy tsallis=1.0", "mdpo_off_policy tsallis=1.4"), ("sac", "Hopper-v4")),
-        ("Walker2d-v5", ("sac",), ("sac", "Walker2d-v4")),
-    )
-    out = Figure(figsize=(11, 7.5), layout="constrained")
-    axes = out.subplots(2, 2).flatten()
-    for axis, (env, names, beside) in zip(axes, panels):
-        for i, (steps, returns) in enumerate(theirs.get(beside, [])):
-            label = f"{beside[0]}, ten published seeds ({beside[1].rpartition('-')[2]})" if i == 0 else None
-            axis.plot(steps, returns, color="0.7", linewidth=0.8, marker=".", label=label)
-        for color, name in enumerate(names):
-            own = [r for r in runs if (r.env, r.agent) == (env, name)]
-            for run in own:
-                axis.plot(run.steps, run.returns, f"C{color}", linewidth=0.8, alpha=0.5)
-            done = [r for r in own if r.finished]
-            if done:
-                mean = np.mean([np.interp(done[0].steps, r.steps, r.returns) for r in done], axis=0)
-                axis.plot(done[0].steps, mean, f"C{color}", linewidth=2, label=f"{name}, {len(done)} finished")
-            elif own:
-                axis.plot([], [], f"C{color}", label=f"{name}, not finished")
-        axis.set(title=env, xlim=(0, 1.06 * AT), xlabel="environment steps")
+def figure(about: Page, runs: list[Run], theirs: Published) -> Figure:
+    """Every run thin, means of finished groups thick, published seeds grey."""
+    columns = min(2, len(about.panels))
+    rows = -(-len(about.panels) // columns)
+    out = Figure(figsize=(5.5 * columns if columns > 1 else 7.5, 3.75 * rows + (columns == 1)), layout="constrained")
+    axes = out.subplots(rows, columns, squeeze=False)
+    for axis, panel in zip(axes.flatten(), about.panels):
+        curves = theirs.get(panel.beside, []) if panel.beside is not None else []
+        for i, (steps, returns) in enumerate(curves):
+            assert panel.beside is not None
+            label = f"{panel.beside[0]}, ten published seeds ({panel.beside[1].rpartition('-')[2]})" if i == 0 else None
+            near = steps <= 1.06 * about.at  # what is not seen would stretch the other axis
+            axis.plot(steps[near], returns[near], color="0.7", linewidth=0.8, label=label)
+        for color, name in enumerate(panel.agents):
+            _draw(axis, f"C{color}", name, [r for r in runs if (r.env, r.agent) == (panel.env, name)])
+        axis.set(title=panel.env, xlim=(0, 1.06 * about.at), xlabel="environment steps")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7, loc="upper left")
-    axes[0].set_ylabel("return, deterministic")
-    axes[2].set_ylabel("return, deterministic")
-    out.text(0.005, 0.002, "python scripts/studies/offpolicy results/offpolicy", fontsize=5, color="0.4")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return, deterministic")
+    out.text(0.005, 0.002, f"from {about.name}_runs.csv, by python scripts/studies/offpolicy", fontsize=5, color="0.4")
     return out
+
+
+def _draw(axis: Axes, color: str, name: str, own: list[Run]) -> None:
+    for run in own:
+        axis.plot(run.steps, run.returns, color, linewidth=0.8, alpha=0.4)
+    done = [r for r in own if r.finished]
+    if done:
+        values = np.array([np.interp(done[0].steps, r.steps, r.returns) for r in done])
+        axis.plot(done[0].steps, values.mean(axis=0), color, linewidth=2, label=f"{name}, {len(done)} finished")
+        if len(done) >= 5:
+            _, low, high = t_interval(values, axis=0)
+            axis.fill_between(done[0].steps, low, high, color=color, alpha=0.15, linewidth=0)
+    elif own:
+        axis.plot([], [], color, label=f"{name}, not finished")

@@ -4,6 +4,8 @@
     python scripts/studies/offpolicy results/offpolicy      # docs/figures/offpolicy_*, docs/off_policy_curves.md
     python scripts/studies/offpolicy                        # page and figure again, from the numbers there are
 
+With ``discrete.yaml`` and ``--which discrete``: DQN, double DQN and QR-DQN, docs/q_learning_curves.md.
+
 The second command may be run at any time: runs that are not there, or not finished, are named on the page.
 """
 
@@ -14,7 +16,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import tyro
 
@@ -24,6 +26,7 @@ from ccrl.experiment.files import write_atomic
 from ccrl.experiment.run import RunFolder, find_runs
 from ccrl.packages import ROOT
 from scripts.studies.offpolicy import report
+from scripts.studies.offpolicy.pages import PAGES
 
 __all__ = ["COLUMNS", "Options", "main", "rows_of"]
 
@@ -42,9 +45,11 @@ class Options:
     runs: tyro.conf.Positional[Path | None] = None
     """The folder of the runs; none: page and figure are made from the numbers of an earlier call."""
     out: Path = FIGURES
-    """offpolicy_runs.csv and offpolicy_curves.png are written to this folder."""
+    """The numbers and the figure are written to this folder."""
     page: Path | None = None
-    """The page is written here; by default docs/off_policy_curves.md, or into OUT if that is another folder."""
+    """The page is written here; by default into docs, or into OUT if that is another folder."""
+    which: Literal["continuous", "discrete"] = "continuous"
+    """The page is that of the agents for continuous actions, or for discrete ones."""
 
 
 def rows_of(run: RunFolder) -> Iterator[dict[str, Any]]:
@@ -102,7 +107,8 @@ def collect(folder: Path) -> str:
 
 def main(options: Options) -> str:
     """Write numbers, figure and page; the page."""
-    path = options.out / "offpolicy_runs.csv"
+    about = PAGES[options.which]
+    path = options.out / f"{about.name}_runs.csv"
     if options.runs is not None:
         text = collect(options.runs)
         options.out.mkdir(parents=True, exist_ok=True)
@@ -111,9 +117,9 @@ def main(options: Options) -> str:
         raise ValueError(f"{path}: expected the numbers of an earlier call, found none; name the folder of the runs")
     runs = report.runs_of(read_rows(path))
     published = report.published(FIGURES / "offpolicy_published.csv")
-    usual = ROOT / "docs" / "off_policy_curves.md" if options.out.resolve() == FIGURES else options.out / "curves.md"
-    text = report.page(runs, published)
+    usual = (ROOT / "docs" if options.out.resolve() == FIGURES else options.out) / about.file
+    text = report.page(about, runs, published)
     write_atomic(options.page or usual, lambda file: file.write(text.encode()))
-    report.figure(runs, published).savefig(options.out / "offpolicy_curves.png", dpi=110)
+    report.figure(about, runs, published).savefig(options.out / f"{about.name}_curves.png", dpi=110)
     print(text)
     return text

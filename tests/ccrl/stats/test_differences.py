@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from ccrl.stats import holm, paired_t, score_after_evaluations, score_at_budget, sign_flip
+from ccrl.stats import holm, paired_t, score_after_evaluations, score_at_budget, sign_flip, welch_t
 
 
 def test_paired_t_is_scipys():
@@ -17,6 +17,42 @@ def test_paired_t_is_scipys():
     assert (ours.low, ours.high) == pytest.approx((interval.low, interval.high), rel=1e-9)
     assert paired_t([1.0, 2.0], [1.0, 2.0]).p == 1
     assert paired_t([2.0, 3.0], [1.0, 2.0]).p == 0
+
+
+def test_welch_by_hand():
+    # Two runs a side with equal variances 2: error sqrt(2 / 2 + 2 / 2), degrees of freedom 2^2 / (1 / 1 + 1 / 1) = 2,
+    # of which the distribution is (1 + t / sqrt(2 + t^2)) / 2: t_.975 = .95 sqrt(2 / (1 - .95^2)), p(t = 1) = 1 - 3^-.5
+    ours = welch_t([2**0.5, 2 + 2**0.5], [0.0, 2.0])
+    half = 0.95 * (2 / 0.0975) ** 0.5 * 2**0.5
+    assert ours == pytest.approx((2**0.5, 2**0.5 - half, 2**0.5 + half, 1 - 3**-0.5), rel=1e-12)
+    # One side constant: the other's degrees of freedom. Variance 1 of three runs: 5 +- t_2 / sqrt(3)
+    high = welch_t([4.0, 5.0, 6.0], [0.0, 0.0, 0.0, 0.0]).high
+    assert high == pytest.approx(5 + 0.95 * (2 / 0.0975) ** 0.5 / 3**0.5, rel=1e-12)
+    assert welch_t([1.0, 1.0], [0.0, 0.0]) == (1.0, 1.0, 1.0, 0.0)
+    assert welch_t([1.0, 1.0], [1.0, 1.0]).p == 1.0
+
+
+def test_welch_is_scipys():
+    generator = np.random.default_rng(0)
+    x, y = generator.normal(0.4, 3.0, size=9), generator.normal(size=5)
+    theirs = scipy.stats.ttest_ind(x, y, equal_var=False)
+    ours, interval = welch_t(x, y, 0.9), theirs.confidence_interval(0.9)
+    assert ours == pytest.approx((x.mean() - y.mean(), interval.low, interval.high, theirs.pvalue), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        ([1.0], [1.0, 2.0], "at least two runs each, got shapes \\(1,\\) and \\(2,\\)"),
+        ([[1.0, 2.0]], [1.0, 2.0], "expected two lists"),
+        ([1.0, np.nan], [1.0, 2.0], "expected finite numbers"),
+    ],
+)
+def test_welch_refuses(x, y, message):
+    with pytest.raises(ValueError, match=message):
+        welch_t(x, y)
+    with pytest.raises(ValueError, match="confidence: expected a number in \\(0, 1\\), got 95"):
+        welch_t([1.0, 2.0], [1.0, 2.0], 95)
 
 
 def test_sign_flip_by_hand():

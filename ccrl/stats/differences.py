@@ -1,8 +1,10 @@
-"""Two methods on the same seeds (or tasks, or starts): tests of the paired differences.
+"""How much better one method is than another: on the same seeds (or tasks, or starts) by the paired differences, on
+seeds of their own by Welch's test.
 
 Sources: Student, "The probable error of a mean", Biometrika 6, 1908; Fisher, "The Design of Experiments", 1935 (the
-sign-flip test); Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6,
-1979.
+sign-flip test); Welch, "The generalization of Student's problem when several different population variances are
+involved", Biometrika 34, 1947; Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of
+Statistics 6, 1979.
 """
 
 from __future__ import annotations
@@ -15,16 +17,16 @@ from numpy.typing import ArrayLike
 
 from ccrl.stats.aggregates import Array
 from ccrl.stats.intervals import t_interval
-from ccrl.stats.student import t_cdf
+from ccrl.stats.student import t_cdf, t_quantile
 
-__all__ = ["Paired", "holm", "paired_t", "sign_flip"]
+__all__ = ["Difference", "holm", "paired_t", "sign_flip", "welch_t"]
 
 _EXACT = 20
 """Pairs up to which all 2^n sign patterns are counted."""
 
 
-class Paired(NamedTuple):
-    """A mean difference x - y, its interval and the two-sided p value."""
+class Difference(NamedTuple):
+    """A difference of means x - y, its interval and the two-sided p value."""
 
     difference: float
     low: float
@@ -32,7 +34,7 @@ class Paired(NamedTuple):
     p: float
 
 
-def paired_t(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Paired:
+def paired_t(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Difference:
     """Student's test of ``mean(x - y) = 0`` over ``n`` pairs, with its interval. Where all differences are equal and
     not 0, p is 0; where they all are 0, it is 1.
 
@@ -44,8 +46,36 @@ def paired_t(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Paired:
     n = len(difference)
     error = difference.std(ddof=1) / math.sqrt(n)
     if error == 0:
-        return Paired(mean, low, high, 1.0 if mean == 0 else 0.0)
-    return Paired(mean, low, high, 2 * t_cdf(-abs(mean) / error, n - 1))
+        return Difference(mean, low, high, 1.0 if mean == 0 else 0.0)
+    return Difference(mean, low, high, 2 * t_cdf(-abs(mean) / error, n - 1))
+
+
+def welch_t(x: ArrayLike, y: ArrayLike, confidence: float = 0.95) -> Difference:
+    """Welch's test of ``mean(x) = mean(y)``, with its interval, for runs ``[n]`` and ``[m]`` that share no seeds and
+    whose variances may differ. With ``v_x = s_x^2 / n`` and ``v_y`` alike the error is ``sqrt(v_x + v_y)``, with
+    ``(v_x + v_y)^2 / (v_x^2 / (n - 1) + v_y^2 / (m - 1))`` degrees of freedom. Where both sides are constant and
+    differ, p is 0; where all values are one, it is 1.
+
+    Raises:
+        ValueError: sides that are not ``[n]`` with at least two runs, numbers that are not finite, a confidence
+            outside (0, 1).
+    """
+    sides = [np.asarray(v, dtype=np.float64) for v in (x, y)]
+    if any(v.ndim != 1 or len(v) < 2 for v in sides):
+        shapes = " and ".join(str(v.shape) for v in sides)
+        raise ValueError(f"x and y: expected two lists of at least two runs each, got shapes {shapes}")
+    if not all(np.isfinite(v).all() for v in sides):
+        raise ValueError("x and y: expected finite numbers; received NaN or inf. Leave such runs out and say so.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a number in (0, 1), got {confidence}")
+    mean = float(sides[0].mean() - sides[1].mean())
+    parts = [float(v.var(ddof=1)) / len(v) for v in sides]
+    error = math.sqrt(sum(parts))
+    if error == 0:
+        return Difference(mean, mean, mean, 1.0 if mean == 0 else 0.0)
+    df = sum(parts) ** 2 / sum(part**2 / (len(v) - 1) for part, v in zip(parts, sides))
+    half = t_quantile((1 + confidence) / 2, df) * error
+    return Difference(mean, mean - half, mean + half, 2 * t_cdf(-abs(mean) / error, df))
 
 
 def sign_flip(x: ArrayLike, y: ArrayLike, repetitions: int = 100_000, seed: int = 0) -> float:
