@@ -24,6 +24,8 @@ class Page:
 
     tables: Callable[[Rows], list[Rows]]
     figure: Callable[[Rows], Figure] | None = None
+    title: str = "means of {n} seeds; a thin line is one seed"
+    """Of the figure; ``{n}`` is the number of seeds."""
 
 
 def groups(rows: Rows, *names: str) -> dict[tuple[Any, ...], Rows]:
@@ -47,7 +49,8 @@ def mean(rows: Iterable[dict[str, Any]], column: str) -> float:
 def line(text: str, holds: Iterable[bool], found: str) -> dict[str, Any]:
     """A row of the table of acceptance."""
     flags = list(holds)
-    verdict = "open" if not flags else "yes" if all(flags) else f"no ({sum(flags)} of {len(flags)})"
+    some = f" ({sum(flags)} of {len(flags)})" if len(flags) > 1 else ""
+    verdict = "open" if not flags else "yes" if all(flags) else f"no{some}"
     return {"expected": text, "holds": verdict, "found": found}
 
 
@@ -379,8 +382,10 @@ def guidance_figure(rows: Rows) -> Figure:
 
 
 REPORTS: dict[str, Page] = {
-    "corridor": Page(corridor, corridor_figure), "short": Page(short), "guidance": Page(guidance, guidance_figure),
-    "maze": Page(strengths, strengths_figure), "rows": Page(made_rows, rows_figure),
+    "corridor": Page(corridor, corridor_figure, "means of {n} seeds"), "short": Page(short),
+    "guidance": Page(guidance, guidance_figure, "{n} seeds, a line each"),
+    "maze": Page(strengths, strengths_figure), "rows": Page(made_rows, rows_figure, "{n} seeds, a dot each; bar: mean"),
     "baselines": Page(baselines, baselines_figure), "hopper": Page(strengths, strengths_figure),
-    "online": Page(online, online_figure), "selection": Page(selection, selection_figure),
+    "online": Page(online, online_figure),
+    "selection": Page(selection, selection_figure, "every setting with {n} seeds"),
 }  # fmt: skip

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import tyro
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from ccrl.experiment.cells import CellsFailed, complete
 from ccrl.experiment.csv_table import read_rows
@@ -177,6 +178,10 @@ class Study(Settings):
         tables.write(stem, command, found[0], rows, *found[1:], note=report.made_by(rows, done, len(cells)))
         if kind.figure is not None:
             page = kind.figure(rows)
+            page.suptitle(kind.title.format(n=len({row["seed"] for row in rows})), fontsize=9)
+            engine = page.get_layout_engine()
+            assert isinstance(engine, ConstrainedLayoutEngine)
+            engine.set(rect=(0.0, 0.03, 1.0, 0.97))  # the command has the lowest lines for itself
             page.text(0.005, 0.002, command, fontsize=5, color="0.4")
             page.savefig(stem.with_suffix(".png"), dpi=110)
         if failed is not None:

@@ -90,20 +90,26 @@ class _Plain(PolicyGuide):
 
 
 @pytest.mark.parametrize(
-    ("strength", "n", "mean", "std"), [(0.1, 256, 0.218, 0.818), (0.3, 256, 0.625, 0.432), (1.0, 32, 0.381, 0.670)]
-)
-def test_guided_samples_of_a_normal_distribution(strength: float, n: int, mean: float, std: float) -> None:
-    """Data N(0, 1), 64 action entries per trajectory, guided to N(1, 1): means and deviations grow towards the mode and
-    shrink with strength, and the other channels stay N(0, 1)."""
+    ("rows", "actions", "strength", "n", "mean", "std"),
+    [(16, 4, 0.1, 256, 0.218, 0.818), (16, 4, 0.3, 256, 0.625, 0.432), (16, 4, 1.0, 256, 1.000, 0.001),
+     (16, 4, 1.0, 32, 0.381, 0.670), (32, 12, 0.1, 256, 0.087, 0.929), (32, 12, 0.3, 256, 0.262, 0.772),
+     (32, 12, 1.0, 256, 0.827, 0.212)],
+)  # fmt: skip
+def test_guided_samples_of_a_normal_distribution(
+    rows: int, actions: int, strength: float, n: int, mean: float, std: float
+) -> None:
+    """Data N(0, 1), 64 or 384 action entries per trajectory, guided to N(1, 1): means and deviations grow towards the
+    mode and shrink with strength over the root of the entries, and the other channels stay N(0, 1)."""
     generator = torch.Generator().manual_seed(0)
-    start = 80.0 * torch.randn(400, 16, 7, generator=generator)
-    guide = _Plain(Codec(torch.zeros(7), torch.ones(7), 1, 4), fixed(1.0), strengths(strength, n))
+    start = 80.0 * torch.randn(25_600 // (rows * actions), rows, actions + 3, generator=generator)
+    width = start.shape[-1]
+    guide = _Plain(Codec(torch.zeros(width), torch.ones(width), 1, actions), fixed(1.0), strengths(strength, n))
     options: dict[str, Any] = {"churn": Churn(), "generator": generator}
     x = sample(lambda x, s: x / (1 + s * s), start, karras_levels(n), guide=guide, **options)
-    action = x[..., 1:5]
+    action = x[..., guide.codec.action_slice]
     assert float(action.mean()) == pytest.approx(mean, abs=0.03)
     assert float(action.std()) == pytest.approx(std, abs=0.03)
-    assert float(x[..., 0].mean()) == pytest.approx(0.0, abs=0.05)
+    assert float(x[..., 0].mean()) == pytest.approx(0.0, abs=0.07)
 
 
 def test_no_strength_is_the_plain_sampler_bit_for_bit() -> None:
@@ -143,6 +149,8 @@ def test_round_trip_of_trajectories() -> None:
     assert not made["terminated"].any(), "the last row, the terminal, has no successor here"
     full = data | {"action": torch.ones(40, 1)}
     assert float(found.action(found.encode(full)).max()) == pytest.approx(0.999, abs=1e-6)
+    line = torch.linspace(-0.999, 0.999, 40).unsqueeze(1)
+    torch.testing.assert_close(found.action(found.encode(data | {"action": line})), line, atol=1e-6, rtol=0)
 
 
 def test_rows_after_a_terminal_and_broken_trajectories_are_dropped() -> None:
