@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from agents.actions import Actions, check_actions
 from ccrl.batched_env import BatchedEnv, Tree, check_device, resolve_env
 from ccrl.collect import Collector
 from ccrl.estimators.base import Context, Direction, Estimator
@@ -52,6 +53,8 @@ class Agent:
     episodic: ClassVar[bool] = False
     """Every rollout is of fresh episodes: ``num_envs`` of them, of at most ``n_steps`` steps, on the agent's own
     environments."""
+    actions: ClassVar[Actions] = "any"
+    """It takes these actions; an environment with others is refused, unless it comes with a policy."""
     steps_env: ClassVar[bool] = True
     """It learns from an environment that it steps; if false it is handed a task (of texts, of generated samples) and
     evaluates itself."""
@@ -130,6 +133,8 @@ class Agent:
             raise ValueError(
                 f"device: the environment is on {self.env.device}, the agent on {self.device}; make them equal"
             )
+        if self.own_policy is None:
+            check_actions(self, self.env.single_action_space)
         self.device = torch.device(self.env.device)
         self.collector = Collector(self.env, seed=self.seed, make_env=self._fresh_envs)
 

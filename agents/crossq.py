@@ -129,6 +129,7 @@ class CrossQ(OffPolicyAgent):
     """Soft Actor-Critic with batch renormalisation in place of target networks."""
 
     name = "crossq"
+    actions = "continuous"
     paper = "Bhatt et al. 2024, arXiv 1902.05605"
     Config = CrossQConfig
 

@@ -96,6 +96,7 @@ class DQN(OffPolicyAgent):
     name = "dqn"
     example_env = "CartPole-v1"
     """What the command line offers: an id that this agent accepts."""
+    actions = "discrete"
     paper = "Mnih et al. 2015, doi 10.1038/nature14236"
     Config: ClassVar[type[Any]] = DQNConfig
 

@@ -98,6 +98,7 @@ class SAC(OffPolicyAgent):
     """Soft Actor-Critic."""
 
     name = "sac"
+    actions = "continuous"
     paper = "Haarnoja et al. 2018, arXiv 1812.05905"
     Config = SACConfig
 

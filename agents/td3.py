@@ -94,6 +94,7 @@ class TD3(OffPolicyAgent):
     """Twin delayed DDPG."""
 
     name = "td3"
+    actions = "continuous"
     paper = "Fujimoto et al. 2018, arXiv 1802.09477"
     Config = TD3Config
 

@@ -31,6 +31,7 @@ class DetaN(Agent):
     name = "detan"
     example_env = "CartPole-v1"
     """What the command line offers: an id that this agent accepts."""
+    actions = "discrete"
     paper = "Avila Pires et al. 2025, arXiv 2501.13028"
     Config = DetaNConfig
     rewards_key: ClassVar[str] = "rewards"

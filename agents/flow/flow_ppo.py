@@ -153,6 +153,7 @@ class FlowPPO(Agent):
     """PPO over denoising steps; see the module's docstring."""
 
     name = "flow_ppo"
+    actions = "continuous"
     paper = "DPPO: Ren et al. 2024, arXiv 2409.00588"
     Config = FlowPPOConfig
 

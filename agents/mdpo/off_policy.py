@@ -146,6 +146,7 @@ class OffPolicyMDPO(OffPolicyAgent):
     """Mirror Descent Policy Optimization, off policy."""
 
     name = "mdpo_off_policy"
+    actions = "continuous"
     paper = "Tomar et al. 2020, arXiv 2005.09814"
     Config = OffPolicyMDPOConfig
 

@@ -116,7 +116,7 @@ class OCE(Objective):
     searched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        low, high = self.above, self.below
+        low, high = _number("above", self.above), _number("below", self.below)
         if not (0.0 <= low <= 1.0 <= high < math.inf):
             raise ValueError(f"{type(self).__name__}: expected slopes 0 <= above <= 1 <= below, got {low} and {high}")
 
@@ -136,9 +136,9 @@ class CVaR(OCE):
     tau: float = 0.1
 
     def __init__(self, tau: float) -> None:
-        _level(tau)
-        object.__setattr__(self, "tau", float(tau))
-        super().__init__(below=1.0 / tau, above=0.0)
+        level = _level(tau)
+        object.__setattr__(self, "tau", level)
+        super().__init__(below=1.0 / level, above=0.0)
 
 
 @dataclass(frozen=True)
@@ -152,12 +152,12 @@ class MeanCVaR(OCE):
     tau: float = 0.1
 
     def __init__(self, weight: float, tau: float) -> None:
-        _level(tau)
-        if not 0.0 <= weight <= 1.0:
+        level, share = _level(tau), _number("weight", weight)
+        if not 0.0 <= share <= 1.0:
             raise ValueError(f"weight: expected a number in [0, 1], got {weight}")
-        object.__setattr__(self, "weight", float(weight))
-        object.__setattr__(self, "tau", float(tau))
-        super().__init__(below=(1.0 - weight) / tau + weight, above=weight)
+        object.__setattr__(self, "weight", share)
+        object.__setattr__(self, "tau", level)
+        super().__init__(below=(1.0 - share) / level + share, above=share)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ class Entropic(Objective):
     searched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.rate < math.inf:
+        if not 0.0 < _number("rate", self.rate) < math.inf:
             raise ValueError(f"rate: expected a positive number, got {self.rate}")
 
     @property
@@ -238,7 +238,7 @@ class Homeostasis(Objective):
     deviation: tuple[float, ...] = (0.0,)
 
     def __init__(self, deviation: Sequence[float]) -> None:
-        object.__setattr__(self, "deviation", tuple(float(x) for x in deviation))
+        object.__setattr__(self, "deviation", _numbers("deviation", deviation))
         object.__setattr__(self, "dims", len(self.deviation))
         if not self.deviation:
             raise ValueError("deviation: expected one number per variable, got none")
@@ -264,8 +264,8 @@ class SoftConstraints(Objective):
     trade_off: float | None = None
 
     def __init__(self, bounds: Sequence[float], trade_off: float | None = None) -> None:
-        object.__setattr__(self, "bounds", tuple(float(x) for x in bounds))
-        object.__setattr__(self, "trade_off", trade_off)
+        object.__setattr__(self, "bounds", _numbers("bounds", bounds))
+        object.__setattr__(self, "trade_off", None if trade_off is None else _number("trade_off", trade_off))
         object.__setattr__(self, "dims", len(self.bounds) + (trade_off is not None))
         if not self.bounds or (trade_off is not None and not 0.0 < trade_off < math.inf):
             raise ValueError(f"expected one bound or more and trade_off > 0, got {self.bounds} and {trade_off}")
@@ -302,11 +302,29 @@ class Custom(Objective):
         return self.f(x)
 
 
+def _number(name: str, value: float) -> float:
+    """:raises TypeError: for what is no number, as a list of one."""
+    try:
+        if not isinstance(value, str):
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"{name}: expected a number, got {value!r}")
+
+
+def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    """:raises TypeError: for what is no list of numbers, as a number alone."""
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise TypeError(f"{name}: expected a list of numbers, got {values!r}")
+    return tuple(_number(name, value) for value in values)
+
+
 def _finite(name: str, *values: float) -> None:
-    if not all(map(math.isfinite, values)):
+    if not all(math.isfinite(_number(name, value)) for value in values):
         raise ValueError(f"{name}: expected finite numbers, got {list(values)}")
 
 
-def _level(tau: float) -> None:
-    if not 0.0 < tau <= 1.0:
+def _level(tau: float) -> float:
+    if not 0.0 < (level := _number("tau", tau)) <= 1.0:
         raise ValueError(f"tau: expected a level in (0, 1], got {tau}")
+    return level

@@ -116,7 +116,7 @@ class StockEnv:
         obs = self.env.reset(seed=seed, mask=mask)
         if seed is not None:
             self._generator.manual_seed(stream_seed(seed, "stocks"))
-        fresh = self._draw()
+        fresh = self._draw(resets=True)
         chosen = torch.ones_like(self._ended) if mask is None else mask
         self._begin(chosen, fresh)
         self._ended = self._ended & ~chosen
@@ -139,9 +139,9 @@ class StockEnv:
         final = None if result.final_obs is None else self._shown(result.final_obs, after, t)
         self.stock, self.t = after, t
         if same:
-            self._begin(done, self._draw())
+            self._begin(done, self._draw(resets=False))
         elif self.autoreset_mode == AutoresetMode.NEXT_STEP:
-            self._begin(idle, self._draw())
+            self._begin(idle, self._draw(resets=False))
             done = done & ~idle
         self._ended = done
         obs = self._shown(result.obs, self.stock, self.t)
@@ -196,13 +196,18 @@ class StockEnv:
         self.start = torch.where(wide, fresh, self.start)
         self.t = torch.where(where, 0, self.t)
 
-    def _draw(self) -> Tensor:
+    def _draw(self, resets: bool) -> Tensor:
         if callable(self.starts):
             drawn = self.starts(self._generator, self.num_envs)
+            if not isinstance(drawn, Tensor):
+                raise TypeError(f"start: expected a tensor from the function, got {drawn!r}")
             if drawn.shape != self.stock.shape:
                 raise ValueError(
                     f"start: expected {tuple(self.stock.shape)}, got {tuple(drawn.shape)} from the function"
                 )
+            # of an accelerator only at a reset: at every step it would have to be waited for
+            if (drawn.device.type == "cpu" or resets) and not drawn.isfinite().all():
+                raise ValueError(f"start: expected finite numbers from the function, got {drawn.tolist()}")
             return drawn.double()
         fixed = torch.as_tensor(self.starts, dtype=torch.float64, device=self.device)
         return fixed.expand(self.stock.shape)

@@ -72,6 +72,8 @@ class StockWrapper(gymnasium.Wrapper):  # type: ignore[misc]
         value = np.asarray(start, dtype=np.float64)
         if value.shape not in ((), self.shape):
             raise ValueError(f"start: expected a number or {self.shape} of them, got shape {value.shape}")
+        if not np.isfinite(value).all():
+            raise ValueError(f"start: expected finite numbers, got {start}")
         self.start = np.broadcast_to(value, self.shape).copy()
         self.stock, self.t = self.start.copy(), 0
         return self._shown(obs), self._told(info)

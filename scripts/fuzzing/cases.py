@@ -45,8 +45,6 @@ NUMBERS: tuple[Any, ...] = (
 )  # fmt: skip
 OTHERS: tuple[Any, ...] = (None, True, False, "", "no", "1", "auto", [], [1], [-1], (0,), {}, {"a": 1}, b"x", object)
 
-ENVS = {"mdpo_off_policy": "Pendulum-v1", "sac": "Pendulum-v1", "td3": "Pendulum-v1", "crossq": "Pendulum-v1"}
-
 
 def env_for(name: str, cls: Any) -> str:
     """An id or a task that the agent accepts."""
@@ -54,7 +52,8 @@ def env_for(name: str, cls: Any) -> str:
         return getattr(cls, "example_env", "modsum") if name in agents.FLOW_METHODS else "sequence_match"
     if hasattr(cls.Config, "dataset"):
         return "InvertedPendulum-v5"
-    return ENVS.get(name, getattr(cls, "example_env", "CartPole-v1"))
+    usual = "Pendulum-v1" if cls.actions == "continuous" else "CartPole-v1"
+    return getattr(cls, "example_env", usual)
 
 
 def _value(rng: random.Random, hint: Any) -> Any:

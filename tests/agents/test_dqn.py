@@ -71,5 +71,5 @@ def test_images_reach_a_convolution_as_pixels() -> None:
 
 
 def test_continuous_actions_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected Discrete actions .*, got"):
+    with pytest.raises(ValueError, match=r"expected Discrete actions, got Box.*agents that take it: .*\bsac\b"):
         DQN("Pendulum-v1", **SMALL)

@@ -11,7 +11,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from agents import SAC
+from agents import SAC, get_agent
 from agents.sac import SACConfig, SACCycle
 from ccrl.bank import Bank
 from ccrl.data import Data
@@ -172,6 +172,17 @@ def test_wrong_action_spaces_are_refused() -> None:
         SAC(SpacesEnv(BOX, BOX), num_envs=2, alpha_learning_rate=None, target_entropy=-3.0)
     with pytest.raises(ValueError, match="tau"):
         SAC(SpacesEnv(BOX, BOX), num_envs=2, tau=0.0)
+
+
+def test_a_refusal_names_agents_that_do_take_the_actions() -> None:
+    for name, env in (("sac", "CartPole-v1"), ("qr_dqn", "Pendulum-v1")):
+        with pytest.raises(ValueError, match="action space: expected") as refusal:
+            get_agent(name)(env, compile="off")
+        others = str(refusal.value).rpartition(": ")[2].split(", ")
+        assert {"ppo", "mdpo"} < set(others)
+        assert not {name, "hdpo", "bc", "grpo"} & set(others)
+        for other in others:
+            get_agent(other)(env)
 
 
 def test_a_memory_smaller_than_one_collection_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import gymnasium
 import numpy as np
 import pytest
@@ -219,6 +221,11 @@ def test_starts_do_not_repeat_the_environments_random_numbers():
         (lambda: StockEnv(Script(2), 0.9, objective=Custom(f=torch.sign, homogeneous=0.0)), "degree 1"),
         (lambda: StockEnv(Script(2), 0.9, objective=Homeostasis((0.0, 0.0))), "rewards of 2 dimensions, got numbers"),
         (lambda: StockEnv(Script(2), 0.9, lambda g, n: torch.zeros(1)).reset(), r"expected \(2,\), got \(1,\)"),
+        (
+            lambda: StockEnv(Script(2), 0.9, lambda g, n: torch.full((n,), torch.nan)).reset(),
+            r"from the function, got \[nan",
+        ),
+        (lambda: StockWrapper(Numpy(), 0.9, lambda rng: math.inf).reset(), "start: expected finite numbers, got inf"),
     ],
 )
 def test_wrong_settings_are_refused(build, message):

@@ -99,4 +99,4 @@ def test_what_the_page_says_of_the_published_runs() -> None:
     for at, mean in ((50_000, 4212), (100_000, 6156)):
         assert np.mean([np.interp(at, *curve) for curve in cheetah]) == pytest.approx(mean, abs=1)
     assert np.diff(cheetah[0][0])[1:] == pytest.approx(5_000_000 // 300)
-    assert (len(CONTINUOUS.planned()), len(DISCRETE.planned())) == (25, 20)
+    assert (len(CONTINUOUS.planned()), len(DISCRETE.planned())) == (25, 18)

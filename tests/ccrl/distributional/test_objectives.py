@@ -134,6 +134,21 @@ def test_settings_outside_their_range_are_refused(wrong):
         _ = CVaR(0.5).start
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda: CVaR([0.1]), r"tau: expected a number, got \[0.1\]"),
+        (lambda: MeanCVaR("0.5", 0.1), "weight: expected a number, got '0.5'"),
+        (lambda: TargetReturn(None), "target: expected a number, got None"),
+        (lambda: Homeostasis(1.0), "deviation: expected a list of numbers, got 1.0"),
+        (lambda: SoftConstraints([[1.0]]), r"bounds: expected a number, got \[1.0\]"),
+    ],
+)
+def test_settings_of_another_type_are_refused(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        wrong()
+
+
 # Laws
 
 
