@@ -42,7 +42,7 @@ from ccrl.offline import Dataset, from_arrays, write_minari
 from ccrl.policies import RandomActor
 from ccrl.seeding import named_generator, stream_seed
 from ccrl.settings import Count, Finite, Natural, Nonnegative, Settings
-from envs.maze import HazardCorridor, PointMaze, Waypoints, cautious_action
+from envs.maze import HazardCorridor, PointMaze, Tour, Waypoints, cautious_action
 
 __all__ = ["Agent", "Corridor", "Maze", "Pendulum", "Replay", "collect", "main", "write"]
 
@@ -65,7 +65,7 @@ class Common(Settings):
 
 @dataclass(frozen=True)
 class Maze(Common):
-    """A controller that walks to random targets in one endless run (D4RL's recipe): a time-out at each new target,
+    """A controller that walks to random targets in one endless run, after D4RL's recipe: a time-out at each new target,
     rewards for the fixed goal."""
 
     maze: Literal["u_maze", "medium", "large"] = "u_maze"
@@ -78,13 +78,16 @@ class Maze(Common):
     """So many points walk side by side."""
     noise: Nonnegative = 0.5
     """The controller's actions get normal noise of this standard deviation."""
+    controller: Literal["cells", "tour"] = "cells"
+    """The controller steers at the next cell's place from each cell, and a target is reached within 0.5 (cells), or
+    passes shifted places one by one, and a target is reached within 0.1, as in D4RL (tour)."""
     reference: Count = 100
     """The scores of reference, of random actions and of the controller, are means of this many episodes."""
 
     def make(self) -> Dataset:
         env = PointMaze(self.num_envs, maze=self.maze, dense=self.dense)
         generator = named_generator(self.seed, "data set: controller")
-        limit, walk = env.max_episode_steps, Waypoints(env)
+        limit, walk, near = env.max_episode_steps, self._walk(env), 0.5 if self.controller == "cells" else Tour.NEAR
         assert limit is not None
         state = env.initial(generator, self.num_envs)
         target, age = self._targets(env, generator), torch.zeros(self.num_envs, dtype=torch.int64)
@@ -94,7 +97,7 @@ class Maze(Common):
             action = (walk(state, target) + noise).clamp(-1.0, 1.0)
             following, reward, _ = env.transition(state, action, None)
             age = age + 1
-            new = (torch.linalg.vector_norm(following[:, :2] - target, dim=-1) <= 0.5) | (age >= limit)
+            new = (torch.linalg.vector_norm(following[:, :2] - target, dim=-1) <= near) | (age >= limit)
             rows.append((state, action, reward, following, torch.zeros_like(new), new))
             target = torch.where(new.unsqueeze(-1), self._targets(env, generator), target)
             age, state = age * ~new, following
@@ -104,9 +107,14 @@ class Maze(Common):
         cell = torch.randint(len(env.free), (self.num_envs,), generator=generator)
         return env.free[cell].float()
 
+    def _walk(self, env: PointMaze) -> Waypoints | Tour:
+        if self.controller == "cells":
+            return Waypoints(env)
+        return Tour(env, named_generator(self.seed, "data set: waypoints"))
+
     def _scores(self) -> tuple[float, float]:
         env = PointMaze(self.reference, maze=self.maze, dense=self.dense)
-        walk = Waypoints(env)
+        walk = self._walk(env)
         goal = env.goal.expand(self.reference, 2)
         return mean_return(env, uniform(env, self.seed), self.seed), mean_return(
             env, lambda o: walk(o, goal), self.seed

@@ -2,9 +2,9 @@
 
 from envs.maze.corridor import HazardCorridor, cautious_action, overconfident_action
 from envs.maze.point import MAPS, PointMaze, large, medium, u_maze
-from envs.maze.waypoints import Waypoints
+from envs.maze.waypoints import Tour, Waypoints
 
 __all__ = [
-    "MAPS", "HazardCorridor", "PointMaze", "Waypoints", "cautious_action", "large", "medium", "overconfident_action",
-    "u_maze",
+    "MAPS", "HazardCorridor", "PointMaze", "Tour", "Waypoints", "cautious_action", "large", "medium",
+    "overconfident_action", "u_maze",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.studies.offline import report
+from scripts.studies.offline import layout, report
 from scripts.studies.offline.report import REPORTS
 from scripts.studies.offline.study import STUDIES, main
 
@@ -52,16 +52,16 @@ def test_every_study_has_a_page_and_unknown_ones_are_refused(tmp_path: Path) -> 
 
 
 def test_nothing_is_decided_while_runs_are_missing() -> None:
-    table = [report.line("mean return >= 8", [True], "9"), report.line("none", [False], "7"), {"controller": "base"}]
-    assert [row.get("holds") for row in report.undecided(table, 3, 3)] == ["yes", "no", None]
-    assert [row.get("holds") for row in report.undecided(table, 1, 3)] == ["open (1 of 3 runs)"] * 2 + [None]
+    table = [layout.line("mean return >= 8", [True], "9"), layout.line("none", [False], "7"), {"controller": "base"}]
+    assert [row.get("holds") for row in layout.undecided(table, 3, 3)] == ["yes", "no", None]
+    assert [row.get("holds") for row in layout.undecided(table, 1, 3)] == ["open (1 of 3 runs)"] * 2 + [None]
 
 
 def test_a_page_says_what_made_it_and_what_is_missing() -> None:
     rows = [{"commit": "abc", "torch": "2.13.0"}, {"commit": "", "torch": ""}]
-    assert report.made_by(rows[:1], 3, 3) == "All 3 runs. Commit: abc; PyTorch 2.13.0, one thread."
-    assert report.made_by(rows, 1, 3).startswith("**1 of 3 runs are there.** Commit: abc, of older rows unknown")
-    assert report.undecided([{"verdict": "guided is better"}], 1, 3) == [{"verdict": "open (1 of 3 runs)"}]
+    assert layout.made_by(rows[:1], 3, 3) == "All 3 runs. Commit: abc; PyTorch 2.13.0, one thread."
+    assert layout.made_by(rows, 1, 3).startswith("**1 of 3 runs are there.** Commit: abc, of older rows unknown")
+    assert layout.undecided([{"verdict": "guided is better"}], 1, 3) == [{"verdict": "open (1 of 3 runs)"}]
 
 
 def test_the_gain_of_the_best_strength_is_paired() -> None:

@@ -48,11 +48,15 @@ def compiled(agent: Any) -> dict[str, str]:
 
 def play_short(cell: dict[str, Any], out: Path) -> Rows:
     """U-maze or pendulum with two layers of 128 and a short training."""
-    maze = cell["data"] == "u_maze"
-    data = u_maze(cell["steps"]) if maze else Pendulum(steps=min(10_000, cell["steps"])).make()
+    task, _, controller = cell["data"].partition(" ")
+    maze = task == "u_maze"
+    if maze:
+        data = u_maze(cell["steps"], controller=controller or "cells")
+    else:
+        data = Pendulum(steps=min(10_000, cell["steps"])).make()
     name, _, variant = cell["method"].partition(" ")
     settings = SPARSE.get(name, {}) if maze and variant != "tau .7" else {}
-    env_id = SETS[cell["data"]].env
+    env_id = SETS[task].env
     agent = agents.get_agent(name)(env_id, data=data, seed=cell["seed"], hidden=(128, 128), **settings)
     start = time.process_time()
     agent.learn(cell["updates"])
@@ -63,9 +67,10 @@ def play_short(cell: dict[str, Any], out: Path) -> Rows:
              "cpu seconds": spent} | compiled(agent)]  # fmt: skip
 
 
-def u_maze(steps: int, seed: int = 0) -> Dataset:
+def u_maze(steps: int, seed: int = 0, controller: Any = "cells") -> Dataset:
     """The noisy controller on the U-maze."""
-    return Maze(steps=steps, seed=seed, num_envs=max(1, min(50, steps // 200)), reference=100).make()
+    copies = max(1, min(50, steps // 200))
+    return Maze(steps=steps, seed=seed, num_envs=copies, reference=100, controller=controller).make()
 
 
 def play_baseline(cell: dict[str, Any], out: Path) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from scripts.studies.offline.cells import compiled, returns_of, u_maze
 from scripts.studies.offline.data import SETS, opened
 from scripts.studies.tables import Rows
 
-__all__ = ["CORRIDOR", "STRENGTHS", "play_corridor", "play_strengths"]
+__all__ = ["CORRIDOR", "FAR", "STRENGTHS", "play_corridor", "play_strengths"]
 
 CORRIDOR = [(0.0, 0.0), (0.0, 0.05), (0.0, 0.1), (0.0, 0.5), (0.0, 2.0), (0.5, 0.0), (2.0, 0.0), (5.0, 0.0)]
 """Strengths (k_a, k_s) beside the hazard."""
@@ -34,6 +35,8 @@ STRENGTHS = [
     *((0.0, k) for k in (0.05, 0.1, 0.25, 0.5, 1.0)),
 ]
 """Strengths (k_a, k_s) of the sweeps: each part alone."""
+FAR = [(0.0, 0.0), *((k, 0.0) for k in (1.0, 2.0, 3.0, 5.0, 10.0)), *((0.0, k) for k in (0.01, 0.02, 0.05))]
+"""Larger strengths of the action part, smaller ones of the state part."""
 
 
 class Fixed(nn.Module):
@@ -87,7 +90,9 @@ def _risk(returns: Any) -> dict[str, float]:
     return {"return": float(values.mean()), "VaR 5%": value_at_risk(values, 0.05), "CVaR 5%": tail_mean(values, 0.05)}
 
 
-def play_strengths(cell: dict[str, Any], out: Path) -> Rows:
+def play_strengths(
+    cell: dict[str, Any], out: Path, strengths: Sequence[tuple[float, float]] = tuple(STRENGTHS)
+) -> Rows:
     """A base policy and a score of the data, trained apart; all strengths."""
     kind = SETS[cell["data"]]
     data = u_maze(cell["steps"]) if cell["data"] == "u_maze" else opened(cell["data"], out, cell["steps"])
@@ -102,7 +107,7 @@ def play_strengths(cell: dict[str, Any], out: Path) -> Rows:
     )  # fmt: skip
     agent.learn(cell["score_updates"])
     rows = Rows()
-    for k_a, k_s in STRENGTHS:
+    for k_a, k_s in strengths:
         agent.policy.config = replace(agent.config, action_strength=k_a, state_strength=k_s)
         returns = returns_of(agent, kind.env, cell["episodes"], cell["seed"])
         rows.append({"k_a": k_a, "k_s": k_s} | _risk(returns) | compiled(base))

@@ -5,79 +5,16 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from ccrl.stats import paired_t, score_after_evaluations, t_interval
+from ccrl.stats import paired_t, score_after_evaluations
+from scripts.studies.offline.layout import Page, groups, line, mean, seeds, spread
 from scripts.studies.tables import Rows
 
-__all__ = ["REPORTS", "Page"]
-
-
-@dataclass(frozen=True)
-class Page:
-    """What is shown of a study's rows."""
-
-    tables: Callable[[Rows], list[Rows]]
-    figure: Callable[[Rows], Figure] | None = None
-    title: str = "means of {n} seeds; a thin line is one seed"
-    """Of the figure; ``{n}`` is the number of seeds."""
-
-
-def groups(rows: Rows, *names: str) -> dict[tuple[Any, ...], Rows]:
-    """Rows by the values of these columns, in order of appearance."""
-    found: dict[tuple[Any, ...], Rows] = {}
-    for row in rows:
-        found.setdefault(tuple(row[n] for n in names), []).append(row)
-    return found
-
-
-def seeds(rows: Rows, column: str) -> str:
-    """Values, one per run."""
-    return " / ".join(f"{row[column]:.4g}" for row in rows)
-
-
-def mean(rows: Iterable[dict[str, Any]], column: str) -> float:
-    """Over rows."""
-    return statistics.fmean(row[column] for row in rows)
-
-
-def line(text: str, holds: Iterable[bool], found: str) -> dict[str, Any]:
-    """A row of the table of acceptance."""
-    flags = list(holds)
-    some = f" ({sum(flags)} of {len(flags)})" if len(flags) > 1 else ""
-    verdict = "open" if not flags else "yes" if all(flags) else f"no{some}"
-    return {"expected": text, "holds": verdict, "found": found}
-
-
-def undecided(table: Rows, done: int, runs: int) -> Rows:
-    """A table while runs are missing: nothing is decided by those there are."""
-    if done >= runs:
-        return table
-    return [row | {k: f"open ({done} of {runs} runs)" for k in ("holds", "verdict") if k in row} for row in table]
-
-
-def made_by(rows: Rows, done: int, runs: int) -> str:
-    """How many of the runs are there and what made them, in a line."""
-    count = f"All {runs} runs." if done >= runs else f"**{done} of {runs} runs are there.**"
-    commits = sorted({str(row.get("commit", "")) for row in rows} - {""})
-    unknown = any(not row.get("commit") for row in rows)
-    names = [*commits, *(["of older rows unknown"] if unknown else [])]
-    versions = sorted({str(row["torch"]) for row in rows if row.get("torch")})
-    return f"{count} Commit: {', '.join(names)}; PyTorch {', '.join(versions) or 'of a version not kept'}, one thread."
-
-
-def spread(rows: Rows, column: str) -> str:
-    """Mean and Student's 95 % interval."""
-    values = [row[column] for row in rows]
-    if len(values) < 2:
-        return f"{values[0]:.4g}"
-    middle, low, high = (float(x) for x in t_interval(values))
-    return f"{middle:.4g} [{low:.4g}, {high:.4g}]"
+__all__ = ["REPORTS"]
 
 
 # -- CDSA -------------------------------------------------------------------------------------------------------------
@@ -192,16 +129,36 @@ def short(rows: Rows) -> list[Rows]:
          "CPU seconds": statistics.median(r["cpu seconds"] for r in part)}
         for (d, m), part in by.items()
     ]  # fmt: skip
-    cloned, best = by.get(("u_maze", "bc"), []), by.get(("u_maze", "iql"), [])
     value, clone = by.get(("pendulum", "td3_bc"), []), by.get(("pendulum", "bc"), [])
     lines = [
-        line("U-maze: IQL >= 2.5 x BC on every seed", (i["return"] >= 2.5 * b["return"] for i, b in zip(best, cloned)),
-             " / ".join(f"{i['return']:.3g} and {b['return']:.3g}" for i, b in zip(best, cloned))),
-        line("U-maze: BC below random + 10", (b["return"] < b["random"] + 10 for b in cloned), seeds(cloned, "return")),
+        *_maze_lines(rows, "u_maze"),
         line("pendulum: TD3+BC >= 500", (r["return"] >= 500 for r in value), seeds(value, "return")),
         line("pendulum: BC <= 150", (r["return"] <= 150 for r in clone), seeds(clone, "return")),
-    ]  # fmt: skip
+    ]
     return [table, lines]
+
+
+def _maze_lines(rows: Rows, data: str) -> Rows:
+    by = groups([r for r in rows if r["data"] == data], "method")
+    cloned, best = by.get(("bc",), []), by.get(("iql",), [])
+    return [
+        line(f"{data}: IQL >= 2.5 x BC on every seed",
+             (i["return"] >= 2.5 * b["return"] for i, b in zip(best, cloned)),
+             " / ".join(f"{i['return']:.3g} and {b['return']:.3g}" for i, b in zip(best, cloned))),
+        line(f"{data}: BC below random + 10", (b["return"] < b["random"] + 10 for b in cloned),
+             seeds(cloned, "return")),
+    ]  # fmt: skip
+
+
+def clones(rows: Rows) -> list[Rows]:
+    """BC and IQL on data of both controllers, more seeds."""
+    by = groups(rows, "data", "method")
+    table = [
+        {"data": d, "method": m, "mean return, 95 %": spread(part, "return"), "runs": seeds(part, "return"),
+         "random": part[0]["random"]}
+        for (d, m), part in by.items()
+    ]  # fmt: skip
+    return [table, [x for d in dict.fromkeys(d for d, _ in by) for x in _maze_lines(rows, d)]]
 
 
 def baselines(rows: Rows) -> list[Rows]:
@@ -383,9 +340,10 @@ def guidance_figure(rows: Rows) -> Figure:
 
 REPORTS: dict[str, Page] = {
     "corridor": Page(corridor, corridor_figure, "means of {n} seeds"), "short": Page(short),
+    "clones": Page(clones),
     "guidance": Page(guidance, guidance_figure, "{n} seeds, a line each"),
     "maze": Page(strengths, strengths_figure), "rows": Page(made_rows, rows_figure, "{n} seeds, a dot each; bar: mean"),
     "baselines": Page(baselines, baselines_figure), "hopper": Page(strengths, strengths_figure),
-    "online": Page(online, online_figure),
+    "hopper_far": Page(strengths, strengths_figure), "online": Page(online, online_figure),
     "selection": Page(selection, selection_figure, "every setting with {n} seeds"),
 }  # fmt: skip

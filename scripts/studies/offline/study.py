@@ -2,6 +2,7 @@
 
     python scripts/studies/offline corridor --out results/offline   # CDSA beside a hazard: strengths, VaR, CVaR
     python scripts/studies/offline short --out results/offline      # U-maze and pendulum, two layers of 128
+    python scripts/studies/offline clones --seeds 10 --out results/offline   # BC and IQL on U-mazes of two controllers
     python scripts/studies/offline guidance --out results/offline   # PGD: likelihood and dynamics error
     python scripts/studies/offline maze --out results/offline       # CDSA: strengths on the point maze
     python scripts/studies/offline hopper --out results/offline     # CDSA: strengths on Hopper
@@ -9,6 +10,7 @@
     python scripts/studies/offline baselines --out results/offline  # four Minari data sets, four agents
     python scripts/studies/offline online --out results/offline     # TD3 from nothing, from TD3+BC, with its data
     python scripts/studies/offline selection --out results/offline  # what choosing settings costs in online episodes
+    python scripts/studies/offline hopper_far --out results/offline # CDSA on Hopper: strengths beyond the grid's ends
     python scripts/studies/offline all --out results/offline        # every one of them, in this order
     python scripts/studies/offline all --out results/offline --report   # pages from the runs that are there
 
@@ -32,9 +34,9 @@ from ccrl.experiment.cells import CellsFailed, complete
 from ccrl.experiment.csv_table import read_rows
 from ccrl.settings import Count, Natural, Settings
 from scripts.studies import tables
-from scripts.studies.offline import report
+from scripts.studies.offline import layout, report
 from scripts.studies.offline.cells import GRIDS, play_baseline, play_online, play_selection, play_short
-from scripts.studies.offline.correction import play_corridor, play_strengths
+from scripts.studies.offline.correction import FAR, play_corridor, play_strengths
 from scripts.studies.offline.data import SETS
 from scripts.studies.offline.diffused import play_guidance, play_rows
 from scripts.studies.tables import Rows
@@ -67,6 +69,10 @@ STUDIES: dict[str, Plan] = {
         (*_cross(data=("u_maze",), method=("bc", "td3_bc", "iql tau .7", "iql")),
          *_cross(data=("pendulum",), method=("bc", "td3_bc", "iql"))),
     ),
+    "clones": Plan(
+        play_short, {"updates": 10_000, "episodes": 100, "steps": 100_000},
+        _cross(data=("u_maze", "u_maze tour"), method=("bc", "iql")),
+    ),
     "guidance": Plan(play_guidance, {"steps": 100_000, "denoiser_steps": 3_000, "trajectories": 300}, ({},)),
     "maze": Plan(
         play_strengths, {"updates": 10_000, "score_updates": 10_000, "episodes": 100, "steps": 100_000},
@@ -92,6 +98,11 @@ STUDIES: dict[str, Plan] = {
     "selection": Plan(
         play_selection, {"updates": 10_000, "episodes": 100, "steps": 100_000},
         tuple({"method": m, "setting": i} for m, grid in GRIDS.items() for i in range(len(grid))),
+    ),
+    "hopper_far": Plan(
+        partial(play_strengths, strengths=FAR),
+        {"updates": 30_000, "score_updates": 10_000, "episodes": 100, "steps": 100_000},
+        _cross(data=("hopper",), base=("bc", "td3_bc")),
     ),
 }  # fmt: skip
 """In the order of ``all``: cheap and telling ones first."""
@@ -173,9 +184,9 @@ class Study(Settings):
         found, stem = kind.tables(rows), self.figures / f"offline_{name}"
         keys = list(cells[0])
         done = len({tuple(row[k] for k in keys) for row in rows})
-        found = [report.undecided(table, done, len(cells)) for table in found]
+        found = [layout.undecided(table, done, len(cells)) for table in found]
         command = self.command(name)
-        tables.write(stem, command, found[0], rows, *found[1:], note=report.made_by(rows, done, len(cells)))
+        tables.write(stem, command, found[0], rows, *found[1:], note=layout.made_by(rows, done, len(cells)))
         if kind.figure is not None:
             page = kind.figure(rows)
             page.suptitle(kind.title.format(n=len({row["seed"] for row in rows})), fontsize=9)

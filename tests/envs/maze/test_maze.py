@@ -7,7 +7,7 @@ import torch
 
 import envs
 from ccrl.testing import EnvContract
-from envs.maze import HazardCorridor, PointMaze, Waypoints, cautious_action, overconfident_action
+from envs.maze import HazardCorridor, PointMaze, Tour, Waypoints, cautious_action, overconfident_action
 from envs.maze.point import MAPS, integrate
 
 
@@ -67,6 +67,26 @@ def test_the_controller_finds_the_goal_from_everywhere(maze: str, least: float) 
         assert not env.walls[tuple(env.cell(obs[:, :2]).unbind(-1))].any(), "in a wall"
     assert bool(result.truncated.all())
     assert float(total.min()) > least
+
+
+def test_a_tour_passes_every_place_before_the_next() -> None:
+    """From (3, 1) to the goal at (1, 1) of the U: (3, 2), (3, 3), (2, 3), (1, 3), (1, 2), each less U(0, .2)."""
+    env, cells = PointMaze(1), [(3, 2), (3, 3), (2, 3), (1, 3), (1, 2), (1, 1)]
+    tour, state, target = Tour(env, torch.Generator().manual_seed(0)), torch.tensor([[3.0, 1.0, 0.0, 0.0]]), env.goal
+    places = []
+    for _ in range(300):
+        action = tour(state, target.expand(1, 2))
+        if not places or places[-1] != tour._place[0].tolist():
+            assert not places or float((state[0, :2] - torch.tensor(places[-1])).norm()) < 0.1
+            places.append(tour._place[0].tolist())
+        state, _, _ = env.transition(state, action, None)
+    assert [tuple(round(x + 0.1) for x in p) for p in places] == cells
+    assert places[-1] == [1.0, 1.0]
+    assert all(0.0 <= c - x <= 0.2 for p, cell in zip(places, cells) for x, c in zip(p, cell))
+    assert float((state[0, :2] - target).norm()) < 0.1
+    # far away the action is full, and another target starts another tour from here
+    assert tour(state, torch.tensor([[3.0, 1.0]])).abs().max() == 1.0
+    assert tuple(round(x + 0.1) for x in tour._place[0].tolist()) == (1, 2)
 
 
 def test_rewards() -> None:
