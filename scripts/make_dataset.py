@@ -2,6 +2,7 @@
 
 python scripts/make_dataset.py maze --maze u_maze --steps 100000 --out data/u_maze.npz
 python scripts/make_dataset.py maze --maze medium --steps 1000000 --out minari:mine/pointmaze-medium-v0
+python scripts/make_dataset.py og-bench --env pointmaze-medium-navigate-v0 --out data/og.npz   # extra ogbench
 python scripts/make_dataset.py corridor --out data/corridor.npz
 python scripts/make_dataset.py pendulum --gain 0.3 --noise 0.5 --steps 10000 --out data/pendulum.npz
 python scripts/make_dataset.py agent --env Hopper-v5 --steps 100000 --out data/hopper-random.npz            # random
@@ -38,13 +39,13 @@ from ccrl import registry
 from ccrl.batched_env import AutoresetMode, BatchedEnv
 from ccrl.experiment import checkpoint
 from ccrl.experiment.logger import digits
-from ccrl.offline import Dataset, from_arrays, write_minari
+from ccrl.offline import Dataset, from_arrays, make_ogbench, navigate_ogbench, write_minari
 from ccrl.policies import RandomActor
 from ccrl.seeding import named_generator, stream_seed
 from ccrl.settings import Count, Finite, Natural, Nonnegative, Settings
 from envs.maze import HazardCorridor, PointMaze, Tour, Waypoints, cautious_action
 
-__all__ = ["Agent", "Corridor", "Maze", "Pendulum", "Replay", "collect", "main", "write"]
+__all__ = ["Agent", "Corridor", "Maze", "OGBench", "Pendulum", "Replay", "collect", "main", "write"]
 
 Act = Callable[[Tensor], Tensor]
 LQR_GAIN = (1.8125, 9.9361, 1.8642, 1.7557)
@@ -119,6 +120,24 @@ class Maze(Common):
         return mean_return(env, uniform(env, self.seed), self.seed), mean_return(
             env, lambda o: walk(o, goal), self.seed
         )
+
+
+@dataclass(frozen=True)
+class OGBench(Common):
+    """A point maze of OGBench by its recipe navigate: random goals, noisy steps along the shortest way, no expert."""
+
+    env: str = "pointmaze-medium-navigate-v0"
+    """The maze has this name there."""
+    steps: Count = 1_000_000
+    """At least so many transitions are written, in trajectories of 1,000."""
+    noise: Nonnegative = 0.5
+    """Actions get normal noise of this standard deviation."""
+    task: Count = 1
+    """Rewards are those of this task: -1, and 0 at its goal, which ends an episode."""
+
+    def make(self) -> Dataset:
+        env = make_ogbench(self.env)
+        return navigate_ogbench(env, self.steps, noise=self.noise, task=self.task, seed=self.seed, name=self.out)
 
 
 @dataclass(frozen=True)
@@ -219,7 +238,7 @@ class Replay(Common):
         return from_arrays(columns | {"episode": episode}, self.out)
 
 
-Command = Maze | Corridor | Pendulum | Agent | Replay
+Command = Maze | OGBench | Corridor | Pendulum | Agent | Replay
 
 
 def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Dataset:
@@ -345,6 +364,8 @@ def _environment(config: Command) -> str | None:
         return "ccrl/PointMaze" + {"u_maze": "U", "medium": "Medium", "large": "Large"}[config.maze] + "-v0"
     if isinstance(config, Corridor):
         return "ccrl/HazardCorridor-v0"
+    if isinstance(config, OGBench):
+        return None
     if isinstance(config, Pendulum):
         return "InvertedPendulum-v5"
     if isinstance(config, Agent) and config.env is not None:

@@ -5,7 +5,7 @@ from ccrl.offline.d4rl import load_d4rl, qlearning_rows
 from ccrl.offline.dataset import DataError, Dataset
 from ccrl.offline.load import load_dataset
 from ccrl.offline.minari import load_minari, write_minari
-from ccrl.offline.ogbench import load_ogbench, make_ogbench
+from ccrl.offline.ogbench import load_ogbench, make_ogbench, navigate_ogbench
 from ccrl.offline.scores import D4RL_SCORES, normalised_score, reference_scores, tail_mean, value_at_risk
 from ccrl.offline.windows import Windows, select_windows, valid_windows
 
@@ -22,6 +22,7 @@ __all__ = [
     "load_ogbench",
     "load_parquet",
     "make_ogbench",
+    "navigate_ogbench",
     "normalised_score",
     "qlearning_rows",
     "reference_scores",

@@ -1,4 +1,4 @@
-"""OGBench's files (Park et al. 2024): whole trajectories of one length, without rewards."""
+"""OGBench's files (Park et al. 2024): whole trajectories of one length, without rewards; its point mazes' recipe."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import numpy as np
 from ccrl.offline.arrays import from_arrays, read_archive
 from ccrl.offline.dataset import Array, DataError, Dataset
 from ccrl.packages import require
+from ccrl.seeding import stream_seed
 
-__all__ = ["load_ogbench", "make_ogbench"]
+__all__ = ["load_ogbench", "make_ogbench", "navigate_ogbench"]
 
 _NEEDED = ("observations", "actions", "terminals")
+_REACH = 1.0
+"""Distance at which a point maze's goal counts as reached."""
 
 
 def load_ogbench(path: str | Path, reward: Callable[[Array], Array] | None = None) -> Dataset:
@@ -56,3 +59,58 @@ def make_ogbench(name: str, **options: Any) -> Any:
     :raises ImportError: without the extra ``ogbench``.
     """
     return require("ogbench", "ogbench").make_env_and_datasets(name, env_only=True, **options)
+
+
+def navigate_ogbench(
+    env: Any, steps: int, *, noise: float = 0.5, task: int = 1, length: int = 1000, seed: int = 0, name: str = "ogbench"
+) -> Dataset:
+    """Transitions of a point maze by the recipe ``navigate``, which needs no expert: full speed towards the next cell
+    on the shortest way to a random goal, plus ``noise`` times normal numbers, and another goal as soon as one is
+    reached. Trajectories start in random cells; their last row is a time-out.
+
+    Rewards are those of a single task: -1, and 0 where a row arrives at the task's goal, which ends an episode
+    (``masks`` of OGBench's files) but not the trajectory.
+
+    :param env: of ``make_ogbench("pointmaze-...")``, or what has its ``maze_map, task_infos, ij_to_xy, xy_to_ij,
+        get_oracle_subgoal, get_xy, set_xy``.
+    :param steps: at least so many transitions, in whole trajectories of ``length``.
+    :raises ValueError: no point maze, or a task that it has not.
+    """
+    base = env.unwrapped
+    if not hasattr(base, "get_oracle_subgoal") or env.action_space.shape != (2,):
+        raise ValueError(f"{name}: expected a point maze of OGBench, got {base}")
+    if not 1 <= task <= len(base.task_infos):
+        raise ValueError(f"task: expected 1 to {len(base.task_infos)}, got {task}")
+    rng = np.random.default_rng(stream_seed(seed, "data set: ogbench"))
+    cells, unit = np.argwhere(base.maze_map == 0), base.ij_to_xy((0, 1))[0] - base.ij_to_xy((0, 0))[0]
+    wanted = np.asarray(base.ij_to_xy(base.task_infos[task - 1]["goal_ij"]))
+    ways: dict[Any, Array] = {}
+
+    def place() -> Array:
+        cell = cells[rng.integers(len(cells))]
+        found: Array = np.asarray(base.ij_to_xy((int(cell[0]), int(cell[1])))) + rng.uniform(-1.0, 1.0, 2) * unit / 4
+        return found
+
+    rows: list[tuple[Any, ...]] = []
+    for _ in range(-(-steps // length)):
+        env.reset(seed=int(rng.integers(2**31)))
+        base.set_xy(place())
+        obs, goal = np.array(base.get_ob()), place()
+        for t in range(length):
+            xy = base.get_xy()
+            key = (base.xy_to_ij(xy), base.xy_to_ij(goal))
+            if key[0] != key[1] and key not in ways:
+                ways[key] = base.get_oracle_subgoal(xy, goal)[0]  # a search of the whole map
+            towards = ways.get(key, goal) - xy
+            way = towards / (np.linalg.norm(towards) + 1e-6)
+            action = np.clip(way + noise * rng.standard_normal(2), -1.0, 1.0).astype(np.float32)
+            following = np.array(env.step(action)[0])
+            done = bool(np.linalg.norm(base.get_xy() - wanted) <= _REACH)
+            rows.append((obs, action, float(done) - 1.0, following, done, t == length - 1 and not done))
+            obs = following
+            if np.linalg.norm(base.get_xy() - goal) <= _REACH:
+                goal = place()
+    names = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
+    columns = {k: np.array([row[i] for row in rows]) for i, k in enumerate(names)}
+    ended = columns["terminated"] | columns["truncated"]
+    return from_arrays(columns | {"episode": np.cumsum(np.r_[False, ended[:-1]])}, name)

@@ -45,7 +45,7 @@ def test_others_run(name: str, tmp_path: Path) -> None:
 
 def test_every_study_has_a_page_and_unknown_ones_are_refused(tmp_path: Path) -> None:
     assert REPORTS.keys() == STUDIES.keys()
-    with pytest.raises(ValueError, match="expected one of corridor"):
+    with pytest.raises(ValueError, match="expected one of score"):
         main(["cheetah"])
     with pytest.raises(ValueError, match="found none; run it without --report"):
         main(["rows", "--report", "--out", str(tmp_path), "--figures", str(tmp_path)])

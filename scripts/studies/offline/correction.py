@@ -17,15 +17,16 @@ check_siblings("agents", "envs")
 
 import agents
 from agents.offline.cdsa import CDSA
+from ccrl.diffusion import ScoreMLP, ScoreModel, dsm_optimum, gaussian_score, geometric_levels, score_matching_loss
 from ccrl.offline import tail_mean, value_at_risk
-from ccrl.seeding import stream_seed
+from ccrl.seeding import named_generator, stream_seed
 from envs.maze import HazardCorridor, cautious_action, overconfident_action
 from scripts.make_dataset import Corridor
 from scripts.studies.offline.cells import compiled, returns_of, u_maze
 from scripts.studies.offline.data import SETS, opened
 from scripts.studies.tables import Rows
 
-__all__ = ["CORRIDOR", "FAR", "STRENGTHS", "play_corridor", "play_strengths"]
+__all__ = ["CORRIDOR", "FAR", "STRENGTHS", "play_corridor", "play_score", "play_strengths"]
 
 CORRIDOR = [(0.0, 0.0), (0.0, 0.05), (0.0, 0.1), (0.0, 0.5), (0.0, 2.0), (0.5, 0.0), (2.0, 0.0), (5.0, 0.0)]
 """Strengths (k_a, k_s) beside the hazard."""
@@ -37,6 +38,37 @@ STRENGTHS = [
 """Strengths (k_a, k_s) of the sweeps: each part alone."""
 FAR = [(0.0, 0.0), *((k, 0.0) for k in (1.0, 2.0, 3.0, 5.0, 10.0)), *((0.0, k) for k in (0.01, 0.02, 0.05))]
 """Larger strengths of the action part, smaller ones of the state part."""
+
+
+EIGENVALUES = (2.0, 1.0, 0.5, 0.2, 0.1)
+"""Of the covariance of the normal distribution whose score is known."""
+
+
+def play_score(cell: dict[str, Any], out: Path) -> Rows:
+    """The score of a normal distribution learned by a small network, beside the exact one; a row per level."""
+    torch.manual_seed(stream_seed(cell["seed"], "score"))
+    generator, levels = named_generator(cell["seed"], "score: draws"), torch.tensor(geometric_levels(10))
+    variance = torch.tensor(EIGENVALUES)
+    model = ScoreModel(ScoreMLP(5, (128, 128)))
+    optimiser, losses = torch.optim.Adam(model.parameters(), 1e-3), []
+    for _ in range(cell["updates"]):
+        clean, noise = (torch.randn(512, 5, generator=generator) for _ in range(2))
+        sigma = levels[torch.randint(10, (512,), generator=generator)]
+        loss = score_matching_loss(model, clean * variance.sqrt(), noise, sigma)
+        optimiser.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimiser.step()
+        losses.append(loss.detach())
+    found = float(torch.stack(losses[-max(1, len(losses) // 8) :]).mean())
+    rows: Rows = []
+    for sigma in (levels[-1], torch.tensor(0.5), levels[0]):
+        x = torch.randn(20_000, 5, generator=generator) * (variance + sigma.square()).sqrt()
+        exact = gaussian_score(x, torch.zeros(5), torch.diag(variance), float(sigma))
+        with torch.no_grad():
+            error = (model(x, sigma) - exact).norm() / exact.norm()
+        rows.append({"sigma": round(float(sigma), 4), "error": float(error), "loss": found,
+                     "least loss": dsm_optimum(EIGENVALUES, geometric_levels(10)), "compile": "off"})  # fmt: skip
+    return rows
 
 
 class Fixed(nn.Module):

@@ -20,6 +20,21 @@ __all__ = ["REPORTS"]
 # -- CDSA -------------------------------------------------------------------------------------------------------------
 
 
+def score(rows: Rows) -> list[Rows]:
+    """A learned score: its loss above the least one, its relative error at three levels."""
+    table: Rows = [
+        {"sigma": sigma, "relative error": seeds(part, "error"), "loss": seeds(part, "loss"),
+         "least loss": part[0]["least loss"]}
+        for (sigma,), part in groups(rows, "sigma").items()
+    ]  # fmt: skip
+    near = [r for r in rows if r["sigma"] == 0.5]
+    return [table, [
+        line("loss within .08 of the least", (abs(r["loss"] - r["least loss"]) < 0.08 for r in near),
+             seeds(near, "loss")),
+        line("relative error below .12 at sigma .5", (r["error"] < 0.12 for r in near), seeds(near, "error")),
+    ]]  # fmt: skip
+
+
 def corridor(rows: Rows) -> list[Rows]:
     """Strengths beside the hazard."""
     table: Rows = []
@@ -339,6 +354,7 @@ def guidance_figure(rows: Rows) -> Figure:
 
 
 REPORTS: dict[str, Page] = {
+    "score": Page(score),
     "corridor": Page(corridor, corridor_figure, "means of {n} seeds"), "short": Page(short),
     "clones": Page(clones),
     "guidance": Page(guidance, guidance_figure, "{n} seeds, a line each"),

@@ -1,5 +1,6 @@
 """Offline agents side by side (docs/offline.md, docs/cdsa.md, docs/pgd.md).
 
+    python scripts/studies/offline score --out results/offline      # CDSA: a learned score beside the exact one
     python scripts/studies/offline corridor --out results/offline   # CDSA beside a hazard: strengths, VaR, CVaR
     python scripts/studies/offline short --out results/offline      # U-maze and pendulum, two layers of 128
     python scripts/studies/offline clones --seeds 10 --out results/offline   # BC and IQL on U-mazes of two controllers
@@ -36,7 +37,7 @@ from ccrl.settings import Count, Natural, Settings
 from scripts.studies import tables
 from scripts.studies.offline import layout, report
 from scripts.studies.offline.cells import GRIDS, play_baseline, play_online, play_selection, play_short
-from scripts.studies.offline.correction import FAR, play_corridor, play_strengths
+from scripts.studies.offline.correction import FAR, play_corridor, play_score, play_strengths
 from scripts.studies.offline.data import SETS
 from scripts.studies.offline.diffused import play_guidance, play_rows
 from scripts.studies.tables import Rows
@@ -63,6 +64,7 @@ def _cross(**axes: tuple[Any, ...]) -> tuple[dict[str, Any], ...]:
 
 
 STUDIES: dict[str, Plan] = {
+    "score": Plan(play_score, {"updates": 4_000}, ({},)),
     "corridor": Plan(play_corridor, {"updates": 4_000, "episodes": 400}, _cross(density=("data", "policy"))),
     "short": Plan(
         play_short, {"updates": 10_000, "episodes": 100, "steps": 100_000},

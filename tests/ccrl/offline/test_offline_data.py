@@ -22,6 +22,7 @@ from ccrl.offline import (
     load_minari,
     load_ogbench,
     make_ogbench,
+    navigate_ogbench,
     normalised_score,
     qlearning_rows,
     reference_scores,
@@ -264,6 +265,61 @@ def test_ogbench_environments_need_no_network(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "ogbench", None)
     with pytest.raises(ImportError, match=r"extra 'ogbench'"):
         make_ogbench("x")
+
+
+class Hall(gymnasium.Env):  # type: ignore[type-arg]
+    """Three cells in a row, 4 apart, with the names of OGBench's mazes; a step moves by the action."""
+
+    action_space = gymnasium.spaces.Box(-1, 1, (2,))
+    maze_map = np.array([[1] * 5, [1, 0, 0, 0, 1], [1] * 5])
+    task_infos = ({"goal_ij": (1, 3)},)
+
+    def reset(self, *, seed: int | None = None, options: object = None) -> tuple[np.ndarray, dict[str, object]]:
+        self.xy = np.zeros(2)
+        return self.xy, {}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, object]]:
+        self.xy = self.xy + action
+        return self.xy, 0.0, False, False, {}
+
+    def ij_to_xy(self, ij: tuple[int, int]) -> tuple[float, float]:
+        return 4.0 * ij[1], 4.0 * ij[0]
+
+    def xy_to_ij(self, xy: np.ndarray) -> tuple[int, int]:
+        return int(xy[1] / 4 + 0.5), int(xy[0] / 4 + 0.5)
+
+    def get_oracle_subgoal(self, xy: np.ndarray, goal: np.ndarray) -> tuple[np.ndarray, None]:
+        (i, j), (_, to) = self.xy_to_ij(xy), self.xy_to_ij(goal)
+        return np.array(self.ij_to_xy((i, j + int(np.sign(to - j))))), None
+
+    def get_xy(self) -> np.ndarray:
+        return self.xy
+
+    get_ob = get_xy
+
+    def set_xy(self, xy: np.ndarray) -> None:
+        self.xy = xy
+
+
+def test_the_navigate_recipe_of_ogbench() -> None:
+    """Without noise actions have length 1 towards the next cell or the goal; arrival within 1 of (12, 4) ends an
+    episode and not the walk."""
+    data = navigate_ogbench(Hall(), 250, noise=0.0, length=100)
+    assert len(data) == 300
+    assert np.abs(np.linalg.norm(data.action, axis=1) - 1.0).max() < 1e-3
+    there = np.linalg.norm(data.next_obs - [12.0, 4.0], axis=1) <= 1.0
+    assert there.any()
+    assert data.reward.tolist() == (there - 1.0).tolist()
+    assert data.terminated.tolist() == there.tolist()
+    assert np.flatnonzero(data.truncated).tolist() == [i for i in (99, 199, 299) if not there[i]]
+    walk = np.arange(299) % 100 != 99
+    np.testing.assert_array_equal(data.obs[1:][walk], data.next_obs[:-1][walk])
+    np.testing.assert_array_equal(data.action, navigate_ogbench(Hall(), 250, noise=0.0, length=100).action)
+    noisy = navigate_ogbench(Hall(), 100, seed=1, length=100)
+    assert np.abs(noisy.action).max() == 1.0
+    for wrong, message in ((gymnasium.make("Pendulum-v1"), "expected a point maze"), (Hall(), "task: expected 1 to 1")):
+        with pytest.raises(ValueError, match=message):
+            navigate_ogbench(wrong, 10, task=2)
 
 
 # -- windows ----------------------------------------------------------------------------------------------------------
