@@ -14,7 +14,7 @@ from ccrl.estimators.base import Context, Phase
 from ccrl.learn.graph import CycleGraphs
 from ccrl.updaters import Stats
 
-__all__ = ["Cycle", "Polyak", "Source", "run_cycles"]
+__all__ = ["Cycle", "Means", "Polyak", "Source", "run_cycles"]
 
 
 class Source(Protocol):
@@ -158,18 +158,42 @@ class Cycle(nn.Module):
         self._count = int(self.count)
 
 
-def run_cycles(cycle: Cycle, source: Source, spec: Batching, steps: int, ctx: Context) -> tuple[Stats, int]:
-    """``steps`` gradient steps, each on a draw of its own; statistics are means over the steps that have them. Also
-    returns the number of optimiser steps."""
-    sums: Stats = {}
-    counts: dict[str, int] = {}
+class Means:
+    """Means of statistics over the steps that have them: an actor that moves at every second step has half as many."""
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], list[Tensor]] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
+
+    @torch.no_grad()
+    def add(self, row: Stats) -> None:
+        """Those of one step. All are added by one call: of small networks a step is calls."""
+        names = tuple(row)
+        if names in self._sums:
+            torch._foreach_add_(self._sums[names], list(row.values()))
+            self._counts[names] += 1
+        else:
+            self._sums[names], self._counts[names] = [x.detach().clone() for x in row.values()], 1
+
+    def read(self) -> Stats:
+        """The means so far, by name."""
+        sums: Stats = {}
+        counts: dict[str, int] = {}
+        for names, values in self._sums.items():
+            for name, value in zip(names, values):
+                sums[name] = sums[name] + value if name in sums else value
+                counts[name] = counts.get(name, 0) + self._counts[names]
+        return {name: value / counts[name] for name, value in sums.items()}
+
+
+def run_cycles(cycle: Cycle, source: Source, spec: Batching, steps: int, ctx: Context, means: Means) -> int:
+    """``steps`` gradient steps, each on a draw of its own, their statistics added to ``means``. The number of optimiser
+    steps."""
     taken = 0
     many = getattr(source, "batches", None)  # a source that draws several batches at a time
     draws = (source.sample(spec, ctx.generator) for _ in range(steps))
     for draw in draws if many is None else many(spec, steps, ctx.generator):
         row, n = cycle.step(draw, ctx)
         taken += n
-        for name, value in row.items():
-            sums[name] = sums[name] + value if name in sums else value
-            counts[name] = counts.get(name, 0) + 1
-    return {name: value / counts[name] for name, value in sums.items()}, taken
+        means.add(row)
+    return taken

@@ -15,7 +15,7 @@ from ccrl.collect import Collector, Request
 from ccrl.data import Batching, Field
 from ccrl.estimators.base import Phase
 from ccrl.learn.base import Learner
-from ccrl.learn.cycle import Cycle, Source, run_cycles
+from ccrl.learn.cycle import Cycle, Means, Source, run_cycles
 from ccrl.n_step import NStepReturns
 from ccrl.replay import ReplayBuffer
 from ccrl.updaters import Stats, Updater
@@ -45,10 +45,8 @@ class _CycleLearner(Learner):
         if self.cycle.one_graph:
             self.cycle.compile_steps(all(getattr(u, "compile", False) for u in self.updaters.values()))
 
-    def _train(self, source: Source, steps: int) -> Stats:
-        stats, taken = run_cycles(self.cycle, source, self.batch, steps, self.ctx)
-        self.counters.n_updates += taken
-        return stats
+    def _train(self, source: Source, steps: int, means: Means) -> None:
+        self.counters.n_updates += run_cycles(self.cycle, source, self.batch, steps, self.ctx, means)
 
 
 class ReplayLearner(_CycleLearner):
@@ -108,8 +106,8 @@ class ReplayLearner(_CycleLearner):
         return math.ceil(self.rounds * self.updates * self._steps_per_update())
 
     def _iterate(self) -> tuple[dict[str, Any], Stats, dict[str, float]]:
-        sums: Stats = {}
-        trained, spent = 0, {"env": 0.0, "policy": 0.0, "update": 0.0}
+        means, trained = Means(), False
+        spent = {"env": 0.0, "policy": 0.0, "update": 0.0}
         random, live = (Request(steps=self.n_steps, params=who) for who in ("random", "live"))
         data = None
         if self.ring.lost:
@@ -127,16 +125,15 @@ class ReplayLearner(_CycleLearner):
             middle = time.perf_counter()
             # with n-step returns the ring is empty until the first row is whole
             if self.clock >= starts and (trained or len(self.ring)):
-                stats = self._train(self.ring, self.updates)
-                sums = {k: sums[k] + v if k in sums else v for k, v in stats.items()}
-                trained += 1
+                self._train(self.ring, self.updates, means)
+                trained = True
             spent["env"] += self.source.env_seconds
             spent["policy"] += middle - start - self.source.env_seconds
             spent["update"] += time.perf_counter() - middle
         self.ctx.clock.fill_(self.clock)
         self.cycle.after_iteration(self.ctx)
         assert data is not None
-        return {"on": data}, {k: v / max(trained, 1) for k, v in sums.items()}, spent
+        return {"on": data}, means.read(), spent
 
     def _log(self, data: Mapping[str, Any], stats: Stats, seconds: dict[str, float]) -> None:
         super()._log(data, stats, seconds)
@@ -177,10 +174,10 @@ class DatasetLearner(_CycleLearner):
         return math.ceil(self.updates * self._steps_per_update())
 
     def _iterate(self) -> tuple[dict[str, Any], Stats, dict[str, float]]:
-        start = time.perf_counter()
-        stats = self._train(self.source, self.updates)
+        start, means = time.perf_counter(), Means()
+        self._train(self.source, self.updates, means)
         self.cycle.after_iteration(self.ctx)
-        return {}, stats, {"update": time.perf_counter() - start}
+        return {}, means.read(), {"update": time.perf_counter() - start}
 
 
 class Explorer:

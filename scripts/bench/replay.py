@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 
+from ccrl.learn.cycle import Means
 from ccrl.packages import check_siblings, require
 
 check_siblings("agents", "envs")
@@ -107,8 +108,8 @@ def _ours(config: Config, size: int) -> tuple[Callable[[int], None], float]:
     )  # fmt: skip
     learner.begin(0, 10**7)
     start = time.perf_counter()
-    learner._train(learner.ring, 12)
-    return lambda updates: learner._train(learner.ring, updates), time.perf_counter() - start
+    learner._train(learner.ring, 12, Means())
+    return lambda updates: learner._train(learner.ring, updates, Means()), time.perf_counter() - start
 
 
 def _overhead(config: Config) -> float:

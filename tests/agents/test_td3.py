@@ -63,6 +63,24 @@ def test_actor_and_targets_wait_for_every_second_step() -> None:
     assert agent.n_updates == 3
 
 
+def test_logged_means_are_over_the_steps_that_have_the_statistic() -> None:
+    agent = TD3(SpacesEnv(BOX, BOX), num_envs=2, hidden=(4,), learning_starts=2, batch_size=4, rounds=5, updates=1)
+    rows: list[dict[str, Tensor]] = []
+    step = agent.learner.cycle.step  # type: ignore[attr-defined]
+
+    def kept(*args: Any) -> Any:
+        found = step(*args)
+        rows.append(found[0])
+        return found
+
+    agent.learner.cycle.step = kept  # type: ignore[attr-defined]
+    agent.learn(10)
+    for name, count in (("critic_loss", 5), ("actor_loss", 2)):  # the actor's at the second and the fourth step
+        values = [float(row[name]) for row in rows if name in row]
+        assert len(values) == count
+        assert float(agent.scalars[f"train/{name}"]) == pytest.approx(sum(values) / count, rel=1e-5)
+
+
 def test_actions_are_within_the_bounds_and_noisy_only_in_training() -> None:
     space = spaces.Box(np.array([-1, 0], np.float32), np.array([1, 4], np.float32))
     agent = TD3(SpacesEnv(BOX, space), num_envs=2, hidden=(4,), exploration_noise=3.0)

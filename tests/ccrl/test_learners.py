@@ -17,7 +17,7 @@ from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.terms import Term
 from ccrl.experiment.callbacks import Callback
 from ccrl.learn import Cycle, DatasetLearner, Polyak, RolloutLearner, StateRegistry
-from ccrl.learn.cycle import run_cycles
+from ccrl.learn.cycle import Means, run_cycles
 from ccrl.replay import ReplayBuffer
 from ccrl.updaters import FlatUpdater, ModuleUpdater
 
@@ -239,10 +239,10 @@ def test_a_cycle_is_targets_then_phases_then_averages() -> None:
 
 def test_the_pattern_of_a_cycle_survives_a_checkpoint() -> None:
     learner, other = dataset_learner(), dataset_learner()
-    run_cycles(learner.cycle, learner.source, learner.batch, 3, learner.ctx)
+    run_cycles(learner.cycle, learner.source, learner.batch, 3, learner.ctx, Means())
     other.state.load_state_dict(learner.state.state_dict())
     for each in (learner, other):
-        run_cycles(each.cycle, each.source, each.batch, 1, each.ctx)
+        run_cycles(each.cycle, each.source, each.batch, 1, each.ctx, Means())
     assert float(other.policy.b) == float(learner.policy.b) == 2.0
 
 
