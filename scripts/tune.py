@@ -46,7 +46,11 @@ from ccrl.seeding import stream_seed
 from ccrl.settings import Count, Natural, Settings
 from ccrl.stats import score_at_budget
 
-__all__ = ["Options", "main", "suggest", "train_once"]
+__all__ = ["Options", "main", "suggest", "train_once", "write"]
+
+COMPILE_FROM = 30_000
+"""Gradient steps from which a trial's updates are compiled where the agent says auto: constants of its settings are in
+the graph, so that no trial finds it in the cache, and twenty seconds must pay within the one training."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ def train_once(options: Options, settings: dict[str, Any], seed: int, report: An
         agent.close()  # it would train on more than the others, and win
         raise ValueError(f"expected at most {options.total_timesteps} samples per iteration, the whole training, got "
                          f"{agent.samples_per_iteration}; lower n_steps or num_envs")  # fmt: skip
+    agent.learner.compile_from = max(agent.learner.compile_from, COMPILE_FROM)
     # another seed's environments; language models draw their test questions themselves
     steps = getattr(cls, "steps_env", True)
     eval_env = evaluation_env(options.env, options.eval_episodes, "dev", **env_kwargs) if steps else None
@@ -195,8 +200,11 @@ def _work(options: Options, worker: int) -> None:
         study.optimize(objective, callbacks=[stop], catch=(ValueError, FloatingPointError))
 
 
-def _write(options: Options) -> Path:
-    """The study's files; the path of best.yaml."""
+def write(options: Options) -> Path:
+    """Write the files of the trials that have ended, however many; the path of best.yaml.
+
+    :raises ValueError: none ended whole.
+    """
     optuna = require("optuna", "tune")
     study = _study(options)
     state, trials = optuna.trial.TrialState, _finished(study)
@@ -263,7 +271,7 @@ def main(options: Options) -> Path:
         with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
             for future in [pool.submit(_work, options, worker) for worker in range(options.jobs)]:
                 future.result()
-    path = _write(options)
+    path = write(options)
     print(path.read_text(encoding="utf-8"))
     return path
 

@@ -119,19 +119,20 @@ class DAPORecipe(Recipe):
             columns = torch.isin(joined["group"], wanted).nonzero().squeeze(-1)
             if columns.numel():
                 joined = joined.take(columns)
-        found = super().prepare({"sampled": have["on"], "on": joined}, ctx)
-        self._warn_of_right_answers(found["on"])
-        return found
+        return super().prepare({"sampled": have["on"], "on": joined}, ctx)
 
-    def _warn_of_right_answers(self, data: Data) -> None:
-        """Once. Where an answer needs most of ``max_new_tokens`` the penalty teaches to leave it out."""
+    def idle(self, data: Data, ctx: Context) -> bool:
+        # without an informative group the length penalty would be all there is to learn from
+        learns = (informative(data) if self.config.max_tries > 1 else data["advantage"]).any()
         if self._warned or "shaped_episode_reward" not in data:
-            return
-        score = data["episode_reward"]
-        penalty = data["shaped_episode_reward"] - score
-        share = float((penalty < 0)[score == score.max()].float().mean())
-        # outcomes or lengths that are all equal have no advantage
-        if share > 0.5 and score.min() < score.max() and penalty.min() < penalty.max():
+            return not bool(learns)
+        any_learns, share = torch.stack([learns.double(), _penalised(data)]).tolist()  # one wait for the device
+        self._warn_of_right_answers(share)
+        return not any_learns
+
+    def _warn_of_right_answers(self, share: float) -> None:
+        """Once. Where an answer needs most of ``max_new_tokens`` the penalty teaches to leave it out."""
+        if share > 0.5:
             self._warned = True
             warnings.warn(
                 f"DAPO: the length penalty falls on {share:.0%} of the best completions: expected answers shorter than "
@@ -139,10 +140,6 @@ class DAPORecipe(Recipe):
                 "have; give the task a larger max_new_tokens, or set overlong_share to 0",
                 stacklevel=2,
             )
-
-    def idle(self, data: Data, ctx: Context) -> bool:
-        # without an informative group the length penalty would be all there is to learn from
-        return not bool((informative(data) if self.config.max_tries > 1 else data["advantage"]).any())
 
     def stages(self) -> tuple[Stage, ...]:
         c, limit = self.config, self.parts.max_length
@@ -154,6 +151,15 @@ class DAPORecipe(Recipe):
 
 def _count(group: Tensor) -> int:
     return int(torch.unique(group).numel())
+
+
+def _penalised(data: Data) -> Tensor:
+    """The share of the best completions that the length penalty falls on, float64; 0 where outcomes or lengths are all
+    equal, which have no advantage."""
+    score = data["episode_reward"]
+    penalty = data["shaped_episode_reward"] - score
+    best, differ = score == score.max(), (score.min() < score.max()) & (penalty.min() < penalty.max())
+    return ((penalty < 0) & best).sum().double() / best.sum() * differ
 
 
 DAPO = LLMMethod(

@@ -125,7 +125,7 @@ class Learner(ABC):
     """
 
     clock_unit: ClassVar[str] = "environment steps"
-    compile_from: ClassVar[int] = COMPILE_FROM
+    compile_from: int = COMPILE_FROM
     """Optimiser steps from which compile "auto" compiles."""
 
     def __init__(

@@ -24,8 +24,12 @@ __all__ = ["main"]
 def main(argv: list[str]) -> None:
     """Run the subcommand ``argv[0]`` with the options that follow it."""
     names = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    usage = f"usage: bench {{{','.join(names)}}} [--help] [options]"
+    if argv[:1] in (["--help"], ["-h"]):
+        print(f"{usage}\n\n{__doc__}")
+        return
     if not argv or argv[0] not in names:
-        sys.exit(f"usage: bench {{{','.join(names)}}} [--help] [options]; received {argv[:1] or 'nothing'}")
+        sys.exit(f"{usage}; received {argv[0] if argv else 'nothing'}")
     # Only the module that runs is imported: the others may need packages this one does not.
     module = importlib.import_module(f"scripts.bench.{argv[0]}")
     module.main(tyro.cli(module.Config, args=argv[1:], prog=f"bench {argv[0]}"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ccrl.experiment.csv_table import read_rows
 from ccrl.packages import ROOT
@@ -46,13 +47,23 @@ def test_settings_are_chosen_on_other_seeds_than_those_reported(tmp_path: Path) 
     assert {r["settings"] for r in tests} == {'{"rate": 2.0}'}
     assert len(rows) == 3 * 3 * 2 + 3 * 4
     assert rows[0]["threads"] == "1"
-    assert rows[0]["compile"] == "off"
     assert rows[0]["torch"]
 
     def never(cell: dict[str, Any]) -> list[dict[str, Any]]:
         raise AssertionError("every cell is in the file")
 
     assert run(CLAIM, tmp_path / "x.csv", never) == rows
+
+
+def test_whether_a_run_was_compiled_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(seed: int) -> float:
+        return float(torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(())))
+
+    arms = (Arm("eager", lambda seed: 1.0, ({},)), Arm("compiled", compiled, ({},)))
+    monkeypatch.setitem(study.CLAIMS, CLAIM.name, replace(CLAIM, arms=arms, pairs=(("eager", "compiled"),)))
+    cell = {"claim": CLAIM.name, "seed": 0, "settings": "{}"}
+    assert study.play(cell | {"arm": "compiled"}) == [{"score": 1.0, "compile": "on"}]
+    assert study.play(cell | {"arm": "eager"}) == [{"score": 1.0, "compile": "off"}]
 
 
 def test_paired_differences_by_hand() -> None:

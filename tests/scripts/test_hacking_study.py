@@ -82,5 +82,5 @@ def test_curves_have_a_method_and_a_weight(text):
 
 
 def test_unknown_studies_are_refused():
-    with pytest.raises(ValueError, match="expected exact"):
+    with pytest.raises(ValueError, match="expected one of exact"):
         main(["traffic"])

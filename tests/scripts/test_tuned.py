@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
+import yaml
 
 from agents import tuned
 from ccrl.experiment import config as configs
@@ -54,25 +56,66 @@ def test_what_was_reached_by_hand():
     pair = study.Pair("ppo", "Hopper-v5")
     rows = [
         {"env": "Hopper-v5", "agent": "ppo", "seed": str(seed), "settings": mark, "step": str(step), "return": str(r),
-         "stochastic": "1", "cpu_seconds": "1800"}
-        for seed, mark, curve in ((100, pair.mark, (0, 10, 20)), (101, pair.mark, (5, 20, 30)), (102, "old", (9, 9, 9)))
+         "stochastic": "1", "commit": "0123", "torch": "2", "threads": "1", "cpu_seconds": cpu}
+        for seed, mark, curve, cpu in ((100, pair.mark, (0, 10, 20), "1800"), (101, pair.mark, (5, 20, 30), ""),
+                                       (102, "old", (9, 9, 9), "9"))
         for step, r in zip((1, 2, 3), curve)
     ]  # fmt: skip
     found = study.reached(pair, rows)
-    # the last two evaluations of each run: (10 + 20) / 2 and (20 + 30) / 2; settings of old are others
-    assert (found.runs, found.step, found.returns, found.cpu_hours) == (2, 3, [15, 25], 1)
+    # the last two evaluations of each run: (10 + 20) / 2 and (20 + 30) / 2; settings of old are others; one run was
+    # broken off and has no time
+    assert (found.seeds, found.step, found.returns, found.cpu_minutes) == ([100, 101], 3, [15, 25], 30)
     # Student with one degree of freedom: 20 -+ 12.706 * sqrt(50) / sqrt(2)
     assert found.text(found.returns) == "20 [-43.5, 83.5]"
     table = study.page(rows)
-    assert "| ppo | Hopper-v5 | 3 | 2 | 20 [-43.5, 83.5] | 1 [1, 1] | 1.00 | rl-baselines3-zoo" in table
-    assert table.count("not yet run here") == len(FILES) - 1
+    assert "| ppo | Hopper-v5 | 3 | 2: 100 to 101 | 20 [-43.5, 83.5] | 1 [1, 1] | 30.0 | rl-baselines3-zoo" in table
+    assert table.count("| not yet run here |") == len(FILES) - 1
+    assert "**1 of the study's 24 pairs are run.** Not yet: sac on HalfCheetah-v5, " in table
+    assert "their intervals say little: ppo on Hopper-v5 (2)" in table
 
 
 def test_the_study_has_what_the_page_says():
     count = {agent: sum(p.agent == agent for p in study.PAIRS) for agent in ("ppo", "mdpo", "bpo", "sac")}
     assert count == {"ppo": 12, "mdpo": 4, "bpo": 4, "sac": 4}
-    rows = study._rows(study.ROWS)
+    rows = study.all_rows()
     assert (study.ROOT / "docs" / "tuned.md").read_text("utf-8") == study.page(rows)
     for pair in study.PAIRS:
-        found, says = study.reached(pair, rows), tuned.head(pair.file)["Reached here"]
-        assert says.startswith("not yet run here" if found is None else found.text(found.returns))
+        assert tuned.head(pair.file)["Reached here"] == study.heading(study.reached(pair, rows))
+
+
+def test_runs_of_the_off_policy_study_count_where_settings_are_equal():
+    with pytest.raises(ValueError, match=r"starts: 100 here, 10000 there; learning_rate: 0.001 here"):
+        study.same_settings(study.Pair("sac", "Pendulum-v1", 20_000, elsewhere=True))
+    with pytest.raises(ValueError, match=r"steps: 50000 here, \[100000\] there"):
+        study.same_settings(study.Pair("sac", "Hopper-v5", 50_000, elsewhere=True))
+
+
+def run_folder(out, pair, seed, finished=True):
+    """A run as the benchmark leaves it."""
+    (spec,) = (s for s in configs.from_dict(study.Study, pair.study(5)).specs() if s.values["seed"] == seed)
+    path = out / f"{pair.agent}__{pair.env}__{pair.mark}" / pair.agent / f"{pair.env}__{seed}"
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(spec.config())))
+    info = {"env": pair.env, "agent": pair.agent, "seed": seed, "versions": {"torch": "2"}, "threads": {"torch": 1}}
+    done = {"finished": {"since": 0, "cpu_seconds": 60.0}} if finished else {}
+    (path / "run.json").write_text(json.dumps(info | done))
+    (path / "eval.csv").write_text(f"step,eval/mean_reward,eval_stochastic/mean_reward\n5000,{seed},2\n")
+
+
+def test_rows_of_finished_runs_join_the_others(tmp_path):
+    pair = study.Pair("ppo", "CartPole-v1")
+    for seed, finished in ((101, True), (100, True), (102, False)):
+        run_folder(tmp_path / "runs", pair, seed, finished)
+    options = study.Options(tmp_path / "runs", tmp_path / "tuned.csv", page_only=True)
+    old = dict.fromkeys(study.COLUMNS, "1") | {"agent": "ppo", "env": "CartPole-v1"}
+    lines = [old | {"seed": "100", "settings": "old"}, old | {"seed": "103", "settings": pair.mark}]
+    text = [",".join(study.COLUMNS), *(",".join(row.values()) for row in lines)]
+    options.rows.write_text("\n".join(text) + "\n")
+    study.main(options)
+    # of the settings of before nothing is left, a run whose folder is elsewhere keeps its row
+    kept = [(row["seed"], row["step"], row["return"], row["stochastic"]) for row in study._rows(options.rows)]
+    assert kept == [("100", "5000", "100", "2"), ("101", "5000", "101", "2"), ("103", "1", "1", "1")]
+    page = (tmp_path / "tuned.md").read_text("utf-8")
+    assert "| ppo | CartPole-v1 | 5,000 | 3: 100, 101, 103 |" in page
+    study.main(options)
+    assert (tmp_path / "tuned.md").read_text("utf-8") == page

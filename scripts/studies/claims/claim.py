@@ -123,7 +123,6 @@ def _cell(claim: Claim, purpose: str, arm: Arm, settings: dict[str, Any], seed: 
     return {
         "claim": claim.name, "purpose": purpose, "arm": arm.name, "settings": json.dumps(settings, sort_keys=True),
         "seed": seed, "torch": torch.__version__.partition("+")[0], "threads": 1,
-        "compile": "off",  # what a claim's agents have by default or are given: compilation makes another run of a seed
     }  # fmt: skip
 
 

@@ -41,6 +41,7 @@ from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.protocol import SEEDS, Purpose, check_seeds
 from ccrl.stats import paired_t, t_interval
 from scripts.studies import tables
+from scripts.studies.command import choose
 from scripts.studies.flow.cells import CONTROL, METHODS, play
 from scripts.studies.flow.pictures import Pictures
 from scripts.studies.flow.variance import Variance
@@ -287,22 +288,16 @@ def _interval(name: str, values: list[float]) -> dict[str, float]:
 def main(argv: list[str]) -> list[Rows]:
     """Run one of the studies and write its files; its tables."""
     torch.set_num_threads(1)
-    if argv[:1] in (["--help"], ["-h"]):
-        print(__doc__)
-        return []
-    if argv[:1] == ["pictures"]:
-        return tyro.cli(Pictures, args=argv[1:], description=__doc__).run()
-    if argv[:1] == ["variance"]:
-        return tyro.cli(Variance, args=argv[1:], description=__doc__).run()
-    if not argv or argv[0] not in METHODS:
-        raise ValueError(
-            f"expected one of {', '.join(METHODS)}, pictures, variance and options, got {argv[:1] or 'nothing'}"
-        )
-    study = tyro.cli(Study, args=argv[1:], description=__doc__, default=Study(tyro.MISSING))
-    study = replace(study, name=argv[0])
-    rows = study.run()
-    found = study.table(rows)
-    stem, command = study.figures / f"flow_{argv[0]}", "python scripts/studies/flow " + shlex.join(argv)
-    tables.write(stem, command, found[0], rows, *found[1:])
-    study.figure(rows).savefig(stem.with_suffix(".png"), dpi=100)
+    name = choose(argv, (*METHODS, "variance", "pictures"), __doc__)
+    if name in ("variance", "pictures"):
+        kind: Any = {"variance": Variance, "pictures": Pictures}[name]
+        rows: list[Rows] = tyro.cli(kind, args=argv[1:], description=__doc__, prog=f"flow {name}").run()
+        return rows
+    study = tyro.cli(Study, args=argv[1:], description=__doc__, default=Study(tyro.MISSING), prog=f"flow {name}")
+    study = replace(study, name=name)
+    runs = study.run()
+    found = study.table(runs)
+    stem, command = study.figures / f"flow_{name}", "python scripts/studies/flow " + shlex.join(argv)
+    tables.write(stem, command, found[0], runs, *found[1:])
+    study.figure(runs).savefig(stem.with_suffix(".png"), dpi=100)
     return found

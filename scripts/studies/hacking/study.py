@@ -21,6 +21,7 @@ from ccrl.packages import check_siblings
 check_siblings("agents", "envs")
 
 from scripts.studies import tables
+from scripts.studies.command import choose
 from scripts.studies.hacking.exact import Exact
 from scripts.studies.hacking.sampled import SAMPLED, Sampled
 from scripts.studies.tables import Rows
@@ -31,17 +32,16 @@ __all__ = ["main"]
 def main(argv: list[str]) -> list[Rows]:
     """Run one of the studies and write its files; its tables."""
     torch.set_num_threads(1)
-    if not argv or argv[0] not in ("exact", *SAMPLED):
-        raise ValueError(f"expected exact, {' or '.join(SAMPLED)} and options, got {argv[:1] or 'nothing'}\n{__doc__}")
+    name = choose(argv, ("exact", *SAMPLED), __doc__)
     study: Any
-    if argv[0] == "exact":
-        study = tyro.cli(Exact, args=argv[1:], description=__doc__)
+    if name == "exact":
+        study = tyro.cli(Exact, args=argv[1:], description=__doc__, prog="hacking exact")
     else:
-        start = Sampled(tyro.MISSING, task=argv[0], iterations={"point": 40}.get(argv[0], 30))
-        study = tyro.cli(Sampled, args=argv[1:], default=start, description=__doc__)
+        start = Sampled(tyro.MISSING, task=name, iterations={"point": 40}.get(name, 30))
+        study = tyro.cli(Sampled, args=argv[1:], default=start, description=__doc__, prog=f"hacking {name}")
     rows = study.run()
     found: list[Rows] = study.tables(rows)
-    stem = study.figures / f"hacking_{argv[0]}"
+    stem = study.figures / f"hacking_{name}"
     command = "python scripts/studies/hacking " + shlex.join(argv)
     tables.write(stem, command, found[0], rows, *found[1:])
     study.figure(rows).savefig(stem.with_suffix(".png"), dpi=100)

@@ -35,6 +35,7 @@ from ccrl.experiment.cells import CellsFailed, complete
 from ccrl.experiment.csv_table import read_rows
 from ccrl.settings import Count, Natural, Settings
 from scripts.studies import tables
+from scripts.studies.command import choose
 from scripts.studies.offline import layout, report
 from scripts.studies.offline.cells import GRIDS, play_baseline, play_online, play_selection, play_short
 from scripts.studies.offline.correction import FAR, play_corridor, play_score, play_strengths
@@ -224,13 +225,12 @@ def _number(text: str) -> Any:
 
 def main(argv: list[str]) -> list[Rows]:
     """Run one of the studies, or all; their first tables."""
-    if not argv or argv[0] not in {*STUDIES, "all"}:
-        raise ValueError(f"expected one of {', '.join(STUDIES)}, all, got {argv[:1] or 'nothing'}")
+    chosen = choose(argv, (*STUDIES, "all"), __doc__)
     torch.set_num_threads(1)
-    study = tyro.cli(Study, args=argv[1:], description=__doc__, prog=f"offline {argv[0]}")
+    study = tyro.cli(Study, args=argv[1:], description=__doc__, prog=f"offline {chosen}")
     found = []
-    for name in STUDIES if argv[0] == "all" else argv[:1]:
-        if argv[0] == "all" and study.report and not (study.out / f"{name}.csv").exists():
+    for name in STUDIES if chosen == "all" else (chosen,):
+        if chosen == "all" and study.report and not (study.out / f"{name}.csv").exists():
             continue
         found.append(study.run(name))
     return found

@@ -49,10 +49,8 @@ def objectives() -> tuple[Figure, Rows]:
         ("target return 3", TargetReturn(3.0)),
         ("optimistic tail beyond 6", OptimisticTail(6.0)),
     ]
-    page = Figure(figsize=(12.0, 11.5), layout="constrained")
-    axes = page.subplots(4, 3).flatten()
-    for axis in axes[len(panels) + 2 :]:
-        axis.set_visible(False)
+    page = Figure(figsize=(6.2, 11.0), layout="constrained")
+    axes = page.subplots(-(-(len(panels) + 2) // 2), 2).flatten()
     rows: Rows = []
     for axis, (name, objective) in zip(axes, panels):
         found = chain.optimum(objective)
@@ -68,45 +66,41 @@ def objectives() -> tuple[Figure, Rows]:
             height = 0.5 * float(found.law.weights.max())
             arrow = {"arrowstyle": "<->", "color": RED, "shrinkA": 0, "shrinkB": 0, "linewidth": 1.5}
             axis.annotate("", (ends[0], height), (ends[1], height), arrowprops=arrow)
-            axis.set_title(f"{name}: {mark:.4g}, for the best mean {float(objective.value(*mean)):.4g}", fontsize=9,
-                           loc="left")  # fmt: skip
         else:
             axis.axvline(mark, color=RED, linewidth=1.5, label="the objective")
-            axis.set_title(
-                f"{name}: {mark:.4g}, for the best mean {float(objective.value(*mean)):.4g}", fontsize=9, loc="left"
-            )
+        axis.set_title(f"{name}: {mark:.3g} ({float(objective.value(*mean)):.3g})", fontsize=9, loc="left")
         if isinstance(objective, CVaR):
             axis.axvspan(-12, -start, color=RED, alpha=0.08)
         if isinstance(objective, OptimisticTail):
             axis.axvspan(-start, 14, color=RED, alpha=0.08)
         axis.set_xlim(-9, 13)
-        axis.set_xlabel("return", fontsize=8)
+        axis.tick_params(labelsize=8)
         rows.append(
             {"objective": name, "value": mark, "c_0": start, "value of the best mean": float(objective.value(*mean))}
         )
-    axes[1].legend(fontsize=7, frameon=False)
+    page.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=9, frameon=False)
 
     home_axis, budget_axis = axes[len(panels) : len(panels) + 2]
     home = Homeostat()
     found = home.optimum()
-    _scatter(home_axis, _moved(found.law, found.start), f"homeostasis from (-1, -1): {found.value:.4g}")
+    _scatter(home_axis, _moved(found.law, found.start), f"homeostasis from (-1, -1): {found.value:.3g}")
     home_axis.plot(0, 0, "+", color=RED, markersize=14)
     circle = torch.linspace(0.0, 2.0 * torch.pi, 100)
     home_axis.plot(found.value * circle.cos(), found.value * circle.sin(), color=RED)  # the mean distance
-    home_axis.set_xlabel("deviation of food at the end", fontsize=8)
-    home_axis.set_ylabel("of water", fontsize=8)
+    home_axis.set_xlabel("deviation of food at the end", fontsize=9)
+    home_axis.set_ylabel("of water", fontsize=9)
     rows.append({"objective": "homeostasis", "value": found.value, "c_0": str(found.start)})
 
     budget = CostBudget()
     found = budget.optimum()
-    _scatter(budget_axis, found.law, f"earned less 3 x cost beyond 3: {found.value:.4g}")
+    _scatter(budget_axis, found.law, f"earned less 3 x cost beyond 3: {found.value:.3g}")
     budget_axis.axhline(-3.0, color=RED, linewidth=1.5)
-    budget_axis.set_xlabel("earned", fontsize=8)
-    budget_axis.set_ylabel("minus cost", fontsize=8)
+    budget_axis.set_xlabel("earned", fontsize=9)
+    budget_axis.set_ylabel("minus cost", fontsize=9)
     rows.append({"objective": "soft constraints", "value": found.value, "c_0": str(found.start)})
     page.suptitle(
-        "Law of the return under the exact best policy; chain of four steps, gamma 1 (areas below: probability). Red: "
-        "the objective",
+        "Probability of each return under the exact best policy, chain of four steps,\ngamma 1. Red: the objective; in "
+        "brackets what the policy of the best mean has",
         x=0.01, ha="left", fontsize=10,
     )  # fmt: skip
     return page, rows
@@ -117,8 +111,9 @@ def _moved(law: Law, start: Any) -> Law:
 
 
 def _scatter(axis: Any, law: Law, title: str) -> None:
-    axis.scatter(law.atoms[:, 0], law.atoms[:, 1], s=900 * law.weights, color=BLUE, alpha=0.6)
+    axis.scatter(law.atoms[:, 0], law.atoms[:, 1], s=500 * law.weights, color=BLUE, alpha=0.6)
     axis.set_title(title, fontsize=9, loc="left")
+    axis.tick_params(labelsize=8)
     axis.margins(0.2)
 
 
@@ -144,6 +139,6 @@ def gaps() -> tuple[Figure, Rows]:
         rows.append({"objective": f"gap, gamma {gamma}", "value": found[8], "value of the best mean": bound[8]})
     axis.set_xlabel("sweeps k")
     axis.set_ylabel("largest gap to the optimum")
-    axis.legend(fontsize=7, frameon=False)
+    axis.legend(fontsize=9, frameon=False)
     axis.grid(color="#E6E6E6")
     return page, rows

@@ -35,6 +35,7 @@ from agents.subpo import SubPO
 from ccrl.experiment.cells import complete
 from envs.coverage import best_path, greedy_path
 from scripts.studies import tables
+from scripts.studies.command import choose
 from scripts.studies.submodular import pictures
 from scripts.studies.tables import Rows
 
@@ -215,16 +216,15 @@ def most_probable_path(agent: Any, id: str, options: dict[str, Any]) -> list[int
 def main(argv: list[str], small: dict[str, Any] | None = None) -> Rows:
     """Run the study of one task and write its files; its table."""
     torch.set_num_threads(1)
-    if not argv or argv[0] not in TASKS:
-        raise ValueError(f"expected one of {', '.join(TASKS)} and its options, got {argv[:1] or 'nothing'}\n{__doc__}")
-    start: dict[str, Any] = {"task": argv[0], "small": small or {}}
-    if argv[0] == "grid":
+    name = choose(argv, TASKS, __doc__)
+    start: dict[str, Any] = {"task": name, "small": small or {}}
+    if name == "grid":
         start["methods"] = tuple(METHODS)
-    if argv[0] in CONTINUOUS:
+    if name in CONTINUOUS:
         start["methods"] = ("SubPO-M", "ModPO")
-    iterations = {"items": 100, "large": 50, "rooms": 100, "point": 60, "ant": 150}.get(argv[0], 150)
+    iterations = {"items": 100, "large": 50, "rooms": 100, "point": 60, "ant": 150}.get(name, 150)
     default = Study(out=tyro.MISSING, iterations=iterations, **start)
-    study = tyro.cli(Study, args=argv[1:], default=default, description=__doc__)
+    study = tyro.cli(Study, args=argv[1:], default=default, description=__doc__, prog=f"submodular {name}")
     rows = study.run()
     stem = study.figures / f"submodular_{study.task}"
     command = "python scripts/studies/submodular " + shlex.join(argv)

@@ -94,14 +94,17 @@ def test_dapo_says_that_its_length_penalty_falls_on_right_answers() -> None:
     parts = Parts(nn.Identity(), None, Request(counts=torch.tensor([5])), 4)  # type: ignore[arg-type]
     recipe = DAPO.Recipe(DAPOConfig(max_tries=1, overlong_share=0.5), parts)
     context = Context(torch.Generator(), Bank(parts.policy), lambda *_: None)  # type: ignore[arg-type,return-value]
-    data = {"on": rollout([1, 0, 0, 1, 0], [0] * 5)}
+
+    def idle(recipe: Any, right: list[int]) -> bool:
+        return bool(recipe.idle(recipe.prepare({"on": rollout(right, [0] * 5)}, context)["on"], context))
+
     with pytest.warns(UserWarning, match=r"falls on 100% of the best completions: .* 50% of the 4 tokens"):
-        recipe.prepare(data, context)
+        assert not idle(recipe, [1, 0, 0, 1, 0])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        recipe.prepare(data, context)
+        assert not idle(recipe, [1, 0, 0, 1, 0])
         # a short right answer beside them: lengths can be learnt
-        DAPO.Recipe(recipe.config, parts).prepare({"on": rollout([1, 0, 1, 0, 0], [0] * 5)}, context)
+        assert not idle(DAPO.Recipe(recipe.config, parts), [1, 0, 1, 0, 0])
 
 
 def test_dapo_without_a_buffer_is_grpo() -> None:
