@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import html.parser
 import os
+import pkgutil
 import re
 import shutil
 import subprocess
 import sys
 import urllib.parse
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,7 @@ from scripts.methods import Entry, methods
 from scripts.notebooks import page as notebook_page
 from scripts.unrolled import page as unrolled_page
 
-__all__ = ["Options", "broken_links", "main", "stage", "verdict"]
+__all__ = ["Options", "broken_links", "main", "modules", "stage", "verdict"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class Options:
     """Folder of the staged source and of html/."""
     unrolled: tuple[str, ...] = ("all",)
     """Agents that get a page of one traced iteration; all: those that train on a small task."""
-    jobs: int = 1
-    """Processes of Sphinx."""
+    jobs: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    """Processes of Sphinx; by default one for every core."""
 
 
 def verdict(text: str) -> str:
@@ -89,6 +90,10 @@ def stage(source: Path, unrolled: Iterable[str]) -> None:
         (source / "evidence.md").read_text("utf-8") + "\n" + _evidence(pages, evidence), encoding="utf-8"
     )
     (source / "api.md").write_text(_API, encoding="utf-8")
+    (source / "api").mkdir()
+    for package in ("ccrl", "envs", "agents"):
+        for module, below in modules(package, ROOT / package):
+            (source / "api" / f"{module}.rst").write_text(_module(module, below), encoding="utf-8")
     _leftover(source, set(pages))
     for path in source.rglob("*.md"):
         text = path.read_text("utf-8").replace(".ipynb)", ".md)")
@@ -103,13 +108,35 @@ columns, `B` a minibatch.
 ```{eval-rst}
 .. autosummary::
    :toctree: api
-   :recursive:
 
    ccrl
    envs
    agents
 ```
 """
+
+
+def modules(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """The package ``name`` in ``folder`` and every public module below it, each with the names of those in it. One
+    whose name the package gives to a function of its own has no page."""
+    own = re.findall(r"^(?:def|class) (\w+)", (folder / "__init__.py").read_text("utf-8"), flags=re.MULTILINE)
+    found = (info.name for info in pkgutil.iter_modules([str(folder)]))
+    below = sorted(child for child in found if not child.startswith("_") and child not in own)
+    yield name, below
+    for child in below:
+        if (folder / child).is_dir():
+            yield from modules(f"{name}.{child}", folder / child)
+        else:
+            yield f"{name}.{child}", []
+
+
+def _module(name: str, below: list[str]) -> str:
+    """A page of the reference. Sphinx's autosummary would write it too, after looking at every member of every module
+    one by one, before its processes share the pages."""
+    lines = [name, "=" * len(name), "", f".. automodule:: {name}", "   :members:", ""]
+    if below:
+        lines += [".. rubric:: Modules", "", ".. autosummary::", "   :toctree:", "", *(f"   {m}" for m in below), ""]
+    return "\n".join(lines)
 
 
 def _header(method: Entry, says: str, shared: bool, unrolled: bool, page: str) -> str:

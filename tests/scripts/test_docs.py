@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.docs import _outside_links, broken_links, verdict
+from scripts.docs import _outside_links, broken_links, modules, verdict
 
 
 def test_a_verdict_is_one_line():
@@ -28,3 +28,11 @@ def test_broken_links(tmp_path):
     )
     (tmp_path / "b.html").write_text('<p id="here"></p><img src="missing.png">')
     assert broken_links(tmp_path) == ["a.html: b.html#gone", "a.html: c.html", "b.html: missing.png"]
+
+
+def test_the_reference_has_every_public_module(tmp_path):
+    (tmp_path / "c").mkdir()
+    for name in ("__init__.py", "a.py", "_b.py", "d.py", "c/__init__.py", "c/e.py"):
+        (tmp_path / name).write_text("def d(): ...\n" if name == "__init__.py" else "")
+    # the package's function d is on the package's page
+    assert dict(modules("p", tmp_path)) == {"p": ["a", "c"], "p.a": [], "p.c": ["e"], "p.c.e": []}
