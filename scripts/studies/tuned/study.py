@@ -178,9 +178,8 @@ def _keep(pair: Pair, options: Options) -> None:
         run = spec.find(out)
         if run is not None and "finished" in run.info:
             stochastic = read_columns(run.path / "eval.csv")["eval_stochastic/mean_reward"]
-            about = {"settings": pair.mark}
             found[str(spec.values["seed"])] = [
-                {name: str(value) for name, value in (row | about | {"stochastic": f"{value:.6g}"}).items()}
+                {name: str(cell) for name, cell in row.items()} | {"settings": pair.mark, "stochastic": f"{value:.6g}"}
                 for row, value in zip(rows_of(run), stochastic, strict=True)
             ]
     if not found:
