@@ -13,10 +13,12 @@ of a pair that was broken off.
 SAC on HalfCheetah, Hopper and Walker2d is not run again: ``scripts/studies/offpolicy`` trains it with the same settings
 (which is checked), and its rows count.
 
-About 5 CPU hours, five seeds each, compiled, a twelfth of it evaluation. Minutes a run: under 1 the four on CartPole
-and Pendulum without SAC, 1 to 2 InvertedPendulum of mdpo and bpo, Acrobot, MountainCar and SAC's Pendulum, 2 to 5 most
-others, 6 ppo's Hopper and HalfCheetah, 12 its Walker2d (625,000 gradient steps). Measured on a busy core: Hopper 3,560
-steps in a CPU second, HalfCheetah 2,915; the others by their gradient steps and environments' steps.
+An estimate, not a measurement: 6 CPU hours on cores that others use too, four on quiet ones, five seeds each, compiled,
+a twelfth of it evaluation. Minutes a run: under 1 the four on CartPole and Pendulum without SAC, 1 to 2 mdpo's and
+bpo's InvertedPendulum, Acrobot, MountainCar and SAC's Pendulum (the first hour has all of these), 2 to 5 most others, 6
+ppo's Hopper and HalfCheetah, 12 its Walker2d (625,000 gradient steps). Measured, on a busy core: ppo's Hopper 3,560
+steps in a CPU second, HalfCheetah 2,915, evaluations .8 and .4 minutes a run; the others by their gradient steps (.9 ms
+there) and their environments' steps.
 """
 
 from __future__ import annotations
