@@ -34,6 +34,7 @@ def folder(out: Path, env: str, agent: str, seed: int, label: str, finished: boo
 def test_runs_become_rows_and_a_page_that_names_what_is_missing(tmp_path: Path) -> None:
     folder(tmp_path, "Hopper-v5", "mdpo_off_policy", 0, "mdpo_off_policy__tsallis=1.4", finished=True)
     run = folder(tmp_path, "HalfCheetah-v5", "sac", 3, "sac", finished=False, compile="auto")
+    (folder(tmp_path, "HalfCheetah-v5", "sac", 4, "sac", finished=False) / "eval.csv").write_text("")  # only begun
     text = main(Options(tmp_path, tmp_path / "out"))
     rows = read_rows(tmp_path / "out/offpolicy_runs.csv")
     assert [tuple(r) for r in rows] == [COLUMNS] * 3
@@ -83,7 +84,7 @@ def test_runs_are_compared_at_a_step_or_over_the_second_half() -> None:
     assert DISCRETE.score(run) == pytest.approx(320.0)  # (100 + 400 + 460) / 3
 
 
-@pytest.mark.parametrize("which", ["continuous", "discrete"])
+@pytest.mark.parametrize("which", sorted(PAGES))
 def test_the_page_is_what_its_numbers_make(which: str) -> None:
     about = PAGES[which]
     runs = report.runs_of(read_rows(FIGURES / f"{about.name}_runs.csv"))

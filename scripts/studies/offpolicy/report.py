@@ -52,6 +52,8 @@ class Page:
     """Comparisons of our own runs: task, first, second."""
     since: int | None = None
     """Runs are compared by the mean of their evaluations from this step on; None: by the return at ``at``."""
+    least: float | None = None
+    """The page counts runs that reach this return."""
     compared: Mapping[tuple[str, str], tuple[str, str]] = field(default_factory=dict)
     """Which published curves an agent's runs stand beside: (task, agent) to a key of ``Published``."""
     names: Mapping[str, str] = field(default_factory=dict)
@@ -164,6 +166,9 @@ def page(about: Page, runs: list[Run], theirs: Published) -> str:
     what = f"At {about.at:,} steps" if about.since is None else f"Mean of the evaluations from {about.since:,} steps on"
     columns = ["task", "agent", "runs", "mean, 95 %", "half width", "each run", "CPU min a run"]
     aligned = ["---", "---", "--:", "---", "--:", "---", "--:"]
+    if about.least is not None:
+        columns.append(f"at least {about.least:g}")
+        aligned.append("--:")
     if about.compared:
         columns += ["published: mean (range of 10)", "ours less published, 95 %", "verdict"]
         aligned += ["---"] * 3
@@ -179,6 +184,8 @@ def page(about: Page, runs: list[Run], theirs: Published) -> str:
             key[0], about.names.get(key[1], f"`{key[1]}`"), f"{len(own)} of {count}", *_mean(values),
             ", ".join(f"{v:,.0f}" for v in values), _minutes(own),
         ]  # fmt: skip
+        if about.least is not None:
+            row.append(f"{sum(v >= about.least for v in values)} of {len(values)}" if values else "")
         if key in about.compared:
             beside = _at(theirs[about.compared[key]], about.at)
             row += [_range(beside), _less(values, beside, count), verdict(values, beside, count)]

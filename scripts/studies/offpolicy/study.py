@@ -4,7 +4,8 @@
     python scripts/studies/offpolicy results/offpolicy      # docs/figures/offpolicy_*, docs/off_policy_curves.md
     python scripts/studies/offpolicy                        # page and figure again, from the numbers there are
 
-With ``discrete.yaml`` and ``--which discrete``: DQN, double DQN and QR-DQN, docs/q_learning_curves.md.
+With ``discrete.yaml`` and ``--which discrete``: DQN, double DQN and QR-DQN, docs/q_learning_curves.md; with
+``pendulum.yaml`` and ``--which pendulum``: a small check of SAC, TD3 and CrossQ, docs/pendulum_curves.md.
 
 The second command may be run at any time: runs that are not there, or not finished, are named on the page.
 """
@@ -48,15 +49,15 @@ class Options:
     """The numbers and the figure are written to this folder."""
     page: Path | None = None
     """The page is written here; by default into docs, or into OUT if that is another folder."""
-    which: Literal["continuous", "discrete"] = "continuous"
-    """The page is that of the agents for continuous actions, or for discrete ones."""
+    which: Literal["continuous", "discrete", "pendulum"] = "continuous"
+    """The page is that of the agents for continuous actions, for discrete ones, or the small check on Pendulum."""
 
 
 def rows_of(run: RunFolder) -> Iterator[dict[str, Any]]:
     """A row per evaluation of one run."""
     info: dict[str, Any] = run.info
     file = run.path / "eval.csv"
-    if not file.exists():
+    if not file.exists() or not file.stat().st_size:  # a run that has only begun
         return
     swept = run.path.parent.name.split("__")[1:]
     done, threads = info.get("finished"), info.get("threads", {})
