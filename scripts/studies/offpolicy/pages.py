@@ -40,7 +40,8 @@ SAC baseline of CrossQ's paper, whose command (`slurm/submit_everything.sh` ther
 Networks, batch, discount, average, Adam's moments, updates per step and target entropy are the same. It moves the
 average before the actor, and its temperature has the gradient times alpha; neither changes a step's size with Adam.
 Theirs are ahead from the first evaluations on (HalfCheetah at 50,000 steps: 4,212), which a step size three times ours
-and 5,000 more updates explain at least in part; runs of ours with their settings are not here, so this is not shown.
+and 5,000 more updates explain at least in part. Runs of ours with their settings
+([published.yaml](../scripts/studies/offpolicy/published.yaml)) were not made, so this is not shown.
 CrossQ's curves are SimbaV2's own runs (evaluations every 2,000 steps up to 1,000,000, seeds 0, 1,000, ...); their
 settings are not in that repository.
 
