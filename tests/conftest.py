@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import os
 import random
+import signal
 import sys
 from collections.abc import Iterator
 
@@ -34,6 +35,17 @@ def _seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002  (code under test may read the global stream)
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _signals() -> Iterator[None]:
+    """Python's own handlers, which a job in the background lacks: its tests and their subprocesses ignore SIGINT."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True)

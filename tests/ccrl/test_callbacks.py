@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +24,6 @@ from ccrl.experiment.callbacks import (
 from ccrl.experiment.checkpoint import latest, load
 from ccrl.experiment.csv_table import read_columns
 from ccrl.experiment.evaluation import EvalResult
-
-
-@pytest.fixture(autouse=True)
-def _python_s_own_handlers() -> Iterator[None]:
-    """Tests may run as a job in the background, which ignores SIGINT."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def agent() -> PPO:
