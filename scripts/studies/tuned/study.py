@@ -363,9 +363,10 @@ minutes are without evaluation, the median of the runs that were not broken off.
 ```bash
 python scripts/studies/tuned --out results/tuned        # goes on where it stopped
 python scripts/studies/tuned --page-only                # this page from the rows
-python scripts/plot.py docs/figures/tuned.csv --out figures/tuned
+python scripts/plot.py docs/figures/offpolicy_runs.csv --out figures/tuned
 ```
 
-Every evaluation is a row of `docs/figures/tuned.csv` (SAC's three: `docs/figures/offpolicy_runs.csv`), which `plot.py`
-and `report.py` take as they are: put your own rows beside them, or them beside your own runs.
+Every evaluation is a row of `docs/figures/tuned.csv`, which the first pair that ends begins, or, for SAC's three, of
+`docs/figures/offpolicy_runs.csv`. `plot.py` and `report.py` take both as they are: put your own rows beside them, or
+them beside your own runs.
 """
