@@ -12,7 +12,7 @@ from agents.base import Agent
 from agents.detan.config import DetaNConfig
 from agents.detan.learning import DetaNCycle, StockReplay
 from agents.detan.policy import StockPolicy
-from ccrl.batched_env import BatchedEnv
+from ccrl.batched_env import AutoresetMode, BatchedEnv
 from ccrl.collect import Collector
 from ccrl.data import tree_map
 from ccrl.distributional import Objective, outer_search
@@ -127,8 +127,14 @@ class DetaN(Agent):
         """Discounted returns ``[episodes]`` (``[episodes, m]``) of whole greedy episodes from ``c_0 = start``.
 
         :param env: of ``episodes`` copies; None: made from the agent's environment id.
+        :raises ValueError: an environment that resets in the same step and hides its last observation.
         """
         made = self.with_stock(self._fresh_envs(episodes) if env is None else env, start)
+        if made.autoreset_mode == AutoresetMode.SAME_STEP and not made.provides_final_obs:
+            raise ValueError(
+                "returns: expected an environment that shows its last observation, whose stock has the return, got one "
+                "that hides it; autoreset_mode='NextStep' shows it"
+            )
         obs = made.reset(seed=seed)
         running = torch.ones(made.num_envs, dtype=torch.bool, device=self.device)
         found = torch.zeros_like(made.stock)

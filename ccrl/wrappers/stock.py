@@ -130,12 +130,14 @@ class StockEnv:
         # a dummy row, or a finished copy that waits: nothing is earned, and nothing is divided by gamma
         idle = torch.zeros_like(done) if same else self._ended
         earned = self._earned(result, done)
-        after = torch.where(self._wide(idle), self.stock, (self.stock + earned) / self.gamma)
+        total = self.stock + earned
+        after = torch.where(self._wide(idle), self.stock, total / self.gamma)
         t = torch.where(idle, self.t, self.t + 1)
         reward = result.reward
         if self.objective is not None:
             f = self.objective.utility
-            reward = torch.where(idle, 0.0, self.gamma * f(after) - f(self.stock)).float()
+            # gamma f(c / gamma) = f(c) here, and a stock that has grown by gamma^{-t} would round by more than R
+            reward = torch.where(idle, 0.0, f(total) - f(self.stock)).float()
         final = None if result.final_obs is None else self._shown(result.final_obs, after, t)
         self.stock, self.t = after, t
         if same:

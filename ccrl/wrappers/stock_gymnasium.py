@@ -81,10 +81,12 @@ class StockWrapper(gymnasium.Wrapper):  # type: ignore[misc]
     def step(self, action: Any) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         obs, reward, terminated, truncated, info = self.env.step(action)
         earned = np.asarray(reward if self.rewards is None else info[self.rewards], dtype=np.float64)
-        before, self.stock, self.t = self.stock, np.asarray((self.stock + earned) / self.gamma), self.t + 1
+        before, total = self.stock, np.asarray(self.stock + earned)
+        self.stock, self.t = np.asarray(total / self.gamma), self.t + 1
         if self.objective is not None:
             f = self.objective.utility
-            reward = float(self.gamma * f(torch.from_numpy(self.stock)) - f(torch.from_numpy(before)))
+            # as there: not gamma f(c'), which rounds by more than R where the stock has grown
+            reward = float(f(torch.from_numpy(total)) - f(torch.from_numpy(before)))
         return self._shown(obs), float(reward), terminated, truncated, self._told(info)
 
     def _shown(self, obs: Any) -> dict[str, Any]:

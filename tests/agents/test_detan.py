@@ -256,6 +256,15 @@ def test_returns_are_discounted_and_those_of_the_stock():
     assert abs(float(returns.mean()) - 0.5 * 1.875) < 0.25
 
 
+def test_returns_need_the_last_observation():
+    """Where it is hidden, the stock that is shown after an end is the next episode's."""
+    env = ClockEnv([[Episode(0, 3)]] * 2, provides_final_obs=False)
+    with pytest.raises(ValueError, match="returns: expected an environment that shows its last observation"):
+        agent(env).returns(0.0, 2, env=ClockEnv([[Episode(0, 3)]] * 2, provides_final_obs=False))
+    shown = agent(env, gamma=1.0).returns(0.0, 2, env=ClockEnv([[Episode(0, 3)]] * 2))
+    assert shown.tolist() == [3.0, 3.0]
+
+
 def test_one_network_serves_every_level():
     """After a short training the chain's actions differ with the level, and the exact value of the policy is close."""
     torch.manual_seed(0)

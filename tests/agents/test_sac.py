@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from agents import SAC, get_agent
+from agents import SAC, TD3, CrossQ, OffPolicyMDPO, get_agent
 from agents.sac import SACConfig, SACCycle
 from ccrl.bank import Bank
 from ccrl.data import Data
@@ -142,7 +143,8 @@ def test_the_ring_keeps_true_successors_and_only_terminations_end_the_value() ->
 
 
 @pytest.mark.parametrize("case", ["image", "groups"])
-def test_images_and_privileged_critics(case: str) -> None:
+@pytest.mark.parametrize("cls", [SAC, TD3, CrossQ, OffPolicyMDPO])
+def test_images_and_privileged_critics(cls: Any, case: str) -> None:
     image = spaces.Box(0, 255, (3, 12, 12), np.uint8)
     space: Any = spaces.Dict({"policy": BOX, "critic": spaces.Box(-1, 1, (5,), np.float32)})
     space = spaces.Dict({"image": image, "speed": BOX}) if case == "image" else space
@@ -151,12 +153,15 @@ def test_images_and_privileged_critics(case: str) -> None:
         env.reset = lambda seed=None, mask=None: {  # type: ignore[method-assign]
             "image": torch.zeros(2, 3, 12, 12, dtype=torch.uint8), "speed": torch.zeros(2, 2)
         }  # fmt: skip
-    agent = SAC(env, num_envs=2, learning_starts=2, hidden=(4,), batch_size=4, buffer_size=50, rounds=4)
+    agent = cls(
+        env, num_envs=2, learning_starts=2, hidden=(4,), critic_hidden=(4,), batch_size=4, buffer_size=50, rounds=4
+    )
     agent.learn(8)
     assert agent.n_updates > 0
     policy = agent.policy
     if case == "groups":
-        assert policy.actor.net[0].weight.shape[1] == 2, "the actor sees the privileged group"
+        first = (policy.actor.net.layers if cls is CrossQ else policy.actor.net)[0]
+        assert first.weight.shape[1] == 2, "the actor sees the privileged group"
         assert policy.critic.net.weights[0].shape[1] == 5 + 2
     else:
         assert agent.learner.ring.state_dict()["rows"]["obs"]["image"].dtype == torch.uint8  # type: ignore[attr-defined]
@@ -183,6 +188,25 @@ def test_a_refusal_names_agents_that_do_take_the_actions() -> None:
         assert not {name, "hdpo", "bc", "grpo"} & set(others)
         for other in others:
             get_agent(other)(env)
+
+
+def test_a_memory_on_the_disk_is_announced_and_trains_as_one_in_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"num_envs": 2, "learning_starts": 4, "hidden": (4,), "batch_size": 4, "rounds": 4, "compile": "off"}
+    plain, mapped = (SAC("Pendulum-v1", buffer_size=9_999, buffer_folder=f, **small) for f in (None, tmp_path / "map"))
+    # 10,000 slots with the spare one: 3 + 1 + 1 + 3 + 1 float32 and two flags are 38 bytes
+    for agent, where in ((plain, "memory"), (mapped, tmp_path / "map")):
+        agent.learn(8)
+        assert f"[ccrl] replay: 9,999 transitions, {380_000 / 2**20:,.0f} MiB in {where}\n" in capsys.readouterr().out
+    mapped.save(tmp_path / "a.pt")
+    again = SAC.load(tmp_path / "a.pt")
+    for agent in (plain, mapped, again):
+        agent.learn(8)
+        assert agent.num_timesteps == 16
+    for x, y, z in zip(*(a.policy.parameters() for a in (plain, mapped, again))):
+        assert torch.equal(x, y)
+        assert torch.equal(x, z)
 
 
 def test_a_memory_smaller_than_one_collection_is_refused() -> None:

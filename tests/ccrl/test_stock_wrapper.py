@@ -162,6 +162,17 @@ def test_shaped_rewards_add_up_to_the_utility(objective, gamma):
     assert abs(total - (f(start + ret) - f(start))) < 1e-6
 
 
+def test_shaped_rewards_stay_those_of_the_step_where_the_stock_has_grown():
+    """gamma .9 for 400 steps: the stock is 1e19, of which gamma f(c') - f(c) rounds by thousands. With f(x) = x below 0
+    and a reward of 1 the shaped one is c + 1 - c: at most 2, the spacing of float64 where 1 is half of it."""
+    env = StockEnv(ClockEnv([[Episode(0.0, 500)]]), 0.9, -20.0, objective=CVaR(1.0))
+    env.reset(seed=0)
+    shaped = torch.cat([env.step(torch.zeros(1, dtype=torch.int64)).reward for _ in range(400)])
+    assert float(env.stock) < -1e18
+    assert shaped[:100].tolist() == pytest.approx([1.0] * 100)
+    assert 0.0 <= float(shaped.min()) <= float(shaped.max()) <= 2.0
+
+
 def test_the_float64_stock_outlives_what_float32_would_lose():
     """1e8 and a reward of 1: float32 would not move."""
     env = StockEnv(Script(1), 1.0, 1e8)

@@ -187,6 +187,26 @@ def test_a_coarse_grid_errs_little_and_a_finer_one_less():
     assert errors[2] <= errors[0]
 
 
+def test_tables_stay_on_the_device_of_the_stocks():
+    """A tensor on the default device, here one that mixes with no other, would stop it."""
+    mdp, stocks = SAB.timed(2), torch.linspace(-6, 4, 11, dtype=F)
+
+    def solved():
+        grid = StockGrid(mdp, stocks, CVaR(0.5), 0.9, atoms=4)
+        return grid.value_iteration(2), grid.policy_iteration(2)[0], grid.search(grid.value_iteration(2).law)
+
+    plain = solved()
+    torch.set_default_device("meta")
+    try:
+        moved = solved()
+    finally:
+        torch.set_default_device(None)
+    for one, other in zip(plain[:2], moved[:2]):
+        assert torch.equal(one.action, other.action)
+        assert torch.equal(one.law.atoms, other.law.atoms)
+    assert plain[2] == moved[2]
+
+
 def test_vectors_in_the_oracle():
     """Two variables, one may be raised per step: from (-2, -1) three steps reach the set-points exactly."""
     mdp = FiniteMDP.of([[[(1.0, (0.0, 0.0), 0)], [(1.0, (1.0, 0.0), 0)], [(1.0, (0.0, 1.0), 0)]]])
