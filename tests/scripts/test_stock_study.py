@@ -21,11 +21,13 @@ def test_pictures(tmp_path: Path) -> None:
 
 
 def test_chain_resumes_and_compares(tmp_path: Path) -> None:
-    command = ["chain", "--out", str(tmp_path), "--figures", str(tmp_path), "--seeds", "1", "--gammas", "1.0",
-               "--horizon", "2", "--updates", "80", "--batch-size", "32"]  # fmt: skip
+    command = ["chain", "--out", str(tmp_path), "--figures", str(tmp_path), "--seeds", "1", "--tasks", "1.0", "2",
+               "--updates", "80", "--batch-size", "32"]  # fmt: skip
     rows = study.main(command)
     assert [row["tau"] for row in rows] == list(study.LEVELS)
     assert all(row["best"] <= row["optimum"] + 1e-9 for row in rows), "no policy beats the optimum"
+    assert rows[0]["optimum"] == pytest.approx(0.0), "at tau = .1 playing safe is best"
+    assert rows[0]["largest gap"] == pytest.approx(-rows[0]["worst"])
     assert rows[-1]["optimum"] == rows[-1]["no stock"] == pytest.approx(2.0)
     before = (tmp_path / "chain.csv").read_text()
     assert study.main(command) == rows

@@ -1,7 +1,7 @@
 """Objectives of the return's distribution (docs/distributional.md, docs/detan.md).
 
     python scripts/studies/stock pictures                                # exact optima and the rate of value iteration
-    python scripts/studies/stock chain --out results/stock --jobs 2      # D-eta-N on the chain, gamma 1 and .9
+    python scripts/studies/stock chain --out results/stock --jobs 2      # D-eta-N on four chains
     python scripts/studies/stock tail --out results/stock --jobs 2       # PPO for the mean and for CVaR, execution
 
 Every finished run of ``chain`` and ``tail`` is added to ``OUT/NAME.csv``; the same command again, or one with more
@@ -39,7 +39,7 @@ from scripts.studies.tables import Rows
 
 __all__ = ["Chain", "Pictures", "Tail", "main"]
 
-LEVELS = (0.25, 0.5, 0.75, 1.0)
+LEVELS = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Chain:
-    """D-eta-N on the chain: one network per seed, its greedy policy's exact CVaR at every level."""
+    """D-eta-N on chains: one network per chain and seed, its greedy policy's exact CVaR at every level."""
 
     out: Path
     """Folder of the finished runs."""
@@ -69,36 +69,35 @@ class Chain:
     """Folder of the table."""
     jobs: int = 1
     """Runs at a time, each a process with one thread."""
-    gammas: tuple[float, ...] = (1.0, 0.9)
-    """Discounts."""
+    tasks: tuple[tuple[float, int], ...] = ((1.0, 4), (1.0, 3), (0.9, 4), (0.5, 3))
+    """Discount and steps of an episode of every chain."""
     seeds: int = 5
     """Runs of each."""
     first_seed: int = 100
     """The first of their seeds; those up to 99 are for looking."""
-    horizon: int = 4
-    """Steps of an episode."""
     updates: int = 4000
     """Gradient steps of a run."""
     batch_size: int = 512
     """Transitions of a gradient step."""
 
     def run(self) -> Rows:
-        """Per discount and level: optimum, D-eta-N, and the baselines that see no stock."""
+        """Per chain and level: optimum, D-eta-N, and the baselines that see no stock."""
         cells = [
-            {"gamma": g, "horizon": self.horizon, "updates": self.updates, "batch_size": self.batch_size, "seed": seed}
-            for seed, g in itertools.product(_seeds(self), self.gammas)
+            {"gamma": g, "horizon": h, "updates": self.updates, "batch_size": self.batch_size, "seed": seed}
+            for seed, (g, h) in itertools.product(_seeds(self), self.tasks)
         ]
         play = partial(_traced, play=play_chain, made=tables.made())
         found = complete(self.out / "chain.csv", cells, play, jobs=self.jobs, name="chain")
         rows = []
-        for g, tau in itertools.product(self.gammas, LEVELS):
-            mine = [r for r in found if float(r["gamma"]) == g and float(r["tau"]) == tau]
+        for (g, h), tau in itertools.product(self.tasks, LEVELS):
+            mine = [r for r in found if (float(r["gamma"]), int(r["horizon"]), float(r["tau"])) == (g, h, tau)]
             values = sorted(float(r["value"]) for r in mine)
             optimum = float(mine[0]["optimum"])
             near = sum(v >= optimum - 0.05 * abs(optimum) - 1e-9 for v in values)
             rows.append({
-                "gamma": g, "tau": tau, "optimum": optimum, "median": statistics.median(values), "worst": values[0],
-                "best": values[-1], "within 5 %": f"{near} of {len(values)}",
+                "gamma": g, "steps": h, "tau": tau, "optimum": optimum, "median": statistics.median(values),
+                "worst": values[0], "best": values[-1], "largest gap": round(optimum - values[0], 9),
+                "within 5 %": f"{near} of {len(values)}",
                 "by its own c_0": statistics.median(float(r["by estimate"]) for r in mine),
                 "no stock": float(mine[0]["no stock"]), "mean-optimal": float(mine[0]["mean-optimal"]),
             })  # fmt: skip
