@@ -10,6 +10,7 @@ Slots: ratio = token; loss = ratio * A (at the old parameters the policy gradien
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from agents.base import Agent
 from agents.on_policy import VALUE, ActorCriticConfig, OnPolicyEstimator, Updaters
@@ -29,6 +30,7 @@ __all__ = ["A2C", "A2CConfig"]
 class A2CConfig(ActorCriticConfig):
     """Defaults: short rollouts of 8 environments."""
 
+    search: ClassVar[dict[str, Any]] = {"n_steps": {"choice": [5, 8, 16, 32, 64]}}
     num_envs: Count = 8
     """The number of parallel environments."""
     n_steps: Count = 5

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ __all__ = ["BPO", "BPOConfig"]
 class BPOConfig(ActorCriticConfig):
     """The released code's variant for MuJoCo (github.com/bounded-ratio-rl/bounded_ratio_rl, Stable-Baselines3 half)."""
 
+    search: ClassVar[dict[str, Any]] = {
+        "eps_low": {"choice": [0.1, 0.2, 0.25, 0.3]},
+        "eps_high": {"choice": [0.1, 0.2, 0.25, 0.3]},
+    }
     num_envs: Count = 4
     """The number of parallel environments."""
     n_steps: Count = 512

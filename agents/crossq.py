@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ __all__ = ["CrossQ", "CrossQConfig", "CrossQPolicy"]
 class CrossQConfig(SACConfig):
     """The paper's runs; narrower critics (512, 512) are what a few cores can train."""
 
+    search: ClassVar[dict[str, Any]] = {"tau": None}  # it has no target networks
     learning_starts: Natural = 5_000
     """Actions are uniform and nothing is learnt before this many environment steps."""
     learning_rate: Positive = 1e-3

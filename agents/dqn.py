@@ -32,6 +32,11 @@ __all__ = ["DQN", "QRDQN", "DQNConfig", "QRDQNConfig", "QuantileCycle"]
 class DQNConfig(OffPolicyConfig):
     """Small networks on vectors of numbers."""
 
+    search: ClassVar[dict[str, Any]] = {
+        "target_every": {"choice": [250, 1_000, 4_000]},
+        "exploration_fraction": {"choice": [0.1, 0.2, 0.5]},
+        "max_grad_norm": {"choice": [0.5, 1.0, 10.0]},
+    }
     learning_starts: Natural = 1_000
     """Actions are uniform and nothing is learnt before this many environment steps."""
     batch_size: Count = 64

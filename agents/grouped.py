@@ -38,6 +38,7 @@ __all__ = ["Grouped", "GroupedConfig"]
 class GroupedConfig(Settings):
     """Rollout, network and optimiser of a recipe on a control task; the recipe's own settings follow."""
 
+    search: ClassVar[dict[str, Any]] = {"n_steps": None}  # the longest episode
     method: str = "grpo"
     """The recipe is that of the method with this name, or at module:name in another package."""
     n_groups: Count = 8

@@ -48,6 +48,7 @@ class TrajectoryConfig(OnPolicyConfig):
     """Whole episodes, no critic, no optimiser: the step size is the method. Settings of critics, of Adam and of
     normalisers (which would change the policy between two points) are refused."""
 
+    search: ClassVar[dict[str, Any]] = {"n_steps": None}  # the horizon
     num_envs: Count = 10
     """Every rollout plays this many fresh episodes, one environment each."""
     n_steps: Count = 200

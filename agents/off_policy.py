@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ __all__ = ["ActorCriticReplayConfig", "OffPolicyAgent", "OffPolicyConfig", "disc
 class OffPolicyConfig(Settings):
     """What every agent with a replay memory has."""
 
+    search: ClassVar[dict[str, Any]] = {"n_steps": None}  # more of them alone are fewer gradient steps
     num_envs: Count = 1
     """The number of parallel environments."""
     n_steps: Count = 1

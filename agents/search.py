@@ -1,7 +1,7 @@
 """Where ``scripts/tune.py`` looks for settings: one entry per setting, kept by every agent that has the setting.
 
-A file of an agent may say more: a ``search`` of its ``Config``, a ``ClassVar`` mapping of the same form, is laid over
-these entries (None takes one out).
+An agent's file says what differs there: a ``search`` of its ``Config``, a ``ClassVar`` mapping of the same form, is
+laid over these entries and those of the classes it is derived from (None takes one out: a name can mean another thing).
 """
 
 from __future__ import annotations
@@ -36,12 +36,14 @@ def space_of(config: type[Any], only: tuple[str, ...] = ()) -> dict[str, dict[st
     """The entries for the settings that ``config`` has and has switched on, with ``around`` made ``log``.
 
     A setting that is None by default is off and stays so: a number would change what the method is. So does an entropy
-    coefficient that is a word.
+    coefficient that is a word. Values that ``config`` refuses are left out: every trial with one would fail.
 
     :param only: names, if not all of them are searched.
     :raises ValueError: a name in ``only`` that is not there to be searched, or nothing to search.
     """
-    space: dict[str, dict[str, Any] | None] = {**SPACE, **getattr(config, "search", {})}
+    space: dict[str, dict[str, Any] | None] = dict(SPACE)
+    for cls in reversed(config.__mro__):
+        space |= vars(cls).get("search", {})
     default = config()
     known = {f.name: getattr(default, f.name) for f in dataclasses.fields(config)}
     found: dict[str, dict[str, Any]] = {}
@@ -49,7 +51,8 @@ def space_of(config: type[Any], only: tuple[str, ...] = ()) -> dict[str, dict[st
         value = known.get(name)
         if entry is None or value is None or isinstance(value, str):
             continue
-        found[name] = _ranged(entry, value)
+        if (taken := _taken(_ranged(entry, value), default, name)) is not None:
+            found[name] = taken
     if missing := set(only) - found.keys():
         raise ValueError(f"only: expected some of {', '.join(found)}, got {', '.join(sorted(missing))}")
     found = {name: entry for name, entry in found.items() if not only or name in only}
@@ -62,3 +65,20 @@ def _ranged(entry: Mapping[str, Any], default: Any) -> dict[str, Any]:
     if "around" in entry:
         return {"log": [default / entry["around"], default * entry["around"]]}
     return dict(entry)
+
+
+def _taken(entry: dict[str, Any], default: Any, name: str) -> dict[str, Any] | None:
+    """The entry with the values that the configuration takes; None where nothing is left to choose."""
+
+    def takes(value: Any) -> bool:
+        try:
+            dataclasses.replace(default, **{name: value})
+        except ValueError:
+            return False
+        return True
+
+    ((kind, values),) = entry.items()
+    if kind == "choice":
+        kept = [value for value in values if takes(value)]
+        return {kind: kept} if len(kept) > 1 else None
+    return entry if all(map(takes, values)) else None

@@ -21,7 +21,7 @@ Slots: prepare = credit, baseline; ratio = plain (token); loss = ratio * A (clip
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ Credit = Literal["togo", "greedy", "cumulative"]
 class SubPOConfig(ActorCriticConfig):
     """Defaults: those of the grid tasks, one gradient step per batch of whole episodes."""
 
+    search: ClassVar[dict[str, Any]] = {"n_steps": None, "gamma": None, "max_grad_norm": None}  # whole episodes
     num_envs: Count = 200
     """The number of parallel environments, that is of episodes in a batch."""
     n_steps: Count = 19

@@ -15,6 +15,7 @@ Slots: data = replay ring; target = smoothed minimum of two, one or n steps; los
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 
@@ -35,6 +36,7 @@ __all__ = ["TD3", "TD3Config", "TD3Cycle"]
 class TD3Config(ActorCriticReplayConfig):
     """The released code's MuJoCo runs."""
 
+    search: ClassVar[dict[str, Any]] = {"exploration_noise": {"choice": [0.05, 0.1, 0.2, 0.4]}}
     learning_starts: Natural = 25_000
     """Actions are uniform and nothing is learnt before this many environment steps."""
     tau: Unit = 0.005

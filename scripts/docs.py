@@ -44,9 +44,13 @@ class Options:
     out: Path = Path("build/site")
     """Folder of the staged source and of html/."""
     unrolled: tuple[str, ...] = ("all",)
-    """Agents that get a page of one traced iteration; all: those that train on a small task."""
+    """Agents that get a page of one traced iteration; all: those that train on a small task, and grpo."""
     jobs: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     """Processes of Sphinx; by default one for every core."""
+
+
+BASELINE = "grpo"
+"""The method for language models with a page of a traced iteration; of others the site names the command."""
 
 
 def verdict(text: str) -> str:
@@ -79,11 +83,12 @@ def stage(source: Path, unrolled: Iterable[str]) -> None:
         if m.page:
             pages[m.page.removeprefix("docs/")].append(m)
     evidence = {page: verdict((source / page).read_text("utf-8")) for page in pages}
-    written = _unrolled(source / "unrolled", [m.slug for m in found if m.slug in agents.AGENTS], tuple(unrolled))
+    traced = [m.slug for m in found if m.slug not in agents.METHODS or m.slug == BASELINE]
+    written = _unrolled(source / "unrolled", traced, tuple(unrolled))
     for page, of in pages.items():
         path = source / page
         title, rest = path.read_text("utf-8").split("\n", 1)
-        head = "\n".join(_header(m, evidence[page], len(of) > 1, m.slug in written, page) for m in of)
+        head = "\n".join(_header(m, evidence[page], len(of) > 1, written, page) for m in of)
         path.write_text(f"{title}\n\n{head}\n{rest}", encoding="utf-8")
     (source / "methods.md").write_text(_methods(found, pages, evidence), encoding="utf-8")
     (source / "evidence.md").write_text(
@@ -139,14 +144,18 @@ def _module(name: str, below: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _header(method: Entry, says: str, shared: bool, unrolled: bool, page: str) -> str:
+def _header(method: Entry, says: str, shared: bool, unrolled: set[str], page: str) -> str:
     lines = [f":::{{admonition}} {method.slug if shared else 'At a glance'}", f"* Paper: {method.paper}"]
     lines += ["* Slots: " + "; ".join(f"{k} = {v}" for k, v in method.slots.items())] if method.slots else []
     lines += [f"* Command: `{method.command}`"]
     if not shared:
         lines += [f"* Status: {method.status}", f"* Verdict: {says or 'none stated on this page'}"]
-    if unrolled:
-        lines += [f"* [Every function of one iteration]({'../' * page.count('/')}unrolled/{method.slug}.md)"]
+    up = "../" * page.count("/")
+    if method.slug in unrolled:
+        lines += [f"* [Every function of one iteration]({up}unrolled/{method.slug}.md)"]
+    elif method.slug in agents.METHODS:
+        like = f"; most are those of [{BASELINE}]({up}unrolled/{BASELINE}.md)" if BASELINE in unrolled else ""
+        lines += [f"* Every function of one iteration: `python scripts/unrolled.py {method.slug}`{like}"]
     return "\n".join([*lines, ":::", ""])
 
 

@@ -2,6 +2,7 @@
 
 python scripts/unrolled.py ppo --out ppo.md      # the agent's iteration, on its smallest task
 python scripts/unrolled.py sac --env Pendulum-v1
+python scripts/unrolled.py bnpo                  # a method for language models, on a table of logits
 
 The iteration is traced while it runs (Python's profile hook), uncompiled: what is on the page ran, in that order, and
 nothing else of ``ccrl`` and ``agents`` did. Environments and PyTorch are left out.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ from typing import Annotated, Any
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import numpy as np
 import tyro
 
 from ccrl.packages import ROOT, check_siblings
@@ -41,13 +44,26 @@ SMALL = {"num_envs": 2, "n_steps": 16, "batch_size": 16, "learning_starts": 32, 
          "compile": "off"}  # fmt: skip
 """Settings of the traced agent, as far as it has them: sizes alone, and no compilation, which would hide functions."""
 
+TEXT_TASKS, FLOW_TASKS = ("modsum",), ("ring2d",)
+"""Tried instead by methods for language models and for flow policies."""
+
+TEXT = ({"n_prompts": 4, "model": "tabular"},
+        {"n_prompts": 4, "model": "tiny", "model_layers": 1, "model_width": 16, "model_heads": 2})  # fmt: skip
+"""Settings of these: a table of logits, or a small model for recipes that read hidden states."""
+
+LONGEST = 1_000
+"""An agent that has made no update after so many iterations makes none on this task."""
+
+FROM_DATA = ("bc", "iql", "rebrac", "td3_bc")
+"""Agents that learn here from a few drawn rows of the pendulum; others of their kind need trained models first."""
+
 
 @dataclass(frozen=True)
 class Options:
     """Which agent, on what."""
 
     agent: Annotated[str, tyro.conf.Positional]
-    """An agent for environments, as ppo."""
+    """An agent or a method, as ppo or bnpo."""
     env: str | None = None
     """Environment id; None: the first of the small tasks that the agent takes."""
     out: Path | None = None
@@ -75,22 +91,34 @@ def build(name: str, env: str | None = None) -> Any:
     """
     cls, reasons = agents.get_agent(name), []
     known = {f.name for f in dataclasses.fields(cls.Config)}
-    for task in TASKS if env is None else (env,):
-        for settings in (
-            {k: v for k, v in SMALL.items() if k in known},
-            {"compile": "off"} if "compile" in known else {},
-        ):
-            try:
-                agent = cls(task, seed=0, **settings)
-                while agent.n_updates == 0:
-                    agent.learn(1)
-            except (ValueError, TypeError, NotImplementedError) as error:
-                reasons.append(f"{task}: {error}")
-            else:
-                return agent
+    text, flow = getattr(cls, "text", False), name in agents.FLOW_METHODS
+    small: tuple[dict[str, Any], ...] = ({k: v for k, v in SMALL.items() if k in known},)
+    small = TEXT if text else ({"n_prompts": 2},) if flow else small
+    with tempfile.TemporaryDirectory() as folder:
+        if name in FROM_DATA:
+            small = ({**small[0], "updates": 1, "dataset": _rows(Path(folder))},)
+        for task in (TEXT_TASKS if text else FLOW_TASKS if flow else TASKS) if env is None else (env,):
+            for settings in (*small, {"compile": "off"} if "compile" in known else {}):
+                try:
+                    agent = cls(task, seed=0, **settings)
+                    for _ in range(LONGEST):
+                        agent.learn(1)
+                        if agent.n_updates > 0:
+                            return agent
+                    reasons.append(f"{task}: no update in {LONGEST} iterations")
+                except (ValueError, TypeError, NotImplementedError) as error:
+                    reasons.append(f"{task}: {error}")
     raise ValueError(
         f"{name}: expected an agent that trains on one of the small tasks; pass env. " + "; ".join(reasons)
     )
+
+
+def _rows(folder: Path) -> str:
+    draw = np.random.default_rng(0).uniform
+    columns = {"obs": draw(-1, 1, (64, 3)), "action": draw(-2, 2, (64, 1)), "reward": draw(size=64)}
+    path = folder / "rows.npz"
+    np.savez(path, **columns, terminated=np.zeros(64, bool), truncated=np.arange(64) % 16 == 15)
+    return str(path)
 
 
 def trace(run: Callable[[], Any]) -> list[Called]:

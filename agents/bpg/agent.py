@@ -21,7 +21,7 @@ Slots: plan = M episodes; prepare = episode returns; gradient = posterior mean a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -52,6 +52,7 @@ class EpisodicConfig(OnPolicyConfig):
     and are refused; nothing is compiled.
     """
 
+    search: ClassVar[dict[str, Any]] = {"n_steps": None}  # the horizon
     num_envs: Count = 10
     """M: every update plays this many fresh episodes, one environment each."""
     n_steps: Count = 200

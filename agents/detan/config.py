@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ __all__ = ["DetaNConfig"]
 class DetaNConfig(Settings):
     """Settings of D-eta-N."""
 
+    search: ClassVar[dict[str, Any]] = {"n_steps": None}  # with one gradient step for all of them
     objective: Literal["expected", "cvar", "mean_cvar", "target", "optimistic", "homeostasis", "soft_constraints"] = (
         "cvar"
     )

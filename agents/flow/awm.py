@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ Weighting = Literal["uniform", "t", "t2", "huber", "ghuber"]
 class AWMConfig(FlowConfig):
     """Defaults are those of the released configs, the weight of the fixed reference that of a small task."""
 
+    search: ClassVar[dict[str, Any]] = {"clip_high": None}
     weighting: Weighting = "ghuber"
     """Squared errors are weighted by 1 (uniform, the paper), by t, by t^2, or pass through a root (huber) or a fourth
     root (ghuber, released configs) times t, which holds large errors down."""

@@ -12,7 +12,7 @@ Coupled: it needs a log-probability of every step.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from agents.flow.agent import FlowMethod
 from agents.flow.parts import ClippedAdvantage, Divisor, FlowConfig, FlowRecipe, Needs, reference_term
@@ -29,6 +29,7 @@ __all__ = ["FlowGRPO", "FlowGRPOConfig", "FlowGRPORecipe"]
 class FlowGRPOConfig(FlowConfig):
     """Flow-GRPO; clip ranges suit log-probabilities that are means over dimensions."""
 
+    search: ClassVar[dict[str, Any]] = {"clip_high": {"around": 4}}
     clip_low: ClipLow = 1e-3
     """Ratios below 1 - clip_low are clipped."""
     clip_high: ClipHigh = 1e-3

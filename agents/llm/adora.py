@@ -16,7 +16,7 @@ alone. Slots: stage = a weight per group; no state.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ Criterion = Literal["both", "either", "length", "difficulty"]
 class ADORAConfig(MethodConfig):
     """The paper's amplification, for stronger models."""
 
+    search: ClassVar[dict[str, Any]] = {"tau": {"choice": [0.3, 0.5, 0.7]}}
     group_size: Count = 5
     """A group has this many completions, or episodes from one start."""
     criterion: Criterion = "both"

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -189,6 +189,7 @@ The clock counts every completion, those of dropped groups too: an iteration tak
 class GSPOConfig(MethodConfig):
     """GSPO's bounds are those of a ratio that is averaged over the sequence."""
 
+    search: ClassVar[dict[str, Any]] = {"clip_high": {"around": 4}}  # of averaged ratios
     clip_low: ClipLow = 3e-4
     clip_high: ClipHigh = 4e-4
     level: Literal["sequence", "token"] = "sequence"

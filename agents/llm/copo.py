@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ Mode = Literal["soft", "soft_forced", "forced", "soft_zero", "zero", "global", "
 class COPOConfig(MethodConfig):
     """The released script's settings, with the paper's soft blend."""
 
+    search: ClassVar[dict[str, Any]] = {"gamma": None}
     group_size: Count = 6
     """A group has this many completions, or episodes from one start."""
     mode: Mode = "soft"

@@ -24,7 +24,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Generator, Tensor, nn
@@ -235,6 +235,7 @@ def _judged(prompt: Tensor, prompt_valid: Tensor, tokens: Tensor, present: Tenso
 class PolarConfig(MethodConfig):
     """The released runs: clip 0.2, one epoch, no KL. Watch the entropy: without tau the policy ends in few answers."""
 
+    search: ClassVar[dict[str, Any]] = {"tau": None}
     judge: str = OVERLAP
     """The reward model is in this folder (written by PolarReward.save); overlap is no model, but the share of the
     reference's tokens that a completion has at their places."""

@@ -212,6 +212,7 @@ DPO = LLMMethod(
 class IPOConfig(PreferenceConfig):
     """IPO as published; ``length_normalised`` is TRL's."""
 
+    search: ClassVar[dict[str, Any]] = {"tau": {"around": 10}}
     tau: Positive = 0.1
     """The margin to reach is 1 / (2 tau)."""
     length_normalised: bool = False
@@ -246,6 +247,7 @@ IPO = LLMMethod(
 class SFTConfig(MethodConfig):
     """Every prompt's demonstration once per iteration."""
 
+    search: ClassVar[dict[str, Any]] = {"group_size": None}
     imitates: ClassVar[bool] = True  # type: ignore[misc]
     unread: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     group_size: Count = 1

@@ -14,7 +14,7 @@ advantage, no clip. Works on control episodes too; their rewards are no labels, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ __all__ = ["REAL", "Labels", "REALConfig", "REALRecipe", "anchored", "bce", "gro
 class REALConfig(MethodConfig):
     """The released settings. ``batch_size`` counts prompts."""
 
+    search: ClassVar[dict[str, Any]] = {"tau": {"around": 4}}
     unread: ClassVar[tuple[str, ...]] = ("clip_low", "clip_high")
     tau: Positive = 0.5
     """The logits have this temperature: gradient weights stay below 1 / tau."""

@@ -14,6 +14,7 @@ Slots: penalty = closed-form KL; schedule = t_k; phases = policy (full batch), t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,10 @@ __all__ = ["MDPO", "MDPOConfig", "step_size"]
 class MDPOConfig(ActorCriticConfig):
     """The paper's on-policy runs, in its "loaded" setting, at 16 x 128 = 2,048 steps per iteration (docs/mdpo.md)."""
 
+    search: ClassVar[dict[str, Any]] = {
+        "inner_steps": {"choice": [5, 10, 20]},
+        "critic_epochs": {"choice": [2, 5, 10]},
+    }
     normalise_obs: bool = True
     """Observations are normalised by running statistics (part of the paper's "loaded" setting, as the next one)."""
     normalise_reward: bool = True

@@ -61,6 +61,8 @@ class MethodConfig(Settings):
 
     unread: ClassVar[tuple[str, ...]] = ()
     """Settings of this class that the method does not read: another value than the default would do nothing."""
+    search: ClassVar[dict[str, Any]] = {"batch_size": None}
+    """Where tuning looks for settings that are not as agents/search.py has them; None: they stay (0 is the rollout)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

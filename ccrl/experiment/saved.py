@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
 
 from ccrl import registry, segments
 from ccrl.experiment import checkpoint
@@ -75,7 +75,11 @@ def prune_segments(folder: Path) -> None:
 def _name_of(policy: Any) -> str | None:
     if policy is None:
         return None
-    made = type(policy) if isinstance(policy, nn.Module) else policy
+    made = policy
+    while isinstance(made, partial):
+        made = made.func
+    if not hasattr(made, "__qualname__"):  # a module, or an object that is called
+        made = type(made)
     return f"{made.__module__}:{made.__qualname__}"
 
 

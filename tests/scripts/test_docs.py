@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from scripts.docs import _outside_links, broken_links, modules, verdict
+from scripts.docs import _header, _outside_links, broken_links, modules, verdict
+from scripts.methods import Entry
 
 
 def test_a_verdict_is_one_line():
@@ -20,6 +21,16 @@ def test_links_out_of_the_folder():
     assert 'href="../api/agents.llm.html"' in _outside_links("[a](../../agents/llm)", Path("llm/x.md"))
     with pytest.raises(ValueError, match=r"docs/x.md: expected a file at ../agents/nothing.py"):
         _outside_links("[a](../agents/nothing.py)", Path("x.md"))
+
+
+def test_the_head_of_a_page_leads_to_all_of_the_code():
+    bnpo = Entry("bnpo", "a paper", {}, "docs/llm/bnpo.md", "train")
+    link, command = "(../unrolled/grpo.md)", "`python scripts/unrolled.py bnpo`"
+    assert "(../unrolled/bnpo.md)" in _header(bnpo, "", False, {"bnpo", "grpo"}, "llm/bnpo.md")
+    head = _header(bnpo, "", False, {"grpo"}, "llm/bnpo.md")
+    assert command in head
+    assert link in head
+    assert link not in _header(bnpo, "", False, {"ppo"}, "llm/bnpo.md")  # the site of some agents: no broken link
 
 
 def test_broken_links(tmp_path):

@@ -94,7 +94,7 @@ def test_weights_and_biases_offline(tmp_path: Path) -> None:
     stored = file.read_bytes()
     assert b"rollout/ep_rew_mean" in stored
     assert b"agent.gamma" in stored
-    assert b"step_256.pt" in stored or b"256" in stored
+    assert b"step_000000000256.pt" in stored
 
 
 def test_trackio_offline(tmp_path: Path) -> None:
@@ -102,8 +102,13 @@ def test_trackio_offline(tmp_path: Path) -> None:
     store = train("trackio", tmp_path)
     with sqlite3.connect(store / "ccrl.db") as db:
         rows = db.execute("select step, metrics from metrics order by step").fetchall()
+        configs = db.execute("select config from configs").fetchall()
+        saved = db.execute("select * from artifact_versions").fetchall()
     assert [step for step, _ in rows] == [128, 256]
     assert b"train/approx_kl" in bytes(rows[-1][1])
+    assert len(configs) == 1
+    assert b"agent.gamma" in bytes(configs[0][0])
+    assert "step_000000000256.pt" in str(saved)
 
 
 def test_a_project_without_a_service_is_refused(tmp_path: Path) -> None:

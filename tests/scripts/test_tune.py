@@ -1,14 +1,16 @@
 import csv
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from agents import get_agent
+from agents import AGENTS, FLOW_METHODS, METHODS, get_agent
 from agents.search import space_of
 from ccrl.experiment import config as configs
 from scripts import training
-from scripts.tune import Options, _study, main, train_once
+from scripts.tune import Options, _study, _work, main, train_once, write
 
 pytest.importorskip("optuna")
 
@@ -56,11 +58,52 @@ def test_a_trial_must_not_train_longer_than_the_others(tmp_path):
 
 
 def test_spaces_of_every_agent():
-    for name in ("ppo", "bpg", "sac", "mdpo", "grpo"):
-        space = space_of(get_agent(name).Config)
-        low, high = space["learning_rate"]["log"]
-        assert low < get_agent(name).Config().learning_rate < high
+    """What is searched is taken by the agent, one value at a time, and is near its default: a name that means something
+    else there (n_steps off policy, tau of a temperature) would be far from it."""
+    for name in (*AGENTS, *FLOW_METHODS, *METHODS):
+        config = get_agent(name).Config
+        for setting, entry in space_of(config).items():
+            ((kind, values),) = entry.items()
+            default = getattr(config(), setting)
+            for value in values:
+                replace(config(), **{setting: value})
+            assert len(values) > 1
+            if kind == "log":
+                assert values[0] < default < values[1], (name, setting)
+            elif not isinstance(default, bool):
+                assert min(values) / 4 <= default <= 4 * max(values), (name, setting, default)
     assert "clip_range" not in space_of(get_agent("a2c").Config)
+    assert {"inner_steps", "n_steps"} <= space_of(get_agent("mdpo").Config).keys()
+    assert "n_steps" not in space_of(get_agent("sac").Config)
+    assert not {"n_steps", "normalise_obs"} & space_of(get_agent("harpg").Config).keys()  # a horizon; refused
+    assert "clip_high" not in space_of(get_agent("dpo").Config)
+
+
+def test_processes_share_a_study_and_bad_trials_are_broken_off(tmp_path, monkeypatch):
+    """Trainings that are worth 100 times their gamma: no better ones than the first, which are whole."""
+    begun = []
+
+    def trained(options, settings, seed, report):
+        begun.append(settings["gamma"])
+        for step in (1, 2):
+            report(-float(len(begun)) if len(begun) > 6 else 100.0 * settings["gamma"], step)
+        return 100.0 * settings["gamma"]
+
+    monkeypatch.setattr("scripts.tune.train_once", trained)
+    options = Options("ppo", "CartPole-v1", tmp_path, trials=9, sampler="random", only=("gamma", "clip_range"))
+    _study(options)
+    both = [threading.Thread(target=_work, args=(options, worker)) for worker in (0, 1)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    write(options)
+    rows = list(csv.DictReader((tmp_path / "trials.csv").read_text().splitlines()))
+    assert len(rows) in (9, 10)  # one may be under way when the ninth ends
+    states = [row["state"] for row in rows]
+    assert states.count("COMPLETE") >= 5  # the median is of five at least
+    assert states.count("PRUNED") >= 2
+    assert (tmp_path / "importance.png").stat().st_size > 1_000
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,16 @@ def test_the_page_has_what_ran_in_order(tmp_path):
     assert "RecurrentPolicy" not in text.split("## Source")[0]  # what did not run is not there
 
 
+@pytest.mark.parametrize(
+    ("name", "ran"),
+    [("bnpo", "BNPORecipe.after_update"), ("flow_grpo", "ModuleUpdater.run"), ("td3_bc", "TD3BCCycle.targets")],
+)
+def test_methods_for_text_and_flows_and_agents_on_data(name, ran):
+    text = page(name)
+    assert f"# {name}, unrolled" in text
+    assert ran in text.split("## Source")[0], text.split("## Source")[0]
+
+
 def test_a_trace_counts_calls():
     agent = build("a2c", "CartPole-v1")
     found = trace(lambda: [agent.policy.normalise({}) for _ in ()] or agent.learner.points())

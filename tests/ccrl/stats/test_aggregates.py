@@ -185,6 +185,26 @@ def test_bad_input(call, message):
         call()
 
 
+def test_examples_of_rliable():
+    """The scores of rliable 1.2's own tests (google-research/rliable, tests/rliable/metrics_test.py and
+    tests/library_test.py), and what these expect."""
+    x, y = np.array([[1.0, 2], [2, 2], [1, 1], [2, 1]]), np.array([[1.0, 1], [2, 2], [3, 3]])
+    for scores, expected in ((x, 1.5), (y, 2.0)):
+        found = iqm(scores.ravel()), median_of_means(scores), scores.mean()
+        np.testing.assert_allclose(found, 3 * [expected], rtol=1e-12)
+    # on either task x has 1, 1, 2, 2 against 1, 2, 3: (2 * 1/2 + 2 * (1 + 1/2)) / 12
+    np.testing.assert_allclose(probability_of_improvement(x, y), 1 / 3, rtol=1e-12)
+    grid = np.arange(80.0).reshape(5, 16)
+    flipped = np.flip(grid, axis=0)
+    np.testing.assert_allclose(iqm(grid.ravel()), 39.5, rtol=1e-12)  # 20 to 59
+    np.testing.assert_allclose(optimality_gap(grid.ravel()), 1 / 80, rtol=1e-12)  # only the score 0 is below 1
+    profile = performance_profile(grid.ravel(), [0.0, 0.25, 0.5, 1.0])
+    np.testing.assert_allclose(profile, [79 / 80, 79 / 80, 79 / 80, 78 / 80], rtol=1e-12)
+    assert probability_of_improvement(grid, flipped) == 0.5
+    better = probability_of_improvement_interval(grid, flipped, repetitions=100)
+    assert better.low < better.point < better.high
+
+
 def test_definitions_of_rliable():
     """Each aggregate beside the definition that rliable 1.2 states in its docstrings, written out in SciPy."""
     generator = np.random.default_rng(8)
