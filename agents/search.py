@@ -32,13 +32,14 @@ SPACE: dict[str, dict[str, Any]] = {
 ``choice`` (a list)."""
 
 
-def space_of(config: type[Any], only: tuple[str, ...] = ()) -> dict[str, dict[str, Any]]:
+def space_of(config: type[Any], only: tuple[str, ...] = (), fixed: Any = None) -> dict[str, dict[str, Any]]:
     """The entries for the settings that ``config`` has and has switched on, with ``around`` made ``log``.
 
     A setting that is None by default is off and stays so: a number would change what the method is. So does an entropy
-    coefficient that is a word. Values that ``config`` refuses are left out: every trial with one would fail.
+    coefficient that is a word. Values that are refused are left out: every trial with one would fail.
 
     :param only: names, if not all of them are searched.
+    :param fixed: a ``config`` with the settings that trials have beside those they are given; None: the defaults.
     :raises ValueError: a name in ``only`` that is not there to be searched, or nothing to search.
     """
     space: dict[str, dict[str, Any] | None] = dict(SPACE)
@@ -51,7 +52,7 @@ def space_of(config: type[Any], only: tuple[str, ...] = ()) -> dict[str, dict[st
         value = known.get(name)
         if entry is None or value is None or isinstance(value, str):
             continue
-        if (taken := _taken(_ranged(entry, value), default, name)) is not None:
+        if (taken := _taken(_ranged(entry, value), default if fixed is None else fixed, name)) is not None:
             found[name] = taken
     if missing := set(only) - found.keys():
         raise ValueError(f"only: expected some of {', '.join(found)}, got {', '.join(sorted(missing))}")
@@ -67,12 +68,12 @@ def _ranged(entry: Mapping[str, Any], default: Any) -> dict[str, Any]:
     return dict(entry)
 
 
-def _taken(entry: dict[str, Any], default: Any, name: str) -> dict[str, Any] | None:
-    """The entry with the values that the configuration takes; None where nothing is left to choose."""
+def _taken(entry: dict[str, Any], fixed: Any, name: str) -> dict[str, Any] | None:
+    """The entry with the values that ``fixed`` takes; None where nothing is left to choose."""
 
     def takes(value: Any) -> bool:
         try:
-            dataclasses.replace(default, **{name: value})
+            dataclasses.replace(fixed, **{name: value})
         except ValueError:
             return False
         return True

@@ -166,6 +166,12 @@ def _study(options: Options, worker: int = 0) -> Any:
     return study
 
 
+def _space(options: Options) -> dict[str, dict[str, Any]]:
+    config = agents.get_agent(options.agent).Config
+    overlay = configs.load_yaml(options.config) if options.config else {}
+    return space_of(config, options.only, configs.from_dict(config, overlay.get("agent") or {}))
+
+
 def _finished(study: Any) -> list[Any]:
     return [t for t in study.trials if t.state.is_finished()]
 
@@ -174,7 +180,7 @@ def _work(options: Options, worker: int) -> None:
     """Run trials until the study has enough."""
     optuna = require("optuna", "tune")
     torch.set_num_threads(1)
-    study, space = _study(options, worker), space_of(agents.get_agent(options.agent).Config, options.only)
+    study, space = _study(options, worker), _space(options)
 
     def objective(trial: Any) -> float:
         settings, values = suggest(trial, space), []
@@ -258,7 +264,7 @@ def main(options: Options) -> Path:
     :raises ValueError: no trial ended, nothing to search, or an environment that does not exist.
     """
     cls = agents.get_agent(options.agent)
-    space_of(cls.Config, options.only)
+    _space(options)
     if getattr(cls, "steps_env", True):  # otherwise every trial would fail for it, one by one
         overlay = configs.load_yaml(options.config) if options.config else {}
         resolve_env(options.env, 1, **(overlay.get("env_kwargs") or {})).close()

@@ -77,6 +77,9 @@ def test_spaces_of_every_agent():
     assert "n_steps" not in space_of(get_agent("sac").Config)
     assert not {"n_steps", "normalise_obs"} & space_of(get_agent("harpg").Config).keys()  # a horizon; refused
     assert "clip_high" not in space_of(get_agent("dpo").Config)
+    dbqpg = get_agent("dbqpg").Config  # whose step is TRPO's, without a step size, unless a file fixes another
+    assert "learning_rate" not in space_of(dbqpg)
+    assert "learning_rate" in space_of(dbqpg, fixed=dbqpg(update="natural"))
 
 
 def test_processes_share_a_study_and_bad_trials_are_broken_off(tmp_path, monkeypatch):
