@@ -44,13 +44,9 @@ class Options:
     out: Path = Path("build/site")
     """Folder of the staged source and of html/."""
     unrolled: tuple[str, ...] = ("all",)
-    """Agents that get a page of one traced iteration; all: those that train on a small task, and grpo."""
+    """Agents that get a page of one traced iteration; all: every one."""
     jobs: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     """Processes of Sphinx; by default one for every core."""
-
-
-BASELINE = "grpo"
-"""The method for language models with a page of a traced iteration; of others the site names the command."""
 
 
 def verdict(text: str) -> str:
@@ -83,8 +79,7 @@ def stage(source: Path, unrolled: Iterable[str]) -> None:
         if m.page:
             pages[m.page.removeprefix("docs/")].append(m)
     evidence = {page: verdict((source / page).read_text("utf-8")) for page in pages}
-    traced = [m.slug for m in found if m.slug not in agents.METHODS or m.slug == BASELINE]
-    written = _unrolled(source / "unrolled", traced, tuple(unrolled))
+    written = _unrolled(source / "unrolled", [m.slug for m in found], tuple(unrolled))
     for page, of in pages.items():
         path = source / page
         title, rest = path.read_text("utf-8").split("\n", 1)
@@ -153,9 +148,6 @@ def _header(method: Entry, says: str, shared: bool, unrolled: set[str], page: st
     up = "../" * page.count("/")
     if method.slug in unrolled:
         lines += [f"* [Every function of one iteration]({up}unrolled/{method.slug}.md)"]
-    elif method.slug in agents.METHODS:
-        like = f"; most are those of [{BASELINE}]({up}unrolled/{BASELINE}.md)" if BASELINE in unrolled else ""
-        lines += [f"* Every function of one iteration: `python scripts/unrolled.py {method.slug}`{like}"]
     return "\n".join([*lines, ":::", ""])
 
 
@@ -188,22 +180,26 @@ def _toctree(pages: Iterable[str], caption: str = "") -> str:
     return f"```{{toctree}}\n:hidden:\n{option}\n" + "\n".join(p.removesuffix(".md") for p in pages) + "\n```\n"
 
 
+def _beside(slug: str) -> str | None:
+    """The method whose page has most of the functions: of some forty for language models one has all of the source."""
+    for family, first in ((agents.METHODS, "grpo"), (agents.FLOW_METHODS, "flow_grpo")):
+        if slug in family and slug != first:
+            return first
+    return None
+
+
 def _unrolled(folder: Path, slugs: list[str], wanted: tuple[str, ...]) -> set[str]:
     folder.mkdir()
-    written = set()
-    for slug in slugs if wanted == ("all",) else wanted:
-        try:
-            text = unrolled_page(slug)
-        except (ValueError, ImportError) as error:  # needs a data set or a simulator of its own
-            print(f"[site] no unrolled page of {slug}: {error}", flush=True)
-            continue
-        (folder / f"{slug}.md").write_text(text, encoding="utf-8")
-        written.add(slug)
-    listed = "\n".join(f"* [{slug}](unrolled/{slug}.md)" for slug in sorted(written))
+    chosen = slugs if wanted == ("all",) else [*wanted]
+    chosen += sorted({first for first in map(_beside, chosen) if first is not None} - set(chosen))
+    for slug in chosen:
+        (folder / f"{slug}.md").write_text(unrolled_page(slug, beside=_beside(slug)), encoding="utf-8")
+    listed = "\n".join(f"* [{slug}](unrolled/{slug}.md)" for slug in sorted(chosen))
     text = ("# Unrolled source\n\nOne iteration of each agent on one page: every function that ran, in the order in "
-            f"which it first ran.\n\n{listed}\n\n")  # fmt: skip
-    (folder.parent / "unrolled.md").write_text(text + _toctree(f"unrolled/{s}" for s in sorted(written)), "utf-8")
-    return written
+            "which it first ran. Those of language-model methods leave out the source that is on grpo's page, those of "
+            f"flow methods that on flow_grpo's.\n\n{listed}\n\n")  # fmt: skip
+    (folder.parent / "unrolled.md").write_text(text + _toctree(f"unrolled/{s}" for s in sorted(chosen)), "utf-8")
+    return set(chosen)
 
 
 def _leftover(source: Path, known: set[str]) -> None:

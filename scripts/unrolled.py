@@ -3,6 +3,7 @@
 python scripts/unrolled.py ppo --out ppo.md      # the agent's iteration, on its smallest task
 python scripts/unrolled.py sac --env Pendulum-v1
 python scripts/unrolled.py bnpo                  # a method for language models, on a table of logits
+python scripts/unrolled.py bnpo --beside grpo    # the same without the source of what GRPO runs too
 
 The iteration is traced while it runs (Python's profile hook), uncompiled: what is on the page ran, in that order, and
 nothing else of ``ccrl`` and ``agents`` did. Environments and PyTorch are left out.
@@ -11,6 +12,7 @@ nothing else of ``ccrl`` and ``agents`` did. Environments and PyTorch are left o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import sys
 import tempfile
@@ -34,7 +36,7 @@ check_siblings("agents", "envs")
 import agents
 import envs  # noqa: F401  (registers the tasks)
 
-__all__ = ["TASKS", "Called", "Options", "build", "main", "page", "trace"]
+__all__ = ["TASKS", "Called", "Options", "build", "iteration", "main", "page", "trace"]
 
 TASKS = ("CartPole-v1", "Pendulum-v1", "ccrl/InventoryOneStoreLost-v0")
 """Tried in this order until one has the spaces that the agent takes."""
@@ -44,7 +46,7 @@ SMALL = {"num_envs": 2, "n_steps": 16, "batch_size": 16, "learning_starts": 32, 
          "compile": "off"}  # fmt: skip
 """Settings of the traced agent, as far as it has them: sizes alone, and no compilation, which would hide functions."""
 
-TEXT_TASKS, FLOW_TASKS = ("modsum",), ("ring2d",)
+TEXT_TASKS, FLOW_TASKS = ("modsum", "sequence_match"), ("ring2d",)
 """Tried instead by methods for language models and for flow policies."""
 
 TEXT = ({"n_prompts": 4, "model": "tabular"},
@@ -54,8 +56,14 @@ TEXT = ({"n_prompts": 4, "model": "tabular"},
 LONGEST = 1_000
 """An agent that has made no update after so many iterations makes none on this task."""
 
-FROM_DATA = ("bc", "iql", "rebrac", "td3_bc")
-"""Agents that learn here from a few drawn rows of the pendulum; others of their kind need trained models first."""
+FROM_DATA: dict[str, dict[str, Any]] = {
+    "bc": {}, "iql": {}, "rebrac": {}, "td3_bc": {},
+    "cdsa": {"policy": lambda obs: 0 * obs[..., :1]},
+    "pgd": {"real_rows": 4, "window": 4, "stride": 2, "generated": 3, "trajectories": 6, "sampling_steps": 2,
+            "regenerate_every": 1, "denoiser_steps": 2, "denoiser_batch": 2, "denoiser_features": 8,
+            "denoiser_levels": 1},
+}  # fmt: skip
+"""Agents that learn here from a few drawn rows of the pendulum, with what they need besides."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class Options:
     """An agent or a method, as ppo or bnpo."""
     env: str | None = None
     """Environment id; None: the first of the small tasks that the agent takes."""
+    beside: str | None = None
+    """The source of functions that this agent's iteration runs too is left out."""
     out: Path | None = None
     """Markdown file to write; None: print."""
 
@@ -83,6 +93,11 @@ class Called:
         """Its file, from the root of the project."""
         return Path(self.code.co_filename).relative_to(ROOT).as_posix()
 
+    @property
+    def place(self) -> tuple[str, int, str]:
+        """Which function it is."""
+        return self.path, self.code.co_firstlineno, self.code.co_qualname
+
 
 def build(name: str, env: str | None = None) -> Any:
     """The agent, small, after its first update, so that what happens once is not on the page.
@@ -96,7 +111,7 @@ def build(name: str, env: str | None = None) -> Any:
     small = TEXT if text else ({"n_prompts": 2},) if flow else small
     with tempfile.TemporaryDirectory() as folder:
         if name in FROM_DATA:
-            small = ({**small[0], "updates": 1, "dataset": _rows(Path(folder))},)
+            small = ({**small[0], "updates": 1, "dataset": _rows(Path(folder)), **FROM_DATA[name]},)
         for task in (TEXT_TASKS if text else FLOW_TASKS if flow else TASKS) if env is None else (env,):
             for settings in (*small, {"compile": "off"} if "compile" in known else {}):
                 try:
@@ -115,7 +130,7 @@ def build(name: str, env: str | None = None) -> Any:
 
 def _rows(folder: Path) -> str:
     draw = np.random.default_rng(0).uniform
-    columns = {"obs": draw(-1, 1, (64, 3)), "action": draw(-2, 2, (64, 1)), "reward": draw(size=64)}
+    columns: dict[str, Any] = {"obs": draw(-1, 1, (64, 3)), "action": draw(-2, 2, (64, 1)), "reward": draw(size=64)}
     path = folder / "rows.npz"
     np.savez(path, **columns, terminated=np.zeros(64, bool), truncated=np.arange(64) % 16 == 15)
     return str(path)
@@ -149,34 +164,44 @@ def trace(run: Callable[[], Any]) -> list[Called]:
     return [Called(code, at, calls[code]) for code, at in first.items()]
 
 
-def page(name: str, env: str | None = None) -> str:
-    """Markdown: the tree of calls, then the source of each function under its file and line."""
+@functools.cache
+def iteration(name: str, env: str | None = None) -> tuple[str, list[Called]]:
+    """The task that the agent was built on, and what one iteration runs."""
     agent = build(name, env)
     found = trace(agent.learner.iterate)
-    shallow = min(c.depth for c in found)
-    files = len({c.path for c in found})
-    tree = [
-        f"{'  ' * (c.depth - shallow)}{c.code.co_qualname}" + (f"  x {c.calls}" if c.calls > 1 else "") for c in found
-    ]
-    parts = [
-        f"# {name}, unrolled",
-        f"One iteration on {agent.env_id}, traced while it ran without compilation: {len(found)} functions of {files} "
-        "files, each where it was first called. Generated by `scripts/unrolled.py`.",
-        "## Calls",
-        "```text\n" + "\n".join(tree) + "\n```",
-        "## Source",
-    ]
-    for called in found:
+    agent.close()
+    return agent.env_id, found
+
+
+def page(name: str, env: str | None = None, beside: str | None = None) -> str:
+    """Markdown: the tree of calls, then the source of each function under its file and line."""
+    task, found = iteration(name, env)
+    known = {c.place for c in iteration(beside)[1]} if beside is not None else set()
+    own = [c for c in found if c.place not in known]
+    shallow, files = min(c.depth for c in found), len({c.path for c in found})
+    says = (f"One iteration on {task}, traced while it ran without compilation: {len(found)} functions of {files} "
+            "files, each where it was first called. Generated by `scripts/unrolled.py`.")  # fmt: skip
+    if beside is not None:
+        says += f" Marked with + and printed below: the {len(own)} that [{beside}]({beside}.md) does not run."
+
+    def line(c: Called) -> str:
+        mark = "" if beside is None else "  " if c.place in known else "+ "
+        return f"{mark}{'  ' * (c.depth - shallow)}{c.code.co_qualname}" + (f"  x {c.calls}" if c.calls > 1 else "")
+
+    tree = "\n".join(map(line, found))
+    parts = [f"# {name}, unrolled", says, "## Calls", f"```text\n{tree}\n```", "## Source"]
+    for called in own:
         source = textwrap.dedent(inspect.getsource(called.code)).rstrip()
         parts.append(f"**{called.code.co_qualname}** `{called.path}:{called.code.co_firstlineno}`")
         parts.append(f"```python\n{source}\n```")
-    agent.close()
+    if not own:
+        parts.append("None: another default or another number is all that differs.")
     return "\n\n".join(parts) + "\n"
 
 
 def main(options: Options) -> str:
     """Write or print the page."""
-    text = page(options.agent, options.env)
+    text = page(options.agent, options.env, options.beside)
     if options.out is None:
         print(text, end="")
     else:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.docs import _header, _outside_links, broken_links, modules, verdict
+from scripts.docs import _header, _outside_links, _unrolled, broken_links, modules, verdict
 from scripts.methods import Entry
 
 
@@ -23,14 +23,17 @@ def test_links_out_of_the_folder():
         _outside_links("[a](../agents/nothing.py)", Path("x.md"))
 
 
-def test_the_head_of_a_page_leads_to_all_of_the_code():
+def test_the_head_of_a_page_leads_to_all_of_the_code(tmp_path):
+    written = _unrolled(tmp_path / "unrolled", ["ppo", "sac"], ("bnpo",))
+    assert written == {"bnpo", "grpo"}, "a page that names another's comes with it"
     bnpo = Entry("bnpo", "a paper", {}, "docs/llm/bnpo.md", "train")
-    link, command = "(../unrolled/grpo.md)", "`python scripts/unrolled.py bnpo`"
-    assert "(../unrolled/bnpo.md)" in _header(bnpo, "", False, {"bnpo", "grpo"}, "llm/bnpo.md")
-    head = _header(bnpo, "", False, {"grpo"}, "llm/bnpo.md")
-    assert command in head
-    assert link in head
-    assert link not in _header(bnpo, "", False, {"ppo"}, "llm/bnpo.md")  # the site of some agents: no broken link
+    assert "(../unrolled/bnpo.md)" in _header(bnpo, "", False, written, "llm/bnpo.md")
+    assert "unrolled" not in _header(bnpo, "", False, {"ppo"}, "llm/bnpo.md"), "the site of some agents: no broken link"
+    own = (tmp_path / "unrolled" / "bnpo.md").read_text()
+    assert "[grpo](grpo.md)" in own
+    assert "**BetaNormaliser.advantage**" in own
+    assert "**Learner.iterate**" not in own, "its source is on grpo's page"
+    assert "  Learner.iterate\n" in own
 
 
 def test_broken_links(tmp_path):

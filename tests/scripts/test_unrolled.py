@@ -15,7 +15,14 @@ def test_the_page_has_what_ran_in_order(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "ran"),
-    [("bnpo", "BNPORecipe.after_update"), ("flow_grpo", "ModuleUpdater.run"), ("td3_bc", "TD3BCCycle.targets")],
+    [
+        ("bnpo", "BNPORecipe.after_update"),
+        ("sft", "LLMLearner"),
+        ("flow_grpo", "ModuleUpdater.run"),
+        ("td3_bc", "TD3BCCycle.targets"),
+        ("cdsa", "CDSACycle.noise"),
+        ("pgd", "PGD.regenerate"),
+    ],
 )
 def test_methods_for_text_and_flows_and_agents_on_data(name, ran):
     text = page(name)
