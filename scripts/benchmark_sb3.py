@@ -53,7 +53,7 @@ class SB3Config(Settings):
     """These constructor options go to the environment, under Gymnasium's names."""
     agent: dict[str, Any] = field(default_factory=dict)
     """These are SB3's argument names, or ours where they say the same: num_envs, hidden, activation, adam_eps,
-    orthogonal, log_std_init."""
+    orthogonal, log_std_init, exploration_noise."""
 
 
 def is_sb3(agent: str) -> bool:
@@ -99,6 +99,8 @@ def model_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
     for ours, theirs in (("orthogonal", "ortho_init"), ("log_std_init", "log_std_init")):
         if ours in arguments:
             policy[theirs] = arguments.pop(ours)
+    if "exploration_noise" in arguments:  # in both, of actions scaled to [-1, 1]
+        arguments["action_noise"] = arguments.pop("exploration_noise")
     return arguments | ({"policy_kwargs": policy} if policy else {}), num_envs
 
 
@@ -130,6 +132,7 @@ def run(agent: str, config: SB3Config, root: Path, timed: Any) -> RunFolder:
     from stable_baselines3.common.callbacks import BaseCallback
     from stable_baselines3.common.logger import KVWriter
     from stable_baselines3.common.logger import Logger as SB3Logger
+    from stable_baselines3.common.noise import NormalActionNoise
 
     class Writer(KVWriter):  # type: ignore[misc]
         def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
@@ -155,6 +158,9 @@ def run(agent: str, config: SB3Config, root: Path, timed: Any) -> RunFolder:
     folder.record(environment=f"ccrl's {config.env} (envs.make) through ccrl.adapters.as_vec_env")
     logger = Logger(folder.path)
     env = envs.make(config.env, num_envs, **config.env_kwargs)
+    if isinstance(scale := arguments.get("action_noise"), int | float):
+        size = int(np.prod(env.single_action_space.shape))
+        arguments["action_noise"] = NormalActionNoise(np.zeros(size), np.full(size, scale))
     model = algorithm(agent)("MlpPolicy", as_vec_env(env), seed=config.seed, device="cpu", **arguments)
     model.set_logger(SB3Logger(str(folder.path), [Writer()]))
     learner, eval_env, callback = _Learner(model), None, None

@@ -313,6 +313,15 @@ def test_our_names_of_sb3s_settings() -> None:
     assert benchmark.sb3.model_arguments({}) == ({}, 1)
 
 
+def test_sb3s_td3_explores_with_the_noise_it_is_given(tmp_path: Path) -> None:
+    sb3 = pytest.importorskip("stable_baselines3")
+    config = benchmark.sb3.SB3Config("Pendulum-v1", 8, agent={"exploration_noise": 0.3, "learning_starts": 4})
+    benchmark.sb3.check("sb3:td3", config)
+    run = benchmark.sb3.run("sb3:td3", config, tmp_path, benchmark.training.timed)
+    noise = sb3.TD3.load(run.path / "final.zip").action_noise
+    assert (noise._mu.tolist(), noise._sigma.tolist()) == ([0.0], [0.3])
+
+
 def test_our_callbacks_read_an_sb3_model() -> None:
     asked: list[bool] = []
 
