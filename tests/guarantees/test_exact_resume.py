@@ -48,4 +48,5 @@ def test_offline(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not can_compile()[0], reason="no C++ compiler")
 def test_compiled(tmp_path: Path) -> None:
-    _check(tmp_path, ["ppo:InvertedPendulum-v5:on", "mdpo:CartPole-v1:on", "bpo:InvertedPendulum-v5:on"])
+    control = ["ppo:InvertedPendulum-v5:on", "mdpo:CartPole-v1:on", "bpo:InvertedPendulum-v5:on"]
+    _check(tmp_path, [*control, "td3:InvertedPendulum-v5:on"])
