@@ -117,11 +117,8 @@ columns, `B` a minibatch.
 
 
 def modules(name: str, folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """The package ``name`` in ``folder`` and every public module below it, each with the names of those in it. One
-    whose name the package gives to a function of its own has no page."""
-    own = re.findall(r"^(?:def|class) (\w+)", (folder / "__init__.py").read_text("utf-8"), flags=re.MULTILINE)
-    found = (info.name for info in pkgutil.iter_modules([str(folder)]))
-    below = sorted(child for child in found if not child.startswith("_") and child not in own)
+    """The package ``name`` in ``folder`` and every public module below it, each with the names of those in it."""
+    below = sorted(info.name for info in pkgutil.iter_modules([str(folder)]) if not info.name.startswith("_"))
     yield name, below
     for child in below:
         if (folder / child).is_dir():

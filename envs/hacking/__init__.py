@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from ccrl.settings import Count, checked
+from envs.hacking.board import Tomato, tomato_task
 from envs.hacking.exact import Agreement, ExactTask
 from envs.hacking.point import PointGoal, RewardModel, point_goal
 from envs.hacking.proxy import ProxyReward, agreement
-from envs.hacking.tomato import Tomato, tomato_task
 
 __all__ = [
     "Agreement", "ExactTask", "PointGoal", "ProxyReward", "RewardModel", "Tomato", "agreement", "point_goal", "tomato",

@@ -1,7 +1,10 @@
+import importlib
+import inspect
 from pathlib import Path
 
 import pytest
 
+from ccrl.packages import ROOT
 from scripts.docs import _header, _outside_links, _unrolled, broken_links, modules, verdict
 from scripts.methods import Entry
 
@@ -46,7 +49,13 @@ def test_broken_links(tmp_path):
 
 def test_the_reference_has_every_public_module(tmp_path):
     (tmp_path / "c").mkdir()
-    for name in ("__init__.py", "a.py", "_b.py", "d.py", "c/__init__.py", "c/e.py"):
-        (tmp_path / name).write_text("def d(): ...\n" if name == "__init__.py" else "")
-    # the package's function d is on the package's page
+    for name in ("__init__.py", "a.py", "_b.py", "c/__init__.py", "c/e.py"):
+        (tmp_path / name).write_text("")
     assert dict(modules("p", tmp_path)) == {"p": ["a", "c"], "p.a": [], "p.c": ["e"], "p.c.e": []}
+
+
+@pytest.mark.parametrize("package", ["ccrl", "envs", "agents"])
+def test_no_function_of_a_package_hides_one_of_its_modules(package):
+    for name, below in modules(package, ROOT / package):
+        for child in below:
+            assert inspect.ismodule(getattr(importlib.import_module(name), child, inspect)), f"{name}.{child}"
