@@ -33,7 +33,8 @@ class StockEnv:
 
     Observations are a dict: what ``env`` shows (under ``obs`` unless it is a dict already), ``stock`` ``[N]``
     (``[N, m]`` of vectors) and ``time`` ``[N, 1]``, the step over ``horizon``. The stock is summed in float64; what is
-    shown is rounded to float32.
+    shown is rounded to float32. Below gamma 1 it grows like ``gamma^-t``: at .9 it leaves float32 after some 800 steps,
+    and a policy-gradient agent then stops with an error (D-eta-N clips what its network sees).
 
     With ``objective`` the reward is ``gamma f(c_{t+1}) - f(c_t)``. For a utility of degree 1 its discounted sum over an
     episode is ``f(c_0 + G_0) - f(c_0)``: any agent that maximises discounted rewards, with the SAME discount, maximises
