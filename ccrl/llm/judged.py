@@ -170,13 +170,15 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     :raises ValueError: a line that is none, with file and line.
     """
     rows: list[dict[str, Any]] = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    # of bytes: a text's lines also end at characters that a JSON string may hold
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}:{number}: expected a JSON object, got {line[:60]!r}") from error
+        except ValueError as error:  # no JSON, or no UTF-8
+            said = line[:60].decode(errors="replace")
+            raise ValueError(f"{path}:{number}: expected a JSON object, got {said!r}") from error
         if not isinstance(row, dict):
             raise ValueError(f"{path}:{number}: expected a JSON object, got {type(row).__name__}")
         rows.append(row)

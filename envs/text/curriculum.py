@@ -149,7 +149,8 @@ class Curriculum:
             part, i = parts[k], taken[k]
             taken[k] += 1
             rows.append(part.tokens[i][part.valid[i] > 0].tolist())
-            index.append(int(part.index[i]) * len(self.tasks) + k)
+            # below 2^62: numbers of questions alone may come near it
+            index.append(int(part.index[i]) % (2**62 // len(self.tasks)) * len(self.tasks) + k)
             truth.append((k, part.truth[i]))
             if part.demonstration is None or part.demonstration_valid is None:
                 shown.append([])
@@ -161,7 +162,7 @@ class Curriculum:
             forced.append([0] * len(shown[-1]) if told is None else told[i][here].long().tolist())
         tokens, valid = pad_left(rows, self.vocab.pad)
         found = Prompts(tokens, valid, torch.tensor(index), tuple(truth))
-        if any(shown):
+        if any(part.demonstration is not None for part in parts.values()):
             demonstration, mask = pad_demonstrations(shown, self.vocab.pad)
             told = pad_right(forced, 0, mask.shape[1]).float() if any(map(any, forced)) else None
             found = dataclasses.replace(

@@ -61,6 +61,10 @@ class ListedTask:
         self.vocab = self._characters() if vocab is None else checked_vocabulary(vocab)
         self._tokens = self._encoded()
         self._questions = {"train": _where(is_test, False), "test": _where(is_test, True)}
+        self._shows = {
+            split: any("demonstration" in self.records[i][1] for i in numbers.tolist())
+            for split, numbers in self._questions.items()
+        }
 
     def prompts(self, n: int, generator: Generator | None, split: Split = "train") -> Prompts:
         """``n`` questions, none twice before all came once; ``index`` counts the records."""
@@ -83,7 +87,8 @@ class ListedTask:
         index = self._questions[split][numbers]
         prompts, demonstrations = zip(*(self._tokens[i] for i in index.tolist()))
         tokens, valid = pad_left(prompts, self.vocab.pad)
-        shown, mask = pad_demonstrations(demonstrations, self.vocab.pad) if any(demonstrations) else (None, None)
+        # by the split: none of these may have one where others do
+        shown, mask = pad_demonstrations(demonstrations, self.vocab.pad) if self._shows[split] else (None, None)
         return Prompts(tokens, valid, index, tuple(self.records[i] for i in index.tolist()), shown, mask)
 
     def reencoded(self, vocab: Vocabulary) -> Self:

@@ -205,6 +205,8 @@ class ToolLines(JsonLines):
             raise ValueError("tools: expected at least one, got none; take the task jsonl")
         self.calls, self.max_result = at_least("calls", calls, 1), at_least("max_result", max_result, 1)
         self.call, self.result = _pair("call", call), _pair("result", result)
+        if not self.call[0]:
+            raise ValueError(f"call: expected what stands before a call, by which it is found, got {call!r}")
         super().__init__(path, reward, components, vocab, max_new_tokens, test_path, system, chat, judge_device,
                          judge_batch)  # fmt: skip
         self.turn = self._turn()

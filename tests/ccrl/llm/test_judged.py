@@ -83,6 +83,10 @@ def test_a_file_of_judgements(tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "0", "chosen": "1", "rejected": "2"}) + "\n\n")
     assert len(Judged.pairs(read_jsonl(path), RaggedTask.vocab)) == 1
+    # separators of lines and paragraphs are characters like others; the mark of some editors is not part of the JSON
+    told = {"prompt": "one\u2028two\x85three"}
+    path.write_text("\ufeff" + json.dumps(told, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert read_jsonl(path) == [told]
     path.write_text("{}\n[1]\n")
     with pytest.raises(ValueError, match=r"pairs\.jsonl:2: expected a JSON object, got list"):
         read_jsonl(path)

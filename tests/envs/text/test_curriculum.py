@@ -97,6 +97,21 @@ def test_levels_that_reply() -> None:
     assert bool((prompts.demonstration_forced.sum(1) >= 2).all())
 
 
+def test_numbers_of_questions_near_the_largest_integer() -> None:
+    levels = [{"max_new_tokens": 20 + i} for i in range(12)]  # 10^18 questions each, times 12 levels
+    task = curriculum(levels=levels, options={"operands": 1, "digits": 18, "modulus": 10**18}, start=11, earlier=0.0)
+    index = task.prompts(20, Generator().manual_seed(0)).index
+    assert (index % 12).tolist() == [11] * 20
+    assert int(index.min()) >= 0
+
+
+def test_a_batch_without_demonstrations() -> None:
+    """One guess hits the one secret that halving begins with."""
+    task = make_task("curriculum", task="guessing", levels=[{"turns": 1}, {"turns": 1, "numbers": 30}])
+    for seed in range(4):
+        assert task.prompts(1, Generator().manual_seed(seed)).demonstration_valid is not None
+
+
 def test_evaluation_moves_nothing() -> None:
     agent = GRPO("curriculum", env_kwargs={"task": "arithmetic", "levels": DIGITS, "window": 1, "start": 1},
                  n_prompts=2, group_size=2, model_layers=1, model_width=16, model_heads=2)  # fmt: skip

@@ -189,6 +189,10 @@ def test_a_record_without_a_demonstration_is_not_imitated_where_padding_is_the_e
     has = ["demonstration" in record for _, record in prompts.truth]
     assert shown.valid.sum(0).tolist() == [2.0 * one for one in has]
     assert shown.length.tolist() == [2 * one for one in has]
+    # what is asked alone has none, and the task has some: an iteration in which nothing is imitated
+    alone = task.ask(torch.tensor([1]), "train")  # type: ignore[attr-defined]
+    assert alone.demonstration_valid is not None
+    assert not alone.demonstration_valid.any()
 
 
 def test_files_that_are_no_text(write: Write, tmp_path: Path) -> None:

@@ -227,6 +227,8 @@ def test_marks_are_tokens_of_the_tokenizer(lines: Path) -> None:
     assert "no more than 1 calls" in vocab.decode(task.respond(None, again))
     with pytest.raises(ValueError, match="one token"):
         make_task("tools", path=lines, vocab=vocab, call=("[", "3*3"))
+    with pytest.raises(ValueError, match="expected what stands before a call"):
+        make_task("tools", path=lines, call=("", ">"), result=("", ";"))
     with pytest.raises(ValueError, match="expected one character as the end of a call"):
         make_task("tools", path=lines).prompts(1, None)
     with pytest.raises(ValueError, match="some of calculator or module:function"):
