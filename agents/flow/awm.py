@@ -147,8 +147,14 @@ class AWMRecipe(MatchingRecipe):
         c, velocity = self.config, frozenset({"velocity"})
         whole = aggregates.mean if c.ratio == "exp_first" else aggregates.sequence_mean
         self._once = self.once
+        clipped = self.loss()
+
+        def policy(ratio: LogRatio, advantage: Tensor, outputs: Outputs, batch: Data) -> Tensor:
+            # of one ratio per sample: every row has the sample's advantage, and all of them would be summed
+            return clipped(ratio, advantage[: ratio.valid.shape[0]], outputs, batch)
+
         # no statistics of ratios: they are no likelihood ratios, and would cost a forward pass
-        found = [Term("policy_gradient_loss", self.loss(), whole, self.likelihood_ratio, velocity)]
+        found = [Term("policy_gradient_loss", policy, whole, self.likelihood_ratio, velocity)]
         for name, version, coef in (("kl", "ref", c.kl_coef), ("ema_kl", "ema", c.ema_coef)):
             if coef:
                 loss = velocity_distance(f"{version}_velocity", c.kl_weight)

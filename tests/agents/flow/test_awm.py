@@ -152,6 +152,15 @@ class TestLoss:
         assert level.log_prob.shape == (1, 24)
         agent.learn(agent.samples_per_iteration)
 
+    def test_one_ratio_per_sample_weighs_as_one_per_time(self):
+        """At ratio 1 both gradients are the mean over samples and times of A grad l."""
+        found = []
+        for kind in ("exp_first", "sum_first"):
+            rows, phase = prepared(AWM("ring2d", ratio=kind, seed=2, kl_coef=0.0, ema_coef=0.0, **SMALL))
+            batch = rows.epoch(phase.batching, None)[0]
+            found.append(phase.updater.gradient(phase.terms, batch).mean.clone())
+        torch.testing.assert_close(*found, rtol=1e-5, atol=1e-8)
+
     def test_distances_to_velocities(self):
         """Mean of squares .5; elbo at t = .5: over 2 * .49 * .5 / .5 = .98."""
         batch = Data({"v": double([[[1.0, 0.0]]]), "time": double([[0.5]]), "valid": double([[1.0]])})
