@@ -241,8 +241,9 @@ class CAPORecipe(Recipe):
         inside = valid > 0
         temperature: Any = self.parts.policy.temperature
         tokens = Tokens.of(
-            out["hidden"][inside] / temperature, out["topk_index"][inside], out["topk_log_prob"][inside],
-            batch["action"][inside], out["log_prob"][inside], batch["advantage"][inside],
+            (out["hidden"][inside] / temperature).to(out["log_prob"].dtype),  # sums of bfloat16 lose most of its digits
+            out["topk_index"][inside], out["topk_log_prob"][inside], batch["action"][inside], out["log_prob"][inside],
+            batch["advantage"][inside],
         )  # fmt: skip
         if not len(tokens.pi):
             return torch.ones_like(valid)

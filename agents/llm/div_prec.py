@@ -165,7 +165,8 @@ def shaped_ce(
     lam_tail: float = 0.0, k: int = 100,
 ) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """The objective on logits ``[..., V]`` and next tokens ``[...]``: its mean over ``mask`` ``[...]`` (0-d), and the
-    means of ``nll`` (unshaped), ``entropy`` (nats), ``weight``, ``head_mass`` and ``tail_mass``."""
+    means of ``nll`` (unshaped), ``entropy`` (nats), ``weight``, ``head_mass`` and ``tail_mass``; 0 where the mask is
+    empty."""
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     log_probs = logits.log_softmax(-1)
     log_prob = log_probs.gather(-1, labels.unsqueeze(-1)).squeeze(-1)
@@ -174,7 +175,7 @@ def shaped_ce(
     mask = torch.ones_like(log_prob) if mask is None else mask.to(log_prob.dtype)
 
     def mean(x: Tensor) -> Tensor:
-        return torch.where(mask > 0, x, torch.zeros_like(x)).sum() / mask.sum()
+        return torch.where(mask > 0, x, torch.zeros_like(x)).sum() / mask.sum().clamp_min(1.0)
 
     rows = {"nll": -log_prob, "entropy": -(log_probs.exp() * log_probs).sum(-1), "weight": weight(log_prob, beta),
             "head_mass": head, "tail_mass": tail}  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -87,8 +88,10 @@ class ExactTask:
         return share * self.greedy(self.true) + (1.0 - share) / actions
 
     def agreement(self, occupancy: Tensor) -> Agreement:
-        """Correlation and deviations of the rewards under an occupancy measure."""
+        """Correlation and deviations of the rewards under an occupancy measure; the correlation with a reward that does
+        not vary there is NaN."""
         means = [(occupancy * x).sum() for x in (self.true, self.proxy)]
         true, proxy = self.true - means[0], self.proxy - means[1]
         sigma = [float((occupancy * x.square()).sum().sqrt()) for x in (true, proxy)]
-        return Agreement(float((occupancy * true * proxy).sum()) / (sigma[0] * sigma[1]), *sigma)
+        both = sigma[0] * sigma[1]
+        return Agreement(float((occupancy * true * proxy).sum()) / both if both else math.nan, *sigma)

@@ -16,6 +16,9 @@ from envs.hacking.proxy import ProxyReward
 
 __all__ = ["PointGoal", "RewardModel", "point_goal"]
 
+EPISODES, STEPS = 64, 50
+"""Of the reference, whose states are labelled."""
+
 
 class PointGoal(TorchEnv):
     """A point in ``[-2, 2]^2`` that moves by at most 0.1 per axis and step, on a hill that ends at a cliff: the reward
@@ -88,24 +91,24 @@ class RewardModel:
 def point_goal(
     num_envs: Count = 1,
     *,
-    labels: Annotated[int, Range(2)] = 30,
+    labels: Annotated[int, Range(2, EPISODES * STEPS)] = 30,
     label_noise: Nonnegative = 0.1,
     instance: Natural = 0,
     paid: Literal["proxy", "true"] = "proxy",
     **options: Any,
 ) -> ProxyReward:
     """``PointGoal`` paid by a reward model of ``labels`` noisy labels (standard deviation ``label_noise``) at states
-    drawn from 64 episodes of the reference. The seed ``instance`` decides states, noise and features.
+    drawn from 64 episodes of the reference, which has 3,200. The seed ``instance`` decides states, noise and features.
 
     Raises:
-        ValueError: fewer than 2 labels, or a negative noise.
+        ValueError: fewer than 2 labels or more than there are states, or a negative noise.
     """
     env = PointGoal(num_envs, **options)
     generator = torch.Generator().manual_seed(instance)
-    teacher = PointGoal(64)
+    teacher = PointGoal(EPISODES)
     obs, visited = teacher.reset(seed=instance), []
-    for _ in range(50):
-        action = teacher.reference(obs, torch.randn(64, 2, generator=generator))  # type: ignore[arg-type]
+    for _ in range(STEPS):
+        action = teacher.reference(obs, torch.randn(EPISODES, 2, generator=generator))  # type: ignore[arg-type]
         result = teacher.step(action)
         visited.append(result.final_obs if bool(result.truncated[0]) else result.obs)
         obs = result.obs

@@ -259,6 +259,13 @@ def test_every_optimiser_step_moves_the_moments() -> None:
     assert len(counts) == 12
 
 
+def test_moments_of_a_bfloat16_model_are_float32() -> None:
+    agent = CAPO(RaggedTask(), n_prompts=2, group_size=2, dtype="bfloat16", lora_rank=1, seed=0, **SIZE)
+    agent.learn(8)
+    assert agent.estimator.moments.steps == 2
+    assert agent.estimator.moments.first.dtype == torch.float32
+
+
 # -- what it needs ----------------------------------------------------------------------------------------------------
 
 

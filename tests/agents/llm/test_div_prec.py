@@ -155,6 +155,8 @@ def test_the_loss_of_other_trainers() -> None:
     whole = trainer_loss(lam_tail=-0.1, k=3)(outputs, labels, 4)
     pieces = [trainer_loss(lam_tail=-0.1, k=3)({"logits": logits[i : i + 1]}, labels[i : i + 1], 4) for i in (0, 1)]
     torch.testing.assert_close(sum(pieces), whole)
+    # a piece of a batch may have no label at all
+    assert float(trainer_loss(lam_tail=-0.1, k=3)(outputs, torch.full_like(labels, -100), 4)) == 0.0
 
 
 def test_a_step_of_transformers_trainer(tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import envs
 from ccrl.batched_env import AutoresetMode
 from ccrl.testing import EnvContract
-from envs.hacking import PointGoal, RewardModel, Tomato, agreement, point_goal, tomato, tomato_task
+from envs.hacking import ExactTask, PointGoal, RewardModel, Tomato, agreement, point_goal, tomato, tomato_task
 
 
 class TestTomato(EnvContract):
@@ -147,6 +148,13 @@ def test_agreement_from_samples_is_the_exact_one(task):
     assert tuple(found) == pytest.approx(tuple(exact), rel=0.05)
 
 
+def test_a_reward_that_does_not_vary_has_no_correlation():
+    stay = ExactTask(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]), 0, 0.9)
+    found = stay.agreement(torch.full((1, 2), 0.5))
+    assert math.isnan(found.correlation)
+    assert found[1:] == (0.0, 0.5)
+
+
 def test_the_reward_model_is_right_where_it_has_labels_only():
     env = point_goal(256, labels=200, label_noise=0.0)
     near = 0.45 + 0.07 * torch.randn(500, 2, generator=torch.Generator().manual_seed(0))
@@ -177,6 +185,7 @@ def test_few_labels_give_a_correlated_proxy_that_can_be_hacked():
         (lambda: tomato_task(("####", "#AO?", "####")), "closed"),
         (lambda: tomato(paid="both"), "paid"),
         (lambda: point_goal(labels=1), "labels"),
+        (lambda: point_goal(labels=3201), "labels"),
         (lambda: RewardModel(torch.zeros(3, 2), torch.zeros(2)), "labels"),
         (lambda: agreement(tomato(1), lambda obs: obs, 1), "at least 2"),
     ],
