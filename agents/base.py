@@ -326,6 +326,7 @@ class Agent:
         """Restore ``state_dict`` in place; ``restore_rng``: also the global random streams of torch, NumPy and Python,
         which a resumed run needs and a caller who only loads an agent does not want moved."""
         self.learner.state.load_state_dict(state["learner"])
+        self.learner.healthy = True
         self._pending_callback_state = dict(state["callbacks"])
         if restore_rng:
             checkpoint.set_rng_state(state["rng"])
@@ -375,7 +376,8 @@ class Agent:
 
 def check_count(name: str, value: Any) -> int:
     """``value`` as a whole number of at least 1. :raises ValueError: anything else, NaN and inf too."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 1:
+    number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not (number and math.isfinite(value) and value >= 1):
         raise ValueError(f"{name}: expected a whole number >= 1, got {value!r}")
     if value != int(value):
         raise ValueError(f"{name}: expected a whole number, got {value!r}")

@@ -333,6 +333,9 @@ class Collector:
         self.fresh_generator.set_state(state["fresh_generator"].cpu())
         self.total_steps, self.fresh_steps = state["total_steps"], state.get("fresh_steps", 0)
         stream = self._stream
+        if not self.total_steps:  # as new, so that the first episodes are those of the seed
+            stream.end()
+            return
         note = self.resume_note
         if note is None and state.get("backend", type(self.env).__name__) != type(self.env).__name__:
             note = f"the saved state is of a {state['backend']}, the environment is a {type(self.env).__name__}"

@@ -94,7 +94,7 @@ class ReplayBuffer:
         Needs ``obs, action, reward, next_obs, terminated``; ``truncated`` defaults to False and ``alive`` follows from
         ``terminated``. Other columns are kept. float64 becomes float32.
 
-        :raises ValueError: if a column is missing or lengths differ.
+        :raises ValueError: if a column is missing, lengths differ or there is no row.
         """
         target = torch.device(device)
         missing = {"obs", "action", "reward", "next_obs", "terminated"} - arrays.keys()
@@ -109,6 +109,8 @@ class ReplayBuffer:
                 raise ValueError(f"ReplayBuffer.from_arrays: {name}: expected a number per row [M], got shape "
                                  f"{tuple(_tensor(rows[name]).shape)}")  # fmt: skip
         capacity = terminated.shape[0]
+        if not capacity:
+            raise ValueError("ReplayBuffer.from_arrays: expected at least one transition, got none")
         ring = cls.__new__(cls)
         spare = tree_columns(rows, lambda x: torch.zeros((capacity + 1, *x.shape[1:]), dtype=x.dtype, device=target))
         ring._allocate(spare, capacity, target)
@@ -147,7 +149,7 @@ class ReplayBuffer:
         self._position.zero_()
         self._size.zero_()
         self._total.zero_()
-        self._segments = {}
+        self._empty, self._segments = True, {}
         count = _tensor(rows["reward"]).shape[0]
         self._write({k: rows[k] for k in self._columns}, torch.ones(count, dtype=torch.bool, device=self.device))
 
@@ -171,7 +173,8 @@ class ReplayBuffer:
         self._position.copy_((self._position + added) % self.capacity)
         self._size.copy_((self._size + added).clamp_max(self.capacity))
         self._total.add_(added)
-        self._empty = False
+        # an accelerator would have to be waited for
+        self._empty = self._empty and self.device.type == "cpu" and not bool(added)
 
     def _write_side_by_side(self, rows: Mapping[str, Tree], keep: Tensor) -> bool:
         """``_write`` where all rows are kept and lie before the ring's end, which only the host knows without waiting;
@@ -187,7 +190,7 @@ class ReplayBuffer:
         self._position.fill_((start + count) % self.capacity)
         self._size.fill_(min(int(self._size) + count, self.capacity))
         self._total.add_(count)
-        self._empty = False
+        self._empty = self._empty and not count
         return True
 
     # -- drawing ------------------------------------------------------------------------------------------------------
@@ -213,7 +216,7 @@ class ReplayBuffer:
         """The rows held, oldest first, as copies; inside ``segments.into`` the names of files that hold them, inside
         ``segments.leaving_out`` none."""
         total, size = int(self._total), len(self)
-        state: dict[str, Any] = {"capacity": self.capacity, "total": total}
+        state: dict[str, Any] = {"capacity": self.capacity, "total": total, "lost": self.lost}
         if self.refills and segments.left_out():
             return state | {"rows": {}}
         folder = segments.target()
@@ -240,7 +243,7 @@ class ReplayBuffer:
         if rows and rows.keys() != self._columns.keys():
             raise ValueError(f"ReplayBuffer: expected columns {sorted(self.names)}, got {sorted(rows)}")
         size = _tensor(rows["reward"]).shape[0] if rows else 0
-        self.lost = size == 0 and total > 0
+        self.lost = size == 0 and (total > 0 or state.get("lost", False))
         total = 0 if self.lost else total  # a memory that is not full begins at slot 0
         slots = torch.arange(total - size, total, device=self.device) % self.capacity
         for name in rows:

@@ -49,6 +49,12 @@ class Stream:
         for fact in (self.step, self.ended, self.returns):
             fact.zero_()
 
+    def end(self) -> None:
+        """As new: the next ``start`` begins."""
+        self.obs = self.state = None
+        for fact in (self.step, self.ended, self.returns):
+            fact.zero_()
+
     def start(self, seed: int, resumed: bool) -> None:
         """Fresh episodes where none were begun, and where an evaluation has moved the only simulation of the process.
 
@@ -80,7 +86,8 @@ def note(new: dict[str, Any], log: dict[str, Any], counts: dict[str, Any]) -> No
         if isinstance(value, Tensor):
             value = value if value.is_floating_point() else value.float()
             if key not in log:
-                log[key], counts[key] = value, (~value.isnan()).to(value.dtype)
+                # a copy: environments may write every step's number into one tensor
+                log[key], counts[key] = value.clone(), (~value.isnan()).to(value.dtype)
                 continue
             old, count, known = log[key], counts[key], ~value.isnan()
             mean = torch.where(count > 0, old + (value - old) / (count + 1.0), value)

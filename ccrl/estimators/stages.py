@@ -81,7 +81,9 @@ class RewardNorm(nn.Module):
 
     def __call__(self, data: Data) -> Data:
         reward, carry = data["reward"].double(), data["carry"].double()
-        before = torch.cat([torch.ones_like(carry[:1]), carry[:-1]])
+        # fresh episodes, as after a resume without the environment's state: nothing goes on into them
+        going = (data["t"][:1] > 0).double() if "t" in data else torch.ones_like(carry[:1])
+        before = torch.cat([going, carry[:-1]])
         returns = forward_scan(reward, self.gamma * before, self.running)
         self.running.copy_(returns[-1] * carry[-1])
         self.norm.update(returns, data["valid"])

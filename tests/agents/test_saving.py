@@ -218,3 +218,20 @@ def test_a_header_imports_nothing(saved: Path, tmp_path: Path, monkeypatch: pyte
     assert PPO.load(saved, trust=["evilmod:X"]).num_timesteps == 64
     assert PPO.load(saved, env="evilmod:X").num_timesteps == 64  # the caller wrote it
     sys.modules.pop("evilmod", None)
+
+
+def test_a_state_that_is_loaded_in_place_is_whole() -> None:
+    a = agent()
+    state = a.state_dict()
+    a.learner.healthy = False  # as an interrupted iteration leaves it
+    a.load_state_dict(state)
+    a.learn(np.int64(32))  # type: ignore[arg-type]  # as an array of budgets gives it
+    assert a.num_timesteps == 32
+
+
+def test_an_agent_that_has_learnt_nothing_is_loaded_as_it_is(tmp_path: Path) -> None:
+    a = agent()
+    a.save(tmp_path / "new.pt")
+    b = PPO.load(tmp_path / "new.pt")
+    flats = [x.learn(32).updaters["policy"].flat for x in (a, b)]
+    assert torch.equal(*flats)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import gymnasium as gym
@@ -341,3 +342,19 @@ def test_steps_with_nothing_to_tell_are_left_out_of_a_logged_mean():
     log.clear()
     note({"ended": torch.tensor(nan)}, log, counts)
     assert log["ended"].isnan()
+
+
+def test_a_number_that_the_environment_overwrites_is_logged_as_it_was():
+    log, counts, own = {}, {}, torch.tensor(1.0)
+    for value in (1.0, 3.0):
+        note({"own": own.fill_(value)}, log, counts)
+    assert float(log["own"]) == 2.0  # of 1 and 3
+
+
+def test_a_state_from_before_the_first_step_begins_as_a_new_collector():
+    actor, new, loaded = policy(), Collector(ClockEnv(SCRIPT), seed=3), Collector(Forgetful(SCRIPT), seed=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # nothing is lost: nothing was there
+        loaded.load_state_dict(new.state_dict())
+    loaded.collect(Request(steps=1), actor)
+    assert loaded.env.seed == 3  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from ccrl import segments
 from ccrl.batched_env import AutoresetMode
 from ccrl.collect import Collector, Request
 from ccrl.data import Batching, Data, Field
@@ -265,3 +266,28 @@ def test_columns_that_are_no_rows_are_refused(column: str, value: Any, message: 
     rows |= {"next_obs": np.zeros((3, 2)), "terminated": np.zeros(3, bool)}
     with pytest.raises((TypeError, ValueError), match=message):
         ReplayBuffer.from_arrays(rows | {column: value})
+
+
+def test_what_has_no_row_is_not_drawn_from() -> None:
+    buffer = ring()
+    buffer.add(transitions(torch.zeros(1, 3, 1), valid=torch.zeros(1, 3)))
+    with pytest.raises(ValueError, match="the ring is empty"):
+        buffer.sample(Batching(size=2), None)
+    buffer.add(rollout())
+    buffer.replace({name: column[:0] for name, column in buffer.rows().items()})  # type: ignore[index]
+    with pytest.raises(ValueError, match="the ring is empty"):
+        buffer.sample(Batching(size=2), None)
+    with pytest.raises(ValueError, match="at least one transition"):
+        ReplayBuffer.from_arrays(arrays(0))
+
+
+def test_that_rows_were_left_out_is_saved_again() -> None:
+    """A memory that was left out of a checkpoint is missed by whoever loads what was saved before it had rows again."""
+    buffer, second, third = ring(), ring(), ring()
+    buffer.add(rollout())
+    buffer.refills = True
+    with segments.leaving_out():
+        second.load_state_dict(buffer.state_dict())
+    third.load_state_dict(second.state_dict())
+    assert second.lost
+    assert third.lost

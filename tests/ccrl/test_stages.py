@@ -103,3 +103,12 @@ def test_group_baselines_leave_invalid_rows_at_zero() -> None:
     }
     data = Data(columns, sequence=frozenset({"episode_reward", "group"}))
     assert GroupBaseline()(data)["advantage"].tolist() == [[-1.5, 1.5], [-1.5, 0.0]]
+
+
+def test_reward_normalisation_goes_on_into_no_fresh_episode() -> None:
+    # copy 0 goes on from a return of 100; copy 1 has a fresh episode (loaded without its environment's state)
+    stage = RewardNorm(2, 1.0)
+    stage.running.fill_(100.0)
+    one = torch.ones(1, 2, dtype=F64)
+    stage(Data({"reward": one, "carry": one, "valid": one, "t": torch.tensor([[7, 0]])}))
+    assert stage.running.tolist() == [101.0, 1.0]
