@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import Annotated, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from ccrl.estimators.terms import LogRatio, Outputs
 from ccrl.learn import Learner
 from ccrl.policies import ActorQ, TwinQ
 from ccrl.policies.batch_renorm import RenormEnsemble, RenormMLP
-from ccrl.settings import Count, Natural, Positive, Unit
+from ccrl.settings import Count, Natural, Positive, Range, Unit
 from ccrl.updaters import Updater
 
 __all__ = ["CrossQ", "CrossQConfig", "CrossQPolicy"]
@@ -47,7 +47,7 @@ class CrossQConfig(SACConfig):
     """This is Adam's step size, of the actor and of the critics unless they have their own."""
     alpha_learning_rate: Positive | None = 1e-3
     """This is Adam's step size for the temperature's logarithm; None keeps the temperature fixed."""
-    adam_beta1: Unit = 0.5
+    adam_beta1: Annotated[float, Range(0, 1, below=True)] = 0.5
     """Adam's first moment of actor and critics decays by this factor."""
     critic_hidden: tuple[Count, ...] | None = (2048, 2048)
     """These are the widths of the critics' hidden layers; None makes them the actor's."""

@@ -238,7 +238,10 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
     if hint is Any or (hint in (None, type(None)) and value is None):
         return value
     if hint is float and isinstance(value, Real) and not isinstance(value, bool):
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: expected a finite number, got one beyond 1.8e308") from None
     if hint is int and isinstance(value, Integral) and not isinstance(value, bool):
         return int(value)
     if hint is Path and isinstance(value, str | Path):

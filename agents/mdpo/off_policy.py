@@ -66,7 +66,8 @@ class OffPolicyMDPOPolicy(ActorQ):
     def __init__(self, *spaces: Any, state_value: bool = True, **settings: Any) -> None:
         super().__init__(*spaces, **settings)
         if state_value:
-            hidden: Sequence[int] = settings.get("critic_hidden") or settings.get("hidden", (64, 64))
+            hidden: Sequence[int] | None = settings.get("critic_hidden")
+            hidden = settings.get("hidden", (64, 64)) if hidden is None else hidden
             self.value = mlp([self._width("critic"), *hidden, 1], settings.get("activation", "relu"))
 
     def v(self, obs: Tree) -> Tensor:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ccrl.batched_env import AutoresetMode
+from ccrl.estimators.recipe import Recipe
 from ccrl.estimators.updates import GradientEstimate
 from ccrl.learn.base import Learner
 from ccrl.learn.rollout import RolloutLearner
@@ -105,6 +106,10 @@ def distribute(learner: Learner, processes: Processes, share: bool = True) -> No
         raise ValueError(
             "several processes: expected environments without dummy rows (SAME_STEP or DISABLED): clocks must agree"
         )
+    if isinstance(learner.estimator, Recipe):
+        # a process with shorter episodes would go on when the others have ended, and wait for them
+        raise ValueError("several processes: expected rollouts of equal numbers of steps; this agent plays whole "
+                         "episodes, and trains in one process")  # fmt: skip
     if learner.compile == "on":
         raise ValueError("several processes: averaged steps are uncompiled; expected compile='auto' or 'off'")
     lacking = [name for name, updater in learner.updaters.items() if not hasattr(updater, "hooks")]

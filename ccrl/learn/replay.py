@@ -80,7 +80,7 @@ class ReplayLearner(_CycleLearner):
                 raise ValueError(f"{name}: expected >= 1, got {value}")
         self.source, self.ring, self.n_steps, self.updates = source, ring, n_steps, updates
         self.learning_starts, self.rounds = learning_starts, rounds
-        rows = n_steps * source.env.num_envs
+        rows = n_steps * source.env.num_envs * (1 if returns is None else returns.n)
         if ring.capacity < rows:
             raise ValueError(f"buffer_size: expected at least the {rows} rows of one collection, got {ring.capacity}")
         ring.refills = True

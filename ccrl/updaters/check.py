@@ -147,7 +147,8 @@ def check_loss(
     def gradient(loss: Callable[[Data], tuple[Tensor, Stats]]) -> dict[str, Tensor]:
         with frozen_buffers(updater.module):
             found = torch.autograd.grad(loss(batch)[0], updater.params, allow_unused=True, materialize_grads=True)
-            return dict(zip(updater.names, found)) | {k: b.clone() for k, b in updater.module.named_buffers()}
+            # as doubles: flags have no difference
+            return dict(zip(updater.names, found)) | {k: b.double() for k, b in updater.module.named_buffers()}
 
     def differing(terms: tuple[Term, ...], compiled: Callable[[Data], tuple[Tensor, Stats]]) -> list[str]:
         eager = partial(surrogate_loss, updater.module, terms)

@@ -164,7 +164,8 @@ class FlatUpdater(Surrogates):
         b1, b2 = self.betas
         new_m, new_v = torch.lerp(m, grad, 1.0 - b1), b2 * v + (1.0 - b2) * grad * grad
         t = t + 1.0
-        scale = (lr / (1.0 - torch.exp(t * math.log(b1)))).to(flat.dtype)
+        # the logarithm of 0 is an error; without a first moment there is nothing to correct
+        scale = (lr / (1.0 - torch.exp(t * math.log(b1))) if b1 else lr).to(flat.dtype)
         root = torch.sqrt(1.0 - torch.exp(t * math.log(b2))).to(flat.dtype)
         new = flat - scale * new_m / (new_v.sqrt() / root + self.eps)
         return torch.where(ok, new, flat), torch.where(ok, new_m, m), torch.where(ok, new_v, v), norm, ok

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ccrl.batched_env import BatchedEnv, StepResult, Tree, resume_note
+from ccrl.stream import note
 
 __all__ = ["StackedEnv"]
 
@@ -44,11 +45,14 @@ class StackedEnv:
 
     def step(self, action: Tensor) -> StepResult:
         rows = [part.step(a) for part, a in zip(self.parts, action.chunk(len(self.parts)))]
-        finals = [row.final_obs for row in rows]
+        finals, log = [row.final_obs for row in rows], dict[str, Any]()
+        counts: dict[str, Any] = {}
+        for row in rows:
+            note(row.log, log, counts)
         return StepResult(
             _join([row.obs for row in rows]), torch.cat([row.reward for row in rows]),
             torch.cat([row.terminated for row in rows]), torch.cat([row.truncated for row in rows]),
-            None if any(f is None for f in finals) else _join(finals), rows[0].log,  # type: ignore[arg-type]
+            None if any(f is None for f in finals) else _join(finals), log,  # type: ignore[arg-type]
         )  # fmt: skip
 
     def close(self) -> None:

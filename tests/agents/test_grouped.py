@@ -41,6 +41,15 @@ def test_stacked_environments_are_their_parts() -> None:
     assert torch.equal(env.step(action.repeat(3)).obs, after.obs)
 
 
+def test_stacked_environments_log_the_mean_of_their_parts() -> None:
+    parts = [resolve_env("CartPole-v1", 1) for _ in range(3)]
+    for part, value in zip(parts, (1.0, 3.0, float("nan"))):  # in the last one no episode ended
+        part.step = lambda action, step=part.step, x=value: step(action)._replace(log={"m": torch.tensor(x)})  # type: ignore[misc]
+    env = StackedEnv(parts)
+    env.reset(seed=0)
+    assert float(env.step(torch.zeros(3, dtype=torch.int64)).log["m"]) == 2.0
+
+
 def test_signatures_resume_and_evaluation(tmp_path: Path) -> None:
     agent, whole = (Grouped("CartPole-v1", **SMALL, normalise_obs=True, seed=1) for _ in range(2))
     agent.learn(until=40)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import envs
-from agents import BPO, MDPO, PPO
+from agents import BPO, MDPO, PPO, CrossQ
 from ccrl.adapters import from_gymnasium
 from ccrl.experiment import checkpoint
 from ccrl.experiment.callbacks import CheckpointCallback
@@ -98,6 +98,8 @@ def test_float64_observations_and_wrong_ones():
         (BPO, {"median_temperature": 0.0}),
         (BPO, {"batch_size": -1}),
         (BPO, {"median_hidden": (0,)}),
+        (PPO, {"learning_rate": 10**400}),
+        (CrossQ, {"adam_beta1": 1.0}),
     ],
 )
 def test_settings_that_cannot_train_are_refused_by_name(cls, wrong):

@@ -113,3 +113,8 @@ def test_compiled_steps_are_the_eager_ones() -> None:
     assert compiled.learner.cycle.compiled
     for name, value in eager.policy.state_dict().items():
         torch.testing.assert_close(compiled.policy.state_dict()[name], value, rtol=1e-4, atol=1e-4, msg=name)
+
+
+def test_critics_without_hidden_layers_have_such_a_state_value() -> None:
+    agent = OffPolicyMDPO(SpacesEnv(BOX, BOX), **SMALL, critic_hidden=(), compile="off")
+    assert sum(p.numel() for p in agent.policy.value.parameters()) == 3  # two weights and a bias

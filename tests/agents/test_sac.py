@@ -212,3 +212,6 @@ def test_a_memory_on_the_disk_is_announced_and_trains_as_one_in_memory(
 def test_a_memory_smaller_than_one_collection_is_refused() -> None:
     with pytest.raises(ValueError, match="buffer_size: expected at least the 16 rows of one collection, got 8"):
         SAC("Pendulum-v1", num_envs=2, n_steps=8, buffer_size=8, hidden=(4,), compile="off")
+    # a row may end in any of the 3 steps that it spans
+    with pytest.raises(ValueError, match="buffer_size: expected at least the 6 rows of one collection, got 5"):
+        SAC("Pendulum-v1", num_envs=2, n_step_returns=3, buffer_size=5, hidden=(4,), compile="off")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,8 @@ from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates, losses, ratios
 from ccrl.estimators.terms import Term
 from ccrl.updaters import FlatUpdater, GradientEstimate, ModuleUpdater
+from ccrl.updaters.check import check_loss
+from ccrl.updaters.common import surrogate_loss
 
 F64 = torch.float64
 
@@ -123,3 +127,26 @@ def test_a_new_rate_reaches_every_parameter_group() -> None:
     updater.lr.fill_(0.5)
     updater.step(TERMS, batch())
     assert flat(net) == [1.5, 2.0, 1.5, 2.0]
+
+
+def test_flags_among_the_buffers_are_compared() -> None:
+    net = Net()
+    net.register_buffer("seen", torch.tensor([True]))
+    updater = ModuleUpdater(net, sgd)
+    check_loss(updater, TERMS, batch(), partial(surrogate_loss, net, TERMS))
+
+
+def test_adam_without_a_first_moment() -> None:
+    """The arithmetic of compiled updates is that of eager ones, also where beta1 is 0."""
+    found = []
+    for compiled in (False, True):
+        net = Net()
+        updater = FlatUpdater(net, lr=0.1, betas=(0.0, 0.9))
+        if compiled:
+            update = updater.pure(TERMS, batch())
+            values = [batch()[name] for name in update.columns]
+            found.append(update.step(update.state, updater.lr.view(1), values, {})[0].flat)
+        else:
+            updater.step(TERMS, batch())
+            found.append(updater.flat)
+    torch.testing.assert_close(*found)

@@ -97,6 +97,7 @@ def test_what_would_drift_apart_is_refused():
         NPGIGT("Pendulum-v1", num_envs=2, n_steps=8, hidden=(4,)),
         MDPO("Pendulum-v1", num_envs=2, n_steps=8, hidden=(4,)),
         Grouped("CartPole-v1", method="oblr_po", baseline_weight="length", n_groups=2, n_steps=8, hidden=(4,)),
+        Grouped("CartPole-v1", n_groups=2, group_size=2, n_steps=8, hidden=(4,)),  # episodes of other lengths
     ):
         with pytest.raises(ValueError, match="one process"):
             distribute(agent.learner, processes)
