@@ -86,7 +86,8 @@ class Judged:
 
     @classmethod
     def pairs(cls, rows: Iterable[Mapping[str, Any]], vocab: Vocabulary, max_tokens: int | None = None) -> Judged:
-        """Pairs of texts: ``prompt``, ``chosen``, ``rejected``. Equal completions are no pair and are left out.
+        """Pairs of texts: ``prompt``, ``chosen``, ``rejected``. Equal completions are no pair and are left out,
+        those among them that only the cut makes equal.
 
         :param max_tokens: completions are cut after so many tokens; None: never.
         :raises ValueError: a field is missing or no text, or no pair is left.
@@ -98,7 +99,10 @@ class Judged:
                 prompts += [prompt, prompt]
                 completions += [chosen, rejected]
         columns = as_columns(prompts, completions, vocab, max_tokens)
-        return _paired(columns, torch.arange(len(prompts)))
+        # what differs after the cut; padding is no token of a completion
+        written = columns["action"].masked_fill(columns["present"] == 0, -1).t()
+        differ = (written[0::2] != written[1::2]).any(1)
+        return _paired(columns, differ.repeat_interleave(2).nonzero().squeeze(-1))
 
     @classmethod
     def verdicts(cls, rows: Iterable[Mapping[str, Any]], vocab: Vocabulary, max_tokens: int | None = None) -> Judged:

@@ -54,7 +54,11 @@ class CausalReward(nn.Module):
         ``[T, B]``. An empty completion is judged by its prompt."""
         attention = torch.cat([batch["prompt_valid"], batch["present"].t()], 1).long()
         tokens = torch.cat([batch["prompt"], batch["action"].t()], 1)
-        check_positions(self.positions, batch["prompt"].shape[1], batch.shape[0] + 1, "the longest of the prompts")
+        if self.positions is not None and attention.shape[1] > self.positions:
+            # the longest prompt and the longest completion may be of two texts
+            length, row = attention.sum(1).max(0)
+            prompt = int(batch["prompt_valid"][row].sum())
+            check_positions(self.positions, prompt, int(length) - prompt + 1, "the longest text's prompt")
         # padding may be no token at all, and would be an index
         hidden = self.body(
             input_ids=torch.where(attention > 0, tokens, 0), attention_mask=attention,

@@ -42,12 +42,15 @@ class ProxyReward(RewardWrapper):
         self.proxy: Proxy = env.proxy if proxy is None else proxy  # type: ignore[attr-defined]
         zero = torch.zeros(self.num_envs, device=self.device)
         self.memory = {"true_return": zero, "proxy_return": zero, "true": zero, "proxy": zero}
+        self.live = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
+        """Copies ``[N]`` that took the last step: not those that began anew in it, or had ended."""
 
     def begin(self, obs: Tree, where: Tensor) -> None:
         for name in ("true_return", "proxy_return"):
             self.memory[name] = self.memory[name].masked_fill(where, 0.0)
 
     def pay(self, obs: Tree, action: Tensor, successor: Tree, reward: Tensor, live: Tensor) -> Tensor:
+        self.live = live
         rewards = {"true": reward.clone(), "proxy": self.proxy(obs, action, successor)}
         for name, x in rewards.items():
             self.memory[name] = torch.where(live, x, torch.zeros_like(x))
@@ -72,7 +75,7 @@ def agreement(env: ProxyReward, act: Callable[[Tree], Tensor], steps: int, seed:
     obs, rows = env.reset(seed=seed), []
     for _ in range(steps):
         obs = env.step(act(obs)).obs
-        rows.append(torch.stack([env.memory["true"], env.memory["proxy"]]))
+        rows.append(torch.stack([env.memory["true"], env.memory["proxy"]])[:, env.live])
     pairs = torch.cat(rows, 1).double()
     centred = pairs - pairs.mean(1, keepdim=True)
     covariance = centred @ centred.T / pairs.shape[1]

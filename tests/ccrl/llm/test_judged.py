@@ -62,6 +62,9 @@ def test_pairs_from_texts() -> None:
     assert data["present"].sum(0).tolist() == [3.0, 2.0, 2.0, 3.0]
     cut = Judged.pairs([{"prompt": "0", "chosen": "123", "rejected": "1"}], RaggedTask.vocab, max_tokens=2)
     assert cut.data["action"].t().tolist() == [[1, 2], [1, 4]]
+    rows = [dict(zip(("prompt", "chosen", "rejected"), row)) for row in (("0", "121", "123"), ("0", "1", "11"))]
+    equal = Judged.pairs(rows, RaggedTask.vocab, max_tokens=2)
+    assert equal.data["action"].t().tolist() == [[1, 4], [1, 1]], "the cut leaves nothing to tell them apart"
 
 
 @pytest.mark.parametrize(
@@ -226,6 +229,21 @@ def test_a_text_longer_than_the_model(build: Build, task: TextTask) -> None:
     judge = CausalReward(build("gpt2").model)
     judge.positions = 4
     with pytest.raises(ValueError, match="expected at least"):
+        judge(data)
+
+
+def test_a_long_prompt_and_a_long_completion_are_two_texts(build: Build) -> None:
+    """Texts of 5 + 1 and 1 + 5 tokens, side by side 10 columns wide, are for a model with 6 positions."""
+    prompt = torch.tensor([[3, 4, 5, 6, 7], [0, 0, 0, 0, 3]])
+    action = torch.tensor([[4, 4], [0, 5], [0, 6], [0, 7], [0, 8]])
+    columns = {"prompt": prompt, "prompt_valid": (prompt > 0).float(), "action": action,
+               "present": (action > 0).float(), "valid": (action > 0).float()}  # fmt: skip
+    data = Data(columns, sequence=frozenset({"prompt", "prompt_valid"}))
+    judge = CausalReward(build("gpt2").model)
+    judge.positions = 6
+    assert judge(data).shape == (2,)
+    judge.positions = 5
+    with pytest.raises(ValueError, match="expected at least 6 positions"):
         judge(data)
 
 

@@ -148,6 +148,14 @@ def test_agreement_from_samples_is_the_exact_one(task):
     assert tuple(found) == pytest.approx(tuple(exact), rel=0.05)
 
 
+def test_agreement_counts_no_dummy_steps():
+    """Up from the start waters a tomato: every step of such episodes is worth 0.02, and the steps of resets nothing."""
+    for mode in AutoresetMode:
+        env = tomato(2, max_episode_steps=1, autoreset_mode=mode)
+        found = agreement(env, lambda obs: torch.full((2,), 3), 6)
+        assert found.sigma_true == pytest.approx(0.0, abs=1e-9)
+
+
 def test_a_reward_that_does_not_vary_has_no_correlation():
     stay = ExactTask(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2), torch.tensor([[0.0, 1.0]]), 0, 0.9)
     found = stay.agreement(torch.full((1, 2), 0.5))
