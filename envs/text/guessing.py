@@ -75,6 +75,12 @@ class Guessing(GeneratedTask):
         found.turn = pieces[";"][0]
         return found
 
+    def forced(self, demonstration: Sequence[int]) -> list[bool]:
+        """Which tokens of a demonstration are replies: what stands behind a turn token, if it is not the end."""
+        replies = {token for text in "<>" for token in self.vocab.encode(text)}
+        before = [-1, *demonstration[:-1]]
+        return [last == self.turn and token in replies for last, token in zip(before, demonstration)]
+
     def judge(self, truth: int, text: str) -> Verdict:
         return self._verdict(truth, self.vocab.encode(text))
 

@@ -211,6 +211,17 @@ def test_playing_by_halving_finds_every_number() -> None:
         assert score(task, [question.truth], [task.vocab.decode(transcript)])[0] == [[1]]
 
 
+def test_guessing_does_not_teach_the_replies() -> None:
+    task = make_task("guessing")
+    prompts = task.prompts(8, Generator().manual_seed(0))
+    assert prompts.demonstration is not None
+    assert prompts.demonstration_forced is not None
+    for tokens, forced in zip(prompts.demonstration.tolist(), prompts.demonstration_forced.tolist()):
+        text = task.vocab.decode([token for token, told in zip(tokens, forced) if not told])
+        assert text == task.vocab.decode(tokens).replace("<", "").replace(">", "")
+    assert int(prompts.demonstration_forced.sum()) > 0
+
+
 def test_guessing_without_enough_turns_demonstrates_what_it_can() -> None:
     task = make_task("guessing", turns=1)
     prompts = task.prompts(400, Generator().manual_seed(0))
