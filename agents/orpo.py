@@ -21,8 +21,10 @@ Slots: fit = discriminator; prepare = penalty, values, GAE; ratio = token; loss 
 from __future__ import annotations
 
 import math
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +47,8 @@ from ccrl.updaters import FlatUpdater, Stats
 
 __all__ = ["ORPO", "ORPOConfig"]
 
+_RESTORED: ContextVar[str | Path | None] = ContextVar("_RESTORED", default=None)
+"""The checkpoint that is loaded: the reference is in it, and the file that it once came from may be gone."""
 KINDS: dict[str, Kind] = {"sqrt_chi2": "sqrt_chi2", "chi2": "chi2", "kl": "kl"}
 ACTION_KINDS: dict[str, Kind] = {"action_kl": "kl", "action_chi2": "chi2", "action_sqrt_chi2": "sqrt_chi2"}
 
@@ -212,7 +216,12 @@ class ORPO(PPO):
 
     def _load_reference(self, policy: nn.Module) -> None:
         found, path = self._reference, self.config.reference
-        if found is None and path:
+        restored = _RESTORED.get()
+        if restored is not None:
+            found = _saved_reference(restored, self.device)
+            if found is None or checkpoint.different_shapes(found, policy.state_dict()):
+                return  # load() says what is wrong
+        elif found is None and path:
             found = checkpoint.load(path, map_location=self.device)["state"]["learner"]["policy"]
         if found is None:
             return
@@ -222,6 +231,14 @@ class ORPO(PPO):
                 f"{different}; give both the same hidden layers"
             )
         policy.load_state_dict(found)
+
+    @classmethod
+    def load(cls, path: str | Path, *args: Any, **options: Any) -> Self:
+        token = _RESTORED.set(path)
+        try:
+            return super().load(path, *args, **options)
+        finally:
+            _RESTORED.reset(token)
 
     def before_learning(self) -> None:
         """:raises ValueError: a reward that does not vary under the reference: no weight can be in its units."""
@@ -243,3 +260,12 @@ class ORPO(PPO):
             "fit": "discriminator of policy and reference",
             "prepare": "reward - lambda (w - 1) / sqrt(chi^2), values, GAE",
         }
+
+
+def _saved_reference(path: str | Path, device: torch.device) -> dict[str, Tensor] | None:
+    """The reference's parameters in an agent's checkpoint; None: they are missing."""
+    try:
+        found: dict[str, Tensor] = checkpoint.load(path, map_location=device)["state"]["learner"]["bank"]["ref"]
+    except (KeyError, TypeError):
+        return None
+    return found

@@ -104,8 +104,8 @@ class SubPOConfig(ActorCriticConfig):
             )
         if self.ent_coef == 0.0:
             check_unused(self, "ent_coef is 0", "ent_decay")
-        if self.credit == "greedy" and self.gamma != 1.0:
-            raise ValueError(f"gamma: credit='greedy' adds no rewards up; expected the default 1.0, got {self.gamma}")
+        if self.credit in ("greedy", "cumulative") and self.gamma != 1.0:
+            raise ValueError(f"gamma: credit={self.credit!r} discounts nothing; expected 1.0, got {self.gamma}")
 
 
 def credited(gain: Tensor, carry: Tensor, credit: Credit, gamma: float = 1.0) -> Tensor:

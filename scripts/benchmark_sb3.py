@@ -95,7 +95,7 @@ def model_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
     if "activation" in arguments:
         policy["activation_fn"] = ACTIVATIONS[arguments.pop("activation")]
     if "adam_eps" in arguments:
-        policy["optimizer_kwargs"] = {"eps": arguments.pop("adam_eps")}
+        policy["optimizer_kwargs"] = {**policy.get("optimizer_kwargs", {}), "eps": arguments.pop("adam_eps")}
     for ours, theirs in (("orthogonal", "ortho_init"), ("log_std_init", "log_std_init")):
         if ours in arguments:
             policy[theirs] = arguments.pop(ours)

@@ -264,7 +264,7 @@ def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Data
                 action,
                 result.reward,
                 # rows of final_obs hold a successor only where an episode ended
-                torch.where(ended.unsqueeze(-1), result.final_obs, result.obs),  # type: ignore[arg-type]
+                torch.where(ended.view(-1, *(1,) * (before.ndim - 1)), result.final_obs, result.obs),  # type: ignore[arg-type]
                 result.terminated,
                 result.truncated & ~result.terminated,
             )
@@ -307,7 +307,7 @@ def mean_return(env: PointMaze, act: Act, seed: int) -> float:
 def write(data: Dataset, out: str, env_id: str | None) -> str:
     """Write ``data`` to an ``.npz`` file or as ``minari:ID`` (which needs the environment's id)."""
     if not out.startswith("minari:"):
-        path = Path(out).with_suffix(".npz")
+        path = Path(out if out.endswith(".npz") else f"{out}.npz")  # not with_suffix: gain0.3 would lose its number
         path.parent.mkdir(parents=True, exist_ok=True)
         columns: dict[str, Any] = data.columns()
         np.savez_compressed(path, **columns)

@@ -27,7 +27,6 @@ from ccrl.experiment import plots
 from ccrl.experiment.config import flatten
 from ccrl.experiment.curves import Study, load_study
 from ccrl.experiment.files import write_atomic
-from ccrl.experiment.logger import digits
 from ccrl.experiment.run import RunFolder, find_runs
 from ccrl.settings import Settings
 
@@ -156,7 +155,7 @@ def _differences(runs: list[RunFolder]) -> list[str]:
         group = configs.setdefault((str(run.info["agent"]), str(run.info["env"])), {})
         for key, value in flatten(run.config()).items():
             if key not in SKIPPED:
-                group.setdefault(key, set()).add(digits(value) if isinstance(value, float) else str(value))
+                group.setdefault(key, set()).add(str(value))
     keys = sorted({key for group in configs.values() for key in group})
     differing = [k for k in keys if len({frozenset(group.get(k, set())) for group in configs.values()}) > 1
                  or any(len(group.get(k, set())) > 1 for group in configs.values())]  # fmt: skip

@@ -81,6 +81,8 @@ def complete(
     running = _here(left, play) if jobs == 1 else _processes(left, play, jobs)
     for count, (cell, found, (seconds, cpu)) in enumerate(running, 1):
         head = f"[{name} {count}/{len(left)}] " + ", ".join(f"{k} {cell[k]}" for k in shown)
+        if not found:  # it would be run again by every call
+            found = f"expected at least one row of results, got {found!r}"
         if isinstance(found, str):
             failures.append(f"{head}: {found.splitlines()[-1]}")
             print(f"{head}: FAILED\n{found}", flush=True)

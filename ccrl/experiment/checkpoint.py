@@ -75,9 +75,12 @@ def portable(tree: Any, where: str = "state") -> Any:
         return tree.detach()
     if isinstance(tree, np.ndarray) and tree.dtype != object:
         # A copy: torch shares neither read-only arrays nor negative strides.
-        return torch.from_numpy(tree.copy())
+        try:
+            return torch.from_numpy(tree.astype(tree.dtype.newbyteorder("=")))
+        except TypeError as error:
+            raise TypeError(f"{where}: expected an array of numbers; received one of {tree.dtype}.") from error
     if isinstance(tree, np.generic):
-        return tree.item()
+        tree = tree.item()
     if tree is None or type(tree) in (bool, int, float, complex, str, bytes, torch.dtype, torch.device):
         return tree
     if isinstance(tree, PurePath):

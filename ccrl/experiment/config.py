@@ -58,9 +58,14 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.1 reads ``3e-4`` (no dot) as a string; people who write it mean the number."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Quotes the strings that ``_Loader`` would read as numbers."""
+
+
+for _own in (_Loader, _Dumper):
+    _own.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+"), list("-+0123456789")
+    )
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -197,6 +202,7 @@ def _yaml_text(config: Any, indent: int) -> str:
             parts.append(f"{pad}{field.name}:\n{_yaml_text(value, indent + 2)}")
         else:
             # Inside a list, so that lists and mappings stay on the line and strings are quoted where needed.
-            text = yaml.safe_dump([_plain(value)], default_flow_style=True, sort_keys=False, width=1_000_000).strip()
+            text = yaml.dump([_plain(value)], Dumper=_Dumper, default_flow_style=True, sort_keys=False, width=1_000_000)
+            text = text.strip()
             parts.append(f"{pad}{field.name}: {text[1:-1]}\n")
     return "".join(parts) or f"{pad}{{}}\n"

@@ -17,6 +17,7 @@ from ccrl.experiment.files import write_atomic, writing
 __all__ = ["CsvTable", "read_columns", "read_rows"]
 
 Cell = float | int | str
+_LONGEST = 2**31 - 1
 
 
 class CsvTable:
@@ -87,11 +88,15 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     Raises:
         ValueError: no text in UTF-8, or rows with more cells than the first line has names.
     """
+    # a cell may hold the returns of thousands of episodes; the limit is one for all of the process
+    limit = csv.field_size_limit(_LONGEST)
     try:
         text = Path(path).read_bytes().decode("utf-8")
         rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: expected a table as CSV in UTF-8, got a file that is none: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     for line, row in enumerate(rows, 2):
         if None in row:
             raise ValueError(f"{path}:{line}: expected {len(row) - 1} cells, as the first line has, got more")

@@ -38,7 +38,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """``OSError`` inside becomes a :class:`WriteError` that names ``path``."""
     try:
         yield
-    except WriteError:
+    except (WriteError, FolderInUseError):  # whose text may hold any path and command
         raise
     except (OSError, RuntimeError) as error:
         # torch's writer raises a RuntimeError without the cause, which the file's own error is the context of

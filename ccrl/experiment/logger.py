@@ -158,7 +158,7 @@ def digits(value: float) -> str:
     """``value`` for a screen, with three significant digits: 0.012345 is 0.0123, 12345.6 is 12,300. Counts are
     exact."""
     if float(value).is_integer() and abs(value) < 1e12:
-        return f"{value:,.0f}"
+        return f"{value + 0.0:,.0f}"  # -0 is 0
     if not math.isfinite(value) or not 1e-4 <= abs(value) < 1e9:
         return f"{value:.3g}"
     places = 2 - math.floor(math.log10(abs(float(f"{value:.3g}"))))

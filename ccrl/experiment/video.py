@@ -35,7 +35,7 @@ def record_video(
     torch generators are put back afterwards.
 
     Returns:
-        Mean return of the filmed episodes (of the begun one if none ended).
+        Mean return of the episodes that ended (of the begun one if none did).
 
     Raises:
         TypeError: the env has no ``render``.
@@ -54,7 +54,7 @@ def record_video(
         raise TypeError(f"expected an env with render(index) -> frame; received {type(env).__name__} without it.")
     path.parent.mkdir(parents=True, exist_ok=True)
     devices = [env.device] if env.device.type == "cuda" else []
-    finished, total, resetting = 0, 0.0, False
+    finished, total, begun, resetting = 0, 0.0, 0.0, False
     with torch.random.fork_rng(devices=devices), _writer(path, options[path.suffix]) as writer:
         torch.manual_seed(stream_seed(seed, "evaluation: actions"))
         obs = env.reset(seed=stream_seed(seed, "evaluation"))
@@ -72,15 +72,17 @@ def record_video(
                 restart(dummy if late else done)
                 dummy = done & ~dummy
             if not resetting:
-                total += float(result.reward[0])
+                begun += float(result.reward[0])
             ended = bool(done[0]) and not resetting
+            if ended:
+                total, begun = total + begun, 0.0
             resetting = ended and env.autoreset_mode == AutoresetMode.NEXT_STEP
             finished += ended
             if finished == episodes:
                 break
             if env.autoreset_mode == AutoresetMode.DISABLED and bool(done.any()):
                 obs = env.reset(mask=done)
-    return total / max(finished, 1)
+    return total / finished if finished else begun
 
 
 def _writer(path: Path, options: dict[str, Any]) -> Any:

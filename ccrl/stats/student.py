@@ -25,6 +25,9 @@ def t_cdf(t: float, df: float) -> float:
         term *= cos * cos * (k - 1) / k
         total += term
     inside = 2 / math.pi * (theta + sin * total) if odd else sin * total
+    if abs(inside) > 0.999:  # 1 - inside would be what rounding leaves of it, and below 0 at times
+        tail = 0.5 * _beta(df / (df + t * t), t * t / (df + t * t), df / 2, 0.5)
+        return tail if t < 0 else 1 - tail
     return 0.5 * (1 + inside)
 
 

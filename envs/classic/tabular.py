@@ -55,14 +55,19 @@ class TabularMDP(Exact, ClassicEnv):
         self.transition_table, self.reward_table, self.start = (
             torch.as_tensor(np.asarray(x), dtype=torch.float64) for x in (transition, reward, start)
         )
+        if self.reward_table.ndim != 2:
+            raise ValueError(f"{self.id}: expected reward [S, A], got {tuple(self.reward_table.shape)}")
         states, actions = self.reward_table.shape
         self.terminal = torch.as_tensor([False] * states if terminal is None else list(terminal))
         for name, table, shape in (
             ("transition", self.transition_table, (states, actions, states)),
             ("start", self.start, (states,)),
         ):
-            if table.shape != shape or not torch.allclose(table.sum(-1), torch.ones(shape[:-1], dtype=torch.float64)):
+            ones = torch.ones(shape[:-1], dtype=torch.float64)
+            if table.shape != shape or bool((table < 0).any()) or not torch.allclose(table.sum(-1), ones):
                 raise ValueError(f"{self.id}: expected {name} {shape} of distributions, got {tuple(table.shape)}")
+        if self.terminal.shape != (states,):
+            raise ValueError(f"{self.id}: expected terminal ({states},), got {tuple(self.terminal.shape)}")
         if not 0.0 <= gamma <= 1.0 or (horizon is None and gamma == 1.0):
             raise ValueError(f"{self.id}: expected gamma in [0, 1], below 1 without a horizon; got {gamma}")
         self.gamma, self.horizon = gamma, horizon

@@ -212,6 +212,11 @@ def test_the_reference_is_anothers_policy(tmp_path):
     )  # fmt: skip
     assert torch.equal(from_file.ctx.bank.policy("ref").params(states)["logits"], wanted)
     assert not torch.equal(from_file.policy.params(states)["logits"], wanted)
+    from_file.save(tmp_path / "own.pt")
+    (tmp_path / "teacher.pt").unlink()
+    loaded = ORPO.load(tmp_path / "own.pt")
+    assert torch.equal(loaded.ctx.bank.policy("ref").params(states)["logits"], wanted), "it is in the checkpoint"
+    assert torch.equal(loaded.estimator.sigma, from_file.estimator.sigma)
     with pytest.raises(ValueError, match="this agent's networks"):
         make(reference=teacher.policy, hidden=(8,))
 

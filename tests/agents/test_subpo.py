@@ -235,6 +235,7 @@ def test_the_entropy_weight_falls_as_one_over_the_iteration():
         ({"n_epochs": 3}, "n_epochs"),
         ({"ent_decay": "none"}, "ent_decay"),
         ({"credit": "greedy", "gamma": 0.9}, "gamma"),
+        ({"credit": "cumulative", "gamma": 0.9}, "gamma"),
         ({"credit": "modular"}, "credit"),
         ({"n_steps": 7}, "multiple of the task's 6 steps"),
     ],

@@ -46,6 +46,12 @@ def test_a_study_goes_on_where_it_was(tmp_path: Path, jobs: int, capsys: pytest.
     assert len(read_rows(path)) == 8
 
 
+def test_a_cell_without_rows_is_a_failure(tmp_path: Path) -> None:
+    with pytest.raises(CellsFailed, match=r"1 cells failed\n.*seed 0: expected at least one row of results, got \[\]"):
+        complete(tmp_path / "study.csv", CELLS[:2], lambda cell: play(cell) if cell["seed"] else [])
+    assert len(read_rows(tmp_path / "study.csv")) == 2, "the other is kept"
+
+
 def test_only_the_wanted_cells_come_back(tmp_path: Path) -> None:
     complete(tmp_path / "study.csv", CELLS, play)
     rows = complete(tmp_path / "study.csv", CELLS[:1], fails_at_b)

@@ -49,10 +49,13 @@ def test_numpy_is_converted():
     assert tree["a"].tolist() == [0, 1, 2]
     assert type(tree["b"]) is float
     assert tree["c"].tolist() == [[False], [True]]
+    assert checkpoint.portable({"d": np.array([1.5, 2.0], ">f8")})["d"].tolist() == [1.5, 2.0], "of another byte order"
     assert checkpoint.portable(namedtuple("Pair", "x y")(1, 2)) == (1, 2)
 
 
-@pytest.mark.parametrize("bad", [object(), {1, 2}, np.array([None]), lambda: 0])
+@pytest.mark.parametrize(
+    "bad", [object(), {1, 2}, np.array([None]), np.array(["a"]), np.datetime64("2020-01-01"), lambda: 0]
+)
 def test_what_could_not_be_loaded_is_refused_when_saving(tmp_path, bad):
     with pytest.raises(TypeError, match=r"state\['agent'\]\[1\]: expected .*; received"):
         checkpoint.save(tmp_path / "x.pt", {"agent": [0, bad]})

@@ -98,6 +98,12 @@ def test_yaml_numbers_without_a_dot(tmp_path):
     assert config.weights == {"a": 1500.0, "b": -0.2, "c": 4.0}
 
 
+def test_texts_that_look_like_numbers_stay_texts(tmp_path):
+    config = replace(Config(), name="1e5")  # as the abbreviated name of a commit may
+    save_yaml(config, tmp_path / "config.yaml")
+    assert from_dict(Config, load_yaml(tmp_path / "config.yaml")) == config
+
+
 def test_overlay_order(tmp_path):
     (tmp_path / "a.yaml").write_text("learning_rate: 1e-3\nseed: 5\nadam:\n  eps: 1e-6\n")
     config = parse(Config, ["--learning-rate", "0.1", "--adam.betas", "0.1", "0.2"], tmp_path / "a.yaml")

@@ -217,6 +217,14 @@ def test_eval_log_and_resume(tmp_path):
     assert saved["ep_lengths"].tolist() == [[1, 2], [1, 2], [1, 1]]
 
 
+def test_evaluations_of_many_episodes(tmp_path):
+    """Beyond the 131,072 characters that Python's reader takes for a cell by default."""
+    returns = np.random.default_rng(0).normal(size=7_000)
+    log = EvalLog(tmp_path)
+    log.log(1, EvalResult(returns, np.ones(7_000, dtype=np.int64)))
+    assert np.load(tmp_path / "evaluations.npz")["results"].tolist() == [returns.tolist()]
+
+
 def test_another_number_of_episodes_gives_ragged_results(tmp_path):
     log = EvalLog(tmp_path)
     for returns in ([1.0, 2.0], [3.0]):
@@ -255,6 +263,8 @@ def test_video(tmp_path, suffix, mode):
     assert len(frames) == 10 + (mode == AutoresetMode.NEXT_STEP)
     assert frames[0].shape[:2] == (32, 48)
     assert mean == 3.0  # rewards 0 in episode 0 and 1 for six steps in episode 1
+    # 0 in four steps; the second episode is cut short and does not count
+    assert record_video(Script([[4, 6], [3]], mode), zero, path, episodes=2, fps=10, max_steps=8) == 0.0
     white = [int((frame[10, :, 0] > 128).sum()) for frame in frames[:4]]
     assert white == sorted(white)
     assert white[0] < white[3]

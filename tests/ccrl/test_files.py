@@ -48,6 +48,15 @@ def test_a_second_process_is_told_who_writes(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_owners_path_may_say_write(tmp_path: Path) -> None:
+    folder = tmp_path / "rewrite"
+    folder.mkdir()
+    parent = {"pid": os.getppid(), "host": socket.gethostname(), "since": "now", "command": "python writer.py"}
+    (folder / Owner.FILE).write_text(json.dumps(parent))
+    with pytest.raises(FolderInUseError, match=r"rewrite is being written by process .*writer\.py"):
+        Owner(folder)
+
+
 def test_one_process_may_hold_a_folder_twice(tmp_path: Path) -> None:
     with Owner(tmp_path) as first:
         with Owner(tmp_path / "x" / ".."):

@@ -137,6 +137,7 @@ def test_hparams(tmp_path):
 def test_screen(tmp_path, capsys):
     Logger(tmp_path, tensorboard=False, csv=False, stdout=True).log(1500, {"time/fps": 10, "x": 2, "time/total": 3.25})
     assert capsys.readouterr().out == table(1500, {"time/fps": 10.0, "x": 2.0, "time/total": 3.25}) + "\n"
+    assert table(1, {"x": -0.0}).endswith(" 0")
     lines = table(1500, {"time/fps": 10.0, "x": 2.0, "time/total": 3.25}).splitlines()
     assert [line.split() for line in lines] == [
         ["step", "1,500"],

@@ -256,7 +256,10 @@ def test_exact_quantities_take_any_policy():
 def test_wrong_tables_are_refused():
     good = {"transition": [[[1.0, 0.0]], [[0.0, 1.0]]], "reward": [[0.0], [1.0]], "start": [1.0, 0.0], "gamma": 0.9}
     TabularMDP(**good)
-    for wrong in ({"transition": [[[0.9, 0.0]], [[0.0, 1.0]]]}, {"start": [1.0]}, {"gamma": 1.0}, {"gamma": 1.5}):
+    for wrong in (
+        {"transition": [[[0.9, 0.0]], [[0.0, 1.0]]]}, {"transition": [[[1.5, -0.5]], [[0.0, 1.0]]]}, {"start": [1.0]},
+        {"reward": [0.0, 1.0]}, {"terminal": [True]}, {"gamma": 1.0}, {"gamma": 1.5},
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
             TabularMDP(**(good | wrong))
 

@@ -303,11 +303,13 @@ def test_sb3_writes_folders_that_the_plots_read(tmp_path: Path) -> None:
 def test_our_names_of_sb3s_settings() -> None:
     arguments, num_envs = benchmark.sb3.model_arguments(
         {"num_envs": 3, "hidden": [8, 4], "activation": "relu", "adam_eps": 1e-6, "orthogonal": False,
-         "log_std_init": -0.5, "gamma": 0.9, "policy_kwargs": {"squash_output": True}}
+         "log_std_init": -0.5, "gamma": 0.9,
+         "policy_kwargs": {"squash_output": True, "optimizer_kwargs": {"weight_decay": 0.1}}}
     )  # fmt: skip
     assert num_envs == 3
     assert arguments == {"gamma": 0.9, "policy_kwargs": {
-        "squash_output": True, "net_arch": [8, 4], "activation_fn": torch.nn.ReLU, "optimizer_kwargs": {"eps": 1e-6},
+        "squash_output": True, "net_arch": [8, 4], "activation_fn": torch.nn.ReLU,
+        "optimizer_kwargs": {"weight_decay": 0.1, "eps": 1e-6},
         "ortho_init": False, "log_std_init": -0.5,
     }}  # fmt: skip
     assert benchmark.sb3.model_arguments({}) == ({}, 1)

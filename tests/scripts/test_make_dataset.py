@@ -85,6 +85,15 @@ def test_agents_and_replay_memories(tmp_path: Path) -> None:
         script.main(script.Agent(out=str(tmp_path / "x.npz")))
 
 
+def test_numbers_as_observations(tmp_path: Path) -> None:
+    """Several copies: a flag per copy must not be broadcast against their observations [N]."""
+    walk = script.main(script.Agent(out=str(tmp_path / "gain0.3"), env="FrozenLake-v1", steps=20, num_envs=3))
+    assert walk.obs.shape == walk.next_obs.shape == (len(walk), 1)
+    goes_on = walk.episode[1:] == walk.episode[:-1]
+    np.testing.assert_array_equal(walk.next_obs[:-1][goes_on], walk.obs[1:][goes_on])
+    assert [path.name for path in tmp_path.iterdir()] == ["gain0.3.npz"], "a number is no suffix"
+
+
 def test_a_run_on_a_data_set_is_trained_evaluated_and_resumed(tmp_path: Path) -> None:
     out = str(tmp_path / "u.npz")
     script.main(script.Maze(out=out, steps=500, num_envs=5, reference=2))

@@ -44,6 +44,14 @@ def test_the_page_needs_no_other_file(tmp_path: Path) -> None:
     assert "<td>0123456789</td>" in text or "0123456789</td>" in text
 
 
+def test_settings_that_differ_in_the_fourth_digit(tmp_path: Path) -> None:
+    paths = sorted(runs(tmp_path / "runs").glob("A__ppo__*/config.yaml"))
+    for path, gamma in zip(paths, (0.9995, 0.9999), strict=True):
+        path.write_text(f"agent: {{gamma: {gamma}, lr: 0.1}}\n")
+    report.main(report.Options(runs=(paths[0].parents[1],), out=tmp_path / "x.html"))
+    assert "0.9995, 0.9999" in (tmp_path / "x.html").read_text()
+
+
 def test_metrics_that_no_run_has(tmp_path: Path) -> None:
     folder = runs(tmp_path / "runs")
     with pytest.raises(ValueError, match="expected runs with eval/x"):

@@ -21,6 +21,8 @@ T_2 = 0.95 * (2 / 0.0975) ** 0.5
 def test_students_distribution(df):
     for t in (-40.0, -2.0, -0.3, 0.0, 0.7, 3.0):
         assert t_cdf(t, df) == pytest.approx(scipy.stats.t.cdf(t, df), rel=1e-9, abs=1e-14)
+    for t in (-60.0, -1534.3, -1e5):
+        assert t_cdf(t, df) == pytest.approx(scipy.stats.t.cdf(t, df), rel=1e-9, abs=0.0), "not what rounding leaves"
     for p in (0.005, 0.025, 0.5, 0.9, 0.975):
         assert t_quantile(p, df) == pytest.approx(scipy.stats.t.ppf(p, df), rel=1e-9, abs=1e-12)
 
