@@ -108,7 +108,8 @@ class TokenCollector:
     # -- the four verbs -----------------------------------------------------------------------------------------------
 
     def draw(self, n: int) -> Prompts:
-        """The next ``n`` training prompts. The first request that names no others takes them.
+        """The next ``n`` training prompts. The first request takes them; where it names prompts of its own, those stand
+        in their place and nobody gets these.
 
         A task with a list of questions (``FiniteTask``) is asked in epochs: every question once before any comes again.
 

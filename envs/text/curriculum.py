@@ -11,7 +11,17 @@ import torch
 from torch import Generator, Tensor
 
 from ccrl.llm.models import longest_prompt
-from ccrl.llm.task import ConversationTask, Prompts, Score, Split, TextTask, pad_demonstrations, pad_left, pad_right
+from ccrl.llm.task import (
+    ConversationTask,
+    Prompts,
+    Score,
+    Split,
+    TextTask,
+    Vocabulary,
+    pad_demonstrations,
+    pad_left,
+    pad_right,
+)
 from ccrl.packages import require
 from ccrl.settings import Count, Natural, Unit, checked
 from envs.text.vocabulary import CharVocabulary
@@ -81,7 +91,7 @@ class Curriculum:
         self._take(_in_one_vocabulary(built))
 
     def _take(self, tasks: list[TextTask]) -> None:
-        self.tasks, self.vocab = tasks, tasks[0].vocab
+        self.tasks = tasks
         talks = [isinstance(found, ConversationTask) for found in tasks]
         if all(talks):
             turns = {cast(Any, found).turn for found in tasks}
@@ -91,6 +101,18 @@ class Curriculum:
             self.respond: Callable[..., Any] = self._respond  # here, not on the class: other tasks must not reply
         elif any(talks):
             raise ValueError("levels: expected all of them to reply, or none")
+
+    @property
+    def vocab(self) -> Vocabulary:
+        """The tokens of all levels. Another one with the same tokens, such as one with more ends, is all levels'."""
+        return self.tasks[0].vocab
+
+    @vocab.setter
+    def vocab(self, vocab: Vocabulary) -> None:
+        levels: list[Any] = [copy.copy(each) for each in self.tasks]
+        for each in levels:
+            each.vocab = vocab
+        self.tasks = levels
 
     # -- the task -----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ tokens sees them (``ccrl.llm.task.ConversationTask``); in demonstrations too.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import json
 import operator
 import re
@@ -21,7 +22,7 @@ import torch
 from torch import Generator, Tensor
 
 from ccrl import registry
-from ccrl.llm.task import Prompts, Score, Split, Vocabulary
+from ccrl.llm.task import Prompts, Score, Split, Vocabulary, pad_right
 from envs.text.generated import LONGEST, GeneratedTask, Question, Verdict, at_least, columns, some_of
 from envs.text.jsonl import JsonLines
 from envs.text.rewards import Asked, Reward
@@ -237,7 +238,15 @@ class ToolLines(JsonLines):
             raise ValueError(f"call: expected one character as the end of a call without a tokenizer, got "
                              f"{self.call[1]!r}; pass call=['<', '>'], result=['', ';'], or a model with a "
                              "tokenizer")  # fmt: skip
-        return super().ask(numbers, split)
+        prompts = super().ask(numbers, split)
+        if prompts.demonstration is None or prompts.demonstration_valid is None:
+            return prompts
+        told = [self._results(row[valid > 0].tolist())
+                for row, valid in zip(prompts.demonstration, prompts.demonstration_valid)]  # fmt: skip
+        if not any(map(any, told)):
+            return prompts
+        forced = pad_right(told, 0, prompts.demonstration.shape[1]).float()
+        return dataclasses.replace(prompts, demonstration_forced=forced)
 
     def score(self, prompts: Any, question: Tensor, tokens: Tensor, length: Tensor) -> Score:
         completions = columns(tokens, length)
@@ -249,6 +258,19 @@ class ToolLines(JsonLines):
             asked.append((where, record | {"transcript": text, "tool_calls": completion.count(self.turn)}))
             texts.append(text.rpartition(self.result[1])[2])
         return self.judged(asked, texts, completions, tokens.device)
+
+    def _results(self, demonstration: list[int]) -> list[bool]:
+        """Which tokens of a demonstration are results: what stands between their marks right behind a call."""
+        first, last = map(self.vocab.encode, self.result)
+        found, place = [False] * len(demonstration), 0
+        while self.turn in demonstration[place:]:
+            place = start = demonstration.index(self.turn, place) + 1
+            ends = range(start + len(first) + len(last), len(demonstration) + 1)
+            end = next((i for i in ends if demonstration[i - len(last) : i] == last), None)
+            if end is not None and demonstration[start : start + len(first)] == first:
+                found[start:end] = [True] * (end - start)
+                place = end
+        return found
 
     def _called(self, content: str) -> str:
         try:

@@ -137,6 +137,19 @@ def test_a_given_tokenizer_learns_the_models_end_tokens(make_tokenizer: MakeToke
     assert end_tokens(task.vocab) == (15,)
 
 
+def test_a_curriculum_learns_them_at_every_level(make_tokenizer: MakeTokenizer, make_folder: MakeFolder) -> None:
+    task = make_task("curriculum", task="arithmetic", levels=[{"digits": 1}, {"digits": 2}])
+    task = task.reencoded(HFVocabulary(make_tokenizer()))  # type: ignore[attr-defined]
+    fitted = fit_task(task, str(make_folder(None, ends=[15, 16])))
+    prompts = fitted.prompts(4, Generator().manual_seed(0), "test")
+    assert prompts.demonstration is not None
+    assert prompts.demonstration_valid is not None
+    turned = torch.where(prompts.demonstration == 15, 16, prompts.demonstration).t()
+    length = prompts.demonstration_valid.sum(1).long()
+    assert fitted.score(prompts, torch.arange(4), turned, length).components.tolist() == [[1.0]] * 4
+    assert end_tokens(task.vocab) == (15,)
+
+
 def test_what_cannot_be_encoded_again_is_refused(
     make_tokenizer: MakeTokenizer, make_folder: MakeFolder, tmp_path: Path
 ) -> None:

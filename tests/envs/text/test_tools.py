@@ -182,6 +182,24 @@ def test_tools_for_prompts_of_ones_own(lines: Path) -> None:
     assert data["episode_reward"].tolist() == [1.0]
 
 
+def test_demonstrations_of_ones_own_do_not_teach_results(tmp_path: Path) -> None:
+    """A call that is answered, one that is not, and a semicolon that no tool wrote."""
+    path = tmp_path / "shown.jsonl"
+    shown = ["<1+1>2;2", "<1+1>", "1;<3>3;<4>4;5", "7"]
+    path.write_text("".join(json.dumps({"prompt": f"{i}?", "answer": "", "demonstration": text}) + "\n"
+                            for i, text in enumerate(shown)))  # fmt: skip
+    task: Any = make_task("tools", path=path, test_path=path, **MARKS)
+    prompts = task.ask(torch.arange(4), "train")
+    written = [
+        task.vocab.decode(row[(valid > 0) & (forced == 0)].tolist())
+        for row, valid, forced in zip(
+            prompts.demonstration, prompts.demonstration_valid, prompts.demonstration_forced, strict=True
+        )
+    ]
+    assert written == ["<1+1>2", "<1+1>", "1;<3><4>5", "7"]
+    assert task.ask(torch.tensor([1, 3]), "train").demonstration_forced is None
+
+
 def test_calls_by_name_and_what_tools_raise(lines: Path) -> None:
     task: Any = make_task("tools", path=lines, tools=["calculator", double], **MARKS)
     said = [task._called(text) for text in (
