@@ -351,7 +351,8 @@ class Agent:
         trust: Collection[str] = (),
     ) -> Self:
         """The agent in a checkpoint; ``env=None`` rebuilds the environment it was trained on. Another id, or another
-        number of copies, begins with fresh episodes.
+        number of copies, begins with fresh episodes. On another kind of device than it was saved on (a GPU's, on a CPU)
+        the random streams begin anew.
 
         :param restore_rng: put the global random generators where they were; otherwise the caller's are left alone.
         :param trust: names ``module:name`` in the file that may import; all others are refused.

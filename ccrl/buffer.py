@@ -25,7 +25,8 @@ def space_like(space: gym.Space[Any], lead: tuple[int, ...], device: torch.devic
     if isinstance(space, gym.spaces.Discrete | gym.spaces.MultiDiscrete | gym.spaces.MultiBinary):
         return torch.zeros((*lead, *(space.shape or ())), dtype=torch.int64, device=device)
     if isinstance(space, gym.spaces.Box):
-        dtype = torch.float32 if np.issubdtype(space.dtype, np.floating) else torch.from_numpy(space.low[:0]).dtype
+        dtype = torch.from_numpy(np.zeros(0, space.dtype)).dtype
+        dtype = torch.float32 if dtype.is_floating_point else dtype
         return torch.zeros((*lead, *space.shape), dtype=dtype, device=device)
     raise ValueError(
         f"expected a Box, Discrete, MultiDiscrete, MultiBinary or a flat Dict of these, got {space}; flatten it with a "

@@ -17,7 +17,7 @@ from ccrl.data import Data, Field, tree_map
 from ccrl.policies.actions import RandomActor
 from ccrl.policies.in_place import InPlaceActor
 from ccrl.rollout_checks import check_finite, check_states
-from ccrl.seeding import named_generator, stream_seed
+from ccrl.seeding import named_generator, restore_generator, stream_seed
 from ccrl.settings import Count, convert
 from ccrl.stream import EpisodeStats, Stream, finish_rollout, finish_step, note
 
@@ -67,6 +67,11 @@ class Request:
         forms = [name for name in ("steps", "episodes", "counts") if getattr(self, name) is not None]
         if len(forms) != 1:
             raise ValueError(f"Request: expected one of steps, episodes and counts, got {forms or 'none of them'}")
+        if self.episodes is None and not (self.horizon is None and self.groups is None):
+            raise ValueError(f"Request: horizon and groups belong to episodes, got {forms[0]}")
+        if self.episodes is not None and self.groups is not None and self.episodes % self.groups:
+            raise ValueError(f"Request: expected episodes to be a multiple of groups, got {self.episodes} and "
+                             f"{self.groups}")  # fmt: skip
         if self.episodes is not None and self.horizon is None:
             raise ValueError("Request: fresh episodes need a horizon (the longest episode, in steps)")
         if self.counts is None and (self.prompts is not None or self.source is not None or self.demonstrations):
@@ -139,10 +144,10 @@ class Collector:
         if request.counts is not None:
             raise ValueError(f"Collector: environments have no completions of prompts; ask for steps or episodes, got "
                              f"{request}")  # fmt: skip
+        if isinstance(request.params, str) and request.params == "random":
+            policy = self._random(policy)
         if request.steps is not None:
             self._stream.start(self.seed, resumed=self.total_steps > 0)
-            if isinstance(request.params, str) and request.params == "random":
-                policy = self._random(policy)
             data = self._roll(self._stream, policy, request.steps, self.generator, request.tag)
             dummies = self.env.autoreset_mode == AutoresetMode.NEXT_STEP
             count = int(data["valid"].sum()) if dummies else request.steps * self.env.num_envs
@@ -153,8 +158,6 @@ class Collector:
         data = self._episodes(request.episodes, request.horizon, policy, request.tag)
         if request.groups is None:
             return data
-        if request.episodes % request.groups:
-            raise ValueError(f"Request: expected episodes to be a multiple of groups, got {request}")
         columns = {k: data[k] for k in data} | {"group": data["group"] % request.groups}
         return Data(columns, sequence=data.sequence, successors=data._successors)
 
@@ -329,8 +332,8 @@ class Collector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where ``state_dict`` was taken; environments without state start fresh episodes instead."""
-        self.generator.set_state(state["generator"].cpu())
-        self.fresh_generator.set_state(state["fresh_generator"].cpu())
+        restore_generator(self.generator, state["generator"])
+        restore_generator(self.fresh_generator, state["fresh_generator"])
         self.total_steps, self.fresh_steps = state["total_steps"], state.get("fresh_steps", 0)
         stream = self._stream
         if not self.total_steps:  # as new, so that the first episodes are those of the seed

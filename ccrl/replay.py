@@ -168,7 +168,7 @@ class ReplayBuffer:
         slot = torch.where(keep, (self._position + order - 1) % self.capacity, self.capacity)
         for name, target in self._columns.items():
             for old, new in zip(tree_leaves(target), tree_leaves(rows[name], target), strict=True):
-                old.index_copy_(0, slot, new.to(old.dtype))
+                _put(old, slot, new.to(old.dtype))
         added = order[-1]
         self._position.copy_((self._position + added) % self.capacity)
         self._size.copy_((self._size + added).clamp_max(self.capacity))
@@ -252,7 +252,7 @@ class ReplayBuffer:
                 if old.shape[1:] != new.shape[1:]:
                     raise ValueError(f"ReplayBuffer: {name!r}: expected rows {tuple(old.shape[1:])}, got "
                                      f"{tuple(new.shape[1:])}")  # fmt: skip
-                old.index_copy_(0, slots, new.to(old.device))
+                _put(old, slots, new.to(old.device))
         self._total.fill_(total)
         self._position.fill_(total % self.capacity)
         self._size.fill_(size)
@@ -296,6 +296,15 @@ def _mapped(columns: dict[str, Tree], folder: Path) -> dict[str, Tree]:
         return torch.from_file(str(path), shared=True, size=x.numel(), dtype=x.dtype).view(x.shape)
 
     return tree_columns(columns, make)
+
+
+_SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+
+
+def _put(rows: Tensor, slots: Tensor, new: Tensor) -> None:
+    """``index_copy_``, also of the types of which PyTorch has none."""
+    kind = _SIGNED.get(rows.dtype, rows.dtype)
+    rows.view(kind).index_copy_(0, slots, new.view(kind))
 
 
 def _size(spec: Batching) -> int:

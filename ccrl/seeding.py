@@ -13,7 +13,7 @@ import operator
 import numpy as np
 import torch
 
-__all__ = ["named_generator", "stream_seed"]
+__all__ = ["named_generator", "restore_generator", "stream_seed"]
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -39,3 +39,16 @@ def stream_seed(seed: int, name: str) -> int:
 def named_generator(seed: int, name: str, device: torch.device | str = "cpu") -> torch.Generator:
     """A generator on ``device`` at the start of the stream ``name`` of ``seed``."""
     return torch.Generator(device).manual_seed(stream_seed(seed, name))
+
+
+def restore_generator(generator: torch.Generator, state: torch.Tensor) -> None:
+    """Go on where ``state`` was taken, in place.
+
+    A state of another kind of device (of a GPU, loaded without one) fits no generator here: a stream that is derived
+    from it begins, the same one at every load.
+    """
+    state = state.cpu()
+    if state.shape == generator.get_state().shape:
+        generator.set_state(state)
+        return
+    generator.manual_seed(stream_seed(int.from_bytes(state.numpy().tobytes(), "little"), "another device"))

@@ -15,7 +15,7 @@ from gymnasium import Space, spaces
 from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, StepResult, StepRows, Tree, as_autoreset_mode, check_device
-from ccrl.seeding import stream_seed
+from ccrl.seeding import restore_generator, stream_seed
 from ccrl.settings import Count, checked
 
 __all__ = ["Array", "TorchEnv"]
@@ -234,8 +234,8 @@ class TorchEnv:
         self._memory = tuple(
             _map(lambda x: self._inward(x.to(self.device, copy=True)), values[name]) for name in _MEMORY
         )
-        self._generator.set_state(values["generator"].cpu())
-        self._noise_generator.set_state(values["noise_generator"].cpu())
+        restore_generator(self._generator, values["generator"])
+        restore_generator(self._noise_generator, values["noise_generator"])
 
     # How arrays go in and out; a subclass that computes with other arrays overrides these.
 

@@ -21,7 +21,7 @@ from ccrl.data import Data, Field
 from ccrl.diffusion.flow import Schedule, gaussian_log_prob
 from ccrl.flow.task import Conditions, FlowTask
 from ccrl.policies.flow import FlowPolicy
-from ccrl.seeding import named_generator
+from ccrl.seeding import named_generator, restore_generator
 
 __all__ = ["FlowCollector", "Generated", "Sampling"]
 
@@ -253,7 +253,7 @@ class FlowCollector:
                 "total_steps": self.total_steps, "deal": self._deal}  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"].cpu())
-        self.condition_generator.set_state(state["condition_generator"].cpu())
+        restore_generator(self.generator, state["generator"])
+        restore_generator(self.condition_generator, state["condition_generator"])
         self.total_steps, self._deal = state["total_steps"], state["deal"].cpu().clone()
         self._drawn = None

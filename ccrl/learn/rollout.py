@@ -102,7 +102,10 @@ class RolloutLearner(Learner):
         while requests := self.estimator.plan(dict(points), have, self.ctx):
             for request in requests:
                 request = self._lagged(request)
-                have[request.tag] = self.source.collect(request, self.ctx.bank.policy(request.params))
+                # random actions are stored in the coordinates of the policy that is trained
+                random = isinstance(request.params, str) and request.params == "random"
+                policy = self.ctx.bank.policy("live" if random else request.params)
+                have[request.tag] = self.source.collect(request, policy)
         return have
 
     def _lagged(self, request: Request) -> Request:

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ccrl.seeding import restore_generator
+
 __all__ = ["StateRegistry", "Stateful"]
 
 
@@ -68,7 +70,7 @@ def _get(item: Any) -> Any:
 
 def _set(item: Any, state: Any) -> None:
     if isinstance(item, torch.Generator):
-        item.set_state(state.cpu())
+        restore_generator(item, state)
     elif isinstance(item, Tensor):
         item.copy_(state)
     else:

@@ -19,7 +19,7 @@ from ccrl.data import Data, Field
 from ccrl.llm.decoding import FIELDS, decode
 from ccrl.llm.policy import TokenPolicy
 from ccrl.llm.task import AdaptiveTask, FiniteTask, Prompts, Split, TextTask
-from ccrl.seeding import named_generator
+from ccrl.seeding import named_generator, restore_generator
 
 __all__ = ["Completions", "TokenCollector"]
 
@@ -305,8 +305,8 @@ class TokenCollector:
         }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.generator.set_state(state["generator"].cpu())
-        self.prompt_generator.set_state(state["prompt_generator"].cpu())
+        restore_generator(self.generator, state["generator"])
+        restore_generator(self.prompt_generator, state["prompt_generator"])
         self.total_steps, self.tokens, self._left = state["total_steps"], state["tokens"], state["left"].cpu().clone()
         self._drawn = None
         if isinstance(self.task, AdaptiveTask):

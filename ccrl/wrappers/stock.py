@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, BatchedEnv, StepResult, Tree, resume_note
 from ccrl.distributional.objectives import Objective
-from ccrl.seeding import stream_seed
+from ccrl.seeding import restore_generator, stream_seed
 
 __all__ = ["STOCK", "TIME", "Starts", "StockEnv", "relabel_stock"]
 
@@ -176,7 +176,7 @@ class StockEnv:
         self.stock, self.start, self.t, self._ended = (
             values[name].to(self.device, copy=True) for name in ("stock", "start", "t", "ended")
         )
-        self._generator.set_state(values["generator"].cpu())
+        restore_generator(self._generator, values["generator"])
 
     # Inside.
 

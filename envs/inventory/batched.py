@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ccrl.batched_env import AutoresetMode, StepResult, as_autoreset_mode
 from ccrl.inventory.functional_env import Network, Split, State
-from ccrl.seeding import stream_seed
+from ccrl.seeding import restore_generator, stream_seed
 from ccrl.settings import Count, checked
 from envs.inventory.demand import Recorded
 from envs.inventory.simulator import InventoryEnv
@@ -200,7 +200,7 @@ class InventoryVector:
         self._demand = values["demand"].to(self.device, copy=True)
         self._clock = values["clock"].cpu().numpy().copy()
         self._rows = torch.arange(self.num_envs, device=self.device)
-        self._generator.set_state(values["generator"].cpu())
+        restore_generator(self._generator, values["generator"])
 
     def _scenarios(self) -> State:
         if not self._pool:

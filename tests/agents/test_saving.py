@@ -235,3 +235,24 @@ def test_an_agent_that_has_learnt_nothing_is_loaded_as_it_is(tmp_path: Path) -> 
     b = PPO.load(tmp_path / "new.pt")
     flats = [x.learn(32).updaters["policy"].flat for x in (a, b)]
     assert torch.equal(*flats)
+
+
+def test_generators_of_another_kind_of_device_begin_streams_of_their_own(saved: Path) -> None:
+    """A GPU's generator has a state of 16 bytes, a CPU's one of 5,056: what a GPU trained acts here too."""
+    count = [0]
+
+    def on_a_gpu(state: Any) -> Any:
+        if isinstance(state, dict):
+            return {name: on_a_gpu(value) for name, value in state.items()}
+        if not (isinstance(state, torch.Tensor) and state.numel() == 5056):
+            return state
+        count[0] += 1
+        return torch.tensor([count[0], *[0] * 15], dtype=torch.uint8)
+
+    state = checkpoint.load(saved)["state"]
+    rewritten(saved, state=state | {"learner": on_a_gpu(state["learner"])})
+    assert count[0] >= 3  # of the learner, of exploration, of fresh episodes
+    one, same = PPO.load(saved), PPO.load(saved)
+    numbers = [torch.rand(1, generator=g) for a in (one, same) for g in (a.ctx.generator, a.collector.generator)]
+    assert numbers[:2] == numbers[2:]
+    assert numbers[0] != numbers[1]

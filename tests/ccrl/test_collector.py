@@ -316,6 +316,9 @@ def test_requests_are_checked() -> None:
         Request(counts=torch.ones(1), prompts=object(), source="on")
     with pytest.raises(ValueError, match="horizon"):
         Request(episodes=2)
+    for what in ({"horizon": 3}, {"groups": 2}):
+        with pytest.raises(ValueError, match="horizon and groups belong to episodes, got steps"):
+            Request(steps=4, **what)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="make_env"):
         Collector(ClockEnv(SCRIPT)).collect(Request(episodes=2, horizon=3), policy())
 

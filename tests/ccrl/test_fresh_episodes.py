@@ -91,7 +91,7 @@ def test_groups_of_fresh_episodes() -> None:
     assert "group" in data.sequence
     assert data.next_obs()[1].flatten().tolist() == [2.0] * 6, "successors survive"
     with pytest.raises(ValueError, match="multiple of groups"):
-        collector.collect(Request(episodes=6, horizon=3, groups=4), policy())
+        Request(episodes=6, horizon=3, groups=4)
 
 
 def test_fresh_episodes_have_random_numbers_of_their_own() -> None:
@@ -203,3 +203,9 @@ def test_closing_closes_both_environments() -> None:
     collector.collect(Request(episodes=3, horizon=2), policy())
     collector.close()
     assert sorted(closed) == [2, 3]
+
+
+def test_random_episodes_are_not_the_policys() -> None:
+    collector = Collector(ClockEnv(SCRIPT), make_env=lambda n: ClockEnv([SCRIPT[0]] * n))
+    data = collector.collect(Request(episodes=2, horizon=3, params="random"), policy())
+    assert "log_prob" not in data

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from agents.base import Agent
 from agents.ppo import PPO
+from ccrl.collect import Request
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates
 from ccrl.estimators.base import Context, Phase
@@ -354,3 +355,11 @@ def test_statistics_of_an_update_are_taken_where_somebody_reads_them() -> None:
     assert [row == full for row, full in zip(some, whole)] == [True, True, False, True, True]
     assert whole[2].keys() - some[2].keys() == {"train/approx_kl", "train/clip_fraction"}
     assert all(torch.equal(a, b) for a, b in zip(parameters, same))
+
+
+def test_an_estimator_may_ask_for_random_actions() -> None:
+    agent = PPO("CartPole-v1", **SMALL)
+    agent.estimator.plan = lambda points, have, ctx: [] if have else [Request(steps=2, params="random")]
+    found = agent.learner.collect({})["on"]  # type: ignore[attr-defined]
+    assert "log_prob" not in found
+    assert found.shape == (2, 2)

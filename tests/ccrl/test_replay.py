@@ -14,6 +14,7 @@ import torch
 
 from ccrl import segments
 from ccrl.batched_env import AutoresetMode
+from ccrl.buffer import space_like
 from ccrl.collect import Collector, Request
 from ccrl.data import Batching, Data, Field
 from ccrl.policies import MLPPolicy
@@ -291,3 +292,19 @@ def test_that_rows_were_left_out_is_saved_again() -> None:
     third.load_state_dict(second.state_dict())
     assert second.lost
     assert third.lost
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.uint32])
+def test_rows_of_unsigned_numbers_go_around_the_ring(kind: type) -> None:
+    space = gym.spaces.Box(0, 60_000, (1,), kind)  # a depth camera's
+    buffer, again = (ReplayBuffer(4, space, ACT) for _ in range(2))
+    for start in (0, 59_000):
+        data = transitions(torch.arange(start, start + 3).view(3, 1, 1))
+        buffer.add(Data({k: v.to(buffer.rows()[k].dtype) if k in buffer.names else v for k, v in data.items()}))  # type: ignore[union-attr]
+    again.load_state_dict(buffer.state_dict())
+    for ring_ in (buffer, again):
+        assert ring_.rows()["obs"].tolist() == [[2], [59_000], [59_001], [59_002]]  # type: ignore[union-attr]
+
+
+def test_a_box_of_one_whole_number_has_a_buffer() -> None:
+    assert space_like(gym.spaces.Box(0, 9, (), np.int32), (2,), torch.device("cpu")).dtype == torch.int32  # type: ignore[union-attr]
