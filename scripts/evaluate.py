@@ -75,10 +75,8 @@ def main(config: EvaluateConfig) -> dict[str, float]:
 
 
 def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
-    path = {"latest": checkpoint.latest(run.checkpoints), "best": run.path / "best.pt"}.get(
-        config.checkpoint, Path(config.checkpoint)
-    )
-    if path is None or not path.is_file():
+    path = run.checkpoint(config.checkpoint)
+    if path is None:
         found = sorted(p.name for p in run.checkpoints.glob("*.pt"))
         why = f"; there are {', '.join(found)}" if found else "; a run writes its first after checkpoint_every steps"
         raise FileNotFoundError(f"{run.path}: expected a checkpoint {config.checkpoint!r}, found none{why}")

@@ -70,10 +70,8 @@ def main(config: ExportConfig) -> Path:
     """
     torch.set_num_threads(1)
     run = RunFolder.open(config.run)
-    path = {"latest": checkpoint.latest(run.checkpoints), "best": run.path / "best.pt"}.get(
-        config.checkpoint, Path(config.checkpoint)
-    )
-    if path is None or not path.is_file():
+    path = run.checkpoint(config.checkpoint)
+    if path is None:
         raise FileNotFoundError(f"{run.path}: expected a checkpoint {config.checkpoint!r}, found none")
     with registry.stored(str(run.path), config.trust):
         cls = agents.get_agent(run.info["agent"])

@@ -249,6 +249,8 @@ def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Data
     if env.autoreset_mode != AutoresetMode.SAME_STEP:
         raise ValueError(f"{name}: expected an environment that resets in the same step, got {env.autoreset_mode}")
     space: Any = env.single_action_space
+    if isinstance(env.single_observation_space, gymnasium.spaces.Dict):
+        raise ValueError(f"{name}: expected observations of one array, got {env.single_observation_space}")
     obs, kept = env.reset(seed=stream_seed(seed, "data set: environment")), 0
     now: list[list[tuple[Any, ...]]] = [[] for _ in range(env.num_envs)]
     done: list[list[tuple[Any, ...]]] = []

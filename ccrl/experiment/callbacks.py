@@ -147,8 +147,8 @@ class CheckpointCallback(_Periodic):
     Put it last in the list: what it saves includes the state of the callbacks before it.
 
     Raises:
-        FileExistsError: at the start, if the folder has checkpoints of another run, or some past this agent's: pruning
-            by step would delete the new ones as they are written.
+        FileExistsError: at the start, if the folder has checkpoints of another run, some past this agent's, or none
+            but damaged ones: pruning by step would delete the new ones as they are written.
         FolderInUseError: at the start, if another process writes into the folder.
         FloatingPointError: instead of saving parameters that are not finite.
         WriteError: the disk does not take a checkpoint.
@@ -187,6 +187,12 @@ class CheckpointCallback(_Periodic):
         mine = last is not None and Path(last).resolve().parent == self.folder.resolve()
         try:
             newest = checkpoint.latest(self.folder)
+            if newest is None and any(self.folder.glob("step_*.pt")):
+                # none would be kept: pruning goes by their steps, and these may be past all that are written
+                raise FileExistsError(
+                    f"{self.folder}: expected no checkpoints but this run's, got damaged ones; choose another folder, "
+                    "or move them away"
+                )
             if newest is None or (mine and newest <= checkpoint.checkpoint_path(self.folder, agent.num_timesteps)):
                 # past the newest whole one, damaged ones would be kept in place of new ones
                 return checkpoint.remove_damaged(self.folder)

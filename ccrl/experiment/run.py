@@ -28,6 +28,7 @@ import torch
 
 import ccrl
 from ccrl.experiment import config as config_module
+from ccrl.experiment.checkpoint import latest
 from ccrl.experiment.files import Owner, WriteError, write_atomic, writing
 
 __all__ = ["RunFolder", "describe", "find_runs"]
@@ -117,6 +118,11 @@ class RunFolder:
     def config(self) -> dict[str, Any]:
         """The contents of ``config.yaml``, for ``config.from_dict``."""
         return config_module.load_yaml(self.config_file)
+
+    def checkpoint(self, name: str) -> Path | None:
+        """The file that ``latest``, ``best`` or a path names, or None. Checkpoints are read for ``latest`` alone."""
+        path = latest(self.checkpoints) if name == "latest" else self.path / "best.pt" if name == "best" else Path(name)
+        return path if path is not None and path.is_file() else None
 
     def own(self) -> Owner:
         """Hold the folder for this process until the result is released.

@@ -356,4 +356,4 @@ def _equal(found: Any, expected: Any, where: str = "state") -> None:
         for i, (a, b) in enumerate(zip(found, expected)):
             _equal(a, b, f"{where}/{i}")
     else:
-        assert found == expected or type(found) is not type(expected), where
+        assert found == expected, f"{where}: {found!r}, expected {expected!r}"

@@ -145,6 +145,13 @@ def test_due_at_multiples_of_every_also_after_a_resume(tmp_path: Path) -> None:
     assert player.saved == [10, 35, 40, 50], "what is saved already"
 
 
+def test_damaged_checkpoints_alone_do_not_displace_new_ones(tmp_path: Path) -> None:
+    (tmp_path / "step_000000001000.pt").write_bytes(b"half of one")
+    callback = CheckpointCallback(tmp_path, every=10, keep=1)
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(FileExistsError, match="got damaged ones; choose"):
+        callback.on_training_start(Player())
+
+
 def test_stop_on_reward_when_the_mean_reaches_it() -> None:
     player = Player()
     for mean, expected in ((None, None), (4.9, None), (5.0, False), (5.1, False)):

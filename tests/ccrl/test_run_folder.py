@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ccrl.experiment import checkpoint
 from ccrl.experiment.config import from_dict
 from ccrl.experiment.run import RunFolder, describe, find_runs
 
@@ -70,6 +71,16 @@ def test_open_wants_a_run_folder(tmp_path):
     assert str(run.path) in str(error.value)  # the fix: what is below
     with pytest.raises(FileNotFoundError):
         RunFolder.open(tmp_path / "nothing")
+
+
+def test_which_checkpoint(tmp_path):
+    run = RunFolder.create(tmp_path, "A", "ppo", 0)
+    assert [run.checkpoint(name) for name in ("latest", "best", str(tmp_path / "x.pt"))] == [None] * 3
+    checkpoint.save(run.path / "best.pt", {})
+    torch.save({}, run.checkpoints / "step_000000000009.pt")  # of another version
+    assert run.checkpoint("best") == run.path / "best.pt"
+    with pytest.raises(checkpoint.FormatError):
+        run.checkpoint("latest")
 
 
 def test_find_runs_lists_each_once(tmp_path):

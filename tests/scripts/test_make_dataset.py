@@ -9,6 +9,7 @@ import pytest
 
 from agents.sac import SAC
 from ccrl.offline import load_dataset
+from ccrl.testing.clock import ClockEnv, Episode
 from scripts import make_dataset as script
 from scripts import train
 
@@ -92,6 +93,8 @@ def test_numbers_as_observations(tmp_path: Path) -> None:
     goes_on = walk.episode[1:] == walk.episode[:-1]
     np.testing.assert_array_equal(walk.next_obs[:-1][goes_on], walk.obs[1:][goes_on])
     assert [path.name for path in tmp_path.iterdir()] == ["gain0.3.npz"], "a number is no suffix"
+    with pytest.raises(ValueError, match="expected observations of one array, got Dict"):
+        script.collect(ClockEnv([[Episode(0, 3)]], groups=True), lambda obs: obs, 3, 0, "x")
 
 
 def test_a_run_on_a_data_set_is_trained_evaluated_and_resumed(tmp_path: Path) -> None:
