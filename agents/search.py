@@ -36,7 +36,7 @@ def space_of(config: type[Any], only: tuple[str, ...] = (), fixed: Any = None) -
     """The entries for the settings that ``config`` has and has switched on, with ``around`` made ``log``.
 
     A setting that is None by default is off and stays so: a number would change what the method is. So does an entropy
-    coefficient that is a word. Values that are refused are left out: every trial with one would fail.
+    coefficient that is a word, unless words are what there is to choose. Values that are refused are left out: every trial with one would fail.
 
     :param only: names, if not all of them are searched.
     :param fixed: a ``config`` with the settings that trials have beside those they are given; None: the defaults.
@@ -50,8 +50,10 @@ def space_of(config: type[Any], only: tuple[str, ...] = (), fixed: Any = None) -
     found: dict[str, dict[str, Any]] = {}
     for name, entry in space.items():
         value = known.get(name)
-        if entry is None or value is None or isinstance(value, str):
+        if entry is None or value is None:
             continue
+        if isinstance(value, str) and not all(isinstance(each, str) for each in entry.get("choice", (None,))):
+            continue  # numbers in the place of a word
         if (taken := _taken(_ranged(entry, value), default if fixed is None else fixed, name)) is not None:
             found[name] = taken
     if missing := set(only) - found.keys():

@@ -82,6 +82,14 @@ def test_spaces_of_every_agent():
     assert "learning_rate" in space_of(dbqpg, fixed=dbqpg(update="natural"))
 
 
+def test_words_may_be_searched():
+    """Where an agent's own entry has words; elsewhere a word stays, as SAC's ent_coef, whose entry has numbers."""
+    words = {"choice": ["group", "batch"]}
+    config = type("Chosen", (get_agent("flow_grpo").Config,), {"search": {"advantage_std": words}})
+    assert space_of(config)["advantage_std"] == words
+    assert "ent_coef" not in space_of(get_agent("sac").Config)
+
+
 def test_processes_share_a_study_and_bad_trials_are_broken_off(tmp_path, monkeypatch):
     """Trainings that are worth 100 times their gamma: no better ones than the first, which are whole."""
     begun = []
