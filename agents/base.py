@@ -317,7 +317,10 @@ class Agent:
     # -- state --------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training reads: a loaded agent continues bit for bit (CPU, environments with state)."""
+        """Everything that training reads: a loaded agent continues bit for bit (CPU, environments with state).
+
+        The tensors of modules are the live ones, as PyTorch's are: ``copy.deepcopy`` keeps a state to go back to.
+        """
         # with what no callback has claimed yet: saving a loaded agent before it learns must not lose it
         callbacks = self._pending_callback_state | {c.key: c.state_dict() for c in self.callbacks}
         return {"learner": self.learner.state.state_dict(), "callbacks": callbacks, "rng": checkpoint.rng_state()}

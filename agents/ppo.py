@@ -92,6 +92,8 @@ class PPOConfig(ActorCriticConfig):
         if self.desired_kl is not None:
             if self.anneal_lr:
                 raise ValueError("desired_kl: the learning rate follows the KL, got anneal_lr=True too; drop one")
+            if not 1e-5 <= self.learning_rate <= 1e-2:  # the first large KL would raise a smaller one
+                raise ValueError(f"learning_rate: desired_kl moves it between 1e-5 and 1e-2, got {self.learning_rate}")
             if self.compile == "on":
                 raise ValueError("compile='on': adaptive steps are uncompiled; expected compile='auto' or 'off'")
         if self.normalise_advantage != "none":

@@ -111,7 +111,7 @@ class Cycle(nn.Module):
         phases, averages = self.due()
         with torch.no_grad():
             batch = self.noise(batch, ctx)
-        if self._graphs is not None:
+        if self._graphs is not None and phases:
             stats = self._graphs.step(phases, averages, batch, ctx)
         else:
             batch, stats = self.run(phases, averages, batch, ctx)
@@ -169,6 +169,8 @@ class Means:
     def add(self, row: Stats) -> None:
         """Those of one step. All are added by one call: of small networks a step is calls."""
         names = tuple(row)
+        if not names:  # a step in which no phase is due
+            return
         if names in self._sums:
             torch._foreach_add_(self._sums[names], list(row.values()))
             self._counts[names] += 1

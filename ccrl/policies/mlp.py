@@ -135,8 +135,9 @@ class MLPPolicy(nn.Module):
             for name, bound in zip(("low", "high"), box_bounds(action_space)):
                 self.register_buffer(name, bound, persistent=False)
         gaussian = "mean" in self.distribution.names
-        if state_dependent_std and not gaussian:
-            raise ValueError(f"state_dependent_std=True needs a Box action space, got {action_space}")
+        for name, on in (("state_dependent_std", state_dependent_std), ("squash", squash)):
+            if on and not gaussian:
+                raise ValueError(f"{name}=True needs a Box action space, got {action_space}")
         self._log_std_init = float(log_std_init) if state_dependent_std else None
         roles: tuple[Role, ...] = ("actor", "critic") if heads else ("actor",)
         made = self._read_observations(observation_space, groups, encoders or {}, roles)

@@ -187,3 +187,9 @@ def test_a_policy_of_the_callers_own() -> None:
         build_actor_critic(config, *spaces, {}, policy=plain, encoders={"obs": CNN})
     with pytest.raises(ValueError, match="recurrent"):
         build_actor_critic(PPO.Config(recurrent="gru"), *spaces, heads, policy=Mine)
+
+
+@pytest.mark.parametrize("name", ["squash", "state_dependent_std"])
+def test_what_only_numbers_as_actions_have_is_refused_for_others(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}=True needs a Box action space, got Discrete"):
+        PPO("CartPole-v1", num_envs=2, n_steps=8, **{name: True})

@@ -98,6 +98,7 @@ def test_minibatches_by_number():
     ({"num_envs": 4, "n_steps": 8, "n_minibatches": 8, "recurrent": "gru"}, "whole columns"),
     ({"desired_kl": 0.01, "anneal_lr": True}, "anneal_lr=True"),
     ({"desired_kl": 0.01, "compile": "on"}, "uncompiled"),
+    ({"desired_kl": 0.01, "learning_rate": 1e-6}, "learning_rate: .* between 1e-5 and 1e-2, got 1e-06"),
     ({"num_envs": 4, "n_steps": 8, "n_minibatches": 32}, "minibatches of 1"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused(settings, message):

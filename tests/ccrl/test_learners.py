@@ -363,3 +363,10 @@ def test_an_estimator_may_ask_for_random_actions() -> None:
     found = agent.learner.collect({})["on"]  # type: ignore[attr-defined]
     assert "log_prob" not in found
     assert found.shape == (2, 2)
+
+
+def test_steps_in_which_no_phase_is_due_count_for_nothing() -> None:
+    means = Means()
+    for row in ({}, {"loss": torch.tensor(2.0)}, {}, {"loss": torch.tensor(4.0)}):
+        means.add(row)
+    assert float(means.read()["loss"]) == 3.0
