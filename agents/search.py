@@ -36,7 +36,8 @@ def space_of(config: type[Any], only: tuple[str, ...] = (), fixed: Any = None) -
     """The entries for the settings that ``config`` has and has switched on, with ``around`` made ``log``.
 
     A setting that is None by default is off and stays so: a number would change what the method is. So does an entropy
-    coefficient that is a word, unless words are what there is to choose. Values that are refused are left out: every trial with one would fail.
+    coefficient that is a word, unless words are what there is to choose. Values that are refused are left out: every
+    trial with one would fail.
 
     :param only: names, if not all of them are searched.
     :param fixed: a ``config`` with the settings that trials have beside those they are given; None: the defaults.
