@@ -94,7 +94,7 @@ class HDPOConfig(Settings):
     dev_every: Count = 10
     """Every this many epochs the development scenarios are scored."""
     patience: Count = 500
-    """Training ends after this many epochs without a better score."""
+    """Training ends after this many epochs without a better score, one of them scored."""
     whole_units: bool = False
     """Orders are rounded to integers in scores and evaluations (Poisson demand), never in training."""
     forecaster_steps: Count = 2000
@@ -321,9 +321,10 @@ class HDPO(Agent):
 
     @property
     def finished(self) -> bool:
-        """Whether ``patience`` epochs passed without a better score, or there is nothing to train."""
-        best, iteration = self.learner.best, self.iteration
-        return iteration > 0 and (not self.updaters or iteration - best.iteration >= self.config.patience)
+        """Whether ``patience`` epochs and a score passed without a better one, or there is nothing to train."""
+        best, now = self.learner.best.iteration, self.iteration
+        scored = now - now % self.config.dev_every
+        return now > 0 and (not self.updaters or (scored > best and now - best >= self.config.patience))
 
     def before_learning(self) -> None:
         policy = self.policy
@@ -333,9 +334,8 @@ class HDPO(Agent):
             policy.begin(self.simulator, self.scenarios("train", products, 2 * self.seed))
             self.learner.judge()  # the rule itself: training keeps only what is better than it
         if self.finished:
-            print(
-                f"[ccrl] hdpo: nothing better since epoch {self.learner.best.iteration}; training is over", flush=True
-            )
+            since = self.learner.best.iteration
+            print(f"[ccrl] hdpo: nothing better since epoch {since}; training is over", flush=True)
 
     def average(self, policy: torch.nn.Module, split: Split, scenarios: State) -> Tensor:
         """Cost per period and store of each scenario ``[B]``, after the warm-up."""

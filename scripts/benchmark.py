@@ -64,8 +64,8 @@ class Options(Settings):
     """The runs have these seeds."""
     total_timesteps: Count | None = None
     """Each run takes so many units of its agent's clock (environment steps, completions)."""
-    evals: Natural = 20
-    """Each run is evaluated so many times (a study file names its own)."""
+    evals: Natural | None = None
+    """Each run is evaluated so many times; None is 20 (a study file names its own)."""
     jobs: Count = 1
     """So many runs go at a time, each a process with one torch thread and its share of the cores for the
     simulator."""
@@ -78,13 +78,15 @@ def load(options: Options) -> Any:
     flags = {name: getattr(options, name) for name in ("agents", "envs", "total_timesteps")}
     given = [name for name, value in flags.items() if value]
     if options.study is not None:
-        if given or options.seeds:
-            raise configs.ConfigError(f"--study names the runs; received --{' --'.join(given or ['seeds'])} too")
+        given += ["seeds"] * bool(options.seeds) + ["evals"] * (options.evals is not None)
+        if given:
+            raise configs.ConfigError(f"--study names the runs; received --{' --'.join(given)} too")
         return configs.from_dict(Study, configs.load_yaml(options.study))
     if len(given) < len(flags):
         raise configs.ConfigError(f"expected --study, or --agents, --envs and --total-timesteps; received {given}")
     seeds = {"seeds": options.seeds} if options.seeds else {}
-    return configs.from_dict(Study, {"entries": [flags], "evals": options.evals} | seeds)
+    evals = {} if options.evals is None else {"evals": options.evals}
+    return configs.from_dict(Study, {"entries": [flags]} | seeds | evals)
 
 
 def main(options: Options) -> int:

@@ -136,18 +136,26 @@ class Owner:
         }  # fmt: skip
         with writing(path):
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(path, "a+", encoding="utf-8") as file, _alone(file.fileno()):
-                file.seek(0)
-                other = _read(file.read())
-                if other is not None and not _is_gone(other):
-                    raise FolderInUseError(
-                        f"{self.folder} is being written by process {other['pid']} on {other['host']} since "
-                        f"{other['since']} ({other['command']}); wait for it, stop it, or choose another folder. If it "
-                        f"is not running any more, remove {path}"
-                    )
-                file.truncate(0)
-                file.write(json.dumps(mine))
+            # each turn that is lost is another owner's end; a file system that counts no links loses all
+            any(self._written(path, mine) for _ in range(100))
         remove_leftovers(self.folder)
+
+    def _written(self, path: Path, mine: dict[str, Any]) -> bool:
+        """False: the owner before let go, and took the file away, between our opening it and our turn."""
+        with open(path, "a+", encoding="utf-8") as file, _alone(file.fileno()):
+            if not os.fstat(file.fileno()).st_nlink:
+                return False
+            file.seek(0)
+            other = _read(file.read())
+            if other is not None and not _is_gone(other):
+                raise FolderInUseError(
+                    f"{self.folder} is being written by process {other['pid']} on {other['host']} since "
+                    f"{other['since']} ({other['command']}); wait for it, stop it, or choose another folder. If it "
+                    f"is not running any more, remove {path}"
+                )
+            file.truncate(0)
+            file.write(json.dumps(mine))
+        return True
 
 
 @contextlib.contextmanager

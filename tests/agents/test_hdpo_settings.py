@@ -100,6 +100,12 @@ def test_an_equal_score_is_no_better_one() -> None:
     assert (agent.best_iteration, agent.iteration) == (1, 4)
 
 
+def test_patience_waits_for_a_score() -> None:
+    agent = make("base_stock", dev_every=5, patience=2, learning_rate=1e-30)
+    agent.learn(until=10**9)
+    assert (agent.best_iteration, agent.iteration) == (1, 5), "scored after the first epoch and every fifth"
+
+
 def test_the_last_score_is_saved(tmp_path: Path) -> None:
     agent = make("base_stock", dev_every=3)
     agent.learn(until=2 * agent.samples_per_iteration)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -55,6 +57,24 @@ def test_the_owners_path_may_say_write(tmp_path: Path) -> None:
     (folder / Owner.FILE).write_text(json.dumps(parent))
     with pytest.raises(FolderInUseError, match=r"rewrite is being written by process .*writer\.py"):
         Owner(folder)
+
+
+def test_an_owner_that_lets_go_in_between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its file is gone between our opening it and our turn: nobody would see what is written into it."""
+    turns: list[int] = []
+
+    @contextlib.contextmanager
+    def alone(descriptor: int) -> Iterator[None]:
+        if not turns:
+            (tmp_path / Owner.FILE).unlink()
+        turns.append(descriptor)
+        yield
+
+    monkeypatch.setattr("ccrl.experiment.files._alone", alone)
+    owner = Owner(tmp_path)
+    assert json.loads((tmp_path / Owner.FILE).read_text())["pid"] == os.getpid()
+    assert len(turns) == 2
+    owner.release()
 
 
 def test_one_process_may_hold_a_folder_twice(tmp_path: Path) -> None:

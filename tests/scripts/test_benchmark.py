@@ -69,6 +69,8 @@ def test_unknown_keys_and_missing_flags_are_refused(tmp_path: Path) -> None:
         benchmark.load(benchmark.Options(out=tmp_path, agents=("ppo",)))
     with pytest.raises(ConfigError, match="received --envs too"):
         benchmark.load(benchmark.Options(out=tmp_path, study=tmp_path / "x.yaml", envs=("CartPole-v1",)))
+    with pytest.raises(ConfigError, match="received --evals too"):
+        benchmark.load(benchmark.Options(out=tmp_path, study=tmp_path / "x.yaml", evals=50))
 
 
 def test_seeds_come_before_agents_and_settings_are_laid_over_one_another() -> None:
