@@ -3,7 +3,7 @@
     max sum_i value(N_i, p_i)    subject to    sum_i N_i = total,  low <= N_i <= high
 
 by dynamic programming, exact whatever the values, or greedily by the largest next gain: exact where ``value`` is
-concave in ``N``, as ``gradient_value`` is (docs/llm/knapsack_rl.md).
+concave in ``N``, as ``gradient_value`` is from 1 on (docs/llm/knapsack_rl.md).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ Solver = Literal["dp", "greedy"]
 
 def gradient_probability(n: Tensor, p: Tensor) -> Tensor:
     """``1 - p^n - (1 - p)^n``: that ``n`` completions are neither all right nor all wrong, so that a group baseline
-    leaves a gradient (Li et al. 2025, arXiv 2509.25849)."""
-    return 1.0 - p**n - (1.0 - p) ** n
+    leaves a gradient (Li et al. 2025, arXiv 2509.25849). 0 for none, which are both."""
+    return (1.0 - p**n - (1.0 - p) ** n).clamp_min(0.0)
 
 
 def information_gain(p: Tensor) -> Tensor:
@@ -36,7 +36,8 @@ def information_gain(p: Tensor) -> Tensor:
 
 
 def gradient_value(n: Tensor, p: Tensor) -> Tensor:
-    """``gradient_probability(n, p) * information_gain(p)`` (Li et al. 2025): concave in ``n``."""
+    """``gradient_probability(n, p) * information_gain(p)`` (Li et al. 2025): concave in ``n`` from 1 on; a
+    division that may leave a prompt out (``low = 0``) wants ``dp``."""
     return gradient_probability(n, p) * information_gain(p)
 
 

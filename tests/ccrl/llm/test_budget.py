@@ -112,6 +112,13 @@ def test_equal_prompts_get_equally_many(solver: Solver) -> None:
     assert int(counts.sum()) == 23
 
 
+def test_no_completion_has_no_gradient() -> None:
+    """Of 3 completions all go to p = 1/2, value (1 - 2/8) / 8 = 3/32; of none the formula says -1, which is no
+    probability, and a first one would be worth more than a third."""
+    assert gradient_probability(double([0.0]), double([0.5])).tolist() == [0.0]
+    assert allocate(double([0.5, 0.1]), 3, 0, 3, gradient_value, "dp").tolist() == [3, 0]
+
+
 def test_worthless_prompts_are_filled_too() -> None:
     """The total is spent whatever it is worth; the greedy order takes no unit before those below it."""
     for solver in SOLVERS:
