@@ -65,6 +65,8 @@ class GridWorld(TorchEnv):
         if min(self.size) < 1 or any(not 0 <= w < self.cells for w in walls):
             raise ValueError(f"{self.name}: expected walls among a grid's cells, got size {size} and walls {walls}")
         free[list(walls)] = False
+        if not bool(free.any()):
+            raise ValueError(f"{self.name}: expected a cell that is no wall, got walls everywhere")
         if start is not None and not (0 <= start < self.cells and bool(free[start])):
             raise ValueError(f"{self.name}: expected a free cell below {self.cells} as start, got {start}")
         if self.max_episode_steps is None:

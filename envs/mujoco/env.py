@@ -188,8 +188,10 @@ class MujocoEnv:
         """Start new episodes at ``qpos [n, nq]`` and ``qvel [n, nv]`` in ``rows`` ``[n]`` int64 (None: all copies), as
         Gymnasium's reset does with its own noise. Returns the observation ``[N, k]``.
 
-        Raises ``ValueError`` for other shapes.
+        Raises ``ValueError`` for other shapes, or rows before the first reset.
         """
+        if rows is not None and not self._started:
+            raise ValueError("set_state(rows=...) before the first reset(): call reset() once to start every copy")
         rows = torch.arange(self.num_envs) if rows is None else rows
         model = self.engine.model
         expected = (len(rows), model.nq), (len(rows), model.nv)

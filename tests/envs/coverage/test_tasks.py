@@ -170,6 +170,7 @@ def test_the_ant_marks_blocks():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: grid_coverage(1, size=(1, 2), start=None, walls=[0, 1]), "no wall, got walls everywhere"),
         (lambda: GridWorld(size=(2, 2), start=4), "start"),
         (lambda: GridWorld(size=(2, 2), start=1, walls=[1]), "start"),
         (lambda: GridWorld(size=(2, 2), walls=[7]), "walls"),

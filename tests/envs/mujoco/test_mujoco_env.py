@@ -218,8 +218,10 @@ def test_an_unstable_simulation_shows_in_the_reward_of_its_row(task_id, culprit,
 
 def test_set_state_starts_given_rows():
     env = make_mujoco("Reacher-v5", 3, seed=0)
-    before = env.reset().clone()
     qpos = torch.tensor([[torch.pi / 2, 0.0, 0.1, -0.1]], dtype=torch.float64)
+    with pytest.raises(ValueError, match="before the first reset"):
+        env.set_state(qpos, qpos, torch.tensor([2]))
+    before = env.reset().clone()
     obs = env.set_state(qpos, torch.ones(1, 4, dtype=torch.float64), torch.tensor([2]))
     torch.testing.assert_close(obs[:2], before[:2], rtol=0, atol=0)
     torch.testing.assert_close(obs[2, :8], torch.tensor([0.0, 1.0, 1.0, 0.0, 0.1, -0.1, 1.0, 1.0]), atol=1e-7, rtol=0)
