@@ -356,6 +356,7 @@ class Hiding(InPlace):
 def test_a_run_that_cannot_resume_exactly_says_so_once(make, reason, recwarn):
     collector = Collector(make(), seed=0)
     collector._stream.obs = collector.env.reset(seed=0)
+    collector.total_steps = 3  # a run that has begun
     assert not collector.exact
     assert reason in collector.resume_note
     recwarn.clear()

@@ -153,13 +153,19 @@ class TestLoss:
         agent.learn(agent.samples_per_iteration)
 
     def test_one_ratio_per_sample_weighs_as_one_per_time(self):
-        """At ratio 1 both gradients are the mean over samples and times of A grad l."""
-        found = []
+        """At ratio 1 both gradients are the mean over samples and times of A grad l; elsewhere they differ."""
+        found, moved = [], []
         for kind in ("exp_first", "sum_first"):
-            rows, phase = prepared(AWM("ring2d", ratio=kind, seed=2, kl_coef=0.0, ema_coef=0.0, **SMALL))
+            agent = AWM("ring2d", ratio=kind, seed=2, kl_coef=0.0, ema_coef=0.0, **SMALL | {"n_epochs": 2})
+            rows, phase = prepared(agent)
             batch = rows.epoch(phase.batching, None)[0]
             found.append(phase.updater.gradient(phase.terms, batch).mean.clone())
+            with torch.no_grad():
+                for parameter in agent.policy.parameters():
+                    parameter += 0.05
+            moved.append(phase.updater.gradient(phase.terms, batch).mean.clone())
         torch.testing.assert_close(*found, rtol=1e-5, atol=1e-8)
+        assert float((moved[0] - moved[1]).abs().max()) > 1e-6
 
     def test_distances_to_velocities(self):
         """Mean of squares .5; elbo at t = .5: over 2 * .49 * .5 / .5 = .98."""

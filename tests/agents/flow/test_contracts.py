@@ -48,7 +48,7 @@ class TestAWM(FlowContract):
     matters = [
         ({}, {"weighting": "uniform"}), ({}, {"weighting": "t"}), ({}, {"weighting": "t2"}),
         ({}, {"weighting": "huber"}), ({}, {"power": 0.5}), ({}, {"n_times": 3}), ({}, {"times": "uniform"}),
-        ({}, {"times": "logit_normal"}), ({}, {"ratio": "sum_first"}), ({}, {"kl_coef": 0.0}), ({}, {"ema_coef": 0.0}),
+        ({}, {"times": "logit_normal"}), ({}, {"kl_coef": 0.0}), ({}, {"ema_coef": 0.0}),
         ({}, {"kl_weight": "elbo"}), ({}, {"scale_advantage": False}), ({}, {"advantage_std": "group"}),
         ({}, {"sampler": "ode", "noise_level": 0.0}),
     ]  # fmt: skip
