@@ -363,10 +363,11 @@ minutes are without evaluation, the median of the runs that were not broken off.
 ```bash
 python scripts/studies/tuned --out results/tuned        # goes on where it stopped
 python scripts/studies/tuned --page-only                # this page from the rows
-python scripts/plot.py docs/figures/offpolicy_runs.csv --out figures/tuned
+python scripts/plot.py docs/figures/tuned.csv --out figures/tuned
 ```
 
-Every evaluation is a row of `docs/figures/tuned.csv`, which the first pair that ends begins, or, for SAC's three, of
-`docs/figures/offpolicy_runs.csv`. `plot.py` and `report.py` take both as they are: put your own rows beside them, or
-them beside your own runs.
+Every evaluation is a row of `docs/figures/tuned.csv`, or, for SAC's three, of `docs/figures/offpolicy_runs.csv`.
+`plot.py` and `report.py` take both as they are: put your own rows beside them, or them beside your own runs. Settings
+that were published for v2 and v3 tasks are used on v5 as they are: where an interval is wide, or PPO is below MDPO and
+BPO on the same task, a search may be worth its cost.
 """
