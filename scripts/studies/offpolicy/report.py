@@ -238,6 +238,8 @@ def _comparisons(about: Page, groups: dict[tuple[str, str], list[Run]], plan: li
         if len(x) > 1 and len(y) > 1 and whole:
             found.append((env, first, second, len(x), len(y), welch_t(x, y)))
     head = ["## Beside one another", ""]
+    if not about.pairs:
+        return []
     if not found:
         return [*head, "No pair of agents has all its runs yet.", ""]
     lines = [*head, "| task | first | second | runs | first - second, 95 % | p, Holm |", "|---|---|---|--:|---|--:|"]

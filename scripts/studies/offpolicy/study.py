@@ -5,7 +5,8 @@
     python scripts/studies/offpolicy                        # page and figure again, from the numbers there are
 
 With ``discrete.yaml`` and ``--which discrete``: DQN, double DQN and QR-DQN, docs/q_learning_curves.md; with
-``pendulum.yaml`` and ``--which pendulum``: a small check of SAC, TD3 and CrossQ, docs/pendulum_curves.md.
+``pendulum.yaml`` and ``--which pendulum``: a small check of SAC, TD3 and CrossQ, docs/pendulum_curves.md; with
+``published.yaml`` and ``--which published``: SAC with the settings of published curves, docs/sac_published_curves.md.
 
 The second command may be run at any time: runs that are not there, or not finished, are named on the page.
 """
@@ -49,8 +50,9 @@ class Options:
     """The numbers and the figure are written to this folder."""
     page: Path | None = None
     """The page is written here; by default into docs, or into OUT if that is another folder."""
-    which: Literal["continuous", "discrete", "pendulum"] = "continuous"
-    """The page is that of the agents for continuous actions, for discrete ones, or the small check on Pendulum."""
+    which: Literal["continuous", "discrete", "pendulum", "published"] = "continuous"
+    """The page is that of the agents for continuous actions, for discrete ones, the small check on Pendulum, or that of
+    SAC with the settings of published curves."""
 
 
 def rows_of(run: RunFolder) -> Iterator[dict[str, Any]]:
