@@ -337,7 +337,7 @@ class Collector:
         self.total_steps, self.fresh_steps = state["total_steps"], state.get("fresh_steps", 0)
         stream = self._stream
         if not self.total_steps:  # as new, so that the first episodes are those of the seed
-            stream.end()
+            stream.begin(None)
             return
         note = self.resume_note
         if note is None and state.get("backend", type(self.env).__name__) != type(self.env).__name__:

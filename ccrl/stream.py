@@ -43,15 +43,9 @@ class Stream:
         """``[N]``: the next row begins an episode. Not ``ended``: with NEXT_STEP a dummy row lies between."""
         self.buffers: dict[tuple[Any, ...], RolloutBuffer] = {}
 
-    def begin(self, obs: Tree) -> None:
-        """Fresh episodes in every environment."""
+    def begin(self, obs: Tree | None) -> None:
+        """Fresh episodes in every environment; None: as new, so that the next ``start`` begins them."""
         self.obs, self.state = obs, None
-        for fact in (self.step, self.ended, self.returns):
-            fact.zero_()
-
-    def end(self) -> None:
-        """As new: the next ``start`` begins."""
-        self.obs = self.state = None
         for fact in (self.step, self.ended, self.returns):
             fact.zero_()
 
@@ -66,7 +60,6 @@ class Stream:
                 self.env.randomise_ages()
         elif getattr(self.env, "interrupted", False):
             self.begin(self.env.reset())
-            self.first.fill_(True)
 
     def restart(self) -> None:
         """Counters of new episodes where one ended."""
