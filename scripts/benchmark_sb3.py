@@ -29,7 +29,7 @@ from ccrl.experiment.logger import Logger
 from ccrl.experiment.run import RunFolder
 from ccrl.settings import Count, Natural, Settings
 
-__all__ = ["SB3Config", "algorithm", "check", "is_sb3", "model_arguments", "run"]
+__all__ = ["SB3Config", "algorithm", "check", "is_sb3", "model_arguments", "normaliser_arguments", "run"]
 
 MODULES = {"sb3": "stable_baselines3", "sb3-contrib": "sb3_contrib"}
 ACTIVATIONS = {"tanh": nn.Tanh, "relu": nn.ReLU, "elu": nn.ELU, "silu": nn.SiLU}
@@ -53,7 +53,7 @@ class SB3Config(Settings):
     """These constructor options go to the environment, under Gymnasium's names."""
     agent: dict[str, Any] = field(default_factory=dict)
     """These are SB3's argument names, or ours where they say the same: num_envs, hidden, activation, adam_eps,
-    orthogonal, log_std_init, exploration_noise."""
+    orthogonal, log_std_init, exploration_noise, normalise_obs, normalise_reward, clip_norm (VecNormalize)."""
 
 
 def is_sb3(agent: str) -> bool:
@@ -78,6 +78,7 @@ def check(agent: str, config: SB3Config) -> None:
     """Raises ``ConfigError`` for an argument that the algorithm does not have."""
     cls, (arguments, _) = algorithm(agent), model_arguments(config.agent)
     known = inspect.signature(cls).parameters.keys() - {"policy", "env", "seed", "device", "_init_setup_model"}
+    normaliser_arguments(config.agent)
     for key in arguments:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=3)
@@ -85,9 +86,23 @@ def check(agent: str, config: SB3Config) -> None:
             raise ConfigError(f"{agent}: unknown setting {key!r}.{hint} Known: {', '.join(sorted(known))}.")
 
 
+def normaliser_arguments(settings: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of SB3's VecNormalize from ``SB3Config.agent``; none: it is not used.
+
+    Raises ``ConfigError`` for a clip_norm that would do nothing.
+    """
+    obs, reward = settings.get("normalise_obs", False), settings.get("normalise_reward", False)
+    clip = {name: settings["clip_norm"] for name in ("clip_obs", "clip_reward") if "clip_norm" in settings}
+    if obs or reward:
+        return {"norm_obs": obs, "norm_reward": reward, "gamma": settings.get("gamma", 0.99), **clip}
+    if clip:
+        raise ConfigError("clip_norm: it clips what is normalised; expected normalise_obs or normalise_reward as well")
+    return {}
+
+
 def model_arguments(settings: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """SB3's constructor arguments from ``SB3Config.agent``, and the number of environments (1, SB3's default)."""
-    arguments = dict(settings)
+    arguments = {k: v for k, v in settings.items() if k not in ("normalise_obs", "normalise_reward", "clip_norm")}
     num_envs = arguments.pop("num_envs", 1)
     policy = dict(arguments.pop("policy_kwargs", {}))
     if "hidden" in arguments:
@@ -121,10 +136,14 @@ class _Learner:
 
     def act(self, obs: Any, deterministic: bool) -> Tensor:
         array = {k: v.numpy() for k, v in obs.items()} if isinstance(obs, dict) else obs.numpy()
+        if (normaliser := self.model.get_vec_normalize_env()) is not None:
+            array = normaliser.normalize_obs(array)  # a copy, with the statistics as training has them now
         return torch.as_tensor(self.model.predict(array, deterministic=deterministic)[0])
 
     def save(self, path: Path) -> None:
         self.model.save(path.with_suffix(".zip"))
+        if (normaliser := self.model.get_vec_normalize_env()) is not None:  # the policy is nothing without them
+            normaliser.save(path.with_suffix(".normalise.pkl"))
 
 
 def run(agent: str, config: SB3Config, root: Path, timed: Any) -> RunFolder:
@@ -133,6 +152,7 @@ def run(agent: str, config: SB3Config, root: Path, timed: Any) -> RunFolder:
     from stable_baselines3.common.logger import KVWriter
     from stable_baselines3.common.logger import Logger as SB3Logger
     from stable_baselines3.common.noise import NormalActionNoise
+    from stable_baselines3.common.vec_env import VecNormalize
 
     class Writer(KVWriter):  # type: ignore[misc]
         def write(self, key_values: dict[str, Any], key_excluded: Any, step: int = 0) -> None:
@@ -161,7 +181,10 @@ def run(agent: str, config: SB3Config, root: Path, timed: Any) -> RunFolder:
     if isinstance(scale := arguments.get("action_noise"), int | float):
         size = int(np.prod(env.single_action_space.shape))
         arguments["action_noise"] = NormalActionNoise(np.zeros(size), np.full(size, scale))
-    model = algorithm(agent)("MlpPolicy", as_vec_env(env), seed=config.seed, device="cpu", **arguments)
+    vec_env = as_vec_env(env)
+    if normalise := normaliser_arguments(config.agent):
+        vec_env = VecNormalize(vec_env, **normalise)
+    model = algorithm(agent)("MlpPolicy", vec_env, seed=config.seed, device="cpu", **arguments)
     model.set_logger(SB3Logger(str(folder.path), [Writer()]))
     learner, eval_env, callback = _Learner(model), None, None
     evaluation: Any = None

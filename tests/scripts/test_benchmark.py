@@ -326,12 +326,33 @@ def test_sb3s_td3_explores_with_the_noise_it_is_given(tmp_path: Path) -> None:
     assert (noise._mu.tolist(), noise._sigma.tolist()) == ([0.0], [0.3])
 
 
+def test_sb3_normalises_with_our_names_in_training_and_in_evaluation(tmp_path: Path) -> None:
+    sb3 = pytest.importorskip("stable_baselines3")
+    settings = {"n_steps": 64, "batch_size": 32, "gamma": 0.9, "normalise_obs": True, "normalise_reward": True}
+    config = benchmark.sb3.SB3Config("Pendulum-v1", 64, agent=settings | {"clip_norm": 5.0})
+    benchmark.sb3.check("sb3:ppo", config)
+    run = benchmark.sb3.run("sb3:ppo", config, tmp_path, benchmark.training.timed)
+    venv = benchmark.sb3.as_vec_env(benchmark.envs.make("Pendulum-v1", 1))
+    norm = sb3.common.vec_env.VecNormalize.load(str(run.path / "final.normalise.pkl"), venv)
+    assert (norm.gamma, norm.clip_obs, norm.clip_reward) == (0.9, 5.0, 5.0)
+    assert norm.obs_rms.count == pytest.approx(65, abs=0.01)  # 64 steps and the reset
+    model, obs = sb3.PPO.load(run.path / "final.zip", env=norm), torch.tensor([[0.6, -0.8, 4.0]])
+    raw, normed = (model.predict(x, deterministic=True)[0] for x in (obs.numpy(), norm.normalize_obs(obs.numpy())))
+    assert raw != normed
+    assert benchmark.sb3._Learner(model).act(obs, True).numpy() == normed
+    with pytest.raises(ConfigError, match="clip_norm: it clips what is normalised"):
+        benchmark.sb3.check("sb3:ppo", benchmark.sb3.SB3Config("Pendulum-v1", 64, agent={"clip_norm": 5.0}))
+
+
 def test_our_callbacks_read_an_sb3_model() -> None:
     asked: list[bool] = []
 
     class Model:
         num_timesteps = 12
         ep_info_buffer = ({"r": 1.0, "l": 3}, {"r": 4.0, "l": 5})
+
+        def get_vec_normalize_env(self) -> None:
+            return None
 
         def predict(self, obs: Any, deterministic: bool) -> Any:
             asked.append(deterministic)
