@@ -384,16 +384,16 @@ class HDPO(Agent):
     def cost(self, split: Split = "test", count: int | None = None, seed: int = 65) -> tuple[float, float]:
         """Cost per period and store of the best policy after the warm-up: mean and standard error over ``count`` new
         scenarios (``None``: 2,000, or every recorded series), which ``seed`` decides alone: the same for all agents."""
-        count = (self.simulator.available or 2000) if count is None else count
+        count = (self.simulator.split(split).available or 2000) if count is None else count
         costs = self.average(self.ctx.bank.policy("best"), split, self.scenarios(split, count, 10**6 + seed))
         return costs.mean().item(), (costs.std() / count**0.5).item() if count > 1 else float("nan")
 
     def evaluate(self, env: BatchedEnv | None, episodes: int, seed: int, deterministic: bool = True) -> EvalResult:
         """Returns (minus the cost per store, warm-up included) of ``episodes`` new scenarios over the training horizon;
         of the first recorded series in the weeks of the split ``"test"``, never trained on. ``env`` is not needed."""
-        available = self.simulator.available
-        split: Split = "test" if available else "train"
-        episodes, simulator = min(episodes, available or episodes), self.simulator.split(split)
+        split: Split = "test" if self.simulator.available else "train"
+        simulator = self.simulator.split(split)
+        episodes = min(episodes, simulator.available or episodes)
         found, periods = self.scenarios(split, episodes, 10**6 + seed), simulator.periods
         unrolled = Unrolled(simulator, self.ctx.bank.policy("best"))
         costs = average_cost(unrolled, found, whole_units=self.config.whole_units, ignore=0)

@@ -90,8 +90,9 @@ class InventoryVector:
         self._generator = torch.Generator()
         self._generator.seed()
         self._pool: State = {}
-        if isinstance(built.demand, Recorded):
-            self._pool = self.env.sample(len(built.demand.series), self._generator, device=self.device)
+        # what is random beside recorded demand is drawn in every episode, from the stream that a seed decides
+        if self.env.available and built.earliest is None and not built.random_stock:
+            self._pool = self.env.sample(self.env.available, self._generator, device=self.device)
         self._state: State = {}
         # The clocks live on the host: all that ends an episode is time, so no step waits for the device.
         self._clock = np.zeros(num_envs, dtype=np.int64)
@@ -203,9 +204,12 @@ class InventoryVector:
         restore_generator(self._generator, values["generator"])
 
     def _scenarios(self) -> State:
-        if not self._pool:
+        if not self.env.available:
             return self.env.sample(self.num_envs, self._generator, device=self.device)
-        rows = torch.randint(len(self._pool["demand"]), (self.num_envs,), generator=self._generator).to(self.device)
+        rows = torch.randint(self.env.available, (self.num_envs,), generator=self._generator)
+        if not self._pool:
+            return self.env.draw(rows, self._generator, device=self.device)
+        rows = rows.to(self.device)
         return {name: value[rows] for name, value in self._pool.items()}
 
     def _start(self, chosen: np.ndarray) -> None:

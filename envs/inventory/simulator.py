@@ -113,11 +113,23 @@ class InventoryEnv:
         Raises:
             ValueError: no scenario, or more than there are series.
         """
-        demand, net = self.task.demand, self.network
         limit = self.available or count
         if not 1 <= count <= limit:
             series = f" (there are {limit} series; of hdpo set n_train and n_dev)" if count > limit else ""
             raise ValueError(f"{self.task.name}: expected 1 to {max(limit, 1)} scenarios, got {count}{series}")
+        return self.draw(torch.arange(count), generator, device=device, dtype=dtype)
+
+    def draw(
+        self,
+        numbers: Tensor,
+        generator: torch.Generator,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> State:
+        """One scenario for each of ``numbers`` ``[B]`` int64, which choose among those that there are
+        (:attr:`available`); scenarios of a known law are drawn anew, whatever their numbers."""
+        demand, net, count = self.task.demand, self.network, len(numbers)
         scenarios: State = {}
         stock = torch.zeros(count, net.nodes, net.slots)
         if self.task.random_stock:
@@ -127,18 +139,18 @@ class InventoryEnv:
             stock[:, net.first_store :, :slots] = share * filled * torch.tensor(demand.mean)[:, None]
         scenarios["inventory"] = stock
         if isinstance(demand, Recorded):
-            rows = torch.arange(count) % len(demand.series)
+            rows = numbers % len(demand.series)
             weeks = slice(self.first_week, self.first_week + demand.history + self.periods)
             scenarios["demand"] = demand.series[rows, weeks]
             if demand.features is not None:
                 scenarios["features"] = self._features(demand)[rows]
-            scenarios |= self._by_series(rows, torch.arange(count) // len(demand.series), generator)
+            scenarios |= self._by_series(rows, numbers // len(demand.series), generator)
+            if self.task.underage_by_series:
+                scenarios["underage"] = torch.tensor(self.task.underage_by_series)[rows, None]
+            if self.task.lead_time_by_series:
+                scenarios["lead_time"] = torch.tensor(self.task.lead_time_by_series)[rows, None]
         else:
             scenarios["demand"] = demand.draw(count, self.periods, generator)
-        if self.task.underage_by_series:
-            scenarios["underage"] = torch.tensor(self.task.underage_by_series[:count])[:, None]
-        if self.task.lead_time_by_series:
-            scenarios["lead_time"] = torch.tensor(self.task.lead_time_by_series[:count], dtype=torch.float32)[:, None]
         return {name: value.to(device=device, dtype=dtype) for name, value in scenarios.items()}
 
     def _features(self, demand: Recorded) -> Tensor:
@@ -286,7 +298,9 @@ class InventoryEnv:
         if "lead_time" in state:
             lead = state["lead_time"]
             if "arrival" in state:
-                lead = state["arrival"][torch.arange(len(stock), device=stock.device), self._clock(state)]
+                # a step of a copy that has finished, which nobody reads, must not leave the table
+                now = self._clock(state).clamp_max(state["arrival"].shape[1] - 1)
+                lead = state["arrival"][torch.arange(len(stock), device=stock.device), now]
             entering = action[:, :, None] * (lead[:, :, None] == table["slot"])
             arriving = torch.einsum("bel,en->bnl", entering, table["into"]) if self.network.nodes > 1 else entering
             arriving = arriving + (post @ table["stays"]).view(stock.shape)
@@ -305,7 +319,7 @@ class InventoryEnv:
         """Costs of stores without warehouses, drawn demand and no terms, of which a kernel may compute the horizon."""
         task = self.task
         more = task.by_series or task.terms or task.edge_cost or task.profit or task.earliest is not None
-        if self.network.internal or self.recorded or more:
+        if self.network.nodes > self.network.stores or self.recorded or more:
             return None
         return StoresAlone(task.holding, task.underage, task.lost)
 

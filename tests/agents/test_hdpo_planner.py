@@ -98,6 +98,10 @@ def test_lead_times_are_an_input() -> None:
     assert (orders[2] >= orders[0]).all()
     assert (orders[0] >= orders[1]).all()
     assert (orders[2] > orders[1]).any()
+    # held out there are the 4 products, not 3 lead times of each
+    agent.ctx.bank.refresh("best")
+    assert agent.cost() == agent.cost(count=4)
+    assert len(agent.evaluate(None, 10, 0).returns) == 4
 
 
 def test_the_planner_needs_products() -> None:

@@ -15,7 +15,7 @@ from ccrl.inventory.pathwise import Unrolled, scenario_data
 from ccrl.inventory.policies import VanillaPolicy
 from ccrl.inventory.stores import StoresAlone, StoresKernel
 from envs.inventory import InventoryEnv, make_task
-from envs.inventory.demand import Normal
+from envs.inventory.demand import Normal, Poisson
 from envs.inventory.task import Task
 
 pytestmark = pytest.mark.skipif(native.compiler() is None, reason="no C++ compiler on PATH")
@@ -129,6 +129,12 @@ def test_where_it_does_not_apply(task: str, make: dict[str, Any], message: str) 
     policy = make.get("policy") or VanillaPolicy(made.network, env.observe(state), (4,)).to(make.get("device", "cpu"))
     with pytest.raises(ValueError, match=message):
         StoresKernel(env, policy)
+
+
+def test_a_warehouse_that_serves_nobody_is_no_store() -> None:
+    network = Network(0, 1, 1, ((-1, 0), (-1, 1)), (2, 2))
+    task = Task("idle", network, Poisson((5.0,)), (0.5, 1.0), (9.0,), lost=True)
+    assert InventoryEnv(task).stores_alone() is None
 
 
 def test_a_compiler_that_fails_says_why(tmp_path: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 from typing import Any
 
@@ -43,6 +44,18 @@ class TestRecorded(EnvContract):
     def make_env(self, num_envs, autoreset_mode):
         return InventoryVector(
             "one_store_real_data", num_envs, autoreset_mode=autoreset_mode, max_episode_steps=8, count=50
+        )
+
+
+class TestRandomLeadTimes(EnvContract):
+    """Lead times are drawn in every episode, by the seed; finished copies have no row in their table."""
+
+    time_limit = 7
+
+    def make_env(self, num_envs, autoreset_mode):
+        numbers = {"holding": 1.0, "underage": 9.0, "lead_time": 3, "lead_time_min": 1}
+        return InventoryVector(
+            "own_demand", num_envs, autoreset_mode=autoreset_mode, max_episode_steps=7, sales=retail_sales(50), **numbers
         )
 
 
@@ -255,3 +268,19 @@ def test_promotions_reach_other_policies_of_networks(policy):
     made = policy(env.network, seen)
     for name in ("planned", "season"):
         assert not torch.allclose(made(seen), made(seen | {name: seen[name] + 1.0}))
+
+
+def test_agents_meet_every_lead_time_that_varies():
+    numbers = {"sales": retail_sales(2), "holding": 1.0, "underage": 9.0, "lead_time": 2, "vary_lead_time": 1}
+    env = InventoryVector("own_demand", 32, **numbers)
+    env.reset(seed=0)
+    assert env._state["lead_time"].unique().tolist() == [1.0, 2.0, 3.0]
+    held = env.held_out("test")
+    held.reset(seed=0)
+    assert held._state["lead_time"].unique().tolist() == [2.0], "products are judged with the lead time that they have"
+
+
+def test_random_stock_of_recorded_demand_is_decided_by_the_seed():
+    task = dataclasses.replace(make_task("one_store_real_data", count=2), random_stock=True)
+    first, second = (InventoryVector(task, 4) for _ in range(2))
+    assert torch.equal(first.reset(seed=0), second.reset(seed=0))
