@@ -209,6 +209,8 @@ def _resolve(
     """Every number for every series and node or edge: from the network file, else the costs file, else the options."""
     count, net = len(demand.series), links.network
     products = [demand.product(i) for i in range(count)]
+    number: dict[str, int | slice] = {"": slice(None)} | {name: i for i, name in enumerate(products)}
+    place: dict[str, int | slice] = {"": slice(None)} | {name: i for i, name in enumerate(links.nodes)}
     at = np.full((len(options), count, net.nodes), np.nan)
     names = list(options)
     for i, name in enumerate(names):
@@ -222,7 +224,7 @@ def _resolve(
         rows = list(range(table.rows))
         who = table.columns.get(product, [""] * table.rows)
         where = table.columns.get(location, [""] * table.rows)
-        strange = [r for r in rows if who[r] not in ("", *products) or where[r] not in ("", *links.nodes)]
+        strange = [r for r in rows if who[r] not in number or where[r] not in place]
         bad = [(r, f"{who[r]} {where[r]} is not among the sales or the network") for r in strange]
         bad += [(r, f"{name} {table.columns[name][r]!r} is no number of at least 0") for name in names
                 if name in table.columns for r in rows
@@ -231,8 +233,7 @@ def _resolve(
                 for r in rows if table.columns[name][r] and as_number(table.columns[name][r]) is None]  # fmt: skip
         refuse(table, bad, "Correct these rows")
         for r in sorted(rows, key=lambda r: bool(who[r]) + bool(where[r])):  # what is said of one wins over all
-            chosen = products.index(who[r]) if who[r] else slice(None)
-            node = links.nodes.index(where[r]) if where[r] else slice(None)
+            chosen, node = number[who[r]], place[where[r]]
             for i, name in enumerate(names):
                 if name in table.columns and table.columns[name][r]:
                     at[i, chosen, node] = float(table.columns[name][r])
@@ -265,13 +266,6 @@ def _resolve(
                 f"{name}: expected {'whole numbers of' if least else 'numbers of'} at least {least}, got "
                 f"{values[s, n]:g} for {products[s]} at {ends[name][n]}"
             )
-    small = found["capacity"] < np.maximum(found["minimum"], found["lot"])
-    if small.any():
-        s, n = np.argwhere(small)[0]
-        raise ValueError(
-            f"capacity: expected at least the minimum and one lot, got {found['capacity'][s, n]:g} for {products[s]} "
-            f"at {ends['capacity'][n]}; nothing could ever be ordered"
-        )
     return {name: torch.from_numpy(np.ascontiguousarray(values)).float() for name, values in found.items()}
 
 

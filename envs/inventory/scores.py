@@ -93,7 +93,8 @@ def changed(task: Task, question: str) -> Task:
                 f"what_if: {question}: expected whole lead times from 1 to {int(room.max())}, which this policy was "
                 f"trained for, got {values.min():g} to {values.max():g}; train with --vary-lead-time 1 or more"
             )
-        early = None if task.earliest is None else change(task.earliest).clamp_min(1)
+        # whole periods: an order of a lead time between two would arrive in none
+        early = None if task.earliest is None else change(task.earliest).floor().clamp_min(1)
         return dataclasses.replace(task, by_series=task.by_series | {key: values}, earliest=early, vary_lead_time=0)
     if name == "lot":
         values = values.round().clamp_min(1)

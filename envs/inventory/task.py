@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ccrl.inventory.functional_env import Network
 from envs.inventory.demand import Demand, Recorded
-from envs.inventory.terms import EDGE_TERMS, Terms
+from envs.inventory.terms import EDGE_TERMS, Terms, smallest_order
 
 __all__ = ["Task", "horizons_of"]
 
@@ -140,9 +140,27 @@ class Task:
                 f"{leads.min():g} to {leads.max():g} with {net.lead_times} and {self.vary_lead_time}"
             )
         if self.earliest is not None and (
-            self.earliest.shape != leads.shape or (self.earliest < 1).any() or (self.earliest > leads).any()
+            self.earliest.shape != leads.shape
+            or (self.earliest < 1).any()
+            or (self.earliest > leads).any()
+            or (self.earliest != self.earliest.round()).any()
         ):
-            raise ValueError(f"{self.name}: earliest: expected 1 to the lead time for every series and edge")
+            raise ValueError(
+                f"{self.name}: earliest: expected whole periods from 1 to the lead time for every series and edge"
+            )
+        if self.terms and self.terms.whole_units:
+            lot, minimum, capacity = (self.by_series[name] for name in ("lot", "minimum", "capacity"))
+            if not (lot > 0).all():
+                raise ValueError(f"{self.name}: lot: expected positive numbers of units, got {lot.min():g}")
+            small = torch.nonzero(capacity < smallest_order(lot, minimum))
+            if len(small):
+                s, edge = small[0].tolist()
+                node = net.edges[edge][1]
+                raise ValueError(
+                    f"{self.name}: capacity: expected at least the minimum in whole lots, got {capacity[s, edge]:g} "
+                    f"for {self.demand.product(s)} at {self.nodes[node] if self.nodes else f'node {node}'} with a "
+                    f"minimum of {minimum[s, edge]:g} and lots of {lot[s, edge]:g}; nothing could ever be ordered"
+                )
         if self.terms and self.terms.shelf_life and not self.lost:
             raise ValueError(f"{self.name}: shelf_life: expected lost sales, got demand that waits")
 

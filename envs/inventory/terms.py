@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ccrl.inventory.functional_env import State
 
-__all__ = ["EDGE_TERMS", "Terms", "expire", "fixed_charge", "place"]
+__all__ = ["EDGE_TERMS", "Terms", "expire", "fixed_charge", "place", "smallest_order"]
 
 EDGE_TERMS = ("fixed_cost", "minimum", "lot", "capacity")
 """Constants per edge, under these names in scenarios and observations."""
@@ -52,6 +52,11 @@ class Terms:
             )
         if self.waste_cost and not self.shelf_life:
             raise ValueError(f"waste_cost: expected 0 without a shelf life, got {self.waste_cost}")
+
+
+def smallest_order(lot: Tensor, minimum: Tensor) -> Tensor:
+    """The fewest units that an order can have: whole lots, at least one, of at least the minimum."""
+    return torch.maximum(lot, torch.ceil(minimum / lot - _SLACK) * lot)
 
 
 def place(action: Tensor, terms: State, internal: int) -> Tensor:

@@ -64,7 +64,9 @@ def test_costs_by_product_and_location(tmp_path: Path) -> None:
         ("sku,lot\nP01,0\n", "lot: expected whole numbers of at least 1, got 0 for P01"),
         ("sku,lead_time\nP01,1.5\n", "lead_time: expected whole numbers"),
         ("sku,lead_time_min\nP01,3\n", "lead_time_min: expected at most lead_time"),
-        ("sku,capacity,lot\nP02,3,4\n", "capacity: expected at least the minimum and one lot, got 3 for P02"),
+        ("sku,capacity,lot\nP02,3,4\n", "capacity: expected at least the minimum in whole lots, got 3 for P02 at S1"),
+        # the smallest order is two lots of 5, since one is below the minimum
+        ("sku,capacity,lot,minimum\nP02,8,5,6\n", "got 8 for P02 at S1 with a minimum of 6 and lots of 5"),
     ],
 )
 def test_bad_costs(tmp_path: Path, text: str, message: str) -> None:

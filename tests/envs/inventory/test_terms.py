@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -186,6 +187,24 @@ def test_what_if_of_demand_and_bad_questions() -> None:
     assert changed(varied, "lead_time=+1").by_series["lead_time"].item() == 3
     with pytest.raises(ValueError, match="from 1 to 3"):
         changed(varied, "lead_time=+2")
+
+
+def test_what_if_of_random_lead_times_keeps_whole_periods() -> None:
+    """1 to 2 periods times 1.5 are 1 to 3: orders of a lead time of 1.5 would arrive in no period."""
+    task = own_demand(constant(3.0), holding=1.0, underage=9.0, lead_time=2, lead_time_min=1, vary_lead_time=1)
+    env = InventoryEnv(changed(task, "lead_time=*1.5"))
+    scenarios = env.sample(1, torch.Generator().manual_seed(0))
+    assert scenarios["arrival"].unique().tolist() == [1.0, 2.0, 3.0]
+    with pytest.raises(ValueError, match="earliest: expected whole periods"):
+        dataclasses.replace(task, earliest=torch.tensor([[1.5]]))
+
+
+def test_what_if_nothing_could_be_ordered() -> None:
+    task = own_demand(constant(3.0), holding=1.0, underage=9.0, lead_time=2, capacity=8.0)
+    with pytest.raises(ValueError, match="capacity: expected at least the minimum in whole lots, got 8"):
+        changed(task, "lot=9")
+    with pytest.raises(ValueError, match="lot: expected positive numbers"):
+        dataclasses.replace(task, by_series=task.by_series | {"lot": torch.zeros(1, 1)})
 
 
 def test_bad_terms() -> None:
