@@ -99,7 +99,19 @@ def positions(inventory: Tensor, share: Tensor, network: Network) -> Tensor:
         return own
     inner = network.internal
     source, target = network.source(own.device)[:inner], network.target(own.device)[:inner]
-    return own.index_add(1, source, share[:, :inner].to(own.dtype) * own[:, target])
+    share = share[:, :inner].to(own.dtype)
+    passed = share * own[:, target]
+    found = own.index_add(1, source, passed)
+    for _ in range(network.echelons):  # what lies below those that order from a node, too
+        passed = share * torch.zeros_like(own).index_add(1, source, passed)[:, target]
+        found = found.index_add(1, source, passed)
+    return found
+
+
+def _upwards(network: Network) -> list[tuple[int, int, int]]:
+    """Number, source and target of the internal edges, those of the lowest stage first."""
+    inner = [(i, *edge) for i, edge in enumerate(network.edges[: network.internal])]
+    return sorted(inner, key=lambda edge: -edge[1])
 
 
 def ration(wanted: Tensor, inventory: Tensor, network: Network) -> Tensor:
@@ -193,8 +205,8 @@ def tune(
 
 
 def node_demand(seen: State, network: Network) -> tuple[Tensor, Tensor, Tensor]:
-    """Usual demand ``[S, N]`` that passes each node, where orders go ``[S, E]`` (by the shortest way), and how many
-    periods ``[S, N]`` an order must last: the lead times down to the customer, and one."""
+    """Usual demand ``[S, N]`` that passes each node, where orders go ``[S, E]`` (by the cheapest way, the shortest of
+    these), and how many periods ``[S, N]`` an order must last: the lead times down to the customer, and one."""
     count, lead = len(seen["scale"]), seen["lead_time"].float()
     share = torch.zeros(count, len(network.edges))
     span = torch.ones(count, network.nodes)
@@ -205,14 +217,17 @@ def node_demand(seen: State, network: Network) -> tuple[Tensor, Tensor, Tensor]:
         chosen = torch.tensor(inbound)[cheapest.argmin(1)]
         share[torch.arange(count), chosen] = 1.0
         span[:, node] += lead[torch.arange(count), chosen]
-    for edge, (source, target) in enumerate(network.edges[: network.internal]):
+    for edge, source, target in _upwards(network):
         usual[:, source] += share[:, edge] * usual[:, target]
-    for warehouse in range(network.first_store):
+    beyond = torch.zeros(count, network.nodes)  # from a node down to the customer
+    for warehouse in reversed(range(network.first_store)):
         below = [i for i, (source, _) in enumerate(network.edges[: network.internal]) if source == warehouse]
         if below:
-            span[:, warehouse] += lead[:, below].mean(1)
+            nodes = [network.edges[i][1] for i in below]
+            beyond[:, warehouse] = (lead[:, below] + beyond[:, nodes]).mean(1)
+            span[:, warehouse] += beyond[:, warehouse]
             # nobody may order there at first; the search needs a size
-            all_below = sum(usual[:, network.edges[i][1]] for i in below)
+            all_below = sum(usual[:, node] for node in nodes)
             usual[:, warehouse] = torch.where(usual[:, warehouse] > 0, usual[:, warehouse], 0.5 * all_below)
     return usual, share, span
 
@@ -222,7 +237,7 @@ def _largest(env: FunctionalEnv, scenarios: State, span: Tensor, network: Networ
     demand = scenarios["demand"].float()  # [S, W, K]
     reach = torch.zeros(network.nodes, network.stores)
     reach[network.first_store :] = torch.eye(network.stores)
-    for source, target in network.edges[: network.internal]:
+    for _, source, target in _upwards(network):
         reach[source] = torch.maximum(reach[source], reach[target])
     through = torch.cat((demand.new_zeros(len(demand), 1, network.nodes), (demand @ reach.T).cumsum(1)), 1)
     found = torch.zeros(len(demand), network.nodes)

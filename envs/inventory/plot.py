@@ -12,9 +12,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import MaxNLocator
+from torch import Tensor
 
 from envs.inventory.demand import Recorded
 from envs.inventory.simulator import InventoryEnv, Trace
+from envs.inventory.terms import expire
 
 __all__ = ["plot_network"]
 
@@ -123,9 +125,21 @@ def _summarise(env: InventoryEnv, trace: Trace) -> _Summary:
             cost[:, :, target] += trace.seen["edge_cost"][:, edge].double() * action[:, :, edge]
             if "fixed_cost" in trace.seen:
                 cost[:, :, target] += trace.seen["fixed_cost"][:, edge].double() * (action[:, :, edge] > 0)
+        if task.terms and task.terms.waste_cost:
+            cost[:, :, first:] += task.terms.waste_cost * _wasted(env, trace)[after]
     wanted = demand.clamp_min(0.0).sum((0, 1))
     served = np.where(wanted > 0, met.clamp_min(0.0).sum((0, 1)) / wanted.clamp_min(1e-12), np.nan)
     return _Summary(stock.mean((0, 1)).numpy(), action.mean((0, 1)).numpy(), cost.mean((0, 1)).numpy(), served)
+
+
+def _wasted(env: InventoryEnv, trace: Trace) -> Tensor:
+    """``[T, B, K]``: units that expired, from stocks and demand by the rule of the simulator."""
+    ages, found = trace.seen["ages"].double(), []
+    for stock, demand in zip(trace.inventory[1:, :, env.network.first_store :, 0].double(), trace.demand.double()):
+        older, waste = expire(ages, demand)
+        ages = torch.cat((older[..., :-1], (stock - older.sum(-1))[..., None]), -1)
+        found.append(waste)
+    return torch.stack(found)
 
 
 def _draw_network(axis: Any, env: InventoryEnv, summary: _Summary) -> None:

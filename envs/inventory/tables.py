@@ -23,8 +23,9 @@ class Table(NamedTuple):
 
     name: str
     columns: dict[str, list[str]]
-    first_row: int
-    """What the file calls its first row of data: 2 in a CSV file, after the header, 1 in a Parquet file."""
+    numbers: Sequence[int]
+    """What the file calls each row: from 2 in a CSV file, after the header, where blank lines count; from 1 in a
+    Parquet file."""
 
     @property
     def rows(self) -> int:
@@ -48,7 +49,7 @@ class Table(NamedTuple):
 
     def row(self, index: int) -> int:
         """The number of a row, as the user counts."""
-        return index + self.first_row
+        return self.numbers[index]
 
 
 def read_table(path: str | Path, what: str) -> Table:
@@ -74,26 +75,27 @@ def read_table(path: str | Path, what: str) -> Table:
             }
         except Exception as error:  # pyarrow's own classes, which are not to be imported here
             raise ValueError(f"{path.name}: expected a Parquet file, got one that is none: {error}") from error
-        return _filled(Table(path.name, columns, 1))
+        return _filled(Table(path.name, columns, range(1, 1 + len(next(iter(columns.values()), [])))))
     if path.suffix != ".csv":
         raise ValueError(f"{what}: expected a .csv or .parquet file, got {path.name}")
     try:
         text = path.read_bytes().decode("utf-8-sig")  # spreadsheets begin their files with a mark
         head = text.partition("\n")[0]
         separator = max(",;\t", key=head.count)
-        lines = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=separator) if any(row)]
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+        lines = [(index, row) for index, row in enumerate(rows, 1) if any(row)]
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path.name}: expected a table as CSV in UTF-8, got a file that is none: {error}") from error
     if not lines:
         raise ValueError(f"{path.name}: expected a header and rows, got an empty file")
-    names = [name.strip() for name in lines[0]]
+    names = [name.strip() for name in lines[0][1]]
     if len(set(names)) != len(names) or "" in names:
         raise ValueError(f"{path.name}: expected a name for every column, each once, got {', '.join(names)}")
-    for index, row in enumerate(lines[1:], 2):
+    for index, row in lines[1:]:
         if len(row) != len(names):
             raise ValueError(f"{path.name}: expected {len(names)} values in row {index}, got {len(row)}: {row}")
-    columns = {name: [row[i].strip() for row in lines[1:]] for i, name in enumerate(names)}
-    return _filled(Table(path.name, columns, 2))
+    columns = {name: [row[i].strip() for _, row in lines[1:]] for i, name in enumerate(names)}
+    return _filled(Table(path.name, columns, [index for index, _ in lines[1:]]))
 
 
 def _filled(table: Table) -> Table:

@@ -191,3 +191,19 @@ def test_the_planner_scales_with_its_products_and_lead_times() -> None:
     policy.lift.zero_()
     two, three = (policy(large | {"lead_time": torch.full((1, 1), lead)}) for lead in (2.0, 3.0))
     torch.testing.assert_close(three / two, torch.full((1, 1), 4 / 3))
+
+
+def test_three_stages() -> None:
+    """Supplier -> 0 (lead time 4) -> 1 (2) -> store 2 (3): all of its demand passes every stage, and the first one's
+    position is that of the whole chain."""
+    network = Network(1, 1, 1, ((0, 1), (1, 2), (-1, 0)), (2, 3, 4))
+    seen = {
+        "scale": torch.tensor([[5.0]]),
+        "lead_time": torch.tensor([[2.0, 3.0, 4.0]]),
+        "edge_cost": torch.zeros(1, 3),
+    }
+    usual, share, span = node_demand(seen, network)
+    assert usual.tolist() == [[5.0, 5.0, 5.0]]
+    assert span.tolist() == [[10.0, 6.0, 4.0]]  # 4 + 2 + 3 + 1, 2 + 3 + 1, 3 + 1
+    inventory = torch.tensor([1.0, 10.0, 100.0]).view(1, 3, 1)
+    assert positions(inventory, share, network).tolist() == [[111.0, 110.0, 100.0]]

@@ -98,3 +98,11 @@ def test_bad_input():
         plot_network(env, trace, periods=0)
     with pytest.raises(ValueError, match="expected a trace of 4 nodes with 4 slots"):
         plot_network(InventoryEnv(make_task("serial_system")), trace)
+
+
+def test_waste_is_a_cost_of_the_store():
+    sales = retail_sales(2, stores=2)
+    task = make_task("own_demand", sales=sales, holding=1.0, underage=9.0, lead_time=2, shelf_life=2, waste_cost=7.0)
+    env = InventoryEnv(task, periods=20, ignore=8)
+    trace = simulate(env, lambda _: torch.full((2, 2), 30.0), env.sample(2, torch.Generator()))
+    assert _summarise(env, trace).cost.sum() == pytest.approx(trace.cost[8:].double().mean().item(), rel=1e-6)

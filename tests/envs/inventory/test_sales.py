@@ -136,3 +136,9 @@ def test_plans_and_seasons_reach_the_policy(tmp_path: Path) -> None:
     here, today = env.today(torch.zeros(1, 1, 2))
     assert here.observe(today)["planned"].tolist() == [[[1.0, 0.0, 0.0]]], "the plan after the last week of sales"
     assert here.observe(today)["past_demand"].tolist() == [[[3.0, 1.0, 2.0, 3.0]]]
+
+
+def test_blank_lines_count_as_rows(tmp_path: Path) -> None:
+    path = write(tmp_path, "sku,date,units\nA,2024-01-01,3\n\n,,\nA,2024-01-08,x\n")
+    with pytest.raises(ValueError, match="row 5: units 'x' is no number"):
+        read_sales(path)
