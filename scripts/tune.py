@@ -5,9 +5,10 @@ python scripts/tune.py grpo --env arithmetic --total-timesteps 2000 --trials 20 
 python scripts/train.py ppo --config results/tune/best.yaml
 
 A trial trains on ``--seeds`` and is worth the mean of their last evaluations: raw returns, never normalised ones. The
-first seed's evaluations decide whether a trial is broken off. Several processes may run the same command at once: the
-database ``OUT/study.db`` is shared. In the end OUT has ``best.yaml``, ``trials.csv``, ``budget.csv`` (the expected
-score of the best of k trials) and ``importance.png``.
+first seed's evaluations decide whether a trial is broken off; one whose training fails or diverges is a failed trial,
+with the reason in ``trials.csv``. Several processes may run the same command at once: the database ``OUT/study.db`` is
+shared. In the end OUT has ``best.yaml``, ``trials.csv``, ``budget.csv`` (the expected score of the best of k trials)
+and ``importance.png``.
 
 The value of the best trial is too high by the luck it was chosen for: report it on seeds that tuning has not seen, with
 the number of trials and steps that ``best.yaml`` names.
@@ -16,9 +17,14 @@ the number of trials and steps that ``best.yaml`` names.
 from __future__ import annotations
 
 import csv
+import io
+import itertools
+import json
+import math
 import multiprocessing
 import sys
 import warnings
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +47,7 @@ from agents.search import space_of
 from ccrl.batched_env import evaluation_env, resolve_env
 from ccrl.experiment import config as configs
 from ccrl.experiment.evaluation import evaluate_agent
+from ccrl.experiment.files import FolderInUseError, Owner, write_atomic
 from ccrl.experiment.logger import digits
 from ccrl.seeding import stream_seed
 from ccrl.settings import Count, Natural, Settings
@@ -51,6 +58,10 @@ __all__ = ["Options", "main", "suggest", "train_once", "write"]
 COMPILE_FROM = 30_000
 """Gradient steps from which a trial's updates are compiled where the agent says auto: constants of its settings are in
 the graph, so that no trial finds it in the cache, and twenty seconds must pay within the one training."""
+
+FAILURES = (ValueError, ArithmeticError, RuntimeError)
+"""Settings that do not fit together or that diverge (a matrix without an inverse is torch's RuntimeError): failed
+trials, and not the end of the study."""
 
 
 @dataclass(frozen=True)
@@ -118,10 +129,7 @@ def train_once(options: Options, settings: dict[str, Any], seed: int, report: An
         raise ValueError(f"expected at most {options.total_timesteps} samples per iteration, the whole training, got "
                          f"{agent.samples_per_iteration}; lower n_steps or num_envs")  # fmt: skip
     agent.learner.compile_from = max(agent.learner.compile_from, COMPILE_FROM)
-    # another seed's environments; language models draw their test questions themselves
-    steps = getattr(cls, "steps_env", True)
-    eval_env = evaluation_env(options.env, options.eval_episodes, "dev", **env_kwargs) if steps else None
-    value, done = float("nan"), 0
+    eval_env, value, done = None, float("nan"), 0
 
     def watch(trained: Any) -> None:
         nonlocal value, done
@@ -134,6 +142,8 @@ def train_once(options: Options, settings: dict[str, Any], seed: int, report: An
                 report(value, done)
 
     try:
+        if getattr(cls, "steps_env", True):  # language models draw their test questions themselves
+            eval_env = evaluation_env(options.env, options.eval_episodes, "dev", **env_kwargs)
         agent.learn(until=options.total_timesteps, callback=watch)
     finally:
         agent.close()
@@ -142,7 +152,7 @@ def train_once(options: Options, settings: dict[str, Any], seed: int, report: An
     return value
 
 
-def _study(options: Options, worker: int = 0) -> Any:
+def _study(options: Options, worker: int = 0, process: int = 0) -> Any:
     optuna = require("optuna", "tune")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     # a killed process leaves a trial that runs for ever; its heart stops, and the next process calls it failed
@@ -159,11 +169,37 @@ def _study(options: Options, worker: int = 0) -> Any:
     )  # fmt: skip
     samplers = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler,
                 "cmaes": optuna.samplers.CmaEsSampler}  # fmt: skip
-    # not the seed alone: a study that goes on would propose its first trials again
-    study.sampler = samplers[options.sampler](
-        seed=stream_seed(options.seeds[0], f"worker {worker}, trial {len(study.trials)}")
-    )
+    _check_measure(options, study)
+    # not the seed alone: a study that goes on would propose its first trials again, and two processes each other's
+    name = f"worker {worker}, trial {len(study.trials)}"
+    name = f"process {process}, {name}" if process else name
+    study.sampler = samplers[options.sampler](seed=stream_seed(options.seeds[0], name))
     return study
+
+
+def _check_measure(options: Options, study: Any) -> None:
+    """:raises ValueError: the study's trials are worth something else: their values do not compare with new ones."""
+    config = configs.load_yaml(options.config) if options.config else {}
+    here = {"seeds": options.seeds, "evaluations": options.evaluations, "eval_episodes": options.eval_episodes,
+            "config": {name: config.get(name) or {} for name in ("agent", "env_kwargs")}}  # fmt: skip
+    here = json.loads(json.dumps(here, default=str))  # as the database gives them back
+    there = study.user_attrs.get("measure")
+    if there is None:
+        study.set_user_attr("measure", here)
+    elif different := [name for name in here if here[name] != there.get(name)]:
+        pairs = "; ".join(f"{name}: {there.get(name)} there, {here[name]} here" for name in different)
+        raise ValueError(f"{options.out}: expected the command that its trials were run with, got another ({pairs}); "
+                         "choose another --out")  # fmt: skip
+
+
+def _claim(options: Options) -> tuple[int, Owner]:
+    """The lowest number that no other process of the study has, and what holds it for this one."""
+    for number in itertools.count():
+        try:
+            return number, Owner(options.out / ".processes" / str(number))
+        except FolderInUseError:
+            continue
+    raise AssertionError
 
 
 def _space(options: Options) -> dict[str, dict[str, Any]]:
@@ -176,13 +212,20 @@ def _finished(study: Any) -> list[Any]:
     return [t for t in study.trials if t.state.is_finished()]
 
 
-def _work(options: Options, worker: int) -> None:
+def _work(options: Options, worker: int, process: int = 0) -> None:
     """Run trials until the study has enough."""
     optuna = require("optuna", "tune")
     torch.set_num_threads(1)
-    study, space = _study(options, worker), _space(options)
+    study, space = _study(options, worker, process), _space(options)
 
     def objective(trial: Any) -> float:
+        try:
+            return worth(trial)
+        except FAILURES as error:
+            trial.set_user_attr("reason", " ".join(f"{type(error).__name__}: {error}".split())[:300])
+            raise
+
+    def worth(trial: Any) -> float:
         settings, values = suggest(trial, space), []
         for number, seed in enumerate(options.seeds):
 
@@ -193,17 +236,19 @@ def _work(options: Options, worker: int) -> None:
                         raise optuna.TrialPruned
 
             values.append(train_once(options, settings, seed, report))
-        return sum(values) / len(values)
+        if not math.isfinite(mean := sum(values) / len(values)):
+            raise FloatingPointError(f"expected finite returns, got {values}")
+        return mean
 
     def stop(study: Any, trial: Any) -> None:
         value = "" if trial.value is None else digits(trial.value)
+        value = trial.user_attrs.get("reason", value)
         print(f"[tune] trial {trial.number}: {trial.state.name.lower()} {value} {trial.params}", flush=True)
         if len(_finished(study)) >= options.trials:
             study.stop()
 
     if len(_finished(study)) < options.trials:
-        # settings that do not fit together, or that diverge, are failed trials and not the end of the study
-        study.optimize(objective, callbacks=[stop], catch=(ValueError, FloatingPointError))
+        study.optimize(objective, callbacks=[stop], catch=FAILURES)
 
 
 def write(options: Options) -> Path:
@@ -216,17 +261,16 @@ def write(options: Options) -> Path:
     state, trials = optuna.trial.TrialState, _finished(study)
     whole = [t for t in trials if t.state == state.COMPLETE]
     if not whole:
+        reasons = [t.user_attrs["reason"] for t in trials if "reason" in t.user_attrs][-1:]
         raise ValueError(f"{options.out}: expected a trial that ended, got {len(trials)} that failed or were broken "
-                         "off; look at the messages above, or narrow the space with --only")  # fmt: skip
+                         f"off{''.join(f' (the last: {text})' for text in reasons)}; look at the messages above, or "
+                         "narrow the space with --only")  # fmt: skip
     names = sorted({name for t in trials for name in t.params})
-    with (options.out / "trials.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["trial", "state", "value", *names])
-        for t in trials:
-            writer.writerow([t.number, t.state.name, t.value, *(t.params.get(name) for name in names)])
+    rows = [[t.number, t.state.name, t.value, *(t.params.get(name) for name in names), t.user_attrs.get("reason", "")]
+            for t in trials]  # fmt: skip
+    _write_csv(options.out / "trials.csv", [["trial", "state", "value", *names, "reason"], *rows])
     curve = score_at_budget([t.value for t in whole])
-    with (options.out / "budget.csv").open("w", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows([["trials", "expected best"], *enumerate(curve, start=1)])
+    _write_csv(options.out / "budget.csv", [["trials", "expected best"], *enumerate(curve, start=1)])
     overlay = configs.load_yaml(options.config) if options.config else {}
     best = {**overlay, "env": options.env, "total_timesteps": options.total_timesteps}
     best["agent"] = {**(overlay.get("agent") or {}), **study.best_params}
@@ -236,9 +280,16 @@ def write(options: Options) -> Path:
         f"({len(whole)} whole) of {options.total_timesteps:,} x {len(options.seeds)}, sampler {options.sampler}.\n"
         f"#   python scripts/train.py {options.agent} --config {options.out / 'best.yaml'}\n"
     )
-    (options.out / "best.yaml").write_text(head + yaml.safe_dump(best, sort_keys=False), encoding="utf-8")
+    text = head + yaml.safe_dump(best, sort_keys=False)
+    write_atomic(options.out / "best.yaml", lambda file: file.write(text.encode()))
     _plot_importance(study, options, len(whole))
     return options.out / "best.yaml"
+
+
+def _write_csv(path: Path, rows: Sequence[Iterable[Any]]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomic(path, lambda file: file.write(text.getvalue().encode()))  # other processes may end at the same time
 
 
 def _plot_importance(study: Any, options: Options, whole: int) -> None:
@@ -261,7 +312,8 @@ def _plot_importance(study: Any, options: Options, whole: int) -> None:
 def main(options: Options) -> Path:
     """Run the trials that are left, write the files, and return the path of ``best.yaml``.
 
-    :raises ValueError: no trial ended, nothing to search, or an environment that does not exist.
+    :raises ValueError: no trial ended, nothing to search, an environment that does not exist, or a study whose trials
+        were run with other seeds, evaluations or fixed settings.
     """
     cls = agents.get_agent(options.agent)
     _space(options)
@@ -270,13 +322,15 @@ def main(options: Options) -> Path:
         resolve_env(options.env, 1, **(overlay.get("env_kwargs") or {})).close()
     options.out.mkdir(parents=True, exist_ok=True)
     _study(options)  # the database is there before workers open it
-    if options.jobs == 1:
-        _work(options, 0)
-    else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
-            for future in [pool.submit(_work, options, worker) for worker in range(options.jobs)]:
-                future.result()
+    process, owner = _claim(options)
+    with owner:
+        if options.jobs == 1:
+            _work(options, 0, process)
+        else:
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+                for future in [pool.submit(_work, options, worker, process) for worker in range(options.jobs)]:
+                    future.result()
     path = write(options)
     print(path.read_text(encoding="utf-8"))
     return path

@@ -1,5 +1,7 @@
 import csv
+import math
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import yaml
 from agents import AGENTS, FLOW_METHODS, METHODS, get_agent
 from agents.search import space_of
 from ccrl.experiment import config as configs
+from ccrl.experiment.files import FolderInUseError
 from scripts import training
-from scripts.tune import Options, _study, _work, main, train_once, write
+from scripts.tune import Options, _claim, _study, _work, main, suggest, train_once, write
 
 pytest.importorskip("optuna")
 
@@ -115,6 +118,70 @@ def test_processes_share_a_study_and_bad_trials_are_broken_off(tmp_path, monkeyp
     assert states.count("COMPLETE") >= 5  # the median is of five at least
     assert states.count("PRUNED") >= 2
     assert (tmp_path / "importance.png").stat().st_size > 1_000
+
+
+def trained_by(monkeypatch, train):
+    monkeypatch.setattr("scripts.tune.train_once", lambda options, settings, seed, report: train(seed))
+    return {"sampler": "random", "only": ("learning_rate",)}
+
+
+def test_a_training_that_diverges_is_a_failed_trial_with_its_reason(tmp_path, monkeypatch, capsys):
+    """torch's error is a RuntimeError, that of a number too large for Python an OverflowError, and a return may be
+    infinite: none ends the search."""
+    raised = iter([RuntimeError("the matrix\nis singular"), OverflowError("too large"), None, None])
+    values = iter([math.inf, 5.0])
+
+    def train(seed):
+        if (error := next(raised)) is not None:
+            raise error
+        return next(values)
+
+    options = Options("ppo", "CartPole-v1", tmp_path, trials=4, **trained_by(monkeypatch, train))
+    main(options)
+    rows = list(csv.DictReader((tmp_path / "trials.csv").read_text().splitlines()))
+    assert [row["state"] for row in rows] == ["FAIL", "FAIL", "FAIL", "COMPLETE"]
+    assert [row["reason"] for row in rows] == [
+        "RuntimeError: the matrix is singular", "OverflowError: too large",
+        "FloatingPointError: expected finite returns, got [inf]", "",
+    ]  # fmt: skip
+    assert "trial 0: fail RuntimeError: the matrix is singular {" in capsys.readouterr().out
+
+
+def test_where_no_trial_ends_the_reason_is_said(tmp_path, monkeypatch):
+    def train(seed):
+        raise RuntimeError("the matrix is singular")
+
+    options = Options("ppo", "CartPole-v1", tmp_path, trials=1, **trained_by(monkeypatch, train))
+    with pytest.raises(ValueError, match=r"got 1 that failed .*\(the last: RuntimeError: the matrix is singular\)"):
+        main(options)
+
+
+def test_trials_of_other_seeds_or_fixed_settings_are_another_study(tmp_path, monkeypatch):
+    """Their values do not compare: the best of the one would be written as the other's."""
+    same = trained_by(monkeypatch, float)
+    options = Options("ppo", "CartPole-v1", tmp_path, trials=1, **same)
+    main(options)
+    main(replace(options, trials=2))
+    with pytest.raises(ValueError, match=r"seeds: \[1000\] there, \[7\] here\); choose another --out"):
+        main(replace(options, trials=3, seeds=(7,)))
+    with pytest.raises(ValueError, match=r"config: .*'gamma': 0.5"):
+        write(replace(options, config=fixed(tmp_path / "c.yaml", gamma=0.5)))
+
+
+def test_two_processes_propose_different_trials(tmp_path, monkeypatch):
+    options = Options("ppo", "CartPole-v1", tmp_path, only=("learning_rate",))
+    space = {"learning_rate": {"log": [1e-5, 1e-1]}}
+    studies = [_study(options, 0, process) for process in (0, 1)]  # both before the first trial
+    with warnings.catch_warnings(action="ignore"):  # of a heart that beats in optimize() alone
+        first, second = (suggest(study.ask(), space) for study in studies)
+    assert first != second
+
+    def held(folder):
+        if folder.name == "0":
+            raise FolderInUseError("by another process")
+
+    monkeypatch.setattr("scripts.tune.Owner", held)
+    assert _claim(options)[0] == 1
 
 
 @pytest.mark.parametrize(
