@@ -261,7 +261,7 @@ class MujocoEnv:
         """A step in which the finished copies do not take part (NEXT_STEP: they start again; DISABLED: they wait)."""
         stopped = self._terminated | self._truncated
         kept = self._obs[stopped]
-        self.engine.state.ctrl.copy_(action)
+        self.engine.state.ctrl.copy_(action.detach())
         self.engine.step(self.task.frame_skip, (~stopped).nonzero().squeeze(1))
         self._elapsed += ~stopped
         self._observe_step()
@@ -284,7 +284,7 @@ class MujocoEnv:
 
     def _move(self, action: Tensor) -> bool:
         """Advance and observe every copy; whether an episode ended."""
-        self.engine.state.ctrl.copy_(action)
+        self.engine.state.ctrl.copy_(action.detach())
         self.engine.step(self.task.frame_skip)
         self._ages += 1
         self._steps_to_limit -= 1

@@ -263,6 +263,18 @@ def test_a_task_with_wrong_shapes_fails_at_construction(monkeypatch, method, rep
         MujocoEnv(HalfCheetah(), 2)
 
 
+def test_actions_with_a_gradient_leave_no_graph_behind():
+    @dataclass
+    class Paid(HalfCheetah):
+        def reward(self, state):
+            return -state.ctrl.square().sum(1)
+
+    env = MujocoEnv(Paid(), 2)
+    env.reset()
+    assert not env.step(torch.zeros(2, 6, requires_grad=True)).reward.requires_grad
+    assert not env.engine.state.ctrl.requires_grad
+
+
 def test_a_task_that_reads_an_undeclared_field_is_told_so():
     @dataclass
     class Reads(Hopper):
