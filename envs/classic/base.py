@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, StepRows
+from ccrl.batched_env import AutoresetMode, StepResult, StepRows
 from ccrl.torch_env import Array, TorchEnv
 
 __all__ = ["Array", "ClassicEnv"]
@@ -152,6 +152,11 @@ class ClassicEnv(TorchEnv):
 
     def _is_nowhere(self, mask: Array) -> bool:
         return self.xp is np and not mask.any()
+
+    def _result(self, reward: Array, final_obs: Array | None) -> StepResult:
+        if final_obs is not None and self.xp is np:
+            final_obs = final_obs.copy()  # where no episode ended it can be the state, which callers must not change
+        return super()._result(reward, final_obs)
 
     def _store(self, reward: Array, final_obs: Array | None, rows: StepRows) -> None:
         if rows.arrays is None or self.xp is not np:

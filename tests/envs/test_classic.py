@@ -154,7 +154,8 @@ def test_the_time_limit_can_fall_together_with_a_termination():
 
 def test_returned_observations_are_not_the_state():
     env = CartPole(2)
-    for obs in (env.reset(seed=0), env.step(torch.tensor([0, 1])).obs):
+    first, result = env.reset(seed=0), env.step(torch.tensor([0, 1]))
+    for obs in (first, result.obs, result.final_obs):
         before = env.state_dict()["state"]
         obs += 1.0
         assert torch.equal(env.state_dict()["state"], before)
