@@ -65,8 +65,8 @@ class ExportConfig(Settings):
 def main(config: ExportConfig) -> Path:
     """Export, compare, and print what was written.
 
-    :raises ValueError: a policy that has no exported form.
-    :raises RuntimeError: the file computes something else than the policy.
+    :raises ValueError: a policy that has no exported form, or ``out`` is a folder.
+    :raises RuntimeError: the file computes something else than the policy. A file that was there before stays.
     """
     torch.set_num_threads(1)
     run = RunFolder.open(config.run)
@@ -91,17 +91,21 @@ def main(config: ExportConfig) -> Path:
         agent.close()
     form: Any = "onnx" if config.format == "auto" else config.format
     out = config.out or run.path / f"policy{SUFFIX[form]}"
+    if out.is_dir():
+        raise ValueError(f"out: expected the name of a file, got the folder {out}")
     out.parent.mkdir(parents=True, exist_ok=True)
     facts = {"ccrl": ccrl.__version__, "agent": agent.name, "env": agent.env_id, "step": agent.num_timesteps}
-    export(deployed, out, form, facts)
+    # beside it, so that a file of before stays where the new one is refused; ONNX reads the suffix
+    made = out.with_name(f".{out.stem}.{os.getpid()}{out.suffix}")
     try:
-        gap = largest_difference(deployed, out, form)
-    except ValueError:
-        out.unlink()
-        raise
-    if not gap <= TOLERANCE:
-        out.unlink()
-        raise RuntimeError(f"export: expected actions within {TOLERANCE:g} of the policy's, got {gap:g}; not written")
+        export(deployed, made, form, facts)
+        gap = largest_difference(deployed, made, form)
+        if not gap <= TOLERANCE:
+            raise RuntimeError(f"export: expected actions within {TOLERANCE:g} of the policy's, got {gap:g}; not "
+                               "written")  # fmt: skip
+        os.replace(made, out)
+    finally:
+        made.unlink(missing_ok=True)
     print(f"{out}: {', '.join(deployed.inputs)} -> {', '.join(deployed.outputs)}; within {gap:.1e} of the policy")
     return out
 

@@ -15,7 +15,7 @@ Files are ``.npz`` (``ccrl.offline.load_npz``) or, with ``minari:ID``, data sets
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -29,25 +29,23 @@ import torch
 import tyro
 from torch import Tensor
 
-from ccrl.packages import check_siblings
+from ccrl.packages import check_siblings, require
 
 check_siblings("agents", "envs")
 
 import agents
 import envs
 from ccrl import registry
-from ccrl.batched_env import AutoresetMode, BatchedEnv
 from ccrl.experiment import checkpoint
 from ccrl.experiment.logger import digits
 from ccrl.offline import Dataset, from_arrays, make_ogbench, navigate_ogbench, write_minari
-from ccrl.policies import RandomActor
 from ccrl.seeding import named_generator, stream_seed
 from ccrl.settings import Count, Finite, Natural, Nonnegative, Settings
 from envs.maze import HazardCorridor, PointMaze, Tour, Waypoints, cautious_action
+from scripts.episodes import collect, mean_return, uniform
 
-__all__ = ["Agent", "Corridor", "Maze", "OGBench", "Pendulum", "Replay", "collect", "main", "write"]
+__all__ = ["Agent", "Corridor", "Maze", "OGBench", "Pendulum", "Replay", "collect", "main", "uniform", "write"]
 
-Act = Callable[[Tensor], Tensor]
 LQR_GAIN = (1.8125, 9.9361, 1.8642, 1.7557)
 """Of InvertedPendulum-v5: the discrete regulator on finite differences, Q = diag(1, 1, .1, .1), R = .1."""
 
@@ -216,7 +214,8 @@ class Agent(Common):
 
 @dataclass(frozen=True)
 class Replay(Common):
-    """The whole replay memory of an off-policy agent's checkpoint, oldest rows first: the tier medium-replay."""
+    """The whole replay memory of an off-policy agent's checkpoint, each environment's oldest rows first: the tier
+    medium-replay."""
 
     checkpoint: Path = Path("checkpoint.pt")
     """The memory is in this checkpoint."""
@@ -226,84 +225,28 @@ class Replay(Common):
         ring = getattr(agent.learner, "ring", None)
         if ring is None:
             raise ValueError(f"{self.checkpoint}: expected an agent with a replay memory, got {agent.name}")
+        if not len(ring):
+            raise ValueError(f"{self.checkpoint}: expected rows in the memory, got none; best.pt has no memory, the "
+                             "files of checkpoints/ have")  # fmt: skip
+        if isinstance(agent.env.single_observation_space, gymnasium.spaces.Dict):
+            raise ValueError(f"{self.checkpoint}: expected observations of one array, got "
+                             f"{agent.env.single_observation_space}")  # fmt: skip
         rows = ring.rows()
         found = {k: rows[k] for k in ("obs", "next_obs", "reward", "terminated", "truncated")}
         with torch.no_grad():
             action = agent.policy.to_env(rows["action"])
-        columns = {k: v.cpu().numpy() for k, v in (found | {"action": action}).items()}
-        # rows of several environments take turns: where the next row is another episode's, one ends in the file
-        goes_on = (columns["next_obs"][:-1] == columns["obs"][1:]).all(-1)
+        # rows of several environments take turns in the memory: here one after another, each in its own time
+        order = np.argsort(np.arange(len(ring)) % agent.config.num_envs, kind="stable")
+        columns = {k: v.cpu().numpy()[order] for k, v in (found | {"action": action}).items()}
+        # where the next row is another episode's, one ends in the file
+        same = columns["next_obs"][:-1] == columns["obs"][1:]
+        goes_on = same.reshape(len(same), -1).all(-1)
         ended = columns["terminated"] | columns["truncated"]
         episode = np.cumsum(np.r_[False, ended[:-1] | ~goes_on])
         return from_arrays(columns | {"episode": episode}, self.out)
 
 
 Command = Maze | OGBench | Corridor | Pendulum | Agent | Replay
-
-
-def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Dataset:
-    """Whole episodes of at least ``steps`` transitions, episode after episode.
-
-    What was executed is stored: actions are clipped to the space.
-    """
-    if env.autoreset_mode != AutoresetMode.SAME_STEP:
-        raise ValueError(f"{name}: expected an environment that resets in the same step, got {env.autoreset_mode}")
-    space: Any = env.single_action_space
-    if isinstance(env.single_observation_space, gymnasium.spaces.Dict):
-        raise ValueError(f"{name}: expected observations of one array, got {env.single_observation_space}")
-    obs, kept = env.reset(seed=stream_seed(seed, "data set: environment")), 0
-    now: list[list[tuple[Any, ...]]] = [[] for _ in range(env.num_envs)]
-    done: list[list[tuple[Any, ...]]] = []
-    with torch.no_grad():
-        while kept < steps:
-            action = act(obs)  # type: ignore[arg-type]
-            if isinstance(space, gymnasium.spaces.Box):
-                action = action.clamp(*(torch.as_tensor(x).to(action) for x in (space.low, space.high)))
-            before = np.array(obs.cpu().numpy())  # type: ignore[union-attr]  # the step may overwrite it
-            result = env.step(action)
-            ended = result.terminated | result.truncated
-            parts = (
-                action,
-                result.reward,
-                # rows of final_obs hold a successor only where an episode ended
-                torch.where(ended.view(-1, *(1,) * (before.ndim - 1)), result.final_obs, result.obs),  # type: ignore[arg-type]
-                result.terminated,
-                result.truncated & ~result.terminated,
-            )
-            columns = [before, *(np.array(x.cpu().numpy()) for x in parts)]
-            for i in range(env.num_envs):
-                now[i].append(tuple(c[i] for c in columns))
-                if columns[4][i] or columns[5][i]:
-                    done.append(now[i])
-                    kept += len(now[i])
-                    now[i] = []
-            obs = result.obs
-    names = ("obs", "action", "reward", "next_obs", "terminated", "truncated")
-    flat = {k: np.stack([row[j] for e in done for row in e]) for j, k in enumerate(names)}
-    return from_arrays(flat | {"episode": np.repeat(np.arange(len(done)), [len(e) for e in done])}, name)
-
-
-def uniform(env: BatchedEnv, seed: int) -> Act:
-    """Uniform random actions."""
-    generator = named_generator(seed, "data set: random actions")
-
-    class Plain:
-        distribution = None
-
-        def to_env(self, action: Tensor) -> Tensor:
-            return action
-
-    actor = RandomActor(env.single_action_space, Plain())
-    return lambda obs: actor.act(obs, actor.draw_noise(len(obs), generator, env.device))["action"]
-
-
-def mean_return(env: PointMaze, act: Act, seed: int) -> float:
-    """The mean return of one episode per copy; episodes end by the time limit alone."""
-    obs, total = env.reset(seed=stream_seed(seed, "data set: reference")), torch.zeros(env.num_envs)
-    for _ in range(env.max_episode_steps or 0):
-        result = env.step(act(obs))  # type: ignore[arg-type]
-        obs, total = result.obs, total + result.reward
-    return float(total.mean())
 
 
 def write(data: Dataset, out: str, env_id: str | None) -> str:
@@ -314,8 +257,7 @@ def write(data: Dataset, out: str, env_id: str | None) -> str:
         columns: dict[str, Any] = data.columns()
         np.savez_compressed(path, **columns)
         return str(path)
-    if env_id is None:
-        raise ValueError(f"out: expected a file, got {out}; Minari stores an environment, of which there is no id here")
+    _check_minari(out, env_id)
     ends = np.r_[data.starts[1:], len(data)]
     episodes = []
     for start, end in zip(data.starts, ends):
@@ -327,14 +269,28 @@ def write(data: Dataset, out: str, env_id: str | None) -> str:
             "reward": data.reward[rows], "terminated": data.terminated[rows], "truncated": truncated,
         })  # fmt: skip
     write_minari(
-        out.removeprefix("minari:"), episodes, gymnasium.make(env_id), scores=data.scores,
+        out.removeprefix("minari:"), episodes, gymnasium.make(str(env_id)), scores=data.scores,
         algorithm_name="scripts/make_dataset.py", description=f"{len(data)} transitions made by ccrl",
     )  # fmt: skip
     return out
 
 
+def _check_minari(out: str, env_id: str | None) -> None:
+    if env_id is None or ":" in env_id:
+        raise ValueError(f"out: expected a file, got {out}; Minari stores an environment by Gymnasium's id, and here "
+                         f"is {env_id or 'none'}")  # fmt: skip
+    folder = require("minari.storage", "offline").get_dataset_path(out.removeprefix("minari:"))
+    if folder.exists():
+        raise ValueError(f"out: expected a new name, got {out}, which Minari has ({folder}); choose another one")
+
+
 def main(config: Command) -> Dataset:
-    """Make and write; print what was made."""
+    """Make and write; print what was made.
+
+    :raises ValueError: what cannot be made, or a name under which Minari cannot keep it: before anything is made.
+    """
+    if config.out.startswith("minari:"):
+        _check_minari(config.out, _environment(config))
     data = config.make()
     where = write(data, config.out, _environment(config))
     returns = data.returns()

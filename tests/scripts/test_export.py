@@ -63,3 +63,16 @@ def test_a_run_folder_imports_nothing_by_itself(run, tmp_path):
         export.main(export.ExportConfig(forged))
     with pytest.raises(FileNotFoundError, match="best"):
         export.main(export.ExportConfig(run.path, checkpoint="best"))
+
+
+@pytest.mark.parametrize("gap", [1.0, float("nan")])
+def test_a_refused_export_leaves_the_file_of_before(run, tmp_path, monkeypatch, gap):
+    """Nor does it leave one of its own."""
+    out = tmp_path / "p.ts"
+    out.write_text("before")
+    monkeypatch.setattr(export, "largest_difference", lambda *_: gap)
+    with pytest.raises(RuntimeError, match="not written"):
+        export.main(export.ExportConfig(run.path, "torchscript", out=out))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("p.ts", "before")]
+    with pytest.raises(ValueError, match="expected the name of a file, got the folder"):
+        export.main(export.ExportConfig(run.path, "torchscript", out=tmp_path))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from agents.dqn import DQN
 from agents.sac import SAC
+from ccrl.experiment.saved import save_without_memory
 from ccrl.offline import load_dataset
 from ccrl.testing.clock import ClockEnv, Episode
 from scripts import make_dataset as script
@@ -62,6 +65,11 @@ def test_minari_opens_what_was_written(tmp_path: Path, monkeypatch: pytest.Monke
     assert data.scores == pytest.approx(made.scores)
     env = source.recover_environment()
     assert env.observation_space.shape == (4,)
+    monkeypatch.setattr(script.Maze, "make", None)  # what Minari cannot take is said before hours of making
+    with pytest.raises(ValueError, match=r"expected a new name, got minari:mine/u-v0, which Minari has"):
+        script.main(script.Maze(out="minari:mine/u-v0"))
+    with pytest.raises(ValueError, match=r"Minari stores an environment by Gymnasium's id, and here is none"):
+        script.main(script.OGBench(out="minari:mine/og-v0"))
 
 
 def test_agents_and_replay_memories(tmp_path: Path) -> None:
@@ -82,17 +90,30 @@ def test_agents_and_replay_memories(tmp_path: Path) -> None:
     assert np.abs(replay.action).max() <= 2.0
     same = replay.episode[1:] == replay.episode[:-1]
     np.testing.assert_array_equal(replay.next_obs[:-1][same], replay.obs[1:][same])
+    # two environments of 200 steps took turns in the memory, which has the last 150 of each
+    assert replay.starts.tolist() == [0, 150]
+    save_without_memory(agent, tmp_path / "best.pt")
+    with pytest.raises(ValueError, match=r"expected rows in the memory, got none; best.pt has no memory"):
+        script.main(script.Replay(out=str(tmp_path / "m.npz"), checkpoint=tmp_path / "best.pt"))
     with pytest.raises(ValueError, match="expected env or checkpoint"):
         script.main(script.Agent(out=str(tmp_path / "x.npz")))
 
 
-def test_numbers_as_observations(tmp_path: Path) -> None:
+def test_numbers_as_observations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Several copies: a flag per copy must not be broadcast against their observations [N]."""
     walk = script.main(script.Agent(out=str(tmp_path / "gain0.3"), env="FrozenLake-v1", steps=20, num_envs=3))
     assert walk.obs.shape == walk.next_obs.shape == (len(walk), 1)
     goes_on = walk.episode[1:] == walk.episode[:-1]
     np.testing.assert_array_equal(walk.next_obs[:-1][goes_on], walk.obs[1:][goes_on])
     assert [path.name for path in tmp_path.iterdir()] == ["gain0.3.npz"], "a number is no suffix"
+    assert re.search(r"left out [12] episodes \(\d+ transitions\) that were under way", capsys.readouterr().out)
+    agent = DQN("FrozenLake-v1", num_envs=2, hidden=(4,), learning_starts=10, buffer_size=200, compile="off")
+    agent.learn(40).save(tmp_path / "d.pt")
+    memory = script.main(script.Replay(out=str(tmp_path / "m.npz"), checkpoint=tmp_path / "d.pt"))
+    ends = np.flatnonzero(memory.terminated | memory.truncated).tolist()
+    # an episode begins with each copy's first row and where another ended, nowhere else
+    assert set(memory.starts) == {0, len(memory) // 2, *(row + 1 for row in ends)} - {len(memory)}
+    assert not memory.obs[memory.starts].any()
     with pytest.raises(ValueError, match="expected observations of one array, got Dict"):
         script.collect(ClockEnv([[Episode(0, 3)]], groups=True), lambda obs: obs, 3, 0, "x")
 
