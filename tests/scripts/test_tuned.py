@@ -12,7 +12,8 @@ from agents import tuned
 from ccrl.experiment import config as configs
 from ccrl.settings import ConfigError
 from scripts import train, training
-from scripts.studies.tuned import study
+from scripts.benchmark_study import Study
+from scripts.studies.tuned import pairs, study
 
 FILES = [(agent, env, path) for agent, files in tuned.tuned().items() for env, path in files.items()]
 
@@ -53,7 +54,7 @@ def test_what_there_is_is_named(words, error, message):
 
 
 def test_what_was_reached_by_hand():
-    pair = study.Pair("ppo", "Hopper-v5")
+    pair = pairs.Pair("ppo", "Hopper-v5")
     rows = [
         {"env": "Hopper-v5", "agent": "ppo", "seed": str(seed), "settings": mark, "step": str(step), "return": str(r),
          "stochastic": "1", "commit": "0123", "torch": "2", "threads": "1", "cpu_seconds": cpu}
@@ -61,7 +62,7 @@ def test_what_was_reached_by_hand():
                                        (102, "old", (9, 9, 9), "9"))
         for step, r in zip((1, 2, 3), curve)
     ]  # fmt: skip
-    found = study.reached(pair, rows)
+    found = pairs.reached(pair, rows)
     # the last two evaluations of each run: (10 + 20) / 2 and (20 + 30) / 2; settings of old are others; one run was
     # broken off and has no time
     assert (found.seeds, found.step, found.returns, found.cpu_minutes) == ([100, 101], 3, [15, 25], 30)
@@ -74,25 +75,46 @@ def test_what_was_reached_by_hand():
     assert "their intervals say little: ppo on Hopper-v5 (2)" in table
 
 
+def test_sb3_gets_the_same_settings_and_stands_beside_ours():
+    pair = pairs.Pair("sb3:ppo", "Ant-v5", seeds=3)
+    (spec, *others) = configs.from_dict(Study, pair.study(5)).specs()
+    assert len(others) == 2  # its own number of seeds
+    config, ours = spec.config(), pair.config()
+    assert config.agent["learning_rate"] == 3e-4  # in the file a text to YAML
+    assert all(getattr(ours, name) == value for name, value in config.agent.items())
+    assert config.agent.keys() == configs.load_yaml(pair.file)["agent"].keys()
+    rows = [
+        {"env": "Ant-v5", "agent": agent, "seed": str(seed), "settings": mark, "step": "1", "return": str(value),
+         "stochastic": "1", "commit": "0123", "torch": "2", "threads": "1", "cpu_seconds": "60"}
+        for agent, mark, values in (("ppo", pairs.Pair("ppo", "Ant-v5").mark, (10, 20)), ("sb3:ppo", pair.mark, (1, 3)))
+        for seed, value in zip((100, 101), values)
+    ]  # fmt: skip
+    table = study.page(rows)
+    # variances 25 and 1 of the means: 13 -+ t(26^2 / (25^2 + 1) = 1.0799) * sqrt(26), t = 10.687
+    assert "| Ant-v5 | 2: 100 to 101 | 2 [-10.7, 14.7] | 2: 100 to 101 | 15 [-48.5, 78.5] | 13 [-41.5, 67.5] |" in table
+    assert table.count("sb3:ppo") == 1  # the command; no row of the table of settings
+    assert "Stable-Baselines3\n" not in study.page(rows[:2])
+
+
 def test_the_study_has_what_the_page_says():
-    count = {agent: sum(p.agent == agent for p in study.PAIRS) for agent in ("ppo", "mdpo", "bpo", "sac")}
+    count = {agent: sum(p.agent == agent for p in pairs.PAIRS) for agent in ("ppo", "mdpo", "bpo", "sac")}
     assert count == {"ppo": 12, "mdpo": 4, "bpo": 4, "sac": 4}
-    rows = study.all_rows()
-    assert (study.ROOT / "docs" / "tuned.md").read_text("utf-8") == study.page(rows)
-    for pair in study.PAIRS:
-        assert tuned.head(pair.file)["Reached here"] == study.heading(study.reached(pair, rows))
+    rows = pairs.all_rows()
+    assert (pairs.ROOT / "docs" / "tuned.md").read_text("utf-8") == study.page(rows)
+    for pair in pairs.PAIRS:
+        assert tuned.head(pair.file)["Reached here"] == pairs.heading(pairs.reached(pair, rows))
 
 
 def test_runs_of_the_off_policy_study_count_where_settings_are_equal():
     with pytest.raises(ValueError, match=r"starts: 100 here, 10000 there; learning_rate: 0.001 here"):
-        study.same_settings(study.Pair("sac", "Pendulum-v1", 20_000, elsewhere=True))
+        pairs.same_settings(pairs.Pair("sac", "Pendulum-v1", 20_000, elsewhere=True))
     with pytest.raises(ValueError, match=r"steps: 50000 here, \[100000\] there"):
-        study.same_settings(study.Pair("sac", "Hopper-v5", 50_000, elsewhere=True))
+        pairs.same_settings(pairs.Pair("sac", "Hopper-v5", 50_000, elsewhere=True))
 
 
 def run_folder(out, pair, seed, finished=True):
     """A run as the benchmark leaves it."""
-    (spec,) = (s for s in configs.from_dict(study.Study, pair.study(5)).specs() if s.values["seed"] == seed)
+    (spec,) = (s for s in configs.from_dict(Study, pair.study(5)).specs() if s.values["seed"] == seed)
     path = out / f"{pair.agent}__{pair.env}__{pair.mark}" / pair.agent / f"{pair.env}__{seed}"
     path.mkdir(parents=True)
     (path / "config.yaml").write_text(yaml.safe_dump(configs.to_dict(spec.config())))
@@ -103,7 +125,7 @@ def run_folder(out, pair, seed, finished=True):
 
 
 def test_rows_of_finished_runs_join_the_others(tmp_path):
-    pair = study.Pair("ppo", "CartPole-v1")
+    pair = pairs.Pair("ppo", "CartPole-v1")
     for seed, finished in ((101, True), (100, True), (102, False)):
         run_folder(tmp_path / "runs", pair, seed, finished)
     options = study.Options(tmp_path / "runs", tmp_path / "tuned.csv", page_only=True)
@@ -113,7 +135,7 @@ def test_rows_of_finished_runs_join_the_others(tmp_path):
     options.rows.write_text("\n".join(text) + "\n")
     study.main(options)
     # of the settings of before nothing is left, a run whose folder is elsewhere keeps its row
-    kept = [(row["seed"], row["step"], row["return"], row["stochastic"]) for row in study._rows(options.rows)]
+    kept = [(row["seed"], row["step"], row["return"], row["stochastic"]) for row in pairs.rows_in(options.rows)]
     assert kept == [("100", "5000", "100", "2"), ("101", "5000", "101", "2"), ("103", "1", "1", "1")]
     page = (tmp_path / "tuned.md").read_text("utf-8")
     assert "| ppo | CartPole-v1 | 5,000 | 3: 100, 101, 103 |" in page

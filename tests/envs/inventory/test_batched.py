@@ -55,7 +55,12 @@ class TestRandomLeadTimes(EnvContract):
     def make_env(self, num_envs, autoreset_mode):
         numbers = {"holding": 1.0, "underage": 9.0, "lead_time": 3, "lead_time_min": 1}
         return InventoryVector(
-            "own_demand", num_envs, autoreset_mode=autoreset_mode, max_episode_steps=7, sales=retail_sales(50), **numbers
+            "own_demand",
+            num_envs,
+            autoreset_mode=autoreset_mode,
+            max_episode_steps=7,
+            sales=retail_sales(50),
+            **numbers,
         )
 
 
