@@ -38,6 +38,9 @@ class StackedEnv:
         self.provides_final_obs = first.provides_final_obs
         self.single_observation_space = first.single_observation_space
         self.single_action_space = first.single_action_space
+        limits: list[Any] = [getattr(part, "max_episode_steps", None) for part in parts]
+        self.max_episode_steps: int | None = None if None in limits else max(limits)
+        """The longest time limit of a part; None: one has none, or does not tell."""
 
     def reset(self, seed: int | None = None, mask: Tensor | None = None) -> Tree:
         masks = [None] * len(self.parts) if mask is None else mask.chunk(len(self.parts))

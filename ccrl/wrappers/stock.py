@@ -79,8 +79,8 @@ class StockEnv:
         self.num_envs, self.device = env.num_envs, torch.device(env.device)
         self.autoreset_mode, self.provides_final_obs = env.autoreset_mode, env.provides_final_obs
         self.single_action_space = env.single_action_space
-        limit = getattr(env, "max_episode_steps", None)
-        self.horizon = float(horizon or limit or 1)
+        self.max_episode_steps: int | None = getattr(env, "max_episode_steps", None)
+        self.horizon = float(horizon or self.max_episode_steps or 1)
         self._plain = not isinstance(inner, spaces.Dict)
         own = {
             STOCK: spaces.Box(-np.inf, np.inf, self.dims, np.float32),

@@ -74,6 +74,7 @@ class InventoryVector:
         built = task if isinstance(task, Task) else make_task(task, **task_options)
         self.env = InventoryEnv(built, split, periods=max_episode_steps)
         self.id, self._periods = id or built.name, max_episode_steps
+        self.max_episode_steps = self.env.periods
         self.num_envs, self.device = num_envs, torch.device(device)
         self.autoreset_mode = as_autoreset_mode(autoreset_mode, where=self.id)
         self.provides_final_obs = self.autoreset_mode == AutoresetMode.SAME_STEP

@@ -48,7 +48,8 @@ class Normal:
     zero (``mean`` and ``std`` are those before).
 
     Raises:
-        ValueError: a correlation outside [0, 1], a negative deviation, or unequal numbers of means and deviations.
+        ValueError: a correlation outside [0, 1], a negative deviation, means that are not finite, or unequal numbers of
+            means and deviations.
     """
 
     mean: tuple[float, ...]
@@ -62,8 +63,10 @@ class Normal:
                 f"demand: expected one std per mean and a correlation in [0, 1], got {len(self.mean)} means, "
                 f"{len(self.std)} stds and correlation={self.correlation}"
             )
-        if not all(0.0 <= std < math.inf for std in self.std):
-            raise ValueError(f"demand: expected stds that are not negative, got {self.std}")
+        if not all(0.0 <= std < math.inf for std in self.std) or not all(map(math.isfinite, self.mean)):
+            raise ValueError(
+                f"demand: expected finite means and stds that are not negative, got {self.mean} and {self.std}"
+            )
 
     def draw(self, count: int, periods: int, generator: torch.Generator) -> Tensor:
         """``[count, periods, K]`` float32: one shared and ``K`` own factors."""

@@ -105,11 +105,11 @@ class Task:
             not isinstance(self.demand, Recorded)
             or net.nodes > 1
             or by_series != {len(self.demand.series)}
-            or max(self.lead_time_by_series, default=net.slots) > net.slots
+            or not all(1 <= lead <= net.slots and lead == int(lead) for lead in self.lead_time_by_series)
         ):
             raise ValueError(
-                f"{self.name}: constants by series need one store, recorded demand, one value per series and lead "
-                f"times up to {net.slots}; got {sorted(by_series)} values"
+                f"{self.name}: constants by series need one store, recorded demand, one value per series and whole "
+                f"lead times from 1 to {net.slots}; got {sorted(by_series)} values"
             )
 
     def _check_series(self) -> None:

@@ -15,8 +15,9 @@ from ccrl.collect import Collector, Request
 from ccrl.distributional import Custom, CVaR, Entropic, Expected, Homeostasis, TargetReturn
 from ccrl.testing import ClockEnv, EnvContract, Episode
 from ccrl.torch_env import TorchEnv
-from ccrl.wrappers import StockEnv, StockWrapper, relabel_stock
+from ccrl.wrappers import StackedEnv, StockEnv, StockWrapper, relabel_stock
 from envs.classic import Pendulum
+from envs.inventory import InventoryVector
 
 F = torch.float64
 
@@ -291,3 +292,11 @@ def test_gymnasium_vectors_and_shaped_rewards():
     assert abs(total - (min(-2.0 + 2.25, 0.0) / 0.5 + 2.0 / 0.5)) < 1e-12
     with pytest.raises(ValueError, match="rewards and dims together"):
         StockWrapper(Numpy(), 0.5, rewards="rewards")
+
+
+def test_time_is_a_share_of_the_limit_in_stacks_and_inventories():
+    stacked = StackedEnv([Pendulum(1, max_episode_steps=limit) for limit in (5, 10)])
+    env = StockEnv(stacked, 0.9)
+    assert (stacked.max_episode_steps, env.max_episode_steps, env.horizon) == (10, 10, 10.0)
+    assert StackedEnv([Script(1), Script(1)]).max_episode_steps is None
+    assert StockEnv(InventoryVector("one_store_lost", max_episode_steps=4), 0.9).horizon == 4.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import datetime
+import math
 import re
 
 import numpy as np
@@ -194,6 +195,8 @@ def test_bad_series(tmp_path):
         Poisson((5.0, 0.0))
     with pytest.raises(ValueError, match="stds that are not negative"):
         Normal((5.0,), (-1.0,))
+    with pytest.raises(ValueError, match="finite means"):
+        Normal((math.nan,), (1.0,))
     np.savez(tmp_path / "a.npz", sales=np.ones(3))
     with pytest.raises(ValueError, match="expected an array 'demand'"):
         load_series(tmp_path / "a.npz")

@@ -358,6 +358,8 @@ def test_bad_input():
         dataclasses.replace(task, holding=(1.0, 2.0))
     with pytest.raises(ValueError, match="recorded demand, one value per series"):
         dataclasses.replace(task, lead_time_by_series=(2,))
+    with pytest.raises(ValueError, match="whole lead times from 1 to 6"):
+        dataclasses.replace(make_task("one_store_real_data", count=2), lead_time_by_series=(0, 4))
 
 
 @pytest.mark.parametrize(
