@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import math
 
+from ccrl.packages import check_siblings
+
+check_siblings("agents")
+
 from agents import tuned
 from ccrl.experiment.logger import digits
 from ccrl.stats import welch_t
