@@ -102,7 +102,8 @@ class BACConfig(EpisodicConfig):
 
 
 class StateScale(nn.Module):
-    """State features ``[K, d]`` in float64: bounded coordinates scaled to [0, 1], Discrete states one-hot."""
+    """State features ``[K, d]`` in float64: bounded coordinates scaled to [0, 1] (those with one value stay 0), Discrete
+    states one-hot."""
 
     low: Tensor
     width: Tensor
@@ -114,7 +115,7 @@ class StateScale(nn.Module):
         high = torch.as_tensor(getattr(space, "high", [1.0]), dtype=torch.float64).flatten()
         bounded = low.isfinite() & high.isfinite() & (high - low < 1e6)
         self.register_buffer("low", torch.where(bounded, low, 0.0), persistent=False)
-        self.register_buffer("width", torch.where(bounded, high - low, 1.0), persistent=False)
+        self.register_buffer("width", torch.where(bounded & (high > low), high - low, 1.0), persistent=False)
 
     def forward(self, obs: Tree) -> Tensor:
         if isinstance(obs, dict) or not obs.is_floating_point():
@@ -215,9 +216,12 @@ class BAC(Agent):
     def make_grid_policy(self) -> GibbsPolicy:
         """The softmax policy on the grid that the config describes.
 
-        :raises ValueError: for other actions than Discrete and other observations than a finite Box of one axis.
+        :raises ValueError: for other actions than Discrete and other observations than a finite Box of one axis, and
+            next to a policy of the caller's own.
         """
         space, per_axis = self.env.single_observation_space, self.config.grid
+        if self.own_policy is not None:
+            raise ValueError("policy: expected policy='mlp' next to a policy of your own, got 'grid'; drop one")
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or not space.is_bounded():
             raise ValueError(f"policy=grid: expected a Box observation of one axis with finite bounds, got {space}")
         features = RBFGrid(space.low.tolist(), space.high.tolist(), per_axis, GRID_WIDTH / per_axis)

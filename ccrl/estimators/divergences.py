@@ -88,24 +88,32 @@ class OccupancyPenalty:
 
 def action_chi_square(distribution: Distribution, new: Mapping[str, Tensor], ref: Mapping[str, Tensor]) -> Tensor:
     """``chi^2(new || ref)`` ``[...]`` of categorical or diagonal Gaussian actions; infinite where a Gaussian's variance
-    is at least twice the reference's."""
+    is at least twice the reference's, and where it overflows (then without gradient)."""
     if distribution is CATEGORICAL:
         p, log_q = new["logits"].softmax(-1), ref["logits"].log_softmax(-1)
-        ratio = torch.where(p > 0, (new["logits"].log_softmax(-1) - log_q).exp(), torch.zeros_like(p))
-        return (p * ratio).sum(-1) - 1.0
+        log_ratio = new["logits"].log_softmax(-1) - log_q
+        # masked before exp, whose gradient at infinity is NaN even where nothing asks for it
+        over = (p > 0) & (log_ratio > _largest_log(p))
+        ratio = torch.where(p > 0, log_ratio.masked_fill(over, 0.0).exp(), torch.zeros_like(p))
+        found = (p * ratio).sum(-1) - 1.0
+        return found.masked_fill(over.any(-1), math.inf)
     v1, v2 = (2.0 * new["log_std"]).exp(), (2.0 * ref["log_std"]).exp()
     rest = 2.0 * v2 - v1
     safe = torch.where(rest > 0, rest, torch.ones_like(rest))
     log = (
         torch.log(v2) - 0.5 * torch.log(v1) - 0.5 * torch.log(safe) + (new["mean"] - ref["mean"]).square() / safe
     ).sum(-1)
-    infinite = (rest <= 0).any(-1)
+    infinite = (rest <= 0).any(-1) | (log > _largest_log(log))
     return torch.where(infinite, torch.full_like(log, math.inf), torch.expm1(log.masked_fill(infinite, 0.0)))
+
+
+def _largest_log(like: Tensor) -> float:
+    return math.log(torch.finfo(like.dtype).max)
 
 
 def action_divergence(distribution: Distribution, kind: Kind) -> Loss:
     """Loss per step: the divergence of the policy's action distribution from the reference's, whose parameters are the
-    columns ``ref_<name>``. An infinite chi^2 is replaced by the KL; its root is that of at least 1e-4.
+    columns ``ref_<name>``. A chi^2 whose square overflows is replaced by the KL; its root is that of at least 1e-4.
 
     :raises ValueError: chi^2 of other than categorical and Gaussian actions.
     """
@@ -119,7 +127,8 @@ def action_divergence(distribution: Distribution, kind: Kind) -> Loss:
         if kind == "kl":
             return kl
         chi2 = action_chi_square(distribution, outputs, ref)
-        chi2 = torch.where(chi2.isfinite(), chi2, kl)
+        # its gradient is as large, and the gradient's norm is a sum of squares
+        chi2 = torch.where(chi2 < math.sqrt(torch.finfo(chi2.dtype).max), chi2, kl)
         return chi2 if kind == "chi2" else chi2.clamp_min(1e-4).sqrt()
 
     return loss

@@ -100,7 +100,7 @@ class CG:
         """Of the last solve."""
 
     def solve(self, b: Tensor) -> Tensor:
-        """:raises FloatingPointError: not converged after ``max_iterations``."""
+        """:raises FloatingPointError: not converged after ``max_iterations``, or numbers that are not finite."""
         return _columns(b, self._solve)
 
     def _solve(self, b: Tensor) -> Tensor:
@@ -109,12 +109,13 @@ class CG:
         z = self._precondition(r)
         p, rz = z, (r * z).sum(0)
         self.iterations = 0
-        while bool((r.norm(dim=0) > limit).any()):
-            if self.iterations == self.max_iterations:
+        # not "while some residual is above": NaN is above nothing, and 0 would be the solution
+        while not bool((r.norm(dim=0) <= limit).all()):
+            if self.iterations == self.max_iterations or not bool(r.isfinite().all()):
                 worst = float((r.norm(dim=0) / b.norm(dim=0).clamp_min(1e-300)).max())
                 raise FloatingPointError(
-                    f"CG: expected a relative residual of {self.tolerance:g}, got {worst:.2g} after "
-                    f"{self.max_iterations} iterations; use a preconditioner, more noise or the exact solver"
+                    f"CG: expected a relative residual of {self.tolerance:g}, got {worst:.2g} after {self.iterations} "
+                    "iterations; use a preconditioner, more noise or the exact solver"
                 )
             product = self.matvec(p)
             curvature = (p * product).sum(0)

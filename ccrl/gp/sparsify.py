@@ -6,6 +6,7 @@ A point joins the dictionary if its feature vector lies further than ``sqrt(nu)`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,10 +54,16 @@ class Dictionary:
         return self._columns[i, : len(self.index)]
 
     def test(self, i: int) -> tuple[Tensor, bool]:
-        """Coefficients ``a [m]`` of point ``i`` on the dictionary as it is, and whether it must join."""
+        """Coefficients ``a [m]`` of point ``i`` on the dictionary as it is, and whether it must join.
+
+        :raises FloatingPointError: kernels that are not finite.
+        """
         k = self.kernels(i)
         a = self.inverse @ k
-        return a, float(self.diagonal[i] - k @ a) > self.nu
+        delta = float(self.diagonal[i] - k @ a)
+        if not math.isfinite(delta):  # above no threshold: the point would be left out, silently
+            raise FloatingPointError(f"Dictionary: expected finite kernels, got {delta} for point {i}")
+        return a, delta > self.nu
 
     def add(self, i: int, a: Tensor) -> None:
         """Let point ``i`` with coefficients ``a`` join."""

@@ -210,6 +210,11 @@ def test_where_the_grid_policy_does_not_fit(env: str, message: str) -> None:
         BAC(env, BACConfig(policy="grid"))
 
 
+def test_a_policy_of_ones_own_is_not_replaced_by_the_grid() -> None:
+    with pytest.raises(ValueError, match="policy: expected policy='mlp' next to a policy of your own"):
+        BAC("ccrl/MountainCarTwoActions-v0", BACConfig(policy="grid"), policy=MLPPolicy)
+
+
 def test_the_grid_policy_learns_from_its_own_rollouts() -> None:
     """The chain, the scores and the checkpoint of a policy that is no perceptron."""
     agent = BAC("ccrl/MountainCarTwoActions-v0", BACConfig(policy="grid", num_envs=2, n_steps=20), seed=1)
@@ -231,6 +236,10 @@ def test_states_are_scaled_by_their_bounds() -> None:
     nominal = gym.spaces.Box(-3e38, 3e38, (1,))
     policy = MLPPolicy(nominal, gym.spaces.Discrete(2), hidden=())
     assert StateScale(nominal, policy)(torch.tensor([[7.0]])).tolist() == [[7.0]]
+    # a coordinate that has one value is no division by 0
+    fixed = gym.spaces.Box(torch.tensor([0.0, 5.0]).numpy(), torch.tensor([4.0, 5.0]).numpy())
+    policy = MLPPolicy(fixed, gym.spaces.Discrete(2), hidden=())
+    assert StateScale(fixed, policy)(torch.tensor([[1.0, 5.0]])).tolist() == [[0.25, 0.0]]
     discrete = gym.spaces.Discrete(3)
     policy = MLPPolicy(discrete, gym.spaces.Discrete(2), hidden=())
     assert StateScale(discrete, policy)(torch.tensor([2])).tolist() == [[0.0, 0.0, 1.0]]

@@ -160,6 +160,23 @@ def test_action_divergences_and_their_gradients():
         action_divergence(FactoredCategorical((2, 2)), "chi2")
 
 
+def test_an_action_chi_square_that_overflows_becomes_the_kl():
+    """chi^2 = e^100 - 1 of two unit Gaussians 10 apart is no float32, e^64 - 1 of two 8 apart is, but not its square; the
+    KLs are 50 and 32. Its gradient was NaN, and training ended."""
+    none = torch.zeros(1)
+    level = LogRatio(none, none, none)
+    for away, kl in ((10.0, 50.0), (8.0, 32.0)):
+        mean = torch.tensor([away], requires_grad=True)
+        batch = Data({"ref_mean": torch.zeros(1), "ref_log_std": torch.zeros(1)})
+        value = action_divergence(GAUSSIAN, "chi2")(level, none, {"mean": mean, "log_std": torch.zeros(1)}, batch)
+        assert float(value.detach()) == pytest.approx(kl)
+        assert torch.autograd.grad(value, mean)[0].tolist() == pytest.approx([away])
+    logits, batch = torch.tensor([0.0, -120.0], requires_grad=True), Data({"ref_logits": torch.tensor([-120.0, 0.0])})
+    value = action_divergence(CATEGORICAL, "sqrt_chi2")(level, none, {"logits": logits}, batch)
+    assert float(value.detach()) == pytest.approx(math.sqrt(120.0))
+    assert bool(torch.autograd.grad(value, logits)[0].isfinite().all())
+
+
 def test_sequence_estimates_by_hand():
     found = sequence_divergences(torch.tensor([0.5, -0.5, 0.0], dtype=torch.float64))
     assert float(found["chi2"]) == pytest.approx(0.1701679, abs=1e-6)

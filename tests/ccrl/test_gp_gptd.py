@@ -211,6 +211,13 @@ def test_the_inverse_of_the_dictionary_survives_growth() -> None:
     assert torch.equal(dictionary.gram, k)
 
 
+def test_a_dictionary_refuses_kernels_that_are_not_finite() -> None:
+    k = torch.eye(2, dtype=DOUBLE)
+    k[0, 1] = k[1, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="got nan for point 1"):
+        ald(lambda i: k[:, i], k.diagonal(), 0.1)
+
+
 def test_an_empty_and_a_single_point() -> None:
     nothing = chain([], [], [])
     assert gptd(torch.zeros(0, 0, dtype=DOUBLE), nothing, 0.1).alpha.shape == (0,)

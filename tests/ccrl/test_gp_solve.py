@@ -95,6 +95,13 @@ def test_conjugate_gradients_say_when_they_fail() -> None:
         CG(lambda v: matrix @ v, max_iterations=2).solve(torch.randn(50, dtype=DOUBLE))
 
 
+def test_conjugate_gradients_of_nan_are_no_zero() -> None:
+    """No residual is above the tolerance where all are NaN: the start, 0, was the solution."""
+    for matrix, b in ((torch.nan, 1.0), (1.0, torch.nan)):
+        with pytest.raises(FloatingPointError, match="got nan after"):
+            CG(lambda v, matrix=matrix: matrix * v).solve(torch.full((3,), b, dtype=DOUBLE))
+
+
 def test_conjugate_gradients_solve_zero_by_zero() -> None:
     b = torch.zeros(4, 2, dtype=DOUBLE)
     b[:, 1] = 1.0
