@@ -73,6 +73,6 @@ def main(options: Options, command: str = "") -> list[Path]:
 if __name__ == "__main__":
     try:
         files = main(tyro.cli(Options, description=__doc__), "python " + shlex.join(sys.argv))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     print("\n".join(map(str, files)))

@@ -25,8 +25,8 @@ from matplotlib.figure import Figure
 
 from ccrl.experiment import plots
 from ccrl.experiment.config import flatten
-from ccrl.experiment.curves import Study, load_study
-from ccrl.experiment.files import write_atomic
+from ccrl.experiment.curves import NoCurvesError, Study, load_study
+from ccrl.experiment.files import write_atomic, writing
 from ccrl.experiment.run import RunFolder, find_runs
 from ccrl.settings import Settings
 
@@ -66,13 +66,14 @@ def main(options: Options, command: str = "") -> Path:
     """Write the page; returns its path.
 
     Raises:
-        ValueError: no run has any of the metrics.
+        ValueError: no run has any of the metrics, or a file is damaged.
+        WriteError: the page cannot be written.
     """
     parts, refused = [], []
     for metric in options.metrics:
         try:
             study = load_study(options.runs, metric, options.by)
-        except ValueError as error:
+        except NoCurvesError as error:
             refused.append(error)
             continue
         parts += _metric(study)
@@ -85,6 +86,8 @@ def main(options: Options, command: str = "") -> Path:
         f"<title>{html.escape(options.title)}</title><style>{STYLE}</style><h1>{html.escape(options.title)}</h1>"
         f"<p><code>{html.escape(command)}</code></p>{''.join(parts)}</html>\n"
     )
+    with writing(options.out):
+        options.out.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(options.out, lambda file: file.write(text.encode()))
     return options.out
 
@@ -170,5 +173,5 @@ def _differences(runs: list[RunFolder]) -> list[str]:
 if __name__ == "__main__":
     try:
         print(main(tyro.cli(Options, description=__doc__), "python " + shlex.join(sys.argv)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ccrl.experiment.csv_table import read_rows
-from ccrl.experiment.files import write_atomic
+from ccrl.experiment.files import alone_in, write_atomic
 from ccrl.experiment.logger import digits
 
 __all__ = ["Cell", "CellsFailed", "complete"]
@@ -52,6 +52,7 @@ def complete(
     A row is the cell's settings, ``seconds`` and ``cpu_seconds`` (wall time and processor time of the whole cell,
     unless the results have their own) and the results; None is an empty text. A cell is in the file with all its rows
     or not at all, so a killed study goes on with the cells it was at. A cell that fails does not stop the others.
+    Several processes may add to one file: of a cell that two of them ran the first one's rows are kept.
 
     :param names: settings that tell cells apart, of which the file must then have none with different other settings;
         None: all settings, so that other settings are other cells.
@@ -88,8 +89,7 @@ def complete(
             print(f"{head}: FAILED\n{found}", flush=True)
             continue
         row = {k: _text(v) for k, v in cell.items()} | {"seconds": f"{seconds:.1f}", "cpu_seconds": f"{cpu:.1f}"}
-        rows += [row | {k: _text(v) for k, v in point.items()} for point in found]
-        _write(path, rows)
+        rows = _add(path, [row | {k: _text(v) for k, v in point.items()} for point in found], names)
         last = ", ".join(
             f"{k} {digits(v)}" if isinstance(v, float) else f"{k} {v}"
             for k, v in found[-1].items()
@@ -159,6 +159,16 @@ def _end_with_parent() -> None:
     assert parent is not None
     parent.join()
     os._exit(130)
+
+
+def _add(path: Path, new: list[dict[str, str]], names: Sequence[str]) -> list[dict[str, str]]:
+    """The rows of the file as it is now, with those of a cell at its end; they are written."""
+    with alone_in(path.parent):
+        rows = read_rows(path) if path.exists() else []
+        if _key(new[0], names) not in {_key(row, names) for row in rows}:
+            rows += new
+            _write(path, rows)
+    return rows
 
 
 def _write(path: Path, rows: Sequence[Mapping[str, str]]) -> None:

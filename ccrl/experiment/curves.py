@@ -20,13 +20,17 @@ from ccrl.experiment.others import read_others
 from ccrl.experiment.run import RunFolder, find_runs
 from ccrl.stats import Interval, iqm, iqm_interval, optimality_gap, sample_efficiency, stratified_bootstrap
 
-__all__ = ["Curve", "Group", "Study", "load_study"]
+__all__ = ["Curve", "Group", "NoCurvesError", "Study", "load_study"]
 
 Array = NDArray[np.float64]
 _FINAL = 0.1
 _TABLE = (
     "env", "agent", "runs", "final_step", "final_iqm", "final_low", "final_high", "threshold", "reached", "median_steps"
 )  # fmt: skip
+
+
+class NoCurvesError(ValueError):
+    """No run has the metric."""
 
 
 @dataclass(frozen=True)
@@ -256,7 +260,8 @@ def load_study(
         points: of the grid that the runs are compared on.
 
     Raises:
-        ValueError: no run has the metric; the message lists those that are there. Fewer than two points.
+        NoCurvesError: no run has the metric; the message lists those that are there.
+        ValueError: fewer than two points, a path without runs, a file that is damaged, or infinite values.
     """
     if points < 2:
         raise ValueError(f"points: expected at least 2, the first and the last step; received {points}.")
@@ -298,7 +303,7 @@ def load_study(
         notes.append(f"{file.name}: results from that file, column return")
     if not curves:
         known = f"metrics there: {', '.join(sorted(seen))}" if seen else "no run.json or no rows found"
-        raise ValueError(f"expected runs with {metric}; received {len(runs)} runs, none with it ({known}).")
+        raise NoCurvesError(f"expected runs with {metric}; received {len(runs)} runs, none with it ({known}).")
     return Study(metric, tuple(curves[key] for key in sorted(curves)), points, tuple(notes))
 
 
@@ -312,6 +317,10 @@ def _read(run: RunFolder, metric: str, seen: set[str]) -> tuple[Array, Array]:
                 raise ValueError(f"{path}: expected a number in the column 'step' of every row; the file is damaged")
             kept = ~np.isnan(columns[metric])
             steps, values = columns["step"][kept], columns[metric][kept]
+            if np.isinf(values).any():
+                raise ValueError(f"{path}: expected finite numbers in the column {metric}, got "
+                                 f"{values[np.isinf(values)][0]} at step {steps[np.isinf(values)][0]:,.0f}; leave that "
+                                 "run out, and say so")  # fmt: skip
             # Of several rows with one step the last holds; np.unique keeps the first, so look from the end.
             unique, index = np.unique(steps[::-1], return_index=True)
             if len(unique):

@@ -14,7 +14,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ["CheckpointError", "FolderInUseError", "Owner", "WriteError", "remove_leftovers", "write_atomic", "writing"]
+__all__ = [
+    "CheckpointError",
+    "FolderInUseError",
+    "Owner",
+    "WriteError",
+    "alone_in",
+    "remove_leftovers",
+    "write_atomic",
+    "writing",
+]
 
 _TEMPORARY = re.compile(r"\..+\.(\d+)\.tmp")
 _held: dict[tuple[int, Path], int] = {}
@@ -156,6 +165,21 @@ class Owner:
             file.truncate(0)
             file.write(json.dumps(mine))
         return True
+
+
+@contextlib.contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Inside, no other thread or process of this machine is inside for the same folder: between reading a file and
+    writing it anew nobody else may do the same. On Windows nothing is held."""
+    if os.name != "posix":  # folders cannot be opened
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with _alone(descriptor):
+            yield
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

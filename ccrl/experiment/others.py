@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 import os
 from collections.abc import Iterable, Iterator
 
@@ -46,9 +47,11 @@ def read_others(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, int, A
     for line, row in enumerate(rows, 2):
         try:
             seed, step, value = int(row[columns["seed"]]), float(row[columns["step"]]), float(row[columns["return"]])
+            if not (math.isfinite(step) and math.isfinite(value)):
+                raise ValueError
         except ValueError:
             raise ValueError(
-                f"{path}:{line}: expected a whole number in {columns['seed']!r} and numbers in {columns['step']!r} and "
+                f"{path}:{line}: expected a whole number in {columns['seed']!r} and finite numbers in {columns['step']!r} and "
                 f"{columns['return']!r}, got {[row[columns[k]] for k in ('seed', 'step', 'return')]}"
             ) from None
         points = runs.setdefault((row[columns["env"]], row[columns["agent"]], seed), {})
@@ -62,11 +65,11 @@ def read_others(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, int, A
 
 def write_runs(curves: Iterable[tuple[str, str, int, Array, Array]], points: int = 50) -> str:
     """The table that :func:`read_others` reads, small enough to be kept with a figure: of every run at most ``points``
-    rows at even places, the first and the last among them, with four significant digits."""
+    rows at even places, the first and the last among them, with four significant digits; steps as they are."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(_NAMES)
     for env, agent, seed, steps, returns in curves:
         kept = np.unique(np.linspace(0, len(steps) - 1, min(points, len(steps))).round().astype(int))
-        writer.writerows((env, agent, seed, f"{steps[i]:.0f}", f"{returns[i]:.4g}") for i in kept)
+        writer.writerows((env, agent, seed, f"{steps[i]:.12g}", f"{returns[i]:.4g}") for i in kept)
     return text.getvalue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,26 @@ def test_a_cell_without_rows_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(CellsFailed, match=r"1 cells failed\n.*seed 0: expected at least one row of results, got \[\]"):
         complete(tmp_path / "study.csv", CELLS[:2], lambda cell: play(cell) if cell["seed"] else [])
     assert len(read_rows(tmp_path / "study.csv")) == 2, "the other is kept"
+
+
+def test_two_that_add_to_one_file_lose_nothing(tmp_path: Path) -> None:
+    """Both have read the file before either writes; one cell is of both."""
+    path, meet = tmp_path / "study.csv", threading.Barrier(2)
+    found: list[list[dict[str, str]]] = []
+
+    def slow(cell: dict) -> list[dict]:
+        if cell["seed"] == 0:
+            meet.wait(timeout=60)
+        return play(cell)
+
+    parts = (CELLS[:2], [CELLS[2], CELLS[1]])
+    both = [threading.Thread(target=lambda cells=cells: found.append(complete(path, cells, slow))) for cells in parts]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert sorted(known(read_rows(path))) == A + B[:2]
+    assert sorted(map(known, found)) == [A, B[:2] + A[2:]]
 
 
 def test_only_the_wanted_cells_come_back(tmp_path: Path) -> None:

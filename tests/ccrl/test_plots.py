@@ -63,6 +63,12 @@ def test_repeated_and_empty_rows(tmp_path):
     assert curve.values.tolist() == [1.0, 3.0]
 
 
+def test_the_run_of_an_infinite_return_is_named(tmp_path):
+    run = make_run(tmp_path, "A", "ppo", 0, [(0, 1.0), (10, np.inf), (20, 1.0)])
+    with pytest.raises(ValueError, match=r"A__ppo__0/progress.csv: .*rollout/ep_rew_mean, got inf at step 10; leave"):
+        load_study([run])
+
+
 def test_one_seed_counts_once(tmp_path):
     make_run(tmp_path, "A", "ppo", 0, line(1.0, end=50))
     make_run(tmp_path, "A", "ppo", 0, line(1.0, end=100), name="b")
@@ -102,6 +108,7 @@ def test_curves_of_others_stand_beside_ours(tmp_path):
     [
         ("env,agent,seed,step\nA,x,0,1\n", "expected a column return or score or reward, got the columns env, agent"),
         ("env,agent,seed,step,return\nA,x,0,1,2\nA,x,0,2,high\n", r"bad.csv:3: expected a whole number in 'seed'"),
+        ("env,agent,seed,step,return\nA,x,0,1,2\nA,x,0,2,nan\n", r"bad.csv:3: expected .* and finite numbers in"),
         ("env,agent,seed,step,return\nA,x,0,1,2\nA,x,0,1,3\n", "bad.csv:3: step 1 of this run is in the file twice"),
         ("env,agent,seed,step,return\nA,ppo,0,1,2\n", "ppo with seed 0 on A is in .*A__ppo__0 too; rename one"),
     ],

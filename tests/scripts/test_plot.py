@@ -48,3 +48,12 @@ def test_long_runs_are_thinned_at_even_places():
     # places 0, 333, 666, 999 of 1,000
     assert text.split("\n") == ["env,agent,seed,step,return", "E,a,3,0,0", "E,a,3,333,111", "E,a,3,666,222",
                                 "E,a,3,999,333", ""]  # fmt: skip
+
+
+def test_steps_that_are_no_whole_numbers_are_read_again(tmp_path):
+    """In millions, say: rounded, nine points would have two steps, and the figure could not be drawn again."""
+    steps = np.arange(1, 10) / 10
+    (tmp_path / "x.csv").write_text(write_runs([("E", "a", 0, steps, steps), ("E", "b", 0, steps * 1e7, steps)]))
+    (a, b) = read_others(tmp_path / "x.csv")
+    assert a[3].tolist() == steps.tolist()
+    assert b[3].tolist() == list(range(1_000_000, 9_000_001, 1_000_000))

@@ -57,3 +57,13 @@ def test_metrics_that_no_run_has(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected runs with eval/x"):
         report.main(report.Options(runs=(folder,), out=tmp_path / "x.html", metrics=("eval/x",)))
     assert not (tmp_path / "x.html").exists()
+
+
+def test_a_damaged_file_is_said_and_not_left_out(tmp_path: Path) -> None:
+    """A metric that no run has is left out; one of which a file is damaged was left out too, without a word."""
+    folder, out = runs(tmp_path / "runs"), tmp_path / "new" / "x.html"
+    report.main(report.Options(runs=(folder,), out=out))
+    for number, run in enumerate(sorted(folder.iterdir())):
+        (run / "eval.csv").write_text(f"step,eval/mean_reward\n1,1\n{'x' if number == 3 else 5},2\n9,3\n")
+    with pytest.raises(ValueError, match=r"A__ppo__1/eval.csv: expected a number in the column 'step'"):
+        report.main(report.Options(runs=(folder,), out=out))
