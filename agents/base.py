@@ -124,19 +124,24 @@ class Agent:
 
     def connect(self, env: Any) -> None:
         """Set what the agent learns from (``env`` and ``collector``)."""
-        self.env = resolve_env(env, self.config.num_envs, device=self.device, **self.env_kwargs)
-        if self.env.num_envs != self.config.num_envs:
-            raise ValueError(
-                f"env has {self.env.num_envs} copies, config.num_envs is {self.config.num_envs}; make them equal"
-            )
-        if torch.device(self.env.device).type != self.device.type:
-            raise ValueError(
-                f"device: the environment is on {self.env.device}, the agent on {self.device}; make them equal"
-            )
+        self.env = self.resolved(env)
         if self.own_policy is None:
             check_actions(self, self.env.single_action_space)
         self.device = torch.device(self.env.device)
         self.collector = Collector(self.env, seed=self.seed, make_env=self._fresh_envs)
+
+    def resolved(self, env: Any) -> BatchedEnv:
+        """``env``, or the one of that id. :raises ValueError: of another number of copies, or on another device."""
+        found = resolve_env(env, self.config.num_envs, device=self.device, **self.env_kwargs)
+        if found.num_envs != self.config.num_envs:
+            raise ValueError(
+                f"env has {found.num_envs} copies, config.num_envs is {self.config.num_envs}; make them equal"
+            )
+        if torch.device(found.device).type != self.device.type:
+            raise ValueError(
+                f"device: the environment is on {found.device}, the agent on {self.device}; make them equal"
+            )
+        return found
 
     # -- what builds are made of ---------------------------------------------------------------------------------------
 

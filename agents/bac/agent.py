@@ -102,7 +102,7 @@ class BACConfig(EpisodicConfig):
 
 
 class StateScale(nn.Module):
-    """State features ``[K, d]`` in float64: bounded coordinates scaled to [0, 1] (those with one value stay 0), Discrete
+    """State features ``[K, d]`` in float64: bounded coordinates scaled to [0, 1] (those of one value are 0), Discrete
     states one-hot."""
 
     low: Tensor

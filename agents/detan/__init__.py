@@ -7,6 +7,8 @@ utility of stock plus return, and learns the LAW of the return, not of the utili
     y_j      = r + gamma alive theta'_j(s', c', a*'(s', c')),    c' = (c + r) / gamma     (target network chooses)
     loss     = sum_i 1/N sum_j |tau_i - 1{y_j < theta_i}| H_kappa(y_j - theta_i),         tau_i = (2 i + 1) / (2 N)
 
+with ``H_0(u) = |u|`` and Huber's loss divided by kappa above 0.
+
 What the paper adds to QR-DQN (Dabney et al. 2018): the stock in the input and in the greedy rule, and stocks drawn anew
 for every replayed transition (:class:`StockReplay`), as rewards and successors do not depend on them. One network then
 serves every level of CVaR, or every target, by the choice of ``c_0`` alone. docs/detan.md has the derivation.

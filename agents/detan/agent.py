@@ -12,7 +12,7 @@ from agents.base import Agent
 from agents.detan.config import DetaNConfig
 from agents.detan.learning import DetaNCycle, StockReplay
 from agents.detan.policy import StockPolicy
-from ccrl.batched_env import AutoresetMode, BatchedEnv
+from ccrl.batched_env import BatchedEnv
 from ccrl.collect import Collector
 from ccrl.data import tree_map
 from ccrl.distributional import Objective, outer_search
@@ -63,6 +63,8 @@ class DetaN(Agent):
 
     def build(self) -> Learner:
         c: DetaNConfig = self.config
+        if self.own_policy is not None:
+            raise ValueError("policy: detan makes its network itself and takes none; drop it")
         spaces = self.env.single_observation_space, self.env.single_action_space
         rewards = self.rewards_key if self.objective.dims else None
         policy = StockPolicy(
@@ -127,29 +129,19 @@ class DetaN(Agent):
         """Discounted returns ``[episodes]`` (``[episodes, m]``) of whole greedy episodes from ``c_0 = start``.
 
         :param env: of ``episodes`` copies; None: made from the agent's environment id.
-        :raises ValueError: an environment that resets in the same step and hides its last observation.
         """
         made = self.with_stock(self._fresh_envs(episodes) if env is None else env, start)
-        if made.autoreset_mode == AutoresetMode.SAME_STEP and not made.provides_final_obs:
-            raise ValueError(
-                "returns: expected an environment that shows its last observation, whose stock has the return, got one "
-                "that hides it; autoreset_mode='NextStep' shows it"
-            )
         obs = made.reset(seed=seed)
         running = torch.ones(made.num_envs, dtype=torch.bool, device=self.device)
-        found = torch.zeros_like(made.stock)
-        begin, t = made.start.clone(), 0
+        found, t = torch.zeros_like(made.stock), 0
         while bool(running.any()):
             result = made.step(self.act(obs, deterministic=True))
-            t += 1
             done = result.terminated | result.truncated
-            last: Any = result.obs if result.final_obs is None else result.final_obs
-            # c_0 + G_0 = gamma^T c_T
-            total = self.config.gamma**t * last[STOCK].double() - begin
-            ends = running & done
-            found = torch.where(ends.view(-1, *[1] * (found.dim() - 1)), total, found)
+            # not gamma^T c_T - c_0: a stock grows like gamma^-t, and what is shown of it leaves float32
+            paid = self.config.gamma**t * made.earned(result, done)
+            found = found + torch.where(running.view(-1, *[1] * (found.dim() - 1)), paid, 0.0)
             running &= ~done
-            obs = result.obs
+            obs, t = result.obs, t + 1
         return found
 
     def validate(

@@ -13,7 +13,6 @@ import torch
 
 from agents.base import Agent
 from agents.offline.policy import OfflinePolicy
-from ccrl.batched_env import resolve_env
 from ccrl.data import Batching, Data
 from ccrl.learn import Cycle, DatasetLearner, Learner
 from ccrl.offline import DataError, Dataset, load_dataset
@@ -95,11 +94,7 @@ class OfflineAgent(Agent):
             return super().load(path, env, *args, **options)
 
     def connect(self, env: Any) -> None:
-        self.env = resolve_env(env, self.config.num_envs, device=self.device, **self.env_kwargs)
-        if self.env.num_envs != self.config.num_envs:
-            raise ValueError(
-                f"env has {self.env.num_envs} copies, config.num_envs is {self.config.num_envs}; make them equal"
-            )
+        self.env = self.resolved(env)
         self.device = torch.device(self.env.device)
         self.collector = None
 
@@ -127,7 +122,9 @@ class OfflineAgent(Agent):
     # -- the data ------------------------------------------------------------------------------------------------------
 
     def networks(self, **options: Any) -> OfflinePolicy:
-        """Networks of the settings' widths."""
+        """Networks of the settings' widths. :raises ValueError: next to a policy of the caller's."""
+        if self.own_policy is not None:
+            raise ValueError(f"policy: {self.name} makes its networks itself and takes none; drop it")
         spaces = self.env.single_observation_space, self.env.single_action_space
         return OfflinePolicy(*spaces, hidden=self.config.hidden, **options)
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from agents.offline.base import OfflineAgent, OfflineConfig, Parts
 from agents.offline.bc import term
 from agents.offline.policy import OfflinePolicy, check_acts
+from agents.on_policy import check_unused
 from ccrl import registry
 from ccrl.batched_env import Tree
 from ccrl.data import Batching, Data, Field, Unit
@@ -89,6 +90,9 @@ class CDSAConfig(OfflineConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_unused(self, "what the density and the models see is standardised always", "normalise_obs")
+        if self.aux_form == "absolute":
+            check_unused(self, "aux_form=absolute is a difference from no nominal displacement", "nominal")
         low = self.sigma_max if self.levels == 1 else self.sigma_min
         if self.sigma_min < self.sigma_max and not low <= self.sigma <= self.sigma_max:
             raise ValueError(

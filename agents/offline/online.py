@@ -25,10 +25,10 @@ def go_online(agent: OfflineAgent, env: Any, *, keep_data: bool = True, **settin
     :param agent: a trained ``td3_bc``, ``iql``, ``rebrac``, ``bc`` or ``pgd``.
     :param env: an id or an environment with the agent's spaces.
     :param keep_data: the replay memory begins with the data set's rows, where the agent has them.
-    :param settings: of TD3; ``hidden`` is the agent's, ``learning_starts`` is 0, ``gamma`` and the seed the agent's
-        unless given.
-    :raises ValueError: a policy of another kind, Dict observations, another environment's spaces, other widths, or a
-        memory smaller than the data.
+    :param settings: of TD3; ``hidden`` and ``activation`` are the agent's, ``learning_starts`` is 0, ``gamma`` and the
+        seed the agent's unless given.
+    :raises ValueError: a policy of another kind, Dict observations, another environment's spaces, other networks
+        (widths, activation, normalised observations), or a memory smaller than the data.
     """
     policy = agent.policy
     if not isinstance(policy, OfflinePolicy) or policy.keys:
@@ -40,6 +40,12 @@ def go_online(agent: OfflineAgent, env: Any, *, keep_data: bool = True, **settin
     for name in ("hidden", "critic_hidden"):
         if tuple(settings.get(name) or hidden) != hidden:
             raise ValueError(f"go_online: expected {name}={hidden} as {agent.name} has, got {settings[name]}; drop it")
+    for name, wanted in (("activation", "relu"), ("normalise_obs", False)):
+        if settings.get(name, wanted) != wanted:
+            raise ValueError(
+                f"go_online: expected {name}={wanted!r}, got {settings[name]!r}: the networks of {agent.name} would be "
+                "other functions; drop it"
+            )
     start: dict[str, Any] = {
         "hidden": hidden, "learning_starts": 0, "gamma": getattr(agent.config, "gamma", 0.99), "seed": agent.seed,
     }  # fmt: skip

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ccrl.batched_env import Tree
 from ccrl.data import Data, Field, Unit
 from ccrl.policies import GAUSSIAN, ActionSpec, TwinQ
+from ccrl.policies.acting import has_memory
 from ccrl.policies.actions import box_bounds
 from ccrl.policies.encoders import mlp
 from ccrl.policies.q import Ensemble
@@ -186,8 +187,11 @@ def _widths(space: gym.Space[Any]) -> tuple[list[str], int]:
 def check_acts(policy: Any, observation_space: Any, action_space: Any) -> None:
     """Let ``policy``, or a function from observations to actions, act on an observation of zeros.
 
-    :raises ValueError: it fails on it, or its action has another size than the task's.
+    :raises ValueError: it has a memory, which nobody would keep, it fails on the observation, or its action has another
+        size than the task's.
     """
+    if has_memory(policy):
+        raise ValueError("policy: expected one without a memory, got a recurrent one, whose state nobody would keep")
     held = list(policy.parameters()) if isinstance(policy, nn.Module) else []
     device = held[0].device if held else torch.device("cpu")
 

@@ -11,8 +11,8 @@ with the penalty; phases = critic, actor. The clock counts updates.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import cast
 
 from torch import Tensor
 
@@ -74,8 +74,7 @@ class ReBRAC(OfflineAgent):
     def columns(self, data: Dataset, policy: OfflinePolicy) -> dict[str, Array]:
         found = super().columns(data, policy)
         # of actions in [-1, 1], as the actor's are
-        unit = Dataset(**cast(dict[str, Any], data.columns() | {"action": found["action"]}), name=data.name)
-        following, there = unit.next_action()
+        following, there = replace(data, action=found["action"]).next_action()
         return found | {"next_action": following, "has_next": there}
 
     def parts(self, policy: OfflinePolicy) -> Parts:

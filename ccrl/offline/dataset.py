@@ -116,7 +116,8 @@ class Dataset:
         if not 0.0 < share <= 1.0:
             raise ValueError(f"best: expected a share in (0, 1], got {share}")
         returns = self.returns(gamma)
-        kept = np.argsort(-returns, kind="stable")[: max(1, int(share * len(returns)))]
+        # .29 of 100 is 28.999999999999996
+        kept = np.argsort(-returns, kind="stable")[: max(1, int(share * len(returns) + 1e-9))]
         chosen = np.zeros(len(returns), dtype=bool)
         chosen[kept] = True
         lengths = np.diff(np.r_[self.starts, len(self)])

@@ -30,8 +30,11 @@ Gymnasium's v5 environments pay otherwise: data of your own has reference scores
 
 
 def reference_scores(name: str) -> tuple[float, float] | None:
-    """D4RL's pair for a task or a data set's name (``hopper-medium-v2``); None: not in the table."""
-    name = re.sub(r"-v\d+$", "", name.lower())
+    """D4RL's pair for a task, a data set's name (``hopper-medium-v2``) or that of its file (``hopper_medium-v2``,
+    ``maze2d-umaze-sparse-v1``, ``Ant_maze_big-maze_...``); None: not in the table."""
+    name = re.sub(r"-v\d+$", "", name.lower()).replace("_", "-").replace("-sparse", "")
+    if name.startswith("ant-maze"):
+        return D4RL_SCORES["antmaze"]
     if re.fullmatch(r"maze2d-(umaze|medium|large)(-dense)?", name):
         return D4RL_SCORES[name]
     return D4RL_SCORES.get(name.partition("-")[0])
@@ -62,7 +65,8 @@ def value_at_risk(returns: NDArray[np.float64], q: float) -> float:
     rows = np.asarray(returns, dtype=np.float64)
     if not 0.0 <= q <= 1.0 or not len(rows) or not np.isfinite(rows).all():
         raise ValueError(f"value_at_risk: expected q in [0, 1] and finite returns, got {q} and {rows}")
-    return float(np.quantile(rows, q, method="lower"))
+    # .29 of 100 is 28.999999999999996
+    return float(np.sort(rows)[int(q * (len(rows) - 1) + 1e-9)])
 
 
 def tail_mean(returns: NDArray[np.float64], q: float) -> float:
@@ -73,4 +77,5 @@ def tail_mean(returns: NDArray[np.float64], q: float) -> float:
     rows = np.sort(np.asarray(returns, dtype=np.float64))
     if not 0.0 < q <= 1.0 or not len(rows) or not np.isfinite(rows).all():
         raise ValueError(f"tail_mean: expected q in (0, 1] and finite returns, got {q} and {rows}")
-    return float(rows[: int(np.ceil(q * len(rows)))].mean())
+    # .07 of 100 is 7.000000000000001, and an eighth return would count; of hardly any share it is still one
+    return float(rows[: max(1, int(np.ceil(q * len(rows) - 1e-9)))].mean())

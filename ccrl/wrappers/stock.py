@@ -130,7 +130,7 @@ class StockEnv:
         same = self.autoreset_mode == AutoresetMode.SAME_STEP
         # a dummy row, or a finished copy that waits: nothing is earned, and nothing is divided by gamma
         idle = torch.zeros_like(done) if same else self._ended
-        earned = self._earned(result, done)
+        earned = self.earned(result, done)
         total = self.stock + earned
         after = torch.where(self._wide(idle), self.stock, total / self.gamma)
         t = torch.where(idle, self.t, self.t + 1)
@@ -180,8 +180,8 @@ class StockEnv:
 
     # Inside.
 
-    def _earned(self, result: StepResult, done: Tensor) -> Tensor:
-        """The reward, ``[N]`` or ``[N, m]`` float64: of vectors from the true successor."""
+    def earned(self, result: StepResult, done: Tensor) -> Tensor:
+        """What a step paid, ``[N]`` or ``[N, m]`` float64: of vectors from the true successor."""
         if self.rewards is None:
             return result.reward.double()
         assert isinstance(result.obs, dict)

@@ -256,13 +256,22 @@ def test_returns_are_discounted_and_those_of_the_stock():
     assert abs(float(returns.mean()) - 0.5 * 1.875) < 0.25
 
 
-def test_returns_need_the_last_observation():
-    """Where it is hidden, the stock that is shown after an end is the next episode's."""
-    env = ClockEnv([[Episode(0, 3)]] * 2, provides_final_obs=False)
-    with pytest.raises(ValueError, match="returns: expected an environment that shows its last observation"):
-        agent(env).returns(0.0, 2, env=ClockEnv([[Episode(0, 3)]] * 2, provides_final_obs=False))
-    shown = agent(env, gamma=1.0).returns(0.0, 2, env=ClockEnv([[Episode(0, 3)]] * 2))
-    assert shown.tolist() == [3.0, 3.0]
+@pytest.mark.parametrize("shown", [True, False])
+def test_returns_where_the_last_observation_is_hidden(shown):
+    """Its stock would be the return; the rewards are there all the same."""
+    envs = [ClockEnv([[Episode(0, 3)]] * 2, provides_final_obs=shown) for _ in range(2)]
+    assert agent(envs[0], gamma=1.0).returns(0.0, 2, env=envs[1]).tolist() == [3.0, 3.0]
+
+
+def test_returns_of_long_episodes_are_finite():
+    """A reward of 1 for 500 steps at gamma = .8 is 5; the stock c_T grows to .8^-500 = 2.9e48, which is no float32."""
+    envs = [ClockEnv([[Episode(0, 500)]] * 2) for _ in range(2)]
+    assert agent(envs[0], gamma=0.8).returns(-1.0, 2, env=envs[1]).tolist() == pytest.approx([5.0, 5.0])
+
+
+def test_a_policy_of_ones_own_is_refused():
+    with pytest.raises(ValueError, match="takes none"):
+        DetaN("CartPole-v1", policy=torch.nn.Linear(4, 2))
 
 
 def test_one_network_serves_every_level():

@@ -161,8 +161,8 @@ def test_action_divergences_and_their_gradients():
 
 
 def test_an_action_chi_square_that_overflows_becomes_the_kl():
-    """chi^2 = e^100 - 1 of two unit Gaussians 10 apart is no float32, e^64 - 1 of two 8 apart is, but not its square; the
-    KLs are 50 and 32. Its gradient was NaN, and training ended."""
+    """Of unit Gaussians 10 apart chi^2 = e^100 - 1 is no float32, of 8 apart the square of e^64 - 1 is none; the KLs
+    are 50 and 32. Its gradient was NaN, and training ended."""
     none = torch.zeros(1)
     level = LogRatio(none, none, none)
     for away, kl in ((10.0, 50.0), (8.0, 32.0)):

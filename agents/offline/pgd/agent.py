@@ -30,6 +30,7 @@ from agents.offline.pgd.rivals import TransitionCodec, WorldModel
 from agents.offline.pgd.trajectories import Codec, fit_denoiser
 from agents.offline.policy import OfflinePolicy
 from agents.offline.td3_bc import TD3BCConfig, TD3BCCycle
+from agents.on_policy import check_unused
 from ccrl.diffusion import Churn, Denoiser, ResidualMLP, UNet1d, karras_levels, sample
 from ccrl.learn import DatasetLearner, Learner
 from ccrl.offline import DataError, Dataset, Windows, select_windows
@@ -103,6 +104,12 @@ class PGDConfig(RewardConfig):
             raise ConfigError(
                 f"strength: expected None with rows={self.rows!r}, got {self.strength}; it is for guided rows"
             )
+        if self.rows != "guided":
+            check_unused(self, f"rows={self.rows} are not guided", "bump", "normalise_guidance", "denoised_guidance")
+        if self.rows != "model":
+            check_unused(self, f"rows={self.rows} come from no model", "model_penalty")
+        other = ("expectile", "beta") if self.base == "td3_bc" else ("alpha",)
+        check_unused(self, f"base={self.base} has none", *other)
         if self.regenerate_every % self.updates:
             raise ConfigError(
                 f"regenerate_every: expected a multiple of updates = {self.updates}, got {self.regenerate_every}"

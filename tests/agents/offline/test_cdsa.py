@@ -16,6 +16,7 @@ from agents.offline.cdsa import CDSA, CDSAConfig, CorrectedPolicy, choose_streng
 from ccrl.data import Batching
 from ccrl.diffusion import gaussian_score
 from ccrl.offline import Dataset, from_arrays, tail_mean, value_at_risk
+from ccrl.policies.recurrent import RecurrentPolicy
 from envs.maze import HazardCorridor, cautious_action, overconfident_action
 
 SMALL = {"hidden": (16,), "model_hidden": (16,), "batch_size": 32, "updates": 5, "compile": "off"}
@@ -182,11 +183,28 @@ def test_a_checkpoint_of_any_agent_is_corrected_and_resumes(line_data: Dataset, 
         CDSA("Pendulum-v1", data=data, policy=nn.Sequential(nn.Linear(5, 1)))
 
 
+def test_a_base_with_a_memory_is_refused(line_env: Any, line_data: Dataset) -> None:
+    """Nobody would keep it: every action would be that of an episode's first step."""
+    spaces = line_env.single_observation_space, line_env.single_action_space
+    base = RecurrentPolicy(*spaces, recurrent="gru", hidden=(4,))
+    with pytest.raises(ValueError, match="expected one without a memory"):
+        CDSA(line_env, data=line_data, policy=base, **SMALL)
+
+
+def test_settings_that_would_do_nothing_are_refused() -> None:
+    for wrong in ({"normalise_obs": False}, {"aux_form": "absolute", "nominal": "zero"}):
+        with pytest.raises(ValueError, match=list(wrong)[-1]):
+            CDSAConfig(**wrong)  # type: ignore[arg-type]
+
+
 def test_risk_by_hand() -> None:
     """Sorted: -5 -1 1 2 3 3 4 5 6 9. The .2-quantile at 1.8 is between -1 and 1, lower: -1; worst two: (-5 - 1) / 2."""
     returns = np.array([3.0, -1, 4, 1, -5, 9, 2, 6, 5, 3])
     assert value_at_risk(returns, 0.2) == -1.0
     assert tail_mean(returns, 0.2) == -3.0
+    # .07 * 100 is 7.000000000000001 and .29 * 100 is 28.999999999999996
+    assert tail_mean(np.arange(100.0), 0.07) == 3.0
+    assert value_at_risk(np.arange(101.0), 0.29) == 29.0
     with pytest.raises(ValueError, match="q in"):
         tail_mean(returns, 0.0)
     for measure in (tail_mean, value_at_risk):

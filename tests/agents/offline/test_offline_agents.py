@@ -335,6 +335,20 @@ def test_dict_observations_of_goal_tasks_are_put_side_by_side(line_data: Dataset
     np.testing.assert_allclose(action[0], (2.0 * flat[0]).detach().numpy(), rtol=1e-5)
 
 
+def test_further_columns_of_the_data_are_no_hindrance(line_env: Any, line_data: Dataset) -> None:
+    noted = from_arrays(line_data.columns() | {"note": np.zeros(len(line_data))})
+    plain, found = (ReBRAC(line_env, data=data, **SMALL).source.table for data in (line_data, noted))
+    assert torch.equal(plain, found)
+
+
+def test_a_policy_and_a_device_that_would_be_passed_over_are_refused(line_env: Any, line_data: Dataset) -> None:
+    with pytest.raises(ValueError, match="policy: td3_bc makes its networks itself"):
+        TD3BC(line_env, data=line_data, policy=torch.nn.Linear(2, 1), **SMALL)
+    line_env.device = torch.device("meta")
+    with pytest.raises(ValueError, match="device: the environment is on meta, the agent on cpu"):
+        TD3BC(line_env, data=line_data, **SMALL)
+
+
 def test_critics_with_layer_norm() -> None:
     q = TwinQ(2, 1, net=Ensemble(2, 3, (4,), layer_norm=True))
     assert "net.layer_norms.0" in dict(q.named_parameters())

@@ -69,6 +69,9 @@ def test_what_cannot_go_on_is_refused(line_data: Dataset) -> None:
     agent = TD3BC(Walk(), data=line_data, **SMALL)
     with pytest.raises(ValueError, match=r"hidden=\(16, 16\)"):
         go_online(agent, Walk(), hidden=(8, 8))
+    for wrong in ({"activation": "tanh"}, {"normalise_obs": True}):  # other functions of the same parameters
+        with pytest.raises(ValueError, match=f"go_online: expected {next(iter(wrong))}="):
+            go_online(agent, Walk(), **wrong)
     with pytest.raises(ValueError, match="do not fit a ring of 10"):
         go_online(agent, Walk(), buffer_size=10)
     with pytest.raises(ValueError, match=r"of \d and \d numbers as td3_bc has, got 3 and 1"):

@@ -17,7 +17,6 @@ from agents.offline.pgd.trajectories import Codec
 from ccrl.data import Batching
 from ccrl.diffusion import Churn, karras_levels, sample
 from ccrl.offline import DataError, Dataset
-from ccrl.settings import ConfigError
 
 F64 = torch.float64
 SMALL = {
@@ -278,9 +277,13 @@ def test_wrong_settings_are_refused(line_env: Any, line_data: Dataset, tmp_path:
         ({"updates": 7}, "a multiple of updates = 7"),
         ({"real_rows": 16}, "less than batch_size"),
         ({"sampling_steps": 1}, "sampling_steps"),
-        ({"expectile": 1.0}, "expectile"),
+        ({"expectile": 1.0, "base": "iql"}, "expectile"),
+        ({"expectile": 0.9}, "expectile: base=td3_bc has none"),
+        ({"alpha": 1.0, "base": "iql"}, "alpha: base=iql has none"),
+        ({"rows": "unguided", "bump": 0.0}, "bump: rows=unguided are not guided"),
+        ({"model_penalty": 1.0}, "model_penalty: rows=guided come from no model"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ValueError, match=message):
             PGDConfig(**SMALL | options)  # type: ignore[arg-type]
     # episodes have 10 rows, and windows that end in a time-out are none
     with pytest.raises(DataError, match=r"windows of 11 rows .* found none in episodes of 10 rows"):

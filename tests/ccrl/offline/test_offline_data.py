@@ -73,6 +73,9 @@ def test_returns_and_the_best_episodes() -> None:
     assert data.returns(0.5).tolist() == [1.75, 5.0, 2.0]
     assert data.best(0.7, 1.0).obs[:, 0].tolist() == [3, 4, 5, 6, 7, 8, 9]
     assert set(data.best(0.1).episode) == {1}
+    hundred = from_arrays({"obs": np.zeros(100), "action": np.zeros(100), "reward": np.arange(100.0),
+                           "next_obs": np.zeros(100), "terminated": np.ones(100)})  # fmt: skip
+    assert len(hundred.best(0.29)) == 29  # .29 * 100 is 28.999999999999996
     with pytest.raises(ValueError, match="share"):
         data.best(0.0)
 
@@ -372,6 +375,10 @@ def test_normalised_scores() -> None:
         assert pair is not None
         assert normalised_score(np.array(pair), task).tolist() == [0.0, 100.0]
     assert reference_scores("maze2d-umaze-dense-v1") == (68.537689, 193.662856)
+    # as the files are called
+    for file, task in (("hopper_medium_expert-v2", "hopper"), ("maze2d-large-sparse-v1", "maze2d-large"),
+                       ("Ant_maze_u-maze_noisy_multistart_False_multigoal_False_sparse", "antmaze")):  # fmt: skip
+        assert reference_scores(file) == reference_scores(task)
     with pytest.raises(ValueError, match="pass the pair"):
         normalised_score(1.0, "pong")
     with pytest.raises(ValueError, match="above the random one"):
