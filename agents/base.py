@@ -370,6 +370,11 @@ class Agent:
         """
         return load_agent(cls, path, env, check_device(device), policy=policy, trust=trust, restore_rng=restore_rng)
 
+    @classmethod
+    def restored_with(cls, state: dict[str, Any]) -> dict[str, Any]:
+        """Further arguments of the class for the agent in a checkpoint with this state."""
+        return {}
+
     def _torn(self, what: str) -> str:
         return (
             f"{what}: expected an agent between two iterations, got one in the middle of iteration {self.iteration + 1}"

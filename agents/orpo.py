@@ -21,15 +21,13 @@ Slots: fit = discriminator; prepare = penalty, values, GAE; ratio = token; loss 
 from __future__ import annotations
 
 import math
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal, Self
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from agents.on_policy import Updaters
+from agents.on_policy import Updaters, check_unused
 from agents.ppo import PPO, PPOConfig, PPOEstimator
 from ccrl.collect import Collector, Request
 from ccrl.data import Data
@@ -47,8 +45,6 @@ from ccrl.updaters import FlatUpdater, Stats
 
 __all__ = ["ORPO", "ORPOConfig"]
 
-_RESTORED: ContextVar[str | Path | None] = ContextVar("_RESTORED", default=None)
-"""The checkpoint that is loaded: the reference is in it, and the file that it once came from may be gone."""
 KINDS: dict[str, Kind] = {"sqrt_chi2": "sqrt_chi2", "chi2": "chi2", "kl": "kl"}
 ACTION_KINDS: dict[str, Kind] = {"action_kl": "kl", "action_chi2": "chi2", "action_sqrt_chi2": "sqrt_chi2"}
 
@@ -61,8 +57,8 @@ class ORPOConfig(PPOConfig):
     """The policy is kept near the reference in this divergence: of occupancy measures by a discriminator (sqrt_chi2 is
     the paper's, chi2, kl), or of the action distributions alone (action_kl, action_chi2, action_sqrt_chi2)."""
     coef: Nonnegative = 0.5
-    """The divergence is weighted by this number times the deviation of the reward under the reference; 0 is PPO on the
-    proxy, bit for bit."""
+    """The divergence is weighted by this number: of occupancy measures times the deviation of the reward under the
+    reference, of actions over 1 - gamma; 0 is PPO on the proxy, bit for bit."""
     correlation: Unit | None = None
     """The correlation r of proxy and true reward under the reference, where it is known: coef is then sqrt(1 - r^2),
     the weight for which the paper's bound holds."""
@@ -86,7 +82,7 @@ class ORPOConfig(PPOConfig):
     discriminator_action: bool = True
     """The discriminator sees the action; otherwise it compares occupancy measures of states."""
     warm_up: Natural = 0
-    """For this many iterations the discriminator is trained and nothing is penalised."""
+    """For this many iterations the discriminator is trained, and nothing is penalised or stopped by it."""
     stop_at: Positive | None = None
     """Training ends once the estimated chi^2 of the occupancy measures exceeds this number, the baseline of stopping
     early; None never ends it."""
@@ -99,6 +95,11 @@ class ORPOConfig(PPOConfig):
             raise ValueError(f"recurrent: expected 'none', got {self.recurrent!r}; the discriminator sees single steps")
         if self.correlation is not None and self.coef != type(self).__dataclass_fields__["coef"].default:
             raise ValueError(f"coef: correlation={self.correlation} decides it; leave one of the two, got {self.coef}")
+        if self.regulariser in ACTION_KINDS:
+            check_unused(self, f"regulariser={self.regulariser} is a term of the loss", "warm_up", "max_penalty")
+            if self.stop_at is None:
+                own = [f.name for f in fields(self) if f.name.startswith("discriminator_")]
+                check_unused(self, f"regulariser={self.regulariser} has no discriminator", *own)
 
     @property
     def weight(self) -> float:
@@ -183,6 +184,8 @@ class ORPO(PPO):
 
     :param reference: the reference's policy, a module with the networks of the agent's; None: what ``config.reference``
         says. It is part of the agent's checkpoints.
+    :param restored: of ``load``: the state of the checkpoint, where the reference is; the file that it once came from
+        may be gone.
     :raises ValueError: a reference with other parameters.
     """
 
@@ -191,9 +194,23 @@ class ORPO(PPO):
     Config = ORPOConfig
     example_env = "ccrl/Tomato-v0"
 
-    def __init__(self, env: Any, config: Any = None, *, reference: nn.Module | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        env: Any,
+        config: Any = None,
+        *,
+        reference: nn.Module | None = None,
+        restored: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> None:
         self._reference = None if reference is None else reference.state_dict()
+        self._restored = restored
         super().__init__(env, config, **options)
+        self._restored = None  # a whole state is not kept for its reference
+
+    @classmethod
+    def restored_with(cls, state: dict[str, Any]) -> dict[str, Any]:
+        return {"restored": state}
 
     def build(self) -> Learner:
         c: ORPOConfig = self.config
@@ -216,9 +233,8 @@ class ORPO(PPO):
 
     def _load_reference(self, policy: nn.Module) -> None:
         found, path = self._reference, self.config.reference
-        restored = _RESTORED.get()
-        if restored is not None:
-            found = _saved_reference(restored, self.device)
+        if self._restored is not None:
+            found = _saved_reference(self._restored)
             if found is None or checkpoint.different_shapes(found, policy.state_dict()):
                 return  # load() says what is wrong
         elif found is None and path:
@@ -232,18 +248,10 @@ class ORPO(PPO):
             )
         policy.load_state_dict(found)
 
-    @classmethod
-    def load(cls, path: str | Path, *args: Any, **options: Any) -> Self:
-        token = _RESTORED.set(path)
-        try:
-            return super().load(path, *args, **options)
-        finally:
-            _RESTORED.reset(token)
-
     def before_learning(self) -> None:
         """:raises ValueError: a reward that does not vary under the reference: no weight can be in its units."""
         c: ORPOConfig = self.config
-        if c.weight > 0.0 and not float(self.estimator.sigma) > 0.0:
+        if self.estimator.penalised and not float(self.estimator.sigma) > 0.0:
             raise ValueError(
                 f"coef: expected a reward that varies under the reference, got the same at each of its "
                 f"{c.reference_steps * c.num_envs} steps; take more reference_steps, or coef=0"
@@ -262,10 +270,10 @@ class ORPO(PPO):
         }
 
 
-def _saved_reference(path: str | Path, device: torch.device) -> dict[str, Tensor] | None:
-    """The reference's parameters in an agent's checkpoint; None: they are missing."""
+def _saved_reference(state: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The reference's parameters in an agent's state; None: they are missing."""
     try:
-        found: dict[str, Tensor] = checkpoint.load(path, map_location=device)["state"]["learner"]["bank"]["ref"]
+        found: dict[str, Tensor] = state["learner"]["bank"]["ref"]
     except (KeyError, TypeError):
         return None
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import gymnasium as gym
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from ccrl.batched_env import Tree
 from ccrl.data import Batching, Data
 from ccrl.estimators import aggregates
 from ccrl.estimators.terms import LogRatio, Outputs, Term
+from ccrl.policies.encoders import OneHotFactors
 from ccrl.policies.observations import observation_sizes, observation_spaces
 from ccrl.updaters import FlatUpdater, Stats
 
@@ -97,12 +99,9 @@ class OccupancyRatio(nn.Module):
         """``[T, N, k]``: observations, flat and one-hot, and the action."""
         spaces = observation_spaces(self.spaces[0])
         lead = action.shape[:2]
-        parts = [
-            _flat(obs[key] if isinstance(obs, dict) else obs, observation_sizes(space), lead)
-            for key, space in spaces.items()
-        ]
+        parts = [_flat(obs[key] if isinstance(obs, dict) else obs, space, lead) for key, space in spaces.items()]
         if self.action:
-            parts.append(_flat(action, observation_sizes(self.spaces[1]), lead))
+            parts.append(_flat(action, self.spaces[1], lead))
         return torch.cat(parts, -1)
 
     def fit(self, data: Data, generator: torch.Generator) -> Stats:
@@ -121,13 +120,25 @@ class OccupancyRatio(nn.Module):
             stats = self.updater.run(DISCRIMINATOR, rows.epoch(self.batching, generator))
         return {"discriminator_loss": stats["discriminator_loss"]}
 
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        saved = state.get(f"{prefix}reference_features")
+        if saved is not None and saved.shape[1:] == self.reference_features.shape[1:]:
+            # of as many valid steps as the reference had then: played again it may meet other ends of episodes
+            self.reference_features = saved.to(self.reference_features, copy=True)
+        super()._load_from_state_dict(state, prefix, *rest)
+
     @torch.no_grad()
     def forward(self, data: Data) -> Data:
         d = self._discriminator[0].logits(self.features(data["obs"], data["action"]))
         return data.derive(log_occupancy_ratio=d)
 
 
-def _flat(x: Tensor, size: int, lead: torch.Size) -> Tensor:
+def _flat(x: Tensor, space: gym.Space[Any], lead: torch.Size) -> Tensor:
+    if isinstance(space, gym.spaces.MultiDiscrete):
+        encoder = OneHotFactors(space)
+        found: Tensor = encoder(x.reshape(-1, len(encoder.sizes)))
+        return found.float().reshape(*lead, encoder.width)
+    size = observation_sizes(space)
     if size < 0:
         return F.one_hot(x.long(), -size).float()
     return x.reshape(*lead, size).float()

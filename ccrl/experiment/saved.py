@@ -187,7 +187,8 @@ def load_agent(
     with checkpoint.preserved_rng():
         with _names_of(path, trust, env):
             agent: Any = cls(  # type: ignore[call-arg]
-                saved.env, saved.config, seed=saved.seed, device=device, env_kwargs=saved.env_kwargs, policy=policy
+                saved.env, saved.config, seed=saved.seed, device=device, env_kwargs=saved.env_kwargs, policy=policy,
+                **cls.restored_with(saved.state),  # type: ignore[attr-defined]
             )  # fmt: skip
         own, state = agent.state_dict(), saved.state
         checkpoint.check_keys(state, own, f"{path}: state")

@@ -181,7 +181,8 @@ def test_the_theory_gives_the_weight():
 def test_the_rivals_keep_the_policy_near_the_reference(regulariser):
     distance = {}
     for coef in (0.0, 50.0):
-        agent = make(regulariser=regulariser, coef=coef, learning_rate=3e-2, discriminator_hidden=(16,))
+        small = {} if regulariser.startswith("action") else {"discriminator_hidden": (16,)}
+        agent = make(regulariser=regulariser, coef=coef, learning_rate=3e-2, **small)
         agent.learn(6 * agent.samples_per_iteration)
         ref = agent.ctx.bank.policy("ref")
         states = torch.arange(352)
@@ -236,6 +237,9 @@ def test_the_help_says_which_orpo_it_is():
         ({"recurrent": "gru"}, "recurrent"),
         ({"correlation": 0.5, "coef": 0.1}, "correlation"),
         ({"correlation": 1.5}, "correlation"),
+        ({"regulariser": "action_kl", "warm_up": 3}, "warm_up"),
+        ({"regulariser": "action_kl", "max_penalty": 1.0, "stop_at": 1.0}, "max_penalty"),
+        ({"regulariser": "action_kl", "discriminator_lr": 1.0}, "discriminator_lr"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(settings, message):
@@ -255,5 +259,19 @@ def test_a_constant_reward_has_no_unit():
             result = self.env.step(action)
             return result._replace(reward=torch.ones_like(result.reward))
 
+    small = {"num_envs": 4, "n_steps": 4, "batch_size": 8, "hidden": (), "reference_steps": 5, "compile": "off"}
     with pytest.raises(ValueError, match="varies under the reference"):
-        ORPO(Constant(), num_envs=4, n_steps=50, hidden=(), reference_steps=5).learn(1)
+        ORPO(Constant(), **small).learn(1)
+    # a divergence of actions is not in units of the reward
+    assert ORPO(Constant(), regulariser="action_kl", **small).learn(1).iteration == 1
+
+
+def test_the_discriminator_sees_every_factor():
+    """MultiDiscrete observations and actions, one-hot; and another number of the reference's valid steps is loaded."""
+    space = gymnasium.spaces.MultiDiscrete([2, 3])
+    one = {"obs": torch.tensor([[[1, 2]]]), "action": torch.tensor([[[0, 1]]]), "valid": torch.ones(1, 1)}
+    ratio = OccupancyRatio((space, space), Data(one), hidden=(4,))
+    assert ratio.reference_features.tolist() == [[0, 1, 0, 0, 1, 1, 0, 0, 1, 0]]
+    two = {name: x.repeat(2, 1, *[1] * (x.dim() - 2)) for name, x in one.items()}
+    ratio.load_state_dict(OccupancyRatio((space, space), Data(two), hidden=(4,)).state_dict())
+    assert ratio.reference_features.shape == (2, 10)
