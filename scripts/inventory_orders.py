@@ -35,6 +35,7 @@ from ccrl.experiment.files import write_atomic
 from ccrl.settings import Settings
 from envs.inventory import InventoryEnv, Recorded, make_task
 from envs.inventory.own import SUPPLIER, read_stock
+from envs.inventory.sales import measured_as
 from scripts.inventory_train import announced
 
 __all__ = ["OrdersConfig", "load_plan", "main"]
@@ -120,7 +121,8 @@ def main(config: OrdersConfig) -> list[dict[str, Any]]:
 
 
 def _with_sales(agent: HDPO, env: InventoryEnv, sales: Path) -> InventoryEnv:
-    """The same task after newer sales: products keep their usual demand, which the policy was trained on."""
+    """The same task after newer sales: products keep the usual demand, and promotions and prices the units, that the
+    policy was trained on."""
     with announced():
         newer = make_task("own_demand", **(agent.env_kwargs | {"sales": str(sales)}))
     old = env.task
@@ -134,7 +136,8 @@ def _with_sales(agent: HDPO, env: InventoryEnv, sales: Path) -> InventoryEnv:
         )
     if newer.network != old.network or newer.demand.feature_names != old.demand.feature_names:
         raise ValueError(f"{sales.name}: expected the lead times and promotions of training, got others; train again")
-    return InventoryEnv(dataclasses.replace(newer, by_series=newer.by_series | {"scale": old.by_series["scale"]}))
+    by_series = newer.by_series | {"scale": old.by_series["scale"]}
+    return InventoryEnv(dataclasses.replace(newer, demand=measured_as(newer.demand, old.demand), by_series=by_series))
 
 
 if __name__ == "__main__":

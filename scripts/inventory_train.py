@@ -102,7 +102,7 @@ class InventoryTrainConfig(Settings):
     patience: Count = 40
     """Training ends after this many epochs without a lower cost in the development periods."""
     batch_size: Count = 64
-    """An update takes this many products (of each lead time)."""
+    """An update takes this many products; with vary_lead_time a product counts once for each lead time."""
     learning_rate: Positive | None = None
     """This is Adam's step size; None takes 3e-3."""
     seed: Natural = 0

@@ -92,6 +92,8 @@ class Recorded:
         features: ``[S, W', K, F]``, ``W' >= W``: what is known ahead of each period, such as planned promotions.
             Periods beyond the last one given repeat :attr:`beyond`.
         feature_names: names of the ``F`` features.
+        feature_units: ``[S, K, F]``, what the features of a file are measured by: the largest number of a promotion (0
+            where there is none), the usual price.
 
     Raises:
         ValueError: another shape, nothing in it, values that are negative or not finite, names that do not fit.
@@ -106,6 +108,7 @@ class Recorded:
     locations: tuple[str, ...] = ()
     features: Tensor | None = None
     feature_names: tuple[str, ...] = ()
+    feature_units: Tensor | None = None
 
     def __post_init__(self) -> None:
         bad = int((~(self.series.isfinite() & (self.series >= 0))).sum())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from ccrl.settings import Count, checked
 from envs.inventory.demand import Recorded
 from envs.inventory.tables import Table, as_day, as_number, read_table, refuse
 
-__all__ = ["Period", "read_sales"]
+__all__ = ["Period", "measured_as", "read_sales"]
 
 Period = Literal["auto", "week", "day"]
 
@@ -211,7 +212,7 @@ def _recorded(
     if dead:
         raise ValueError(f"{table.name}: expected some demand of every product, got none of {', '.join(dead[:5])}")
     names = (*(f"promotion:{name}" for name in promotion), *((f"price:{price}",) if price else ()))
-    features = None
+    features = measures = None
     if names:
         total = np.zeros((len(products), known, len(places), len(names)))
         count = np.zeros(total.shape)
@@ -229,16 +230,28 @@ def _recorded(
         refuse(table, wrong, "Promotion and price columns hold numbers")
         # days that are added up to weeks: the share of days with a promotion, the mean price
         grid = np.where(count > 0, total / np.maximum(count, 1.0), np.nan)
-        features = torch.from_numpy(_planned(table, grid[:, cut:], len(promotion)))
+        features, measures = map(torch.from_numpy, _planned(table, grid[:, cut:], len(promotion)))
     first += datetime.timedelta(days=cut * step)
     return Recorded(
         torch.from_numpy(demand.astype(np.float32)), table.name, first, history or _HISTORY[step], step, products,
-        places if places != ("",) else (), features, names,
+        places if places != ("",) else (), features, names, measures,
     )  # fmt: skip
 
 
-def _planned(table: Table, grid: np.ndarray, promotions: int) -> np.ndarray:
-    """Features ``[S, W', K, F]`` without gaps: no promotion where no row says so, prices go on, relative."""
+def measured_as(new: Recorded, old: Recorded) -> Recorded:
+    """``new`` with its promotions and prices in the units of ``old``, which has the same products, locations and
+    features: what a policy learnt is what these numbers mean. A promotion that ``old`` had nothing of keeps its own.
+    """
+    if new.features is None or new.feature_units is None or old.feature_units is None:
+        return new
+    ratio = torch.where(old.feature_units > 0, new.feature_units / old.feature_units, 1.0)[:, None]
+    level = torch.tensor([float(name.startswith("price:")) for name in new.feature_names])  # a price is shown minus 1
+    return replace(new, features=(new.features + level) * ratio - level)
+
+
+def _planned(table: Table, grid: np.ndarray, promotions: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features ``[S, W', K, F]`` without gaps: no promotion where no row says so, prices go on, relative; and what they
+    are relative to, ``[S, K, F]``."""
     flags = np.nan_to_num(grid[..., :promotions])
     largest = np.abs(flags).max((0, 1, 2), initial=0.0)
     flags = flags / np.where(largest > 0, largest, 1.0)
@@ -253,4 +266,5 @@ def _planned(table: Table, grid: np.ndarray, promotions: int) -> np.ndarray:
     if np.isnan(prices).any():
         raise ValueError(f"{table.name}: expected a price for every product and location, got none for some")
     usual = np.median(prices[:, : max(1, prices.shape[1] // 2)], 1, keepdims=True)
-    return np.concatenate((flags, prices / usual - 1.0), -1).astype(np.float32)
+    measures = np.concatenate((np.broadcast_to(largest, flags[:, 0].shape), usual[:, 0]), -1)
+    return np.concatenate((flags, prices / usual - 1.0), -1).astype(np.float32), measures.astype(np.float32)

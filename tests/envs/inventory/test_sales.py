@@ -11,6 +11,7 @@ import torch
 
 from envs.inventory import InventoryEnv, read_sales
 from envs.inventory.own import own_demand
+from envs.inventory.sales import measured_as
 
 LONG = "item,day,sold,shop,promo,eur\n"
 
@@ -142,3 +143,22 @@ def test_blank_lines_count_as_rows(tmp_path: Path) -> None:
     path = write(tmp_path, "sku,date,units\nA,2024-01-01,3\n\n,,\nA,2024-01-08,x\n")
     with pytest.raises(ValueError, match="row 5: units 'x' is no number"):
         read_sales(path)
+
+
+def test_newer_sales_are_measured_as_the_older_were(tmp_path: Path) -> None:
+    """A discount of 20 was the largest, 1, and one of 50 is 2.5 of it; a price of 6 is over the usual price of 4, not
+    over the one of 5 that newer sales have."""
+    head = "sku,date,units,off,idle,eur\n"
+    options: dict[str, Any] = {"promotion": ("off", "idle"), "price": "eur"}
+    rows = "A,2024-01-01,1,20,0,4\nA,2024-01-08,2,0,0,4\nA,2024-01-15,1,0,0,5\nA,2024-01-22,1,0,0,6\n"
+    old = read_sales(write(tmp_path, head + rows), **options)
+    later = "A,2024-01-29,1,0,3,6\nA,2024-02-05,3,50,0,6\nA,2024-02-12,3,0,0,6\n"
+    new = read_sales(write(tmp_path, head + rows.replace(",4\n", ",5\n", 2) + later, "new.csv"), **options)
+    assert old.features is not None
+    assert new.features is not None
+    assert new.features[0, 0, 0].tolist() == pytest.approx([0.4, 0.0, 0.0])
+    found = measured_as(new, old).features
+    assert found is not None
+    assert found[0, :, 0, 0].tolist() == pytest.approx([1.0, 0.0, 0.0, 0.0, 0.0, 2.5, 0.0])
+    assert found[0, :, 0, 1].tolist() == [0, 0, 0, 0, 1, 0, 0], "there was none of it before"
+    assert found[0, :, 0, 2].tolist() == pytest.approx([0.25, 0.25, 0.25, 0.5, 0.5, 0.5, 0.5])
