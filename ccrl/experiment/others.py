@@ -52,7 +52,8 @@ def read_others(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, int, A
         except ValueError:
             raise ValueError(
                 f"{path}:{line}: expected a whole number in {columns['seed']!r} and finite numbers in "
-                f"{columns['step']!r} and {columns['return']!r}, got {[row[columns[k]] for k in ('seed', 'step', 'return')]}"
+                f"{columns['step']!r} and {columns['return']!r}, got "
+                f"{[row[columns[k]] for k in ('seed', 'step', 'return')]}"
             ) from None
         points = runs.setdefault((row[columns["env"]], row[columns["agent"]], seed), {})
         if step in points:
