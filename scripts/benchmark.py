@@ -43,6 +43,7 @@ from ccrl.settings import Count, Natural, Settings
 from scripts import benchmark_sb3 as sb3
 from scripts import training
 from scripts.benchmark_study import Spec, Study
+from scripts.whole_paths import whole_paths
 
 __all__ = ["Options", "main"]
 
@@ -171,7 +172,7 @@ def _run(values: dict[str, Any], out: Path, cores: int) -> int:
         if resumed and old is not None:
             # what is built comes from the study; find() has seen that the folder says the same
             values = old.config() | {name: spec.values[name] for name in ("env", "agent")}
-            config = configs.from_dict(training.run_config(spec.agent, spec.values["agent"]), values)
+            config = whole_paths(configs.from_dict(training.run_config(spec.agent, spec.values["agent"]), values))
             with registry.stored(str(old.path), spec.trust):
                 training.train(spec.agent, config, old.path, spec.trust)
         else:

@@ -33,6 +33,7 @@ from ccrl.llm.task import resolve_task
 from ccrl.settings import Count, Natural, Settings
 from scripts import benchmark_sb3 as sb3
 from scripts import training
+from scripts.whole_paths import whole_paths
 
 __all__ = ["Entry", "Spec", "Study"]
 
@@ -174,7 +175,8 @@ class Spec:
             return None
         run = max(runs, key=lambda run: ("finished" in run.info, run.path.stat().st_mtime))
         mine = self.config()
-        both = [configs.to_dict(config) for config in (mine, configs.from_dict(type(mine), run.config()))]
+        # a run's folder has its files by their whole paths
+        both = [configs.to_dict(whole_paths(config)) for config in (mine, configs.from_dict(type(mine), run.config()))]
         mine, other = (configs.flatten({k: config[k] for k in self.values}) for config in both)
         for values in (mine, other):
             values.pop("env_kwargs.nthread", None)  # results do not depend on it

@@ -40,14 +40,26 @@ def with_prompts(config: Any) -> Any:
 
 
 def whole_paths(config: Any) -> Any:
-    """A configuration whose files and whose model's folder have their whole paths: a run is resumed and evaluated from
-    other folders too."""
+    """A configuration whose files (of an environment, the data set, the base policy) and whose model's folder have
+    their whole paths: a run is resumed and evaluated from other folders too."""
     config, model = replace(config, env_kwargs=absolute_files(config.env_kwargs)), getattr(config.agent, "model", None)
     if isinstance(model, str) and model not in ("tiny", "tabular") and Path(model).is_dir():
         config = replace(config, agent=replace(config.agent, model=str(Path(model).resolve())))
     if (folder := getattr(config.agent, "generation_folder", None)) is not None:
         config = replace(config, agent=replace(config.agent, generation_folder=Path(folder).resolve()))
+    for name in ("dataset", "base"):
+        value = getattr(config.agent, name, None)
+        if isinstance(value, str) and (whole := _whole(value)) != value:
+            config = replace(config, agent=replace(config.agent, **{name: whole}))
     return config
+
+
+def _whole(name: str) -> str:
+    """A file by its whole path, also behind the name of its kind (``ogbench:FILE``, ``d4rl:FILE``); others as they
+    are."""
+    kind, colon, file = name.rpartition(":")
+    known = kind in ("", "ogbench", "d4rl")
+    return f"{kind}{colon}{Path(file).resolve()}" if known and Path(file).is_file() else name
 
 
 def absolute_files(options: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from ccrl.experiment.curves import load_study
 from ccrl.experiment.run import RunFolder, find_runs
 from scripts import benchmark, benchmark_study
 from scripts.benchmark_study import Study
+from scripts.whole_paths import whole_paths
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = {"num_envs": 4, "n_steps": 32, "batch_size": 64, "n_epochs": 1}
@@ -128,6 +129,25 @@ def test_the_finished_run_is_found_before_a_newer_one_whatever_its_simulator_thr
     assert other.find(tmp_path) == runs[3]
     runs[1].info_file.rename(runs[1].path / "abandoned.json")
     assert spec.find(tmp_path) == runs[2], "the newest of those that go on"
+
+
+@pytest.mark.parametrize("kind", ["", "ogbench:"])
+def test_a_study_names_its_files_by_paths_from_where_it_runs(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folders of runs have the whole path, and run on from anywhere: that is no other setting."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.npz").touch()
+    settings = {"td3_bc": {"dataset": f"{kind}rows.npz"}}
+    (spec,) = study(agents=["td3_bc"], envs=["Pendulum-v1"], settings=settings).specs()
+    config = whole_paths(spec.config())
+    assert config.agent.dataset == f"{kind}{tmp_path / 'rows.npz'}"
+    run = RunFolder.create(spec.root(tmp_path), "Pendulum-v1", "td3_bc", 0, config)
+    assert spec.find(tmp_path) == run
+    (other,) = study(
+        agents=["td3_bc"], envs=["Pendulum-v1"], settings={"td3_bc": {"dataset": "minari:rows.npz"}}
+    ).specs()
+    assert whole_paths(other.config()).agent.dataset == "minari:rows.npz"
 
 
 def test_cores_are_shared_by_the_jobs_and_go_to_the_simulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
