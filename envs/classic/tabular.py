@@ -30,7 +30,8 @@ class TabularMDP(Exact, ClassicEnv):
         terminal: ``[S]`` bool, the states that end an episode.
 
     Raises:
-        ValueError: shapes that do not fit, rows that are no distribution, or no horizon with gamma 1.
+        ValueError: shapes that do not fit, rows that are no distribution, a start in a terminal state, or no horizon
+            with gamma 1.
     """
 
     id = "ccrl/TabularMDP-v0"
@@ -68,6 +69,8 @@ class TabularMDP(Exact, ClassicEnv):
                 raise ValueError(f"{self.id}: expected {name} {shape} of distributions, got {tuple(table.shape)}")
         if self.terminal.shape != (states,):
             raise ValueError(f"{self.id}: expected terminal ({states},), got {tuple(self.terminal.shape)}")
+        if bool((self.start[self.terminal] > 0).any()):
+            raise ValueError(f"{self.id}: expected start without terminal states, where an episode has no step")
         if not 0.0 <= gamma <= 1.0 or (horizon is None and gamma == 1.0):
             raise ValueError(f"{self.id}: expected gamma in [0, 1], below 1 without a horizon; got {gamma}")
         self.gamma, self.horizon = gamma, horizon
@@ -121,6 +124,16 @@ class TabularMDP(Exact, ClassicEnv):
         return value
 
     def visits(self, params: Params) -> tuple[Tensor, Tensor]:
+        """See :class:`Exact`.
+
+        Raises:
+            ValueError: episodes that go on for ever, whose visits are infinitely many.
+        """
+        if self.horizon is None and not self._ends_surely():
+            raise ValueError(
+                f"{self.id}: the visits of an episode are counted with a horizon, or where every state leads to a "
+                "terminal one; got neither"
+            )
         step = self._alive(torch.einsum("sa,sat->st", self.probabilities(params), self.transition_table).T)
         if self.horizon is None:
             count = torch.linalg.solve(torch.eye(len(step), dtype=torch.float64) - step, self.start)
@@ -130,6 +143,14 @@ class TabularMDP(Exact, ClassicEnv):
                 now = step @ now
                 count = count + now
         return self.states, self._alive(count)
+
+    def _ends_surely(self) -> bool:
+        """Whether from every state that can be reached some actions lead to a terminal state."""
+        leads = (self.transition_table > 0).any(1) | torch.eye(len(self.start), dtype=torch.bool)
+        for _ in range(len(self.start).bit_length()):  # ways of 1, 2, 4 ... steps
+            leads = leads.double() @ leads.double() > 0
+        ends, reached = leads[:, self.terminal].any(1), leads[self.start > 0].any(0)
+        return bool(ends[reached].all())
 
     def optimal_return(self) -> float:
         """Of the best policy that may also look at the clock: value iteration.

@@ -198,6 +198,8 @@ def test_two_states():
     # fourth-order differences of the return give 1.624417 as well
     assert torch.linalg.matrix_norm(hessian, 2).item() == pytest.approx(1.624417, abs=5e-7)
     torch.testing.assert_close(hessian, hessian.T)
+    with pytest.raises(ValueError, match="where every state leads to a terminal one"):
+        env.exact_fisher(policy)
 
 
 # -- simulation -------------------------------------------------------------------------------------------------------
@@ -258,7 +260,7 @@ def test_wrong_tables_are_refused():
     TabularMDP(**good)
     for wrong in (
         {"transition": [[[0.9, 0.0]], [[0.0, 1.0]]]}, {"transition": [[[1.5, -0.5]], [[0.0, 1.0]]]}, {"start": [1.0]},
-        {"reward": [0.0, 1.0]}, {"terminal": [True]}, {"gamma": 1.0}, {"gamma": 1.5},
+        {"reward": [0.0, 1.0]}, {"terminal": [True]}, {"terminal": [True, False]}, {"gamma": 1.0}, {"gamma": 1.5},
     ):  # fmt: skip
         with pytest.raises(ValueError, match="expected"):
             TabularMDP(**(good | wrong))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ccrl.settings import Positive
 from envs.mujoco.task import State
 from envs.mujoco.tasks.ant import Ant
 
@@ -20,7 +21,7 @@ class SweepingAnt(Ant):
     contact_cost_weight: float = 0.0
     exclude_current_positions_from_observation: bool = False
     include_cfrc_ext_in_observation: bool = False
-    half_width: float = 20.0
+    half_width: Positive = 20.0
 
     max_episode_steps = 400
 

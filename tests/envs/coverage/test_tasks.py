@@ -182,6 +182,7 @@ def test_the_ant_marks_blocks():
         (lambda: grid_items(demands=(1,)), "demand"),
         (lambda: grid_facility(customers=0), "customers"),
         (lambda: PointMass(cells=0), "cells"),
+        (lambda: ant_coverage(half_width=0.0), "half_width"),
         (lambda: best_path(grid_coverage(stochasticity=0.1)), "stochasticity"),
         (lambda: best_path(grid_coverage(), width=0), "width"),
         (lambda: SetReward(GridWorld(), LogDet(torch.eye(100), 0.1, 5)), "capacity"),
