@@ -56,18 +56,31 @@ class Group:
         return RunFolder.open(path)
 
     def checkpoint(self, run: RunFolder) -> Path | None:
-        """The one to go on from: of the step of the first process's newest.
+        """The one to go on from: of the first process's newest step of which all have one. Newer ones of this process,
+        which a kill between two processes' savings leaves, are deleted: they would pass for a training further on.
 
         :raises FileNotFoundError: this process has none of that step.
         """
-        newest = checkpoint.latest(run.checkpoints) if self.lead else None
-        name = self.processes.same_text((newest.name if newest else "none") if self.lead else None)
+        name = self.processes.same_text(self._newest(run) if self.lead else None)
         if name == "none":
             return None
         path = self.folder(run) / name
         if not path.is_file():
             raise FileNotFoundError(f"process {self.processes.rank}: expected its checkpoint {path}, found none")
+        for other in path.parent.glob("step_*.pt"):
+            if other.name > name:  # names sort by step
+                other.unlink(missing_ok=True)
         return path
+
+    def _newest(self, run: RunFolder) -> str:
+        """Of the steps that all have the newest, as the name of its file; if there is none, the first process's."""
+        newest = checkpoint.latest(run.checkpoints)
+        if newest is None:
+            return "none"
+        ranks = range(1, self.processes.size)
+        others = [{path.name for path in (run.path / "processes" / str(k)).glob("step_*.pt")} for k in ranks]
+        mine = {path.name for path in run.checkpoints.glob("step_*.pt") if path.name <= newest.name}
+        return max(mine.intersection(*others), default=newest.name)
 
     def enter(self, agent: Any, restored: bool) -> None:
         """Let the agent train with the others."""

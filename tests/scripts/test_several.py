@@ -7,18 +7,21 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from agents import MDPO, NPGIGT
 from agents.grouped import Grouped
+from ccrl.experiment import checkpoint
 from ccrl.experiment.config import ConfigError
 from ccrl.experiment.csv_table import read_rows
 from ccrl.experiment.run import RunFolder
 from ccrl.learn.parallel import distribute
 from ccrl.testing import prepare_rollout
 from scripts import evaluate, train
+from scripts.group import Group
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = Path(__file__).with_name("several_cases.py")
@@ -101,3 +104,19 @@ def test_what_would_drift_apart_is_refused():
     ):
         with pytest.raises(ValueError, match="one process"):
             distribute(agent.learner, processes)
+
+
+@pytest.mark.parametrize(("first", "second"), [((64, 128), (64, 128, 192)), ((64, 128, 192), (64, 128))])
+def test_a_kill_between_two_savings_costs_the_newer_checkpoint_alone(tmp_path, first, second):
+    """While the first process evaluates, the second has saved already."""
+    run = RunFolder.create(tmp_path, "e", "a", 0)
+    for folder, steps in ((run.checkpoints, first), (run.path / "processes" / "1", second)):
+        for step in steps:
+            checkpoint.save(checkpoint.checkpoint_path(folder, step), {"step": step})
+    said = []
+    for rank in (0, 1):
+        same = (lambda text: said.append(text) or text) if rank == 0 else (lambda text: said[0])
+        group = Group(SimpleNamespace(rank=rank, size=2, same_text=same))
+        path = group.checkpoint(run)
+        assert path == checkpoint.checkpoint_path(group.folder(run), 128)
+        assert sorted(p.name for p in path.parent.glob("*.pt")) == ["step_000000000064.pt", "step_000000000128.pt"]
