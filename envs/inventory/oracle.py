@@ -40,6 +40,10 @@ _NORMAL: Any = torch.distributions.Normal(
 )
 
 
+_LARGEST = 2**29
+"""Numbers in the largest array of a lost-sales store: four gigabytes."""
+
+
 class BaseStock(NamedTuple):
     """A base-stock policy ``order = min(max(level - inventory position, 0), cap)`` and its average cost."""
 
@@ -73,6 +77,11 @@ class _LostSales:
         if lead_time < 1 or orders < 1 or top < 1:
             raise ValueError(f"expected lead_time, orders and top of at least 1, got {lead_time}, {orders}, {top}")
         _positive(underage=underage, mean=mean, holding=holding)
+        if (top + 1) * (orders + 1) ** lead_time > _LARGEST:
+            raise ValueError(
+                f"lead_time: expected at most {_LARGEST} pairs of a state and an order, got lead_time={lead_time} with "
+                f"orders up to {orders} and stocks up to {top}; there is no exact cost, simulate"
+            )
         self.lead_time, self.orders, self.top = lead_time, orders, top
         stock = torch.arange(top + 1, dtype=torch.float64)
         pmf = torch.exp(stock * math.log(mean) - mean - torch.lgamma(stock + 1))
@@ -134,7 +143,8 @@ def lost_sales_optimum(
         tolerance: distance of the lower and the upper bound between which the returned cost lies.
 
     Raises:
-        ValueError: a lead time, order or stock limit below one, a mean or a cost that is not positive.
+        ValueError: a lead time, order or stock limit below one, a mean or a cost that is not positive, or more states
+            than fit (at mean 5 from lead time 7 on).
     """
     _positive(mean=mean)
     wide = 5.4 if lead_time == 1 else 2.7

@@ -232,7 +232,8 @@ def _draw_rows(axes: list[Any], env: InventoryEnv, trace: Trace, summary: _Summa
         axis.text(
             1.012, 0.5, f"{names[node]}\n{label}", transform=axis.transAxes, va="center", fontsize=6.5, linespacing=1.15
         )
-    axes[-1].set_xlabel("week" if env.recorded else "period", labelpad=1)
+    recorded = env.task.demand if isinstance(env.task.demand, Recorded) else None
+    axes[-1].set_xlabel("period" if recorded is None else "week" if recorded.step_days == 7 else "day", labelpad=1)
 
 
 def _legend(figure: Figure, height: float, env: InventoryEnv, warm: bool) -> None:

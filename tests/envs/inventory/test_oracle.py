@@ -243,6 +243,7 @@ def test_oracle_cost():
         assert oracle_cost(dataclasses.replace(task, **twice)) == pytest.approx(2 * oracle_cost(task), rel=1e-5)
     assert oracle_cost(make_task("one_warehouse_lost_demand")) is None
     assert oracle_cost(make_task("one_store_real_data", count=2)) is None
+    assert oracle_cost(make_task("one_store_lost", lead_time=8)) is None, "1.4 billion states"
     for name, change in (
         ("one_store_lost", {"profit": True}),
         ("one_store_lost", {"edge_cost": (0.5,)}),

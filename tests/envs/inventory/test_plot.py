@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ccrl.experiment.plots import save
-from envs.inventory import TASKS, InventoryEnv, make_task, retail_sales, simulate
+from envs.inventory import TASKS, InventoryEnv, Recorded, make_task, retail_sales, simulate
 from envs.inventory.plot import _summarise, plot_network
 
 
@@ -106,3 +106,10 @@ def test_waste_is_a_cost_of_the_store():
     env = InventoryEnv(task, periods=20, ignore=8)
     trace = simulate(env, lambda _: torch.full((2, 2), 30.0), env.sample(2, torch.Generator()))
     assert _summarise(env, trace).cost.sum() == pytest.approx(trace.cost[8:].double().mean().item(), rel=1e-6)
+
+
+def test_periods_have_their_name():
+    sales = Recorded(torch.full((1, 80, 1), 4.0), "x", step_days=1)
+    env = InventoryEnv(make_task("own_demand", sales=sales, holding=1.0, underage=9.0, lead_time=2))
+    trace = simulate(env, lambda _: torch.full((1, 1), 4.0), env.sample(1, torch.Generator()))
+    assert plot_network(env, trace).axes[-1].get_xlabel() == "day"
