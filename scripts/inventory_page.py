@@ -140,8 +140,8 @@ def write_page(
         f"the {env.ignore} {kind} before them are simulated and not counted. Orders are whole units.</p>",
         f"<h2>Held-out {kind}</h2>",
         "<p>Means over products, per product and period. Rules are tuned product by product on the "
-        "development periods. <em>Policy minus it</em>: difference of costs, paired by product, with its 95 % interval; "
-        "below 0 the trained policy is cheaper.</p>",
+        "development periods. <em>Policy minus it</em>: difference of costs, paired by product, with its 95 % "
+        "interval; below 0 the trained policy is cheaper.</p>",
         _table(_COLUMNS, [_cells(row) for row in rows]),
     ]
     if questions:
