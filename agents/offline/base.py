@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from ccrl.offline import DataError, Dataset, load_dataset
 from ccrl.offline.dataset import Array
 from ccrl.offline.packed import PackedRows
 from ccrl.replay import ReplayBuffer
-from ccrl.settings import Compile, Count, Positive, Settings, Unit
+from ccrl.settings import Above, Compile, Count, Positive, Settings, Unit
 from ccrl.updaters import FlatUpdater, Updater
 
 __all__ = ["OfflineAgent", "OfflineConfig", "Parts"]
@@ -62,7 +62,7 @@ class RewardConfig(OfflineConfig):
 
     gamma: Unit = 0.99
     """Rewards are discounted by this factor per step."""
-    polyak: Positive = 0.005
+    polyak: Annotated[float, Above(0.0, 1.0)] = 0.005
     """The target networks move by this share towards the trained ones."""
     reward: Literal["raw", "range", "minus_one"] = "raw"
     """Rewards are used as they are (raw), times 1000 over the range of the episodes' returns (range), or less 1

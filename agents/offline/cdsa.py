@@ -242,7 +242,8 @@ class CorrectedPolicy(nn.Module):
         mode = self.base_action(obs)
         action, _ = self.correct(flat.float(), mode.float())
         if noise is not None:
-            action = action + (self.base_action(obs, noise) - mode)
+            noisy, corrected = self.base_action(obs, noise), self.config.action_strength or self.config.state_strength
+            action = action + (noisy - mode) if corrected else noisy  # without a correction to the last bit
         return {"action": action}
 
     def to_env(self, action: Tensor) -> Tensor:

@@ -36,7 +36,8 @@ class OfflinePolicy(nn.Module):
     ``evaluate`` computes, ``[T', B, ...]``: ``mean`` ``[.., A]``; ``log_prob`` of the stored action; ``q`` ``[.., n]``
     of it; of the actor's mean ``mean_q`` ``[.., n]`` and ``mean_q1`` (the first critic's alone); ``value``.
 
-    :raises ValueError: for actions that are no Box with finite bounds, or observations that are no vectors.
+    :raises ValueError: for actions that are no Box with finite bounds, one above the other, or observations that are no
+        vectors.
     """
 
     unit: Unit = "transition"
@@ -62,8 +63,9 @@ class OfflinePolicy(nn.Module):
     ) -> None:
         super().__init__()
         spec = ActionSpec.of(action_space)
-        if not isinstance(action_space, gym.spaces.Box) or not action_space.is_bounded():
-            raise ValueError(f"action space: expected a Box with finite bounds, got {action_space}")
+        bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+        if not bounded or not (action_space.high > action_space.low).all():  # type: ignore[attr-defined]
+            raise ValueError(f"action space: expected a Box with finite bounds, low < high, got {action_space}")
         self.n_out, self.stochastic, self.action_shape = spec.size, stochastic, spec.shape
         self.keys, width = _widths(observation_space)
         self.width = width

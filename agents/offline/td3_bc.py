@@ -19,6 +19,7 @@ from torch import Tensor
 from agents.offline.base import OfflineAgent, Parts, RewardConfig
 from agents.offline.bc import action_error, term
 from agents.offline.policy import OfflinePolicy
+from agents.on_policy import check_unused
 from ccrl.data import Batching, Data
 from ccrl.estimators.base import Context, Phase
 from ccrl.estimators.terms import LogRatio, Outputs
@@ -41,6 +42,11 @@ class TD3BCConfig(RewardConfig):
     """That noise is clipped to plus or minus this number."""
     policy_delay: Count = 2
     """The actor and the target networks move at every this many gradient steps."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.target_noise == 0.0:
+            check_unused(self, "target actions have no noise", "noise_clip")
 
 
 class TD3BC(OfflineAgent):

@@ -42,10 +42,11 @@ class LinearBaseline(nn.Module):
     @torch.no_grad()
     def fit(self, data: Data, target: Tensor) -> None:
         """Least squares on the valid rows of ``target [T, N]``."""
-        keep = (data["valid"] > 0).double().reshape(-1, 1)
-        x = self._design(data) * keep
+        keep = (data["valid"] > 0).reshape(-1, 1)
+        # chosen, not multiplied: what padding holds may be NaN
+        x, y = (torch.where(keep, rows, 0.0) for rows in (self._design(data), target.double().reshape(-1, 1)))
         gram = x.T @ x + self.ridge * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-        self.coef.copy_(torch.linalg.solve(gram, x.T @ (target.double().reshape(-1, 1) * keep)).squeeze(-1))
+        self.coef.copy_(torch.linalg.solve(gram, x.T @ y).squeeze(-1))
 
     def _design(self, data: Data) -> Tensor:
         x = self._features(tree_map(lambda leaf: leaf.flatten(0, 1), data["obs"])).double()

@@ -248,7 +248,8 @@ def test_linear_baseline_is_a_regression_on_the_iterations_before():
     data = Data({"obs": obs, "t": t, "valid": valid, "reward": torch.ones(6, 4), "carry": valid})
     target = 3 * obs.squeeze(-1) ** 2 - obs.squeeze(-1) + 0.5 * t / 100 + 2
     assert not baseline(data).any()
-    baseline.fit(data, torch.where(valid > 0, target, 1e9))
+    padding = torch.where(valid > 0, obs.squeeze(-1), torch.nan).unsqueeze(-1)
+    baseline.fit(Data({**data, "obs": padding}), torch.where(valid > 0, target, torch.nan))
     close(baseline(data)[valid > 0], target[valid > 0], 1e-4)
 
     baseline.fit(data, target)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from agents.offline.bc import BC
 from agents.offline.cdsa import CDSA, CDSAConfig, CorrectedPolicy, choose_strength
+from agents.offline.iql import IQL
 from ccrl.data import Batching
 from ccrl.diffusion import gaussian_score
 from ccrl.offline import Dataset, from_arrays, tail_mean, value_at_risk
@@ -94,6 +95,10 @@ def test_without_strength_the_base_policy_acts_to_the_last_bit(line_env: Any, li
     agent.learn(5)
     found = agent.predict(line_data.obs, deterministic=True)[0]
     np.testing.assert_array_equal(found, base.predict(line_data.obs, deterministic=True)[0])
+    noisy = IQL(line_env, data=line_data, hidden=(8,), updates=5, compile="off").policy
+    sampling = CDSA(line_env, data=line_data, policy=noisy, action_strength=0.0, state_strength=0.0, **SMALL).policy
+    obs, noise = torch.as_tensor(line_data.obs), noisy.draw_noise(len(line_data), None, torch.device("cpu"))
+    assert torch.equal(sampling.act(obs, noise)["action"], noisy.to_env(noisy.act(obs, noise)["action"]))
     moved = CDSA(line_env, data=line_data, policy=base.policy, action_strength=0.5, **SMALL)
     assert not np.array_equal(moved.predict(line_data.obs, deterministic=True)[0], found)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from agents.offline.bc import BC
 from agents.offline.iql import IQL, expectile_loss, weights
 from agents.offline.rebrac import ReBRAC
-from agents.offline.td3_bc import TD3BC, scale
+from agents.offline.td3_bc import TD3BC, TD3BCConfig, scale
 from ccrl.data import Batching, Data
 from ccrl.offline import DataError, Dataset, from_arrays
 from ccrl.policies import TwinQ
@@ -310,10 +310,11 @@ def test_wrong_spaces_are_refused(line_data: Dataset) -> None:
 
     box = gymnasium.spaces.Box(-1, 1, (2,))
     for obs, action in ((box, gymnasium.spaces.Discrete(2)), (box, gymnasium.spaces.Box(-np.inf, np.inf, (1,))),
+                        (box, gymnasium.spaces.Box(np.float32([-2, 1]), np.float32([2, 1]))),
                         (gymnasium.spaces.Discrete(3), box)):  # fmt: skip
         env = SpacesEnv(obs, action)
         env.num_envs = 1
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(ValueError, match="space: expected"):
             BC(env, data=line_data)
 
 
@@ -347,6 +348,12 @@ def test_a_policy_and_a_device_that_would_be_passed_over_are_refused(line_env: A
     line_env.device = torch.device("meta")
     with pytest.raises(ValueError, match="device: the environment is on meta, the agent on cpu"):
         TD3BC(line_env, data=line_data, **SMALL)
+
+
+def test_settings_that_do_not_fit_are_named() -> None:
+    for wrong in ({"target_noise": 0.0, "noise_clip": 0.3}, {"polyak": 1.5}):
+        with pytest.raises(ValueError, match=f"^{list(wrong)[-1]}: "):
+            TD3BCConfig(**wrong)  # type: ignore[arg-type]
 
 
 def test_critics_with_layer_norm() -> None:
