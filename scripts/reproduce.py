@@ -187,11 +187,11 @@ def main(options: Options) -> dict[str, list[Measurement]]:
         for row in found[slug]:
             print(f"{slug}: {row.quantity}: {row.mean:.5g} (expected {row.expected}): {row.verdict}", flush=True)
     docs = ROOT / "docs"
-    elsewhere = options.results / "llm_reproductions.md"
-    usual = docs / "llm_reproductions.md" if options.results == docs / "figures" / "reproductions" else elsewhere
+    ours = options.results.resolve() == (docs / "figures" / "reproductions").resolve()
+    usual = (docs if ours else options.results) / "llm_reproductions.md"
     text = page(options.results)
     write_atomic(options.page or usual, lambda file: file.write(text.encode()))
-    if options.results == docs / "figures" / "reproductions":
+    if ours:
         for path in sorted((docs / "llm").glob("*.md")):
             embed_page(path, options.results)
     return found

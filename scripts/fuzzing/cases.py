@@ -254,16 +254,29 @@ def _commands(rng: random.Random, folder: Path) -> Case:
     return Case(" ".join(argv[: len(argv) - 4]), lambda: made.append(train.prepare(argv)), lambda: made[0]())
 
 
+# every line is a whole command that works: of words that are refused anyway a change says nothing
 SCRIPTS: dict[str, list[str]] = {
     "evaluate": ["RUN", "--episodes", "2"],
     "plot": ["RUN", "--out", "OUT"],
     "export": ["RUN", "--out", "OUT/x.onnx"],
-    "tune": ["--agent", "ppo", "--env", "CartPole-v1", "--total-timesteps", "512", "--trials", "1", "--out", "OUT"],
+    "tune": [
+        "a2c",
+        "--env",
+        "CartPole-v1",
+        "--total-timesteps",
+        "160",
+        "--trials",
+        "1",
+        "--only",
+        "gamma",
+        "--out",
+        "OUT",
+    ],
     "make_dataset": ["agent", "--env", "Pendulum-v1", "--steps", "400", "--num-envs", "2", "--out", "OUT/x.npz"],
     "methods": ["--format", "plain"],
-    "gradient_lab": ["--env", "bandit", "--estimators", "mc", "--episodes", "4", "--repeats", "2"],
+    "gradient_lab": ["--env", "bandit-linear", "--estimators", "mc", "--samples", "4", "--repetitions", "2"],
     "inventory_network": ["ccrl/InventoryOneStoreLost-v0", "--out", "OUT"],
-    "reproduce": ["--papers", "none", "--out", "OUT"],
+    "reproduce": ["--papers", "bnpo", "--page-only", "--results", "OUT"],
 }
 WRONG = [
     "--no-such", "", "nan", "-1", "0", "x", "/none", "--help=1", "é", "--trust", "evilmod:X", "--checkpoint", "best",

@@ -74,6 +74,14 @@ def test_the_page_keeps_the_numbers_of_papers_that_did_not_run(tmp_path: Path, m
     assert page.read_text() == text
 
 
+def test_the_usual_folder_by_a_relative_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+    monkeypatch.setattr(reproduce, "write_atomic", lambda path, write: written.append(path))
+    monkeypatch.chdir(ROOT)
+    reproduce.main(reproduce.Options(page_only=True, results=Path("docs/figures/reproductions")))
+    assert written == [ROOT / "docs" / "llm_reproductions.md"], "and the methods' pages are as they are"
+
+
 def test_every_no_of_the_kept_numbers_has_a_reason() -> None:
     folder = reproduce.Options().results
     noes = {(slug, row.quantity) for slug in PAPERS if (folder / f"{slug}.csv").exists()
