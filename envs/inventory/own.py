@@ -76,7 +76,7 @@ def own_demand(
 
     Args:
         sales: a file for :func:`~envs.inventory.sales.read_sales`, which takes ``product`` ... ``history``, or what it
-            returns.
+            returns (``product`` and ``location`` then name columns of the other tables alone).
         holding: of a unit on stock at the end of a period. underage: of a unit of demand that is not served.
         lead_time: periods from an order to the period in which it can be sold, at least 1. With ``lead_time_min`` each
             order's is random, uniform between the two.
@@ -99,6 +99,13 @@ def own_demand(
         ValueError: something that nobody gave, or that does not fit; rows are named.
     """
     if isinstance(sales, Recorded):
+        given = {
+            "date": date != "date", "units": units != "units", "promotion": bool(promotion), "price": bool(price),
+            "period": period != "auto", "history": history is not None,
+        }  # fmt: skip
+        unread = ", ".join(name for name in given if given[name])
+        if unread:
+            raise ValueError(f"{unread}: expected with a file of sales, got sales that are read already")
         demand = sales
     else:
         demand = read_sales(

@@ -107,7 +107,7 @@ def many_warehouses_lost_demand() -> Task:
 @checked
 def one_store_real_data(
     series: Recorded | str | Path | None = None,
-    count: Count = 1024,
+    count: Count | None = None,
     horizons: dict[str, tuple[int, int, int]] | None = None,
     prices: float | Sequence[float] | None = None,
     lead_times: int | Sequence[int] | None = None,
@@ -116,16 +116,17 @@ def one_store_real_data(
 
     Args:
         series: of one store, from :func:`~envs.inventory.demand.load_series` or the path of a file for it; ``None``
-            makes ``count`` synthetic ones.
+            makes synthetic ones.
+        count: how many; ``None``: 1,024.
         horizons: see :class:`Task`.
         prices: one, or one per series; ``None`` draws them between 6.3 and 11.7 as published, and says so where the
             series are your own.
         lead_times: in weeks, one or one per series; ``None`` draws them from 4 to 6 in the same way.
 
     Raises:
-        ValueError: another number of prices or lead times than one or that of the series.
+        ValueError: another number of prices or lead times than one or that of the series; a count of one's own series.
     """
-    demand = _series(series, count, 1)
+    demand = _series(series, count, 1024, 1)
     size, name = len(demand.series), f"one_store_real_data [{demand.source}]"
     if series is not None:
         _announce(name, "give them as options", {"prices": prices, "lead_times": lead_times})
@@ -145,7 +146,7 @@ def one_store_real_data(
 @checked
 def many_warehouses_real_data(
     series: Recorded | str | Path | None = None,
-    count: Count = 288,
+    count: Count | None = None,
     horizons: dict[str, tuple[int, int, int]] | None = None,
 ) -> Task:
     """Three warehouses and 21 stores with recorded demand of a product per scenario; lost sales, profit. The network,
@@ -154,10 +155,11 @@ def many_warehouses_real_data(
 
     Args:
         series: of 21 stores, from :func:`~envs.inventory.demand.load_series` or the path of a file for it; ``None``
-            makes ``count`` synthetic ones.
+            makes synthetic ones.
+        count: how many; ``None``: 288.
         horizons: see :class:`Task`.
     """
-    demand = _series(series, count, 21)
+    demand = _series(series, count, 288, 21)
     if series is not None:
         made_up = {"network, lead times, costs and prices": None}
         _announce(f"many_warehouses_real_data [{demand.source}]", "build a Task for others", made_up)
@@ -221,9 +223,11 @@ def _by_series(name: str, value: Any, size: int) -> tuple[Any, ...]:
     return values
 
 
-def _series(series: Recorded | str | Path | None, count: int, stores: int) -> Recorded:
+def _series(series: Recorded | str | Path | None, count: int | None, usual: int, stores: int) -> Recorded:
     if series is None:
-        return synthetic_series(count, stores)
+        return synthetic_series(usual if count is None else count, stores)
+    if count is not None:
+        raise ValueError(f"count: expected none with series of your own, all of which are taken, got {count}")
     if isinstance(series, Recorded):
         return series
     if not isinstance(series, str | Path):

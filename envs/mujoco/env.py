@@ -16,7 +16,7 @@ from envs.mujoco.in_place import Arrays, Write, bound
 from envs.mujoco.model import action_space, load_model
 from envs.mujoco.render import Renderer, RenderOptions
 from envs.mujoco.task import MujocoTask, State, check_shape
-from envs.mujoco.variants import Randomise, draw_variants
+from envs.mujoco.variants import Randomise, asked_variants
 
 __all__ = ["MujocoEnv"]
 
@@ -42,8 +42,8 @@ class MujocoEnv:
             not tell. ``"nan"`` makes that step's reward NaN, which the collector reports; ``"continue"`` does as
             Gymnasium does.
         randomise: episodes are played on variants of the model, see ``envs.mujoco.variants.Randomise``; None: on it.
-        models: so many variants are drawn, once; every episode draws one of them.
-        models_seed: of the stream that the variants are drawn from.
+        models: so many variants are drawn, once; every episode draws one of them. None: 64.
+        models_seed: of the stream that the variants are drawn from. None: 0.
         render: size and camera of ``render``.
 
     Raises ``ValueError`` or ``TypeError`` for options out of range and for a task whose methods return other shapes
@@ -65,8 +65,8 @@ class MujocoEnv:
         dtype: torch.dtype = torch.float32,
         unstable: Literal["nan", "continue"] = "nan",
         randomise: Randomise | None = None,
-        models: int = 64,
-        models_seed: int = 0,
+        models: int | None = None,
+        models_seed: int | None = None,
         render: RenderOptions | None = None,
     ) -> None:
         if torch.device(device).type != "cpu":
@@ -96,7 +96,7 @@ class MujocoEnv:
         self.provides_final_obs = self.autoreset_mode is AutoresetMode.SAME_STEP
 
         model = load_model(task.xml_file)
-        self._variants = None if randomise is None else draw_variants(model, randomise, models, models_seed)
+        self._variants = asked_variants(model, randomise, models, models_seed)
         self.engine = BatchEngine(model, num_envs, nthread, task.fields, self._variants)
         task.setup(model, lambda x: torch.as_tensor(np.array(x), dtype=self.engine.dtype, device=self.device))
         self._generator = torch.Generator(self.device)

@@ -19,7 +19,7 @@ from mujoco.batch import MODEL_FIELDS
 from ccrl.seeding import stream_seed
 from ccrl.settings import Above, ConfigError, Count, Natural, checked
 
-__all__ = ["Randomise", "Variants", "draw_variants"]
+__all__ = ["Randomise", "Variants", "asked_variants", "draw_variants"]
 
 Randomise = Mapping[str, tuple[float, float]] | Callable[[mujoco.MjModel, np.random.Generator], None]
 """What differs: ranges of factors by field, such as ``{"geom_friction": (0.5, 1.5)}``, one factor per model, uniform,
@@ -41,6 +41,20 @@ class Variants:
     changed: tuple[str, ...]
     """Those that ``randomise`` changed, without the derived ones."""
     models: tuple[mujoco.MjModel, ...]
+
+
+def asked_variants(
+    model: mujoco.MjModel, randomise: Randomise | None, models: int | None, models_seed: int | None
+) -> Variants | None:
+    """What an environment's options of these names ask for.
+
+    :raises ValueError: options that nothing would read, and as :func:`draw_variants`.
+    """
+    if randomise is None:
+        if models is not None or models_seed is not None:
+            raise ValueError(f"models, models_seed: expected none without randomise, got {models} and {models_seed}")
+        return None
+    return draw_variants(model, randomise, 64 if models is None else models, models_seed or 0)
 
 
 @checked

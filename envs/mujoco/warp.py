@@ -17,7 +17,7 @@ from ccrl.torch_env import TorchEnv
 from envs.mujoco.model import action_space, load_model
 from envs.mujoco.render import Renderer, RenderOptions
 from envs.mujoco.task import MujocoTask, State, check_shape
-from envs.mujoco.variants import Randomise, draw_variants
+from envs.mujoco.variants import Randomise, asked_variants
 from envs.mujoco.warp_engine import WarpEngine
 
 __all__ = ["WarpEnv"]
@@ -65,8 +65,8 @@ class WarpEnv(TorchEnv):
         nconmax: Count | None = None,
         njmax: Count | None = None,
         randomise: Randomise | None = None,
-        models: Count = 64,
-        models_seed: Natural = 0,
+        models: Count | None = None,
+        models_seed: Natural | None = None,
         render: RenderOptions | None = None,
     ) -> None:
         limit = task.max_episode_steps if max_episode_steps is None else max_episode_steps
@@ -76,7 +76,7 @@ class WarpEnv(TorchEnv):
         self._render_options = render or RenderOptions()
         self._renderer: Renderer | None = None
         model = load_model(task.xml_file)
-        self._variants = None if randomise is None else draw_variants(model, randomise, models, models_seed)
+        self._variants = asked_variants(model, randomise, models, models_seed)
         fields = tuple(dict.fromkeys(task.fields))
         self.engine = self.engine_class(model, num_envs, self.device, fields, self._variants, nconmax, njmax)
         self._derived = [name for name in fields if name != "cfrc_ext"]

@@ -74,6 +74,13 @@ def test_bad_costs(tmp_path: Path, text: str, message: str) -> None:
         own_demand(retail_sales(2), costs=write(tmp_path, "costs.csv", text), **NUMBERS)
 
 
+def test_what_nothing_would_read_is_refused() -> None:
+    with pytest.raises(ValueError, match="price, history: expected with a file of sales"):
+        own_demand(retail_sales(2), price="eur", history=8, **NUMBERS)
+    with pytest.raises(ValueError, match="count: expected none with series of your own"):
+        make_task("one_store_real_data", series=retail_sales(2, 171), count=1)
+
+
 def test_waste_and_shelf_life_belong_together() -> None:
     with pytest.raises(ValueError, match="waste_cost: expected the cost of a unit that expires"):
         own_demand(retail_sales(2), shelf_life=3, **NUMBERS)

@@ -87,3 +87,8 @@ def test_episodes_draw_variants_and_resume_with_them():
 def test_what_cannot_be_meant_is_refused(randomise, message):
     with pytest.raises(ValueError, match=message):
         make_mujoco("Hopper-v5", 2, randomise=randomise)
+
+
+def test_variants_without_randomisation_are_refused():
+    with pytest.raises(ValueError, match="models, models_seed: expected none without randomise, got 8 and None"):
+        make_mujoco("Hopper-v5", 2, models=8)
