@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import OnPolicyConfig, check_eager, check_unused
+from agents.on_policy import OnPolicyConfig, check_eager, check_features, check_unused
 from ccrl.batched_env import Tree
 from ccrl.buffer import space_like
 from ccrl.data import Data
@@ -216,6 +216,7 @@ class NPGIGT(TrajectoryAgent):
 
 def linear_baseline(policy: MLPPolicy, space: Any) -> LinearBaseline:
     """A baseline on what the actor sees."""
+    check_features(policy, "baseline=linear reads what the actor sees")
     device = next(policy.parameters()).device
 
     def features(obs: Tree) -> Tensor:

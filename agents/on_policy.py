@@ -19,7 +19,7 @@ from ccrl.settings import Activation, Compile, Count, Finite, Natural, Positive,
 from ccrl.updaters import Updater
 
 __all__ = [
-    "VALUE", "ActorCriticConfig", "OnPolicyConfig", "OnPolicyEstimator", "Updaters", "check_eager",
+    "VALUE", "ActorCriticConfig", "OnPolicyConfig", "OnPolicyEstimator", "Updaters", "check_eager", "check_features",
     "check_standardised", "check_unused", "cut",
 ]  # fmt: skip
 
@@ -145,6 +145,15 @@ def check_unused(config: Any, why: str, *names: str) -> None:
             raise ValueError(f"{name}: {why}; expected the default {default!r}, got {value!r}")
 
 
+def check_features(policy: Any, why: str) -> None:
+    """``ValueError`` for a policy of the caller's that does not say, as ``MLPPolicy.features`` does, what its actor
+    sees."""
+    if not isinstance(policy, MLPPolicy):
+        raise ValueError(
+            f"policy: {why}; expected an MLPPolicy or a class derived from it, got {type(policy).__name__}"
+        )
+
+
 def check_eager(config: Any) -> None:
     """``ValueError`` for ``compile="on"`` where updates are explicit steps: only surrogates are compiled."""
     if config.compile == "on":
@@ -154,13 +163,13 @@ def check_eager(config: Any) -> None:
 class OnPolicyEstimator(Estimator):
     """What PPO, MDPO and BPO share: one rollout, reward scaling, values, GAE, a learning-rate schedule."""
 
-    def __init__(self, config: Any, policy: MLPPolicy) -> None:
+    def __init__(self, config: Any, policy: MLPPolicy, critic: bool = True) -> None:
         super().__init__()
         self.config = config
-        # bound methods: holding the module itself would save it twice
-        self._values: Callable[[Data], Data] = Values(policy.values)
-        if policy.unit == "sequence":
-            self._values = partial(_sequence_values, policy.state_values)
+        if critic:  # bound methods: holding the module itself would save it twice
+            self._values: Callable[[Data], Data] = Values(policy.values)
+            if policy.unit == "sequence":
+                self._values = partial(_sequence_values, policy.state_values)
         self.reward_norm = (
             RewardNorm(config.num_envs, config.gamma, config.clip_norm) if config.normalise_reward else None
         )

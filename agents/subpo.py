@@ -138,7 +138,7 @@ class SubPOEstimator(OnPolicyEstimator):
     ent_coef: Tensor
 
     def __init__(self, config: SubPOConfig, policy: MLPPolicy, updaters: Updaters) -> None:
-        super().__init__(config, policy)
+        super().__init__(config, policy, critic=config.credit == "gae")
         c = config
         self.register_buffer("ent_coef", torch.tensor(c.ent_coef))
         clipped = c.surrogate == "clip"

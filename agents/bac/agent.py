@@ -20,13 +20,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import gymnasium as gym
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from agents.bac.chain import chain_rows
 from agents.base import Agent
 from agents.bpg import EpisodicConfig
-from agents.on_policy import check_unused
+from agents.on_policy import check_features, check_unused
 from ccrl.batched_env import Tree
 from ccrl.collect import Request
 from ccrl.data import Data
@@ -110,6 +111,8 @@ class StateScale(nn.Module):
 
     def __init__(self, space: Any, policy: MLPPolicy | GibbsPolicy) -> None:
         super().__init__()
+        if not isinstance(space, gym.spaces.Box) or not np.issubdtype(space.dtype, np.floating):
+            check_features(policy, f"the state kernel reads what the actor sees of {space}")
         self._policy = [policy]  # in a list: a module of its own would be saved twice
         low = torch.as_tensor(getattr(space, "low", [0.0]), dtype=torch.float64).flatten()
         high = torch.as_tensor(getattr(space, "high", [1.0]), dtype=torch.float64).flatten()

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from agents.base import Agent
 from agents.dbqpg.quadrature import GradientSystem, StateGram
 from agents.dbqpg.uncertainty import shrink, stretch
-from agents.on_policy import OnPolicyConfig, check_eager, check_unused
+from agents.on_policy import OnPolicyConfig, check_eager, check_features, check_unused
 from ccrl.batched_env import Tree
 from ccrl.collect import Request
 from ccrl.data import Data, tree_map
@@ -306,6 +306,7 @@ class DBQPG(Agent):
         require("gpytorch", "gp")  # here, not at the first gradient
         c: DBQPGConfig = self.config
         policy = self.make_policy({})
+        check_features(policy, "the deep kernel reads what the actor sees")
         updater = FlatUpdater(policy, lr=c.learning_rate, eps=c.adam_eps)
         estimator = DBQPGEstimator(c, policy, updater.flat)
         return self.rollouts(policy, estimator, {"policy": updater}, DBQPGDirection(c, estimator, updater))

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import envs  # noqa: F401  (registers ids)
-from agents.bac import BAC, BACConfig
+from agents.bac import BAC, BACConfig, StateScale
 from agents.bpg import BPG, BPGConfig
 from agents.dbqpg import DBQPG, DBQPGConfig
+from agents.npg_igt import NPGIGT
+from ccrl.policies import GibbsPolicy
 from ccrl.testing import AgentContract, ClockEnv, Episode
 
 pytest.importorskip("gpytorch")
@@ -85,6 +87,15 @@ def test_settings_without_a_meaning_are_refused(name: str, config: type) -> None
         config(**{name: True if name == "normalise_reward" else 0.5})
     with pytest.raises(ValueError, match="time_limit: returns of whole paths"):
         BPGConfig(time_limit="terminal")
+
+
+def test_what_reads_features_refuses_policies_without() -> None:
+    """Before, an AttributeError or a TypeError in the middle of a build or of the first update."""
+    for agent, options in ((DBQPG, {}), (NPGIGT, {"baseline": "linear"})):
+        with pytest.raises(ValueError, match=r"policy: .* what the actor sees"):
+            agent("CartPole-v1", policy=lambda obs, action, heads: GibbsPolicy(obs, action), **options)
+    with pytest.raises(ValueError, match=r"policy: .* what the actor sees of Discrete\(3\)"):
+        StateScale(gymnasium.spaces.Discrete(3), torch.nn.Linear(1, 1))
 
 
 def test_resume_is_exact(tmp_path) -> None:

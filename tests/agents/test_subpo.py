@@ -12,6 +12,7 @@ from torch import Tensor
 
 import envs  # noqa: F401  (registers ids)
 from agents.subpo import SubPO, SubPOConfig, credited, without_mean
+from ccrl.policies import GibbsPolicy
 from ccrl.returns import discounted_sum
 from ccrl.testing import AgentContract, prepare_rollout
 from ccrl.wrappers import SetReward
@@ -218,6 +219,14 @@ def test_general_rewards_have_marginal_gains_too():
     # 7 distinct cells are 49; a random walk finds fewer than 5
     assert before < 25.0
     assert float(agent.scalars["rollout/set_value"]) > before + 10.0
+
+
+def test_without_a_critic_a_policy_needs_no_values():
+    agent = SubPO(
+        "ccrl/GridCoverage-v0", num_envs=2, policy=lambda obs, action, heads: GibbsPolicy(obs, action), compile="off",
+        env_kwargs={"observation": "scaled"},
+    )  # fmt: skip
+    assert agent.learn(1).iteration == 1
 
 
 def test_the_entropy_weight_falls_as_one_over_the_iteration():
