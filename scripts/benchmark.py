@@ -38,7 +38,9 @@ from ccrl import registry
 from ccrl.experiment import checkpoint
 from ccrl.experiment import config as configs
 from ccrl.experiment.csv_table import read_columns
+from ccrl.experiment.files import FolderInUseError
 from ccrl.experiment.logger import digits
+from ccrl.experiment.run import RunFolder
 from ccrl.settings import Count, Natural, Settings
 from scripts import benchmark_sb3 as sb3
 from scripts import training
@@ -180,14 +182,19 @@ def _run(values: dict[str, Any], out: Path, cores: int) -> int:
     except BaseException as error:
         traceback.print_exc()
         code = 1
-        if (run := spec.find(out)) is not None and isinstance(error, Exception):
-            run.record(error="".join(traceback.format_exception_only(error)).strip())
+        _note(spec.find(out), error)
     sys.stdout.flush()
     if (run := spec.find(out)) is not None:
         with open(run.path / "log.txt", "ab") as target:
             target.write(early.read_bytes())
         early.unlink()
     return code
+
+
+def _note(run: RunFolder | None, error: BaseException) -> None:
+    """What ended a run, in its ``run.json``; not where the folder is another process's, whose run goes on."""
+    if run is not None and isinstance(error, Exception) and not isinstance(error, FolderInUseError):
+        run.record(error="".join(traceback.format_exception_only(error)).strip())
 
 
 def _train(spec: Any, root: Path, cores: int) -> None:

@@ -21,11 +21,19 @@ __all__ = ["Act", "collect", "mean_return", "uniform"]
 Act = Callable[[Tensor], Tensor]
 
 
-def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Dataset:
+def collect(
+    env: BatchedEnv,
+    act: Act,
+    steps: int,
+    seed: int,
+    name: str,
+    restart: Callable[[Tensor | None], None] | None = None,
+) -> Dataset:
     """Whole episodes of at least ``steps`` transitions, episode after episode.
 
     What was executed is stored: actions are clipped to the space. Episodes that are under way when there are enough
-    are left out, and how many is printed.
+    are left out, and how many is printed. ``restart(first [N] | None)`` tells a policy with a memory where episodes
+    begin.
     """
     if env.autoreset_mode != AutoresetMode.SAME_STEP:
         raise ValueError(f"{name}: expected an environment that resets in the same step, got {env.autoreset_mode}")
@@ -35,6 +43,8 @@ def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Data
     obs, kept = env.reset(seed=stream_seed(seed, "data set: environment")), 0
     now: list[list[tuple[Any, ...]]] = [[] for _ in range(env.num_envs)]
     done: list[list[tuple[Any, ...]]] = []
+    if restart is not None:
+        restart(None)
     with torch.no_grad():
         while kept < steps:
             action = act(obs)  # type: ignore[arg-type]
@@ -58,6 +68,8 @@ def collect(env: BatchedEnv, act: Act, steps: int, seed: int, name: str) -> Data
                     done.append(now[i])
                     kept += len(now[i])
                     now[i] = []
+            if restart is not None:
+                restart(ended)
             obs = result.obs
     if begun := [len(e) for e in now if e]:
         print(f"[ccrl] {name}: left out {len(begun)} episodes ({sum(begun):,} transitions) that were under way in the "

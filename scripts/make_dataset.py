@@ -209,7 +209,9 @@ class Agent(Common):
         with registry.stored(str(self.checkpoint), [*self.trust, *([self.env] if self.env else [])]):
             env = envs.make(self.env or agent.env_id, self.num_envs, **agent.env_kwargs)
         torch.manual_seed(stream_seed(self.seed, "data set: actions"))
-        return collect(env, lambda o: agent.act(o, self.deterministic), self.steps, self.seed, self.out)
+        acting = agent.acting()
+        restart = getattr(acting, "restart", None)
+        return collect(env, lambda o: acting(o, self.deterministic), self.steps, self.seed, self.out, restart)
 
 
 @dataclass(frozen=True)

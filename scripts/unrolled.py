@@ -141,6 +141,7 @@ def trace(run: Callable[[], Any]) -> list[Called]:
     roots = tuple(f"{ROOT / package}/" for package in ("ccrl", "agents"))
     first: dict[CodeType, int] = {}
     calls: dict[CodeType, int] = {}
+    begins: dict[CodeType, int] = {}
     depth = 0
 
     def hook(frame: FrameType, event: str, _: Any) -> None:
@@ -153,7 +154,8 @@ def trace(run: Callable[[], Any]) -> list[Called]:
             return
         if "<" not in code.co_name:  # lambdas and comprehensions are in the text of the function around them
             first.setdefault(code, depth)
-            calls[code] = calls.get(code, 0) + 1
+            # where a generator goes on behind a yield, that is no call of its own
+            calls[code] = calls.get(code, 0) + (frame.f_lasti == begins.setdefault(code, frame.f_lasti))
         depth += 1
 
     sys.setprofile(hook)
@@ -205,6 +207,7 @@ def main(options: Options) -> str:
     if options.out is None:
         print(text, end="")
     else:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text, encoding="utf-8")
     return text
 
@@ -212,5 +215,5 @@ def main(options: Options) -> str:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Options, description=__doc__))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -20,6 +20,7 @@ from ccrl.experiment import config as configs
 from ccrl.experiment.config import ConfigError
 from ccrl.experiment.csv_table import read_columns, read_rows
 from ccrl.experiment.curves import load_study
+from ccrl.experiment.files import FolderInUseError
 from ccrl.experiment.run import RunFolder, find_runs
 from scripts import benchmark, benchmark_study
 from scripts.benchmark_study import Study
@@ -148,6 +149,15 @@ def test_a_study_names_its_files_by_paths_from_where_it_runs(
         agents=["td3_bc"], envs=["Pendulum-v1"], settings={"td3_bc": {"dataset": "minari:rows.npz"}}
     ).specs()
     assert whole_paths(other.config()).agent.dataset == "minari:rows.npz"
+
+
+def test_a_run_of_another_process_is_not_called_failed(tmp_path: Path) -> None:
+    """The same study twice at once: the second one's runs cannot begin, those of the first go on."""
+    run = RunFolder.create(tmp_path, "e", "a", 0)
+    benchmark._note(run, FolderInUseError("by process 7"))
+    assert "error" not in run.info
+    benchmark._note(run, ValueError("x"))
+    assert run.info["error"] == "ValueError: x"
 
 
 def test_cores_are_shared_by_the_jobs_and_go_to_the_simulator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

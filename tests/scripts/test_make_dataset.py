@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from agents.dqn import DQN
+from agents.ppo import PPO
 from agents.sac import SAC
 from ccrl.experiment.saved import save_without_memory
 from ccrl.offline import load_dataset
@@ -116,6 +117,20 @@ def test_numbers_as_observations(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert not memory.obs[memory.starts].any()
     with pytest.raises(ValueError, match="expected observations of one array, got Dict"):
         script.collect(ClockEnv([[Episode(0, 3)]], groups=True), lambda obs: obs, 3, 0, "x")
+
+
+def test_a_policy_with_a_memory_begins_anew_with_every_episode(tmp_path: Path) -> None:
+    agent = PPO("CartPole-v1", num_envs=2, n_steps=8, hidden=(4,), recurrent="gru", recurrent_size=4, compile="off")
+    agent.save(tmp_path / "a.pt")
+    made = script.main(script.Agent(
+        out=str(tmp_path / "x.npz"), checkpoint=tmp_path / "a.pt", steps=60, num_envs=2, deterministic=True
+    ))  # fmt: skip
+    assert len(made.starts) > 2
+    for rows in np.split(np.arange(len(made)), made.starts[1:]):
+        state = None
+        for row in rows:
+            action, state = agent.predict(made.obs[row], state, deterministic=True)
+            assert action == made.action[row].item()
 
 
 def test_a_run_on_a_data_set_is_trained_evaluated_and_resumed(tmp_path: Path) -> None:

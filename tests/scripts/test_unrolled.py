@@ -1,5 +1,6 @@
 import pytest
 
+from ccrl.experiment.files import writing
 from scripts.unrolled import Options, build, main, page, trace
 
 
@@ -40,3 +41,13 @@ def test_a_trace_counts_calls():
 def test_no_task_fits():
     with pytest.raises(ValueError, match="sac: expected an agent that trains on one of the small tasks"):
         page("sac", "CartPole-v1")
+
+
+def test_a_generator_is_called_once_and_goes_on():
+    def run():
+        for _ in range(3):
+            with writing("x"):  # a generator of one yield, entered twice by the interpreter
+                pass
+
+    (found,) = (c for c in trace(run) if c.code.co_name == "writing")
+    assert found.calls == 3
