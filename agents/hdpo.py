@@ -331,7 +331,7 @@ class HDPO(Agent):
         if isinstance(policy, PlannerPolicy) and not bool(policy.fitted):
             products = self.simulator.split("test").available
             assert products is not None
-            policy.begin(self.simulator, self.scenarios("train", products, 2 * self.seed))
+            policy.begin(self.simulator, self.simulator.sample(products, named_generator(self.seed, "rule")))
             self.learner.judge()  # the rule itself: training keeps only what is better than it
         if self.finished:
             since = self.learner.best.iteration

@@ -107,3 +107,15 @@ def test_lead_times_are_an_input() -> None:
 def test_the_planner_needs_products() -> None:
     with pytest.raises(ValueError, match="planner: expected recorded demand with constants by series"):
         HDPO("ccrl/InventoryOneStoreLost-v0", HDPOConfig(policy="planner", **SMALL))
+
+
+def test_the_rule_is_tuned_on_a_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random lead times: those of the rule are no other run's training scenarios (were those of twice the seed)."""
+    tuned: list[torch.Tensor] = []
+    begin = PlannerPolicy.begin
+    monkeypatch.setattr(PlannerPolicy, "begin", lambda *args: (tuned.append(args[2]["arrival"]), begin(*args))[1])
+    env = own(lead_time_min=1)
+    agent = HDPO(env, HDPOConfig(policy="planner", **SMALL), seed=1)
+    agent.learn(until=agent.samples_per_iteration)
+    assert len(tuned) == 1
+    assert not any(torch.equal(tuned[0], agent.scenarios("train", 4, seed)["arrival"]) for seed in (0, 1, 2))
