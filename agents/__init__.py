@@ -139,4 +139,8 @@ def __getattr__(name: str) -> Any:
     for module, cls in AGENTS.values():
         if cls == name:
             return getattr(importlib.import_module(module), cls)
+    for where in (*METHODS.values(), *FLOW_METHODS.values()):
+        module, _, method = where.partition(":")
+        if method == name:
+            return getattr(importlib.import_module(module), method)
     raise AttributeError(f"module 'agents' has no attribute {name!r}")

@@ -101,7 +101,8 @@ class Agent:
         :raises TypeError: another config, or settings that the agent does not have.
         """
         if config is not None and not isinstance(config, cls.Config):
-            raise TypeError(f"config: expected {cls.Config.__name__}, got {type(config).__name__}")
+            hint = "; the environment comes first, a policy is the keyword policy" if isinstance(config, str) else ""
+            raise TypeError(f"config: expected {cls.Config.__name__}, got {type(config).__name__}{hint}")
         known = [f.name for f in dataclasses.fields(cls.Config)]
         for name in settings:
             if name not in known:
@@ -315,7 +316,7 @@ class Agent:
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """SB3's signature: one observation or a batch in NumPy -> actions of the same kind and the next state (of
-        policies with a memory). ``ValueError`` for observations of another shape."""
+        policies with a memory). ``ValueError`` for observations of another shape or with NaN."""
         space = self.env.single_observation_space
         return predict(self.policy, space, observation, state, episode_start, deterministic, self.device)
 

@@ -6,6 +6,7 @@ inheritance needed. Adapters for Gymnasium, SB3 and others are in ``ccrl.adapter
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -189,14 +190,22 @@ def resolve_env(env: Any, num_envs: int, *, device: torch.device | str = "cpu", 
     """A ``BatchedEnv`` from one (returned as it is) or from an id.
 
     Ids are those of ``ccrl.registry.environments``: what plugins registered, or ``module:name``, a class called with
-    ``(num_envs, device=device, **env_kwargs)``. A program that brings its own environments loads no plugin.
+    ``(num_envs, device=device, **env_kwargs)``, or a Gymnasium environment's, of which ``num_envs`` copies are made
+    with ``**env_kwargs``. A program that brings its own environments loads no plugin.
 
     :raises TypeError: if ``env`` is neither a string nor has the members of the protocol, or an id makes something that
         has not.
     :raises ValueError: an unknown id or device, or options for an environment that is already made.
     """
     if isinstance(env, str):
-        made = registry.environments.get(env)(num_envs, device=device, **env_kwargs)
+        make = registry.environments.get(env)
+        if isinstance(make, type) and issubclass(make, gymnasium.Env):
+            from ccrl.adapters import from_gymnasium  # late: it knows this module
+
+            return from_gymnasium(functools.partial(make, **env_kwargs), num_envs, device=device)
+        if not callable(make):
+            raise TypeError(f"env: expected a class or function at {env!r}, got {type(make).__name__}")
+        made = make(num_envs, device=device, **env_kwargs)
         return _checked(made, f"env: expected {env!r} to make a BatchedEnv")
     if env_kwargs:
         raise ValueError(

@@ -89,7 +89,9 @@ def import_module(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise  # the module is there and misses a package of its own
-        near = difflib.get_close_matches(module, FAMILIES, n=1)
+        near = (
+            [module.removesuffix(".py")] if module.endswith(".py") else difflib.get_close_matches(module, FAMILIES, n=1)
+        )
         hint = f"did you mean {near[0]}:{attribute}? Else " if near else ""
         raise ModuleNotFoundError(
             f"{name!r}: expected a module {module!r} that has {attribute!r}, found none; {hint}install its package or "
@@ -109,7 +111,11 @@ def load(name: str) -> Any:
     """
     module, colon, attribute = name.partition(":")
     if not colon or not module or not attribute.isidentifier():
-        raise ValueError(f"expected 'module:name', as in 'my_package.my_module:MyClass', got {name!r}")
+        late = "" if _loaded else (
+            "; if it is the id of an environment, import envs first, or install the project: pip install -c "
+            "constraints.txt -e ."
+        )  # fmt: skip
+        raise ValueError(f"expected 'module:name', as in 'my_package.my_module:MyClass', got {name!r}{late}")
     found = import_module(name)
     if not hasattr(found, attribute):
         near = difflib.get_close_matches(attribute, dir(found), n=3)

@@ -301,6 +301,9 @@ def _fix(value: Any, hint: Any) -> str:
         return " Write the word in quotes: YAML takes on, off, yes and no for booleans."
     if hint is str:
         return f' Write "{value}", in quotes.'
+    options = get_args(hint)
+    if get_origin(hint) in (tuple, list) and options[1:] in ((), (...,)) and type(value) is _bare(options[0]):
+        return f" Write [{value!r}]."
     return ""
 
 

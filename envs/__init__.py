@@ -216,11 +216,11 @@ def _make_native(
         check_device(device)
     if id in CLASSIC:
         factory: Callable[..., BatchedEnv] = getattr(importlib.import_module("envs.classic"), CLASSIC[id])
-        return factory(num_envs, device=device, autoreset_mode=mode, **options)
+        return _built(factory, id, options, num_envs, device=device, autoreset_mode=mode)
     if id in OWN:
         module, name = OWN[id]
         factory = getattr(importlib.import_module(module), name)
-        return factory(num_envs, device=device, autoreset_mode=mode, **options)
+        return _built(factory, id, options, num_envs, device=device, autoreset_mode=mode)
     if id in MUJOCO:
         require("mujoco", "mujoco")
         # Imported late: loading MuJoCo takes most of a second, which a cart-pole should not wait for.
@@ -228,6 +228,22 @@ def _make_native(
 
         return make_mujoco(id, num_envs, device=device, autoreset_mode=mode, **options)
     raise ValueError(f"there is no native {id!r}; expected one of {', '.join((*NATIVE, *OWN))}, or another backend")
+
+
+def _built(
+    factory: Callable[..., BatchedEnv], id: str, options: dict[str, Any], num_envs: int, **fixed: Any
+) -> BatchedEnv:
+    try:
+        return factory(num_envs, **fixed, **options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error) or not options:
+            raise
+        inits = [vars(cls)["__init__"] for cls in getattr(factory, "__mro__", ())[:-1] if "__init__" in vars(cls)]
+        found = {
+            p.name for init in inits for p in inspect.signature(init).parameters.values() if p.kind is p.KEYWORD_ONLY
+        }
+        known = f"among {', '.join(sorted(found - fixed.keys()))}" if found else f"that it takes ({error})"
+        raise TypeError(f"{id}: expected options {known}, got {', '.join(sorted(options))}") from error
 
 
 def _make_gymnasium(

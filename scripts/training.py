@@ -210,7 +210,8 @@ class Training:
 
     def _train(self) -> RunFolder:
         config, run, agent, step = self.config, self.run, self.agent, self.resumed_from
-        print(f"[ccrl] run folder: {run.path}\n[ccrl] tensorboard --logdir {run.path}", flush=True)
+        events = f"\n[ccrl] tensorboard --logdir {run.path}" if config.tensorboard else ""
+        print(f"[ccrl] run folder: {run.path}{events}", flush=True)
         tracker = Tracker.of(config.track, config.track_project, run, configs.to_dict(config))
         also = None if tracker is None else tracker.log
         logger = Logger(run.path, tensorboard=config.tensorboard, resume_step=step, also=also)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -40,6 +41,7 @@ class Border(gymnasium.Wrapper[Any, Any, Any, Any]):  # type: ignore[misc]
         for name in ("observation_space", "action_space"):
             if not isinstance(space := getattr(env, name, None), spaces.Space):
                 raise TypeError(f"{self.label}: expected a space of gymnasium.spaces as {name}, got {space!r}")
+        _check_arguments(self.label, inner)
         if inner is not env:  # wrappers in between would fail at unpacking, without a name
             _probe(inner, "reset", functools.partial(_checked_reset, self.label))
             _probe(inner, "step", functools.partial(_checked_step, self.label))
@@ -146,6 +148,18 @@ def _probe(inner: Any, name: str, check: Callable[[Any], Any]) -> None:
 
     if name not in vars(inner):
         setattr(inner, name, first)
+
+
+def _check_arguments(label: str, inner: Any) -> None:
+    try:
+        inspect.signature(inner.reset).bind(seed=None, options=None)
+    except TypeError:
+        raise ValueError(
+            f"{label}: expected reset(self, *, seed=None, options=None), got reset{inspect.signature(inner.reset)}; "
+            "take both, and call super().reset(seed=seed)"
+        ) from None
+    except ValueError:  # compiled, without a signature
+        pass
 
 
 def _checked_reset(label: str, result: Any) -> tuple[Any, Mapping[str, Any]]:

@@ -76,7 +76,10 @@ def check_action_space(space: Space[Any], *, where: str) -> None:
     if isinstance(space, spaces.Box) and not np.prod(space.shape):
         raise ValueError(f"{where}: expected an action of at least one number, got {space}")
     if isinstance(space, spaces.Discrete | spaces.MultiDiscrete) and np.any(space.start):
-        raise ValueError(f"{where}: expected an action space that starts at 0, got {space}")
+        raise ValueError(
+            f"{where}: expected an action space that starts at 0, got {space}; wrap the environment: "
+            "gymnasium.wrappers.TransformAction(env, lambda a: a + start, the space from 0)"
+        )
 
 
 def batch_buffer(space: Space[Any], num_envs: int, device: torch.device) -> Tree:
@@ -151,7 +154,7 @@ def numpy_act(
     """Actions in NumPy for one observation of ``space`` or for a batch of them, whichever was given.
 
     Raises:
-        ValueError: neither the shape of one observation nor that of a batch, or a key that is missing.
+        ValueError: neither the shape of one observation nor that of a batch, a key that is missing, or NaN.
     """
     nested = isinstance(space, spaces.Dict)
     leaves: dict[str, Space[Any]] = dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
@@ -183,4 +186,6 @@ def _array(value: Any, space: Space[Any], key: str) -> NDArray[Any]:
         raise TypeError(f"{expected} of numbers, got {array.dtype}")
     if array.ndim - len(shape) not in (0, 1) or array.shape[array.ndim - len(shape) :] != shape:
         raise ValueError(f"{expected}, got {array.shape}")
+    if array.dtype.kind == "f" and np.isnan(array).any():  # the actions of a NaN look like others
+        raise ValueError(f"{expected} of numbers, got NaN")
     return array

@@ -41,6 +41,11 @@ class Callback:
     A callback with state (a best score, the next step it is due) saves it with the agent under ``key``.
     """
 
+    def __init_subclass__(cls) -> None:
+        if others := sorted({"on_step", "_on_step", "on_rollout_end", "_on_rollout_end"} & vars(cls).keys()):
+            raise TypeError(f"{cls.__name__}: expected on_training_start, on_iteration or on_training_end, each of the "
+                            f"agent, got {others}, which nothing here calls; rename them")  # fmt: skip
+
     @property
     def key(self) -> str:
         """Name of its state in a checkpoint; two callbacks of one class in a list need different ones."""
@@ -68,8 +73,9 @@ class FunctionCallback(Callback):
     """``fn(agent) -> bool | None`` after every iteration."""
 
     def __init__(self, fn: Callable[[Any], bool | None]) -> None:
-        if not callable(fn):
-            raise TypeError(f"callback: expected a Callback or a function of the agent, got {type(fn).__name__}")
+        if isinstance(fn, type) or not callable(fn):
+            got = f"the class {fn.__name__}; make one: {fn.__name__}()" if isinstance(fn, type) else type(fn).__name__
+            raise TypeError(f"callback: expected a Callback or a function of the agent, got {got}")
         self.fn = fn
 
     def on_iteration(self, agent: Any) -> bool | None:
@@ -350,13 +356,9 @@ def as_callback(
     :raises TypeError: something that is neither a callback nor a function.
     :raises ValueError: two with state under one key.
     """
-    if callback is None:
-        return []
-    if isinstance(callback, Callback):
-        return [callback]
-    if not isinstance(callback, Sequence) or isinstance(callback, str | bytes):
-        return [FunctionCallback(callback)]
-    found = [c if isinstance(c, Callback) else FunctionCallback(c) for c in callback]
+    several = isinstance(callback, Sequence) and not isinstance(callback, str | bytes)
+    given: Sequence[Any] = [] if callback is None else callback if several else [callback]  # type: ignore[assignment]
+    found = [c if isinstance(c, Callback) else FunctionCallback(c) for c in given]
     keys = [c.key for c in found]
     twice = sorted({k for k in keys if keys.count(k) > 1 and found[keys.index(k)].state_dict()})
     if twice:

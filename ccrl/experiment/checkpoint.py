@@ -152,10 +152,12 @@ def load(path: str | os.PathLike[str], map_location: str | torch.device = "cpu")
     version = state.get("format_version")
     if type(version) is not int or version != FORMAT:
         found = "no format version" if version is None else f"format {version!r}"
-        reader = "0.1.0" if version is None else state.get("ccrl")
+        reader = f"ccrl {state.get('ccrl')} wrote it and reads it"
+        if version is None:
+            reader = "it is no checkpoint of ccrl's, or one of ccrl 0.1.0, which reads it"
         raise FormatError(
-            f"{path}: expected a checkpoint of format {FORMAT}, got one with {found}; ccrl {reader} wrote it and reads "
-            f"it, ccrl {ccrl.__version__} does not"
+            f"{path}: expected a checkpoint of format {FORMAT}, got one with {found}; {reader}, ccrl "
+            f"{ccrl.__version__} does not"
         )
     return {key: value for key, value in state.items() if key not in ("format_version", "ccrl")}
 

@@ -82,8 +82,12 @@ def _line(cells: list[Cell] | list[str]) -> str:
     return text.getvalue()
 
 
-def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
+def read_rows(path: str | os.PathLike[str], whole: bool = False) -> list[dict[str, str]]:
     """All complete rows as text; the half line that a killed writer may leave is ignored.
+
+    Args:
+        whole: the file was not written here: a last line without its end counts too, and neither a byte order mark nor
+            spaces around names and cells are part of them.
 
     Raises:
         ValueError: no text in UTF-8, or rows with more cells than the first line has names.
@@ -91,8 +95,9 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     # a cell may hold the returns of thousands of episodes; the limit is one for all of the process
     limit = csv.field_size_limit(_LONGEST)
     try:
-        text = Path(path).read_bytes().decode("utf-8")
-        rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+        text = Path(path).read_bytes().decode("utf-8-sig" if whole else "utf-8")
+        text = text if whole else text[: text.rfind("\n") + 1]
+        rows = list(csv.DictReader(io.StringIO(text), skipinitialspace=whole))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path}: expected a table as CSV in UTF-8, got a file that is none: {error}") from error
     finally:
@@ -100,7 +105,7 @@ def read_rows(path: str | os.PathLike[str]) -> list[dict[str, str]]:
     for line, row in enumerate(rows, 2):
         if None in row:
             raise ValueError(f"{path}:{line}: expected {len(row) - 1} cells, as the first line has, got more")
-    return rows
+    return [{n.strip(): (c or "").strip() for n, c in row.items()} for row in rows] if whole else rows
 
 
 def read_columns(path: str | os.PathLike[str]) -> dict[str, NDArray[np.float64]]:

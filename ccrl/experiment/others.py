@@ -32,8 +32,12 @@ def read_others(path: str | os.PathLike[str]) -> Iterator[tuple[str, str, int, A
     Raises:
         ValueError: a column is missing, or a row has no number where one must be (its line is named), or a step twice.
     """
-    rows = read_rows(path)
-    have = list(rows[0]) if rows else []
+    rows = read_rows(path, whole=True)
+    if not rows:
+        raise ValueError(f"{path}: expected a first line with names and rows below it, got no rows")
+    have = list(rows[0])
+    if len(have) == 1 and (other := next((sign for sign in ";\t" if sign in have[0]), None)):
+        raise ValueError(f"{path}: expected commas between the columns, got {other!r}; save it as CSV with commas")
     columns = {}
     for what, names in _NAMES.items():
         found = [name for name in names if name in have]

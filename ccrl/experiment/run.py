@@ -117,6 +117,8 @@ class RunFolder:
 
     def config(self) -> dict[str, Any]:
         """The contents of ``config.yaml``, for ``config.from_dict``."""
+        if not self.config_file.is_file():
+            raise FileNotFoundError(f"{self.config_file}: expected the settings of the run, found no file; put it back")
         return config_module.load_yaml(self.config_file)
 
     def checkpoint(self, name: str) -> Path | None:

@@ -32,6 +32,13 @@ A = TypeVar("A")
 def check_options(env_kwargs: dict[str, Any]) -> None:
     """``TypeError`` for options that a checkpoint cannot hold, named; said when the agent is built and not at its first
     checkpoint, hours later. An environment that is built elsewhere and handed over takes any options."""
+    for name, value in env_kwargs.items():
+        if callable(value):
+            raise TypeError(
+                f"env_kwargs[{name!r}]: expected plain data, which a checkpoint can hold, got {value!r}; write "
+                "'module:function' where the option takes one, or make the environment or task with it and give the "
+                "agent that in place of its name"
+            )
     checkpoint.portable(env_kwargs, "env_kwargs")
 
 

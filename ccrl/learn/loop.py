@@ -6,6 +6,8 @@ import signal
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+
 from ccrl.experiment.callbacks import Callback, running
 from ccrl.experiment.progress import ProgressBar
 from ccrl.signals import DeferredSignals
@@ -37,7 +39,7 @@ def run(agent: Any, end: int, callbacks: Sequence[Callback], progress_bar: bool)
                 learner.iterate()
                 step = learner.clock - before
                 bar.update(learner.clock, agent.ep_rew_mean)
-                if learner.agree(False in _all(callbacks, lambda c: c.on_iteration(agent))):
+                if learner.agree(any(_all(callbacks, lambda c: _is_false(c.on_iteration(agent))))):
                     break
         if interrupt.received:
             raise KeyboardInterrupt
@@ -50,8 +52,13 @@ def run(agent: Any, end: int, callbacks: Sequence[Callback], progress_bar: bool)
         bar.close()
 
 
-def _all(callbacks: Sequence[Callback], hook: Callable[[Callback], bool | None]) -> list[bool | None]:
-    answers: list[bool | None] = []
+def _is_false(answer: object) -> bool:
+    """Whether it is Python's or NumPy's False: the 0.0 of a function that returns a number is no wish to stop."""
+    return isinstance(answer, bool | np.bool_) and not answer
+
+
+def _all(callbacks: Sequence[Callback], hook: Callable[[Callback], bool]) -> list[bool]:
+    answers: list[bool] = []
     failure: BaseException | None = None
     for callback in callbacks:
         try:

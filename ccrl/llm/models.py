@@ -51,6 +51,7 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> nn.
     """The causal language model in a local directory; nothing is downloaded and no code of the model's runs.
 
     :raises FileNotFoundError: if there is no such directory.
+    :raises ValueError: if its weights are damaged.
     """
     if not Path(directory).is_dir():
         raise FileNotFoundError(
@@ -58,9 +59,14 @@ def load_model(directory: str | Path, dtype: torch.dtype = torch.float32) -> nn.
             "save_pretrained"
         )
     transformers = require("transformers", "llm")
-    model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
-        str(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
-    )
+    errors = require("safetensors", "llm").SafetensorError
+    try:
+        model: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=dtype
+        )
+    except errors as error:
+        raise ValueError(f"model: expected whole weights (*.safetensors) in {directory}, got a damaged file ({error}); "
+                         "copy the folder again") from error  # fmt: skip
     return model
 
 
@@ -160,6 +166,8 @@ def fit_task(task: TextTask, model: str) -> TextTask:
             return cast(TextTask, longer)
         return task
     if own is None:
+        print(f"[ccrl] {model} has no tokenizer: the model reads the numbers that {task.name} gives its tokens, right "
+              "for a model trained on them; others need their tokenizer in the folder", flush=True)  # fmt: skip
         return task
     if not hasattr(task, "reencoded"):
         raise ValueError(f"model: {model!r} has a tokenizer, and the task {task.name!r} has tokens of its own "

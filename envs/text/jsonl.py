@@ -79,7 +79,8 @@ class JsonLines(ListedTask):
             records, is_test, rewards, vocab=vocab, max_new_tokens=max_new_tokens, system=system, chat=chat
         )
         if all(is_test):
-            raise ValueError(f"{path}: expected a training question, got {train} lines, all of them test questions")
+            raise ValueError(f"{path}: expected a training question, got {train} lines, all of them in the tenth that "
+                             "is tested; give a test_path, or this path again to test on the same")  # fmt: skip
         if not any(is_test):
             raise ValueError(
                 f"{path}: expected a test question, got {train} lines, none of which falls into the tenth "

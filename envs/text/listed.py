@@ -130,6 +130,9 @@ class ListedTask:
     ) -> Score:
         """What the rewards say of ``texts``, and their fingerprints as answers."""
         parts = [function(asked, texts, completions) for function in self.rewards]
+        if all(function.silent for function in self.rewards):
+            raise ValueError(f"reward: expected a number for at least one of {len(texts)} completions, got None for "
+                             "all of them from every function; does one lack its return?")  # fmt: skip
         rows = [[value for part in row for value in part] for row in zip(*parts)]
         answers = [fingerprint(text.strip()) if text.strip() else -1 for text in texts]
         return Score(torch.tensor(rows, device=device), torch.tensor(answers, device=device))

@@ -47,6 +47,8 @@ class RewardFunction:
             self._known = dict[str, inspect.Parameter]()
         self.batched = "completions" in self._known
         """Whether it takes all completions at once."""
+        self.silent = False
+        """Whether it had nothing to say of any completion of the last call."""
 
     def __call__(
         self, asked: Sequence[Asked], texts: Sequence[str], tokens: Sequence[Sequence[int]]
@@ -63,6 +65,7 @@ class RewardFunction:
                 got = f"{len(found)}" if hasattr(found, "__len__") else repr(found)
                 raise ValueError(f"{_name(self.function)}: expected a list of {len(texts)} rewards, one per "
                                  f"completion, got {got}")  # fmt: skip
+            self.silent = all(value is None for value in found)
             # None: the function has nothing to say of this one, as in TRL
             rewards: list[Any] = [0.0 if value is None else value for value in found]
         else:

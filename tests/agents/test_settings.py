@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from agents import BPO, MDPO, PPO, get_agent
+import agents
+from agents import BPO, MDPO, PPO, get_agent, get_method
 from agents.bpo import BPOConfig
 from agents.mdpo import MDPOConfig
 from agents.ppo import PPOConfig
@@ -191,3 +192,11 @@ def test_a_clip_of_nothing_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"clip_norm: it clips .*; expected the default 10.0, got 5.0"):
         config(clip_norm=5.0)
     assert config(clip_norm=5.0, normalise_obs=True).clip_norm == 5.0
+
+
+def test_what_users_of_other_libraries_write() -> None:
+    with pytest.raises(TypeError, match="got str; the environment comes first, a policy is the keyword policy"):
+        PPO("MlpPolicy", "CartPole-v1")
+    assert agents.GRPO is get_method("grpo")
+    with pytest.raises(TypeError, match=r"env_kwargs\['reward'\]: .* write 'module:function'"):
+        agents.GRPO("jsonl", env_kwargs={"path": "x.jsonl", "reward": len})

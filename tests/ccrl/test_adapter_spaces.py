@@ -124,3 +124,9 @@ def test_spaces_that_hold_nothing(name, space, message):
     setattr(Empty, name, space)
     with pytest.raises((ValueError, TypeError), match=message):
         from_gymnasium(Empty, 2)
+
+
+def test_nan_is_no_observation():
+    space = spaces.Box(-1, 1, (2,), np.float32)
+    with pytest.raises(ValueError, match="of numbers, got NaN"):
+        numpy_act(lambda obs: obs, space, np.array([0.0, np.nan]), torch.device("cpu"))

@@ -13,6 +13,7 @@ import pytest
 from agents import PPO
 from ccrl.experiment import callbacks
 from ccrl.experiment.callbacks import (
+    Callback,
     CheckpointCallback,
     EvalCallback,
     FunctionCallback,
@@ -39,7 +40,8 @@ def test_a_list_may_hold_functions() -> None:
     agent().learn(until=32, callback=[lambda a: seen.append(a.iteration)])
     assert seen == [1, 2]
     assert agent().learn(until=160, callback=lambda a: a.iteration < 3).iteration == 3, "False ends training"
-    for wrong in (3, [None]):
+    assert agent().learn(until=32, callback=lambda a: 0.0).iteration == 2, "a number does not"
+    for wrong in (3, [None], StopOnReward):
         with pytest.raises(TypeError, match="expected a Callback or a function of the agent"):
             as_callback(wrong)  # type: ignore[arg-type]
 
@@ -241,3 +243,12 @@ def test_other_threads_train_without_handlers() -> None:
     thread.join()
     assert trained.num_timesteps == 16
     assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_hooks_of_other_libraries_are_refused() -> None:
+    """A callback ported from Stable-Baselines3 would never be called."""
+    with pytest.raises(TypeError, match=r"Ported: expected on_training_start, on_iteration .* got \['_on_step'\]"):
+
+        class Ported(Callback):
+            def _on_step(self) -> bool:
+                return True

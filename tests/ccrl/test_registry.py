@@ -164,3 +164,10 @@ def test_a_setting_that_names_a_function_says_what_it_expected():
     for name in ("none", "no_such_module:f", "math:no_such_name"):
         with pytest.raises(ValueError, match=f"weights: expected reload or module:function, got '{name}'"):
             registry.load_function(name, "weights", "reload or module:function")
+
+
+def test_ids_that_nobody_has_registered_yet(monkeypatch):
+    """``PPO("module:My-v0")`` from a folder that is not installed, before ``import envs``."""
+    monkeypatch.setattr(registry, "_loaded", set())
+    with pytest.raises(ValueError, match="if it is the id of an environment, import envs first"):
+        registry.load("os:My-v0")

@@ -122,3 +122,10 @@ def test_git_state_is_that_of_the_code(tmp_path, monkeypatch, tracked):
 def test_describe_needs_no_simulator():
     code = "import sys; from ccrl.experiment.run import describe; describe(); assert 'mujoco' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_settings_that_are_gone_are_named(tmp_path):
+    run = RunFolder.create(tmp_path, "E", "a", 0, Config())
+    run.config_file.unlink()
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml: expected the settings of the run, found no file"):
+        run.config()

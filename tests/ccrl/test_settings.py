@@ -83,7 +83,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("squash", "no", "squash: expected bool, got 'no' (str). Write it without quotes."),
     ("squash", 1, "squash: expected bool, got 1 (int)."),
     ("hidden", (8, 0), "hidden[1]: expected >= 1, got 0"),
-    ("hidden", 8, "hidden: expected tuple[int >= 1, ...], got 8 (int)."),
+    ("hidden", 8, "hidden: expected tuple[int >= 1, ...], got 8 (int). Write [8]."),
     ("folder", 3, "folder: expected Path, got 3 (int)."),
     ("inner", {"depth": 2}, "inner: expected Inner, got {'depth': 2} (dict)."),
 ]

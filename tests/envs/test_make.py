@@ -199,3 +199,23 @@ def test_autoreset_modes_can_be_given_as_text(id, text):
         assert envs.make(id, 2, autoreset_mode=text, backend="sync").autoreset_mode is AutoresetMode.NEXT_STEP
     vector = gymnasium.make_vec(f"ccrl/{id.removeprefix('ccrl/')}", 2, autoreset_mode=text)
     assert vector.metadata["autoreset_mode"] is AutoresetMode.NEXT_STEP
+
+
+def test_a_class_of_gymnasiums_is_an_environment_too(tmp_path, monkeypatch):
+    (tmp_path / "own_class.py").write_text(
+        "import gymnasium\n"
+        "from gymnasium.envs.classic_control import CartPoleEnv as Pole\n"
+        "class Late(Pole):\n"
+        "    def reset(self):\n"
+        "        return super().reset()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    env = resolve_env("own_class:Pole", 2, sutton_barto_reward=True)
+    assert isinstance(env, GymnasiumEnv)
+    assert env.reset(seed=0).shape == (2, 4)
+    with pytest.raises(ValueError, match=r"Late: expected reset\(self, \*, seed=None, options=None\), got reset\(\)"):
+        resolve_env("own_class:Late", 1)
+    with pytest.raises(TypeError, match="expected a class or function at 'own_class:gymnasium', got module"):
+        resolve_env("own_class:gymnasium", 1)
+    with pytest.raises(ModuleNotFoundError, match=r"did you mean own_class:Pole\?"):
+        resolve_env("own_class.py:Pole", 1)

@@ -45,3 +45,9 @@ def test_refused_by_name(id: str, options: dict[str, Any], message: str) -> None
 
 def test_ends_of_ranges_may_be_open() -> None:
     assert envs.make("Hopper-v5", 1, healthy_z_range=(0.7, math.inf)).num_envs == 1
+
+
+def test_unknown_options_name_those_there_are() -> None:
+    known = "compile, dtype, max_episode_steps, sutton_barto_reward"
+    with pytest.raises(TypeError, match=f"CartPole-v1: expected options among {known}, got masscart"):
+        envs.make("CartPole-v1", masscart=2.0)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ccrl.experiment.others import read_others, write_runs
 
@@ -57,3 +58,18 @@ def test_steps_that_are_no_whole_numbers_are_read_again(tmp_path):
     (a, b) = read_others(tmp_path / "x.csv")
     assert a[3].tolist() == steps.tolist()
     assert b[3].tolist() == list(range(1_000_000, 9_000_001, 1_000_000))
+
+
+def test_tables_as_others_write_them(tmp_path):
+    """With a byte order mark and spaces, as spreadsheets and people do, and without an end of the last line."""
+    file = tmp_path / "x.csv"
+    file.write_bytes(b"\xef\xbb\xbfenv, agent, seed, step, return\r\nE, a, 0, 10, 1\r\nE, a, 0, 20, 2")
+    ((env, agent, seed, steps, returns),) = read_others(file)
+    assert (env, agent, seed, steps.tolist(), returns.tolist()) == ("E", "a", 0, [10, 20], [1, 2])
+    for text, message in (
+        ("env;agent;seed;step;return\nE;a;0;10;1\n", "expected commas between the columns, got ';'"),
+        ("env,agent,seed,step,return\n", "expected a first line with names and rows below it, got no rows"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            list(read_others(file))

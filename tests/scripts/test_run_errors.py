@@ -51,7 +51,9 @@ def test_a_run_that_is_at_it_is_not_resumed_and_ctrl_c_saves_it_with_its_workers
     assert "Traceback" not in said
     assert running.poll() is None, "the second one took the first one's files"
     os.killpg(running.pid, signal.SIGINT)  # as a terminal does: the workers get it too
-    last = running.communicate(timeout=120)[0].strip().splitlines()[-1]
+    said = running.communicate(timeout=120)[0]
+    last = said.strip().splitlines()[-1]
+    assert "--logdir" not in said, "it writes no events"
     assert running.returncode == 1
     newest = checkpoint.latest(run.joinpath("checkpoints"))
     assert newest is not None

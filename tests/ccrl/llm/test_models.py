@@ -158,3 +158,11 @@ def test_a_snapshot_is_the_policy_as_it_was(
     assert not list(reference.parameters())
     adapters = sum(p.numel() for p in policy.parameters() if p.requires_grad)
     assert sum(b.numel() for b in reference.buffers()) == adapters  # of the rest there is no second copy
+
+
+def test_damaged_weights(transformers: Any, task: TextTask, tmp_path: Path) -> None:
+    tiny_model(task.vocab.size, layers=1, width=16, heads=2).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"expected whole weights .* got a damaged file"):
+        load_model(tmp_path)

@@ -344,6 +344,12 @@ def test_rewards_as_trl_calls_them(write: Write) -> None:
     with pytest.raises(ValueError, match="one: expected a list of 3 rewards, one per completion, got 1"):
         rewards(small(path, reward=one), "2")
 
+    def silent(completions: Any) -> list[None]:
+        return [None] * len(completions)
+
+    with pytest.raises(ValueError, match="got None for all of them from every function; does one lack its return"):
+        rewards(small(path, reward=silent), "2")
+
 
 def test_several_rewards_are_components(write: Write) -> None:
     def short(completions: list[str]) -> list[bool]:
