@@ -67,6 +67,7 @@ class RolloutLearner(Learner):
         self.source, self.estimator, self.direction = source, estimator.to(self.device), direction
         self.columns, self.lag, self.clock_unit = columns, lag, clock_unit  # type: ignore[misc]
         self._samples = samples
+        self._ended: list[EpisodeStats] = []
         self.state.register("estimator", estimator)
         self.state.register("collector", source)
         if lag:
@@ -99,6 +100,7 @@ class RolloutLearner(Learner):
     def collect(self, points: Mapping[str, Tensor]) -> dict[str, Data]:
         """Every rollout that the estimator asks for, by tag."""
         have: dict[str, Data] = {}
+        self._ended = []
         while requests := self.estimator.plan(dict(points), have, self.ctx):
             for request in requests:
                 request = self._lagged(request)
@@ -106,6 +108,8 @@ class RolloutLearner(Learner):
                 random = isinstance(request.params, str) and request.params == "random"
                 policy = self.ctx.bank.policy("live" if random else request.params)
                 have[request.tag] = self.source.collect(request, policy)
+                if not request.demonstrations:
+                    self._ended.append(self.source.stats)  # the source has those of its last rollout alone
         return have
 
     def _lagged(self, request: Request) -> Request:
@@ -132,7 +136,8 @@ class RolloutLearner(Learner):
                 # after the update: moved before it, the ratio at the old parameters would not be 1
                 self.policy.update_normaliser(data["on"]["obs"], data["on"]["valid"])  # type: ignore[operator]
         marks.append(time.perf_counter())
-        self.episodes.extend(self.source.stats.returns, self.source.stats.lengths)
+        for ended in self._ended:
+            self.episodes.extend(ended.returns, ended.lengths)
         env = self.source.env_seconds
         seconds = {"env": env, "policy": marks[1] - marks[0] - env, "estimate": marks[2] - marks[1],
                    "update": marks[3] - marks[2]}  # fmt: skip

@@ -236,7 +236,11 @@ def test_estimates_grow_to_min_steps():
     agent = make(NPGIGT, NPGIGTConfig, "nmpg", min_steps=3 * 2 * STEPS - 1)
     train(agent, 1)
     assert agent.num_timesteps == 3 * 2 * STEPS
-    assert make(HARPG, HARPGConfig, "nharpg").samples_per_iteration == 2 * 2 * STEPS
+    other = make(HARPG, HARPGConfig, "nharpg")
+    assert other.samples_per_iteration == 2 * 2 * STEPS
+    train(other, 2)
+    # all of training's episodes are logged: of every round, and from both points of the second iteration
+    assert (len(agent.learner.episodes), len(other.learner.episodes)) == (6, 2 + 4)
 
 
 def test_linear_baseline_is_a_regression_on_the_iterations_before():
