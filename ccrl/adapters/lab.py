@@ -53,7 +53,7 @@ class LabEnv:
         own = getattr(env, "unwrapped", env)
         self.num_envs, self.device = int(own.num_envs), torch.device(own.device)
         self._sim = _Simulation(env, own, self.device, on_close)
-        self._clip, self._ages = clip_actions, random_ages
+        self._clip, self._ages, self._closed = clip_actions, random_ages, False
         cfg = own.cfg
         self._finite = bool(getattr(cfg, "is_finite_horizon", False))
         manual = not getattr(cfg, "auto_reset", True)
@@ -81,7 +81,8 @@ class LabEnv:
         """Another user of the same simulation, for evaluation where a process can hold only one. Whoever resets it
         has it; the other one is ``interrupted`` until it resets again."""
         other = object.__new__(type(self))
-        other.__dict__ |= self.__dict__ | {"_obs": None, "_ages": False, "_over": torch.zeros_like(self._over)}
+        own = {"_obs": None, "_ages": False, "_over": torch.zeros_like(self._over), "_closed": False}
+        other.__dict__ |= self.__dict__ | own
         self._sim.users += 1
         return other
 
@@ -154,7 +155,10 @@ class LabEnv:
         return StepResult(self._obs, reward, terminated, truncated, final, log)
 
     def close(self) -> None:
-        self._sim.close()
+        """Close the simulation, if this is its last user; again: nothing."""
+        if not self._closed:
+            self._closed = True
+            self._sim.close()
 
     def _tree(self, groups: Mapping[str, Tensor]) -> Tree:
         leaves = {k: x.float() if x.is_floating_point() else x for k, x in groups.items()}

@@ -110,7 +110,12 @@ def make_isaac(
         except BaseException:
             stack.close()
             raise
-    made = LabEnv(env, clip_actions=clip_actions, random_ages=random_ages, on_close=close)
+    try:
+        made = LabEnv(env, clip_actions=clip_actions, random_ages=random_ages, on_close=close)
+    except BaseException:
+        env.close()
+        close()
+        raise
     _open.update(asked={**asked, "task": task.removesuffix("-v0")}, env=made)
     return made
 

@@ -101,6 +101,26 @@ def test_an_id_is_trained_and_evaluated_in_the_one_simulation(lab):
     assert lab == ["launched", "cleared", "ended"] * 2
 
 
+def test_closing_twice_leaves_the_simulation_to_its_other_user(lab):
+    env, evaluation = (envs.make(f"isaac:{TASK}", 2) for _ in range(2))
+    evaluation.close()
+    evaluation.close()
+    assert lab == ["launched"]
+    env.close()
+    assert lab == ["launched", "cleared", "ended"]
+
+
+def test_a_task_that_is_refused_ends_its_simulation(lab, monkeypatch):
+    def discrete(self, cfg, **_):
+        self.lab = FakeLab(cfg)
+        self.lab.single_action_space = gymnasium.spaces.Discrete(2)
+
+    monkeypatch.setattr(InGymnasium, "__init__", discrete)
+    with pytest.raises(ValueError, match="expected a Box, got Discrete"):
+        envs.make(f"isaac:{TASK}", 2)
+    assert lab == ["launched", "cleared", "ended"]
+
+
 def test_a_second_simulation_is_refused_in_words(lab):
     env = envs.make(f"isaac:{TASK}", 2)
     with pytest.raises(RuntimeError, match=r"one simulation per process.*evaluate\.py"):
