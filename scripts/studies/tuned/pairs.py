@@ -97,7 +97,7 @@ PAIRS = (
 
 BESIDE = (
     Pair("sb3:ppo", "Hopper-v5", seeds=3), Pair("sb3:ppo", "InvertedPendulum-v5", seeds=3),
-    Pair("sb3:ppo", "Ant-v5", seeds=3),
+    Pair("sb3:ppo", "Ant-v5", seeds=3), Pair("sb3:ppo", "Walker2d-v5", seeds=3),
 )  # fmt: skip
 """Where ours returned little: SB3's agents with the same settings on the same environments."""
 
