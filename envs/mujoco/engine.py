@@ -69,6 +69,7 @@ class BatchEngine:
         self._variants = variants
         values = {} if variants is None else variants.values
         self._models = [(torch.from_numpy(self._batch.expand(k)), torch.from_numpy(x)) for k, x in values.items()]
+        self.state.__dict__ |= {k: mine for k, (mine, _) in zip(values, self._models) if k == "body_mass"}
         self._variant = torch.zeros(num_envs, dtype=torch.int64)
         self.play(torch.arange(num_envs), torch.zeros(num_envs, dtype=torch.int64))
 

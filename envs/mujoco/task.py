@@ -30,8 +30,9 @@ class State:
     Always there: ``qpos [N, nq]``, ``qvel [N, nv]``, ``act [N, na]``, ``time [N]``, ``ctrl [N, nu]`` (the action as
     given, not clamped). Derived arrays (``xpos [N, nbody, 3]``, ``cfrc_ext [N, nbody, 6]``, ...) are there when the
     task's ``fields`` name them; as after ``mj_step`` they describe the state before the last substep, which is also
-    what Gymnasium's environments see. ``before`` is what ``MujocoTask.remember`` returned before this step, and
-    ``terminated [N]`` what ``MujocoTask.terminated`` returned after it; ``reward`` may read both.
+    what Gymnasium's environments see. ``body_mass [N, nbody]`` is there where models of different masses are played
+    (``randomise``). ``before`` is what ``MujocoTask.remember`` returned before this step, and ``terminated [N]`` what
+    ``MujocoTask.terminated`` returned after it; ``reward`` may read both.
 
     The tensors are live: a task reads them and never writes or keeps them.
     """

@@ -77,6 +77,10 @@ class WarpEnv(TorchEnv):
         self._renderer: Renderer | None = None
         model = load_model(task.xml_file)
         self._variants = asked_variants(model, randomise, models, models_seed)
+        masses = None if self._variants is None else self._variants.values.get("body_mass")
+        self._mass = None
+        if masses is not None:
+            self._mass = torch.as_tensor(masses, dtype=self.engine_class.dtype, device=self.device)
         fields = tuple(dict.fromkeys(task.fields))
         self.engine = self.engine_class(model, num_envs, self.device, fields, self._variants, nconmax, njmax)
         self._derived = [name for name in fields if name != "cfrc_ext"]
@@ -104,7 +108,7 @@ class WarpEnv(TorchEnv):
             state["variant"] = variant
         state = self._prepared(state)
         if self._remembers:
-            state["before"] = self._remembered(State(**state))
+            state["before"] = self._remembered(State(**state, **self._masses(state)))
         return state
 
     def _prepared(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -129,7 +133,7 @@ class WarpEnv(TorchEnv):
         calm = (whole.abs() < LARGEST).all(1)  # False for NaN
         new = {name: self._where(calm, x, self._rest[name]) for name, x in new.items()}
         new["ctrl"] = action
-        seen = State(**new, **{name: state[name] for name in ("before",) if name in state})
+        seen = State(**new, **{name: state[name] for name in ("before",) if name in state}, **self._masses(state))
         seen.terminated = task.terminated(seen)
         reward = task.reward(seen)
         if self.unstable == "nan":
@@ -196,6 +200,10 @@ class WarpEnv(TorchEnv):
             getattr(data, name)[:] = state[name][index].cpu().numpy() if name in state else 0.0
         mujoco.mj_forward(model, data)
         return self._renderer.render(data)
+
+    def _masses(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``body_mass`` ``[N, nbody]`` of the models that the copies are of, where masses differ."""
+        return {} if self._mass is None else {"body_mass": self._mass[state["variant"]]}
 
     def _remembered(self, state: State) -> Tensor:
         found = self.task.remember(state)

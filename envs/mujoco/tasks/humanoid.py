@@ -115,6 +115,9 @@ class Humanoid(HumanoidBody):
         self.total_mass = float(model.body_mass.sum())
 
     def remember(self, state: State) -> Tensor:
+        own: Tensor | None = getattr(state, "body_mass", None)
+        if own is not None:
+            return (state.xipos[:, :, 0] * own).sum(1) / own.sum(1)
         return (state.xipos[:, :, 0] @ self.mass) / self.total_mass
 
     def reward(self, state: State) -> Tensor:
@@ -131,7 +134,9 @@ class Humanoid(HumanoidBody):
     def terminated(self, state: State) -> Tensor:
         return ~self.healthy(state) if self.terminate_when_unhealthy else super().terminated(state)
 
-    def in_place(self, state: State, out: Arrays) -> Write:
+    def in_place(self, state: State, out: Arrays) -> Write | None:
+        if hasattr(state, "body_mass"):
+            return None
         observe, z, before = self.observe_in_place(state, out), state.qpos.numpy()[:, 2], state.before.numpy()
         contact, feel = self.contact_cost_in_place(state, self.contact_cost_weight, self.contact_cost_range)
         control, count = sum_of_squares(state.ctrl)

@@ -92,3 +92,24 @@ def test_what_cannot_be_meant_is_refused(randomise, message):
 def test_variants_without_randomisation_are_refused():
     with pytest.raises(ValueError, match="models, models_seed: expected none without randomise, got 8 and None"):
         make_mujoco("Hopper-v5", 2, models=8)
+
+
+def test_the_centre_of_mass_is_that_of_the_variant():
+    """A humanoid is paid for the speed of its centre of mass: here of one with a heavy foot, by MuJoCo's own."""
+
+    def heavy(model, rng):
+        model.body_mass[model.body("left_foot").id] += rng.uniform(10.0, 30.0)
+
+    free = {"healthy_reward": 0.0, "ctrl_cost_weight": 0.0, "contact_cost_weight": 0.0, "dtype": torch.float64}
+    env = make_mujoco("Humanoid-v5", 2, seed=0, randomise=heavy, models=3, frame_skip=1, **free)
+    env.reset()
+    places = []
+    for _ in range(2):
+        result = env.step(torch.full((2, 17), 0.4))
+        mass = env.engine.state.body_mass
+        places.append((env.engine.state.xipos[:, :, 0] * mass).sum(1) / mass.sum(1))
+    expected = 1.25 * (places[1] - places[0]) / env.task.dt
+    torch.testing.assert_close(result.reward, expected)
+    for i in range(2):
+        model = env.engine._variants.models[int(env.engine._variant[i])]
+        assert torch.equal(env.engine.state.body_mass[i], torch.from_numpy(model.body_mass))
