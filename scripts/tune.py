@@ -17,6 +17,7 @@ the number of trials and steps that ``best.yaml`` names.
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import itertools
 import json
@@ -32,6 +33,8 @@ from typing import Annotated, Any, Literal
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    # a worker of the installed command does not begin in cli.py, which makes this folder known as scripts
+    importlib.import_module(f"{Path(__file__).resolve().parent.name}.cli")
 
 import torch
 import tyro
@@ -42,7 +45,6 @@ from ccrl.packages import check_siblings, require
 check_siblings("agents", "envs")
 
 import agents
-import envs  # noqa: F401  (registers its ids)
 from agents.search import space_of
 from ccrl.batched_env import evaluation_env, resolve_env
 from ccrl.experiment import config as configs
@@ -52,12 +54,17 @@ from ccrl.experiment.logger import digits
 from ccrl.seeding import stream_seed
 from ccrl.settings import Count, Natural, Settings
 from ccrl.stats import score_at_budget
+from scripts import training
+from scripts.whole_paths import whole_paths, with_prompts
 
 __all__ = ["Options", "main", "suggest", "train_once", "write"]
 
 COMPILE_FROM = 30_000
 """Gradient steps from which a trial's updates are compiled where the agent says auto: constants of its settings are in
 the graph, so that no trial finds it in the cache, and twenty seconds must pay within the one training."""
+
+PROMPTS = ("prompts", "test_prompts", "reward", "tools")
+"""Keys of the file of fixed settings that say what a language model is asked."""
 
 FAILURES = (ValueError, ArithmeticError, RuntimeError)
 """Settings that do not fit together or that diverge (a matrix without an inverse is torch's RuntimeError): failed
@@ -119,11 +126,10 @@ def suggest(trial: Any, space: dict[str, dict[str, Any]]) -> dict[str, Any]:
 def train_once(options: Options, settings: dict[str, Any], seed: int, report: Any = None) -> float:
     """Train, evaluate ``options.evaluations`` times, and return the last raw return; ``report(return, number)`` is
     called with each."""
-    cls = agents.get_agent(options.agent)
-    overlay = configs.load_yaml(options.config) if options.config else {}
-    config = configs.from_dict(cls.Config, {**(overlay.get("agent") or {}), **settings})
-    env_kwargs = overlay.get("env_kwargs") or {}
-    agent = cls(options.env, config, seed=seed, env_kwargs=env_kwargs)
+    fixed = _fixed(options)
+    cls = agents.get_agent(options.agent, configs.to_dict(fixed.agent))
+    config = configs.from_dict(type(fixed.agent), settings, fixed.agent)
+    agent = cls(fixed.env, config, seed=seed, device=fixed.device, env_kwargs=fixed.env_kwargs)
     if agent.samples_per_iteration > options.total_timesteps:
         agent.close()  # it would train on more than the others, and win
         raise ValueError(f"expected at most {options.total_timesteps} samples per iteration, the whole training, got "
@@ -143,7 +149,8 @@ def train_once(options: Options, settings: dict[str, Any], seed: int, report: An
 
     try:
         if getattr(cls, "steps_env", True):  # language models draw their test questions themselves
-            eval_env = evaluation_env(options.env, options.eval_episodes, "dev", **env_kwargs)
+            options_of = {"device": fixed.device, **fixed.env_kwargs}
+            eval_env = evaluation_env(fixed.env, options.eval_episodes, "dev", **options_of)
         agent.learn(until=options.total_timesteps, callback=watch)
     finally:
         agent.close()
@@ -179,9 +186,9 @@ def _study(options: Options, worker: int = 0, process: int = 0) -> Any:
 
 def _check_measure(options: Options, study: Any) -> None:
     """:raises ValueError: the study's trials are worth something else: their values do not compare with new ones."""
-    config = configs.load_yaml(options.config) if options.config else {}
+    config = _overlay(options)
     here = {"seeds": options.seeds, "evaluations": options.evaluations, "eval_episodes": options.eval_episodes,
-            "config": {name: config.get(name) or {} for name in ("agent", "env_kwargs")}}  # fmt: skip
+            "config": {name: config.get(name) or {} for name in ("agent", "env_kwargs", *PROMPTS)}}  # fmt: skip
     here = json.loads(json.dumps(here, default=str))  # as the database gives them back
     there = study.user_attrs.get("measure")
     if there is None:
@@ -202,10 +209,21 @@ def _claim(options: Options) -> tuple[int, Owner]:
     raise AssertionError
 
 
+def _overlay(options: Options) -> dict[str, Any]:
+    return configs.load_yaml(options.config) if options.config else {}
+
+
+def _fixed(options: Options) -> Any:
+    """The run's configuration that every trial's settings are laid over, as ``train.py`` reads the file."""
+    overlay = _overlay(options)
+    values = {**overlay, "env": options.env, "total_timesteps": options.total_timesteps}
+    run = training.run_config(options.agent, overlay.get("agent"))
+    return whole_paths(with_prompts(configs.from_dict(run, {k: v for k, v in values.items() if v is not None})))
+
+
 def _space(options: Options) -> dict[str, dict[str, Any]]:
-    config = agents.get_agent(options.agent).Config
-    overlay = configs.load_yaml(options.config) if options.config else {}
-    return space_of(config, options.only, configs.from_dict(config, overlay.get("agent") or {}))
+    fixed = _fixed(options).agent
+    return space_of(type(fixed), options.only, fixed)
 
 
 def _finished(study: Any) -> list[Any]:
@@ -271,7 +289,7 @@ def write(options: Options) -> Path:
     _write_csv(options.out / "trials.csv", [["trial", "state", "value", *names, "reason"], *rows])
     curve = score_at_budget([t.value for t in whole])
     _write_csv(options.out / "budget.csv", [["trials", "expected best"], *enumerate(curve, start=1)])
-    overlay = configs.load_yaml(options.config) if options.config else {}
+    overlay = _overlay(options)
     best = {**overlay, "env": options.env, "total_timesteps": options.total_timesteps}
     best["agent"] = {**(overlay.get("agent") or {}), **study.best_params}
     head = (
@@ -318,8 +336,7 @@ def main(options: Options) -> Path:
     cls = agents.get_agent(options.agent)
     _space(options)
     if getattr(cls, "steps_env", True):  # otherwise every trial would fail for it, one by one
-        overlay = configs.load_yaml(options.config) if options.config else {}
-        resolve_env(options.env, 1, **(overlay.get("env_kwargs") or {})).close()
+        resolve_env(options.env, 1, **_fixed(options).env_kwargs).close()
     options.out.mkdir(parents=True, exist_ok=True)
     _study(options)  # the database is there before workers open it
     process, owner = _claim(options)

@@ -28,7 +28,9 @@ def test_under_the_name_that_the_wheel_gives_it(tmp_path):
     (tmp_path / "ccrl_scripts").mkdir()
     for path in (ROOT / "scripts").glob("*.py"):
         (tmp_path / "ccrl_scripts" / path.name).write_bytes(path.read_bytes())
-    code = "import ccrl_scripts.cli, scripts.benchmark_study as s; print(s.__file__)"
+    # a worker process of `ccrl tune` runs its file under this name, without cli.py before
+    code = f"import runpy; runpy.run_path({str(tmp_path / 'ccrl_scripts' / 'tune.py')!r}, run_name='__mp_main__'); "
+    code += "import ccrl_scripts.cli, scripts.benchmark_study as s; print(s.__file__)"
     done = subprocess.run([sys.executable, "-P", "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r}); {code}"],
                           cwd=tmp_path, capture_output=True, text=True, env={"PATH": ""})  # fmt: skip
     assert "ccrl_scripts" in done.stdout, done.stderr

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import agents
 from agents import AGENTS, FLOW_METHODS, METHODS, get_agent
 from agents.search import space_of
 from ccrl.experiment import config as configs
+from ccrl.experiment.config import ConfigError
 from ccrl.experiment.files import FolderInUseError
 from scripts import training
 from scripts.tune import Options, _claim, _study, _work, main, suggest, train_once, write
@@ -166,6 +168,28 @@ def test_trials_of_other_seeds_or_fixed_settings_are_another_study(tmp_path, mon
         main(replace(options, trials=3, seeds=(7,)))
     with pytest.raises(ValueError, match=r"config: .*'gamma': 0.5"):
         write(replace(options, config=fixed(tmp_path / "c.yaml", gamma=0.5)))
+
+
+def test_the_file_of_fixed_settings_is_read_as_train_reads_it(tmp_path, monkeypatch):
+    """Its device was left out, and a key that is none was taken without a word."""
+    seen = {}
+
+    class Noted(get_agent("ppo")):
+        def __init__(self, env, config, **options):
+            seen.update(options, env=env, settings=(config.hidden, config.gamma))
+            raise KeyError
+
+    monkeypatch.setattr(agents, "get_agent", lambda *_: Noted)
+    path = tmp_path / "c.yaml"
+    path.write_text("device: cuda:1\nenv: Hopper-v5\nenv_kwargs: {sutton_barto_reward: true}\nagent: {hidden: [4]}\n")
+    options = Options("ppo", "CartPole-v1", tmp_path, config=path)
+    with pytest.raises(KeyError):
+        train_once(options, {"gamma": 0.9}, 3)
+    assert seen == {"env": "CartPole-v1", "seed": 3, "device": "cuda:1", "env_kwargs": {"sutton_barto_reward": True},
+                    "settings": ((4,), 0.9)}  # fmt: skip
+    path.write_text("agnet: {hidden: [4]}\n")
+    with pytest.raises(ConfigError, match=r"agnet: unknown key.*Did you mean agent"):
+        main(options)
 
 
 def test_two_processes_propose_different_trials(tmp_path, monkeypatch):
