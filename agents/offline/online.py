@@ -20,7 +20,8 @@ def go_online(agent: OfflineAgent, env: Any, *, keep_data: bool = True, **settin
 
     Both are carried over exactly: offline networks see standardised observations, which is written into their first
     layers, and TD3's own see raw ones. A stochastic actor goes on with its mean. The clock starts at 0; checkpoints are
-    TD3's. Critics with layer normalisation (ReBRAC) and those of agents without critics (BC) start anew.
+    TD3's. Critics with layer normalisation (ReBRAC), of rewards in other units (``reward`` is not raw) and those of
+    agents without critics (BC) start anew.
 
     :param agent: a trained ``td3_bc``, ``iql``, ``rebrac``, ``bc`` or ``pgd``.
     :param env: an id or an environment with the agent's spaces.
@@ -57,7 +58,7 @@ def go_online(agent: OfflineAgent, env: Any, *, keep_data: bool = True, **settin
             f"go_online: expected observations and actions of {policy.width} and {policy.n_out} numbers as "
             f"{agent.name} has, got {sizes[0]} and {sizes[1]}; give the agent's own environment"
         )
-    _carry_over(policy, online.policy)
+    _carry_over(policy, online.policy, critics=getattr(agent.config, "reward", "raw") == "raw")
     # the targets were made from the networks of before
     online.learner.cycle.start(online.ctx.bank)  # type: ignore[attr-defined]
     if keep_data and agent.data is not None:
@@ -65,14 +66,16 @@ def go_online(agent: OfflineAgent, env: Any, *, keep_data: bool = True, **settin
         rows = {
             k: torch.as_tensor(columns[k]) for k in ("obs", "action", "reward", "next_obs", "terminated", "truncated")
         }
-        online.learner.ring.replace(rows | {"alive": (~rows["terminated"]).float()})  # type: ignore[attr-defined]
+        rows |= {"alive": (~rows["terminated"]).float(), "power": torch.ones_like(rows["reward"])}  # single steps
+        ring: Any = online.learner.ring  # type: ignore[attr-defined]
+        ring.replace({k: rows[k] for k in ring.names})
     return online
 
 
 @torch.no_grad()
-def _carry_over(source: OfflinePolicy, target: nn.Module) -> None:
+def _carry_over(source: OfflinePolicy, target: nn.Module, critics: bool) -> None:
     found = dict(source.named_parameters())
-    plain = "critic.net.last_weight" in found and not any("layer_norms" in k for k in found)
+    plain = critics and "critic.net.last_weight" in found and not any("layer_norms" in k for k in found)
     mean, std, width = source.obs_mean, source.obs_std, source.width
     for name, parameter in target.named_parameters():
         if name.startswith("actor.") or plain:

@@ -65,6 +65,18 @@ def test_actor_and_critics_are_carried_over(cls: Any, line_data: Dataset, tmp_pa
     torch.testing.assert_close(again.act(obs, True), online.act(obs, True), rtol=0, atol=0)
 
 
+def test_rows_and_critics_of_other_units(line_data: Dataset) -> None:
+    """Rows of the data are returns of one step; critics of rewards less 1 know nothing of raw ones, and start anew."""
+    agent = TD3BC(Walk(), data=line_data, reward="minus_one", **SMALL)
+    online = go_online(agent, Walk(), n_step_returns=3, **ONLINE)
+    assert online.learner.ring.rows()["power"].eq(1.0).all()
+    fresh = TD3(Walk(), hidden=(16, 16), **ONLINE)
+    obs, action = torch.randn(4, 2), torch.randn(4, 1)
+    torch.testing.assert_close(online.policy.q(obs, action), fresh.policy.q(obs, action), rtol=0, atol=0)
+    with torch.no_grad():
+        torch.testing.assert_close(online.act(obs, True), agent.act(obs, True))
+
+
 def test_what_cannot_go_on_is_refused(line_data: Dataset) -> None:
     agent = TD3BC(Walk(), data=line_data, **SMALL)
     with pytest.raises(ValueError, match=r"hidden=\(16, 16\)"):
