@@ -82,6 +82,7 @@ class OfflineAgent(Agent):
     source: Any
     reads: tuple[str, ...] = ("obs", "action", "reward", "next_obs", "alive")
     """Columns of a batch."""
+    _missing = ""
 
     def __init__(self, env: Any, config: Any = None, *, data: Dataset | None = None, **options: Any) -> None:
         with _set(_data, data) if data is not None else contextlib.nullcontext():
@@ -156,9 +157,10 @@ class OfflineAgent(Agent):
                 raise DataError(f"{self.name}: expected a data set, got none; set dataset, or pass data")
             try:
                 data = load_dataset(name) if name else None
-            except (DataError, OSError, ImportError):
+            except (DataError, OSError, ImportError) as error:
                 if not _loading.get():
                     raise
+                self._missing = f" ({error})"  # said where it is missed: when the agent is to learn
                 return None
         return data if data is None else self._checked(data)
 
@@ -187,8 +189,8 @@ class _Nothing:
 
     def __init__(self, agent: OfflineAgent) -> None:
         self._told = (
-            f"{agent.name}: expected the data set {agent.config.dataset!r} to learn on, found none; load the agent "
-            "with data=, or where the file is"
+            f"{agent.name}: expected the data set {agent.config.dataset!r} to learn on, found none{agent._missing}; "
+            "load the agent with data=, or where the file is"
         )
 
     def sample(self, spec: Batching, generator: torch.Generator | None) -> Data:

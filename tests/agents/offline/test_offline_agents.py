@@ -236,6 +236,15 @@ def test_a_loaded_agent_acts_without_its_data(cls: Any, line_env: Any, line_data
         loaded.learn(10)
 
 
+def test_a_loaded_agent_says_why_it_has_no_data(line_env: Any, line_data: Dataset, tmp_path: Path) -> None:
+    np.savez(tmp_path / "data.npz", **line_data.columns())
+    BC(line_env, dataset=str(tmp_path / "data.npz"), **SMALL).save(tmp_path / "a.pt")
+    (tmp_path / "data.npz").write_bytes(b"damaged")
+    loaded = BC.load(tmp_path / "a.pt", env=line_env)
+    with pytest.raises(DataError, match=r"found none \(.*data\.npz: expected an \.npz archive"):
+        loaded.learn(5)
+
+
 @each
 def test_every_loss_reaches_its_parameters_and_no_others(cls: Any, line_env: Any, line_data: Dataset) -> None:
     agent = cls(line_env, data=line_data, **SMALL)
