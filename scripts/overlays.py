@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 from ccrl.packages import check_siblings
@@ -25,8 +26,8 @@ def tuned_settings(agent: str, words: list[str], default_env: str, config: str |
         sys.exit("--tuned: expected no --config beside it, got both; the flags you add win over either")
     words = [word for word in words if word != "--tuned"]
     named = [part for word in words for part in (word.split("=", 1) if word.startswith("--env=") else [word])]
-    after = named[named.index("--env") + 1 :] if "--env" in named else []
-    file = tuned.find(agent, after[0] if after else default_env)
+    given = [value for word, value in itertools.pairwise(named) if word == "--env"]
+    file = tuned.find(agent, given[-1] if given else default_env)  # of a flag that is given twice the last one counts
     reached = tuned.head(file)["Reached here"]
     print(f"[ccrl] tuned settings: {file}\n[ccrl] reached with them here: {reached}", flush=True)
     return str(file), words

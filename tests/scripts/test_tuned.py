@@ -34,6 +34,8 @@ def test_flags_win_over_the_file(monkeypatch, capsys):
     assert (name, configs.to_dict(config)) == ("ppo", configs.to_dict(expected))
     assert file.agent.learning_rate == 9.80828e-05  # the zoo's, for Hopper-v3
     assert "tuned settings" in capsys.readouterr().out
+    _, config = train.prepare(["ppo", "--env", "CartPole-v1", "--tuned", "--env=Hopper-v5"])
+    assert (config.env, config.agent.learning_rate) == ("Hopper-v5", 9.80828e-05), "the last one, as of all flags"
     _, config = train.prepare(["ppo", "--tuned"])
     assert config.env == "HalfCheetah-v5"
     assert tuned.find("ppo", "ccrl/Hopper-v5") == tuned.find("ppo", "Hopper-v5")
