@@ -45,6 +45,8 @@ from ccrl.updaters import FlatUpdater, Stats
 
 __all__ = ["ORPO", "ORPOConfig"]
 
+FUNCTION = ("activation", "squash", "std_parameter")
+"""What a policy's parameters mean, and their shapes do not tell."""
 KINDS: dict[str, Kind] = {"sqrt_chi2": "sqrt_chi2", "chi2": "chi2", "kl": "kl"}
 ACTION_KINDS: dict[str, Kind] = {"action_kl": "kl", "action_chi2": "chi2", "action_sqrt_chi2": "sqrt_chi2"}
 
@@ -238,7 +240,15 @@ class ORPO(PPO):
             if found is None or checkpoint.different_shapes(found, policy.state_dict()):
                 return  # load() says what is wrong
         elif found is None and path:
-            found = checkpoint.load(path, map_location=self.device)["state"]["learner"]["policy"]
+            saved = checkpoint.load(path, map_location=self.device)
+            found = saved["state"]["learner"]["policy"]
+            for name in FUNCTION:
+                own = getattr(self.config, name)
+                if saved["config"].get(name, own) != own:
+                    raise ValueError(
+                        f"reference: expected {name}={own!r} as here, got {saved['config'][name]!r} in {path}: the "
+                        "parameters would be another policy's"
+                    )
         if found is None:
             return
         if different := checkpoint.different_shapes(found, policy.state_dict()):

@@ -213,6 +213,8 @@ def test_the_reference_is_anothers_policy(tmp_path):
     )  # fmt: skip
     assert torch.equal(from_file.ctx.bank.policy("ref").params(states)["logits"], wanted)
     assert not torch.equal(from_file.policy.params(states)["logits"], wanted)
+    with pytest.raises(ValueError, match="reference: expected activation='relu' as here, got 'tanh'"):
+        make(config=ORPOConfig(reference=str(tmp_path / "teacher.pt")), activation="relu")
     from_file.save(tmp_path / "own.pt")
     (tmp_path / "teacher.pt").unlink()
     loaded = ORPO.load(tmp_path / "own.pt")
