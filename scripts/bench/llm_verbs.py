@@ -52,7 +52,15 @@ def main(config: Config) -> None:
 
 
 def _clock(config: Config) -> Callable[[], float]:
-    return time.perf_counter if config.clock == "wall" else time.process_time
+    now = time.perf_counter if config.clock == "wall" else time.process_time
+    if config.device == "cpu":
+        return now
+
+    def waited() -> float:
+        torch.cuda.synchronize()  # what was only launched has taken no time yet
+        return now()
+
+    return waited
 
 
 # -- verbs ------------------------------------------------------------------------------------------------------------
@@ -146,9 +154,9 @@ def _padding(config: Config) -> None:
     longer = replace(config, length=4 * config.length)
     ours = llm.Ours(longer)
     rows = config.n_prompts * config.group_size
-    lengths = torch.empty(rows).exponential_(3.0 / longer.length).round().clamp(1, longer.length)
+    lengths = torch.empty(rows).exponential_(3.0 / longer.length).round().clamp(1, longer.length).to(config.device)
     found = ours.agent.collector.sample(ours.agent.policy, ours.prompts, ours.question)
-    present = (torch.arange(longer.length)[:, None] < lengths).float()
+    present = (torch.arange(longer.length, device=lengths.device)[:, None] < lengths).float()
     columns = dict(found.items()) | {"present": present, "valid": present, "length": lengths.long()}
     data = Data(columns, sequence=found.sequence)
     agent = ours.agent
