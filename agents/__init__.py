@@ -122,6 +122,9 @@ def get_agent(name: str, settings: Mapping[str, Any] | None = None) -> Any:
         if not isinstance(found, Method):
             raise ValueError(f"agent: expected an agent class or a Method at {name}, got {type(found).__name__}")
         return found.agent(name) if hasattr(found, "agent") else LLM.of(found, name)
+    if missing := [part for part in ("name", "Config", "learn") if not hasattr(found, part)]:
+        raise ValueError(f"agent: expected a subclass of agents.base.Agent with a name and a Config at {name}, got "
+                         f"{found.__name__} without {', '.join(missing)}")  # fmt: skip
     method = dict(settings or {}).get("method")
     return found.of(method) if method is not None and hasattr(found, "of") else found
 

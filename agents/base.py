@@ -89,6 +89,8 @@ class Agent:
         with torch.random.fork_rng(devices=[]):  # building an agent must not move the caller's random numbers
             torch.manual_seed(stream_seed(seed, "networks"))
             self.learner = self.build()
+        if self.learner is None or not hasattr(self, "name"):  # without a name the first checkpoint would fail
+            raise TypeError(f"{type(self).__name__}: expected a class attribute `name`, and build to return a learner")
         self.learner.check()
         self.last_checkpoint: Path | None = None
         self._pending_callback_state: dict[str, Any] = {}
@@ -107,9 +109,8 @@ class Agent:
         for name in settings:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=3)
-                raise TypeError(
-                    f"{cls.name} has no setting {name!r}" + (f"; did you mean {near}?" if near else f"; it has {known}")
-                )
+                hint = f"did you mean {near}?" if near else f"it has {known}"
+                raise TypeError(f"{cls.name} has no setting {name!r}; {hint}")
         return cls.Config(**settings) if config is None else dataclasses.replace(config, **settings)
 
     # -- what a subclass fills in --------------------------------------------------------------------------------------

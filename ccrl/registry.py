@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -98,8 +99,16 @@ def import_module(name: str) -> Any:
             "put its folder on PYTHONPATH",
             name=error.name,
         ) from error
-    except (ValueError, TypeError) as error:  # "..x:y" and the like
-        raise ModuleNotFoundError(f"{name!r}: expected 'module:name', got {error}") from error
+    except (ValueError, TypeError) as error:
+        if all(part.isidentifier() for part in module.split(".")):
+            frames = traceback.extract_tb(error.__traceback__)
+            at = next((frame for frame in reversed(frames) if frame.name == "<module>"), frames[-1])
+            raise ImportError(
+                f"{name!r}: expected a module that can be imported, got {type(error).__name__} at {at.filename}:"
+                f"{at.lineno}: {error}",
+                name=module,
+            ) from error
+        raise ModuleNotFoundError(f"{name!r}: expected 'module:name', got {error}") from error  # "..x:y" and the like
 
 
 def load(name: str) -> Any:

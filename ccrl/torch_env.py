@@ -143,6 +143,8 @@ class TorchEnv:
     def _start(self, state: Array, mask: Tensor | None) -> Tree:
         """Episodes begin in these states, everywhere or where ``mask`` ``[N]`` bool is set; the observations."""
         steps = self._inward(torch.zeros(self.num_envs, dtype=torch.int64, device=self.device))
+        if not self._checked:
+            _map(self._outward, state)
         # copied, because an observation can be the state itself, which callers must not be able to change
         obs = self._copied(self._float32(self.observe_initial(state)))
         fresh = (state, steps, steps != 0, steps != 0, obs)
@@ -243,8 +245,11 @@ class TorchEnv:
         return tensor
 
     def _outward(self, array: Array) -> Tensor:
-        tensor: Tensor = array
-        return tensor
+        if not isinstance(array, Tensor):
+            raise TypeError(
+                f"{self.name}: expected tensors from its functions, got {type(array).__name__} (initial()?)"
+            )
+        return array
 
     def _action_inward(self, action: Tensor) -> Array:
         return action.float() if action.is_floating_point() else action

@@ -198,5 +198,9 @@ def test_what_users_of_other_libraries_write() -> None:
     with pytest.raises(TypeError, match="got str; the environment comes first, a policy is the keyword policy"):
         PPO("MlpPolicy", "CartPole-v1")
     assert agents.GRPO is get_method("grpo")
+    with pytest.raises(ValueError, match="got Batching without name, Config, learn"):
+        get_agent("ccrl.data:Batching")
+    with pytest.raises(TypeError, match="Nameless: expected a class attribute `name`, and build to return a learner"):
+        type("Nameless", (PPO,), {"build": lambda self: None})("CartPole-v1")
     with pytest.raises(TypeError, match=r"env_kwargs\['reward'\]: .* write 'module:function'"):
         agents.GRPO("jsonl", env_kwargs={"path": "x.jsonl", "reward": len})

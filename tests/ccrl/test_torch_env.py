@@ -225,3 +225,12 @@ def test_the_page_of_an_environment_of_your_own_runs(tmp_path):
     contract = names["MyPointMass"]()
     for name in (name for name in dir(contract) if name.startswith("test_")):
         getattr(contract, name)()
+
+
+def test_states_of_numpy_are_refused_in_the_first_reset():
+    class Arrays(Walk):
+        def initial(self, generator, n):
+            return {"x": np.zeros(n), "age": np.zeros(n)}
+
+    with pytest.raises(TypeError, match="Arrays: expected tensors from its functions, got ndarray"):
+        Arrays(2).reset()

@@ -187,6 +187,9 @@ def test_a_module_that_fails_inside_is_not_called_missing(tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ModuleNotFoundError, match="No module named 'no_such_dependency'"):
         envs.make("registers_things:My-v0")
+    (tmp_path / "raises_inside.py").write_text("\nint('x')\n")
+    with pytest.raises(ImportError, match=r"that can be imported, got ValueError at .*raises_inside\.py:2: invalid"):
+        envs.make("raises_inside:My-v0")
 
 
 @pytest.mark.parametrize("text", ["NextStep", "nextstep", "NEXT_STEP", "next_step"])
