@@ -261,7 +261,10 @@ def theory_constants(*, M_g: float, M_h: float, r_max: float, gamma: float, H: i
     :param r_max: of ``|r|``.
     :param gamma: discount, below 1.
     :param H: horizon, in steps.
+    :raises ValueError: a discount outside [0, 1).
     """
+    if not 0.0 <= gamma < 1.0:
+        raise ValueError(f"gamma: expected a number in [0, 1), got {gamma}; the bounds grow with 1 / (1 - gamma)")
     left = 1.0 - gamma
     return TheoryConstants(
         L_g=r_max * (M_g**2 + M_h) / left**2,

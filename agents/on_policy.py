@@ -155,7 +155,9 @@ def check_features(policy: Any, why: str) -> None:
 
 
 def check_eager(config: Any) -> None:
-    """``ValueError`` for ``compile="on"`` where updates are explicit steps: only surrogates are compiled."""
+    """``ValueError`` for ``compile="on"`` and a lag where updates are explicit steps: only surrogates are compiled, and
+    an update rule says itself who acts."""
+    check_unused(config, "this agent's update rule says who acts", "collection_lag")
     if config.compile == "on":
         raise ValueError("compile: this agent has no surrogate to compile; expected 'auto' or 'off', got 'on'")
 

@@ -85,6 +85,8 @@ def test_the_clock_counts_the_steps_of_episodes_only(agent: type, config: type) 
 def test_settings_without_a_meaning_are_refused(name: str, config: type) -> None:
     with pytest.raises(ValueError, match=name):
         config(**{name: True if name == "normalise_reward" else 0.5})
+    with pytest.raises(ValueError, match="collection_lag: this agent"):
+        config(collection_lag=1)
     with pytest.raises(ValueError, match="time_limit: returns of whole paths"):
         BPGConfig(time_limit="terminal")
 

@@ -238,6 +238,8 @@ def test_theory_constants():
     got = [c.L_g, c.sigma_g2, c.sigma_h2, c.D_g, c.D_h, c.truncation, c.npg_igt_step(0.1), c.harpg_step(0.1)]
     assert got == pytest.approx([150, 1000, 21162500, 74.833147, 840, 0.00785517, 30, 2.711228e-4], rel=5e-7)
     assert pytest.approx(0.2581989, abs=5e-8) == 2**0.5 / (3**0.5 * 1000**0.5 * 0.1)
+    with pytest.raises(ValueError, match="gamma: "):
+        theory_constants(M_g=1, M_h=0.5, r_max=1, gamma=1.0, H=46)
     loose = theory_constants(M_g=1e-3, M_h=1e-6, r_max=1, gamma=0.9, H=400)
     assert loose.harpg_step(1e3) == pytest.approx(2**0.5 * 1e-3 / (3**0.5 * loose.sigma_g2**0.5 * 1e3))
 
