@@ -98,6 +98,7 @@ def main(options: Options) -> int:
     out = options.out.resolve()
     found = [spec.find(out) for spec in specs]
     left = [spec for spec, run in zip(specs, found) if run is None or "finished" not in run.info]
+    out.mkdir(parents=True, exist_ok=True)  # what cannot be made is said once, and not by every run
     print(f"[benchmark] {len(specs)} runs, {len(specs) - len(left)} of them finished before; {out}", flush=True)
     failed = 0
     for count, (spec, code) in enumerate(_on_ray(left, out) if options.ray else _here(left, out, options.jobs), 1):
@@ -240,6 +241,6 @@ if __name__ == "__main__":
         sys.exit(_run(json.loads(sys.argv[2]), Path(sys.argv[3]), int(sys.argv[4])))
     try:
         status = main(tyro.cli(Options, description=__doc__))
-    except (ValueError, ImportError, FileNotFoundError) as error:
+    except (ValueError, ImportError, OSError) as error:
         sys.exit(f"error: {error}")
     sys.exit(1 if status else 0)

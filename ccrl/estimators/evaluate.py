@@ -8,6 +8,7 @@ The numbers go through the recipe's own stages and terms, as one optimiser step 
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from ccrl.estimators.recipe import Method, Parts
 from ccrl.estimators.terms import Outputs, surrogate
 
 __all__ = ["Loss", "loss_of"]
+
+_OWN = ("reward", "group", "max_length", "progress", "state")
 
 
 class Loss(NamedTuple):
@@ -67,8 +70,17 @@ def loss_of(
     :param columns: what else the method reads: ``ref_log_prob`` ``[T, N]`` with a reference, ``entropy`` ``[T, N]``,
         ``reward_components`` ``[N, C]``, ``tempered_log_prob`` ``[T, N]`` (at the temperature that it asks for), ...
         Forward outputs other than ``log_prob`` are constants: the gradient is that by ``log_prob`` alone.
-    :raises ValueError: for shapes that do not fit, and for a column that the method reads and nobody gave.
+    :raises TypeError: for another method or config.
+    :raises ValueError: for shapes that do not fit, a mask of other numbers than 0 and 1, a misspelt argument, and a
+        column that the method reads and nobody gave.
     """
+    if not isinstance(method, Method):
+        raise TypeError(f"method: expected a Method, as agents.GRPO is, got {type(method).__name__}")
+    log_prob, old_log_prob, mask = (torch.as_tensor(given) for given in (log_prob, old_log_prob, mask))
+    reward, group = (None if given is None else torch.as_tensor(given) for given in (reward, group))
+    for name in columns:  # an array that nobody reads would leave the reward at 0
+        if near := difflib.get_close_matches(name, _OWN, n=1, cutoff=0.85):
+            raise ValueError(f"{name}: expected another name, or the argument {near[0]}; write {near[0]}=")
     if log_prob.dim() != 2:
         raise ValueError(f"log_prob: expected [T, N], got {_shape(log_prob)}")
     steps, count = log_prob.shape
@@ -76,6 +88,8 @@ def loss_of(
     for name, value in {"old_log_prob": old_log_prob, "mask": mask}.items():
         if value.shape != log_prob.shape:
             raise ValueError(f"{name}: expected the shape of log_prob {_shape(log_prob)}, got {_shape(value)}")
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ValueError(f"mask: expected 1 where there is a token and 0 elsewhere, got {mask.unique().tolist()}")
     for name, given in {"reward": reward, "group": group}.items():
         if given is not None and given.shape != (count,):
             turned = "; time comes first: is log_prob [N, T]?" if given.shape == (steps,) else ""

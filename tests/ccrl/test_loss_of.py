@@ -51,6 +51,11 @@ def test_a_config_and_its_limits() -> None:
     [
         ({"log_prob": torch.zeros(3)}, r"log_prob: expected \[T, N\], got \(3,\)"),
         ({"mask": torch.ones(2, 3)}, r"mask: expected the shape of log_prob \(2, 2\), got \(2, 3\)"),
+        (
+            {"mask": torch.tensor([[2, 1], [1, 0]])},
+            r"mask: expected 1 where there is a token and 0 elsewhere, got \[0, 1, 2\]",
+        ),
+        ({"rewards": REWARD}, "rewards: expected another name, or the argument reward; write reward="),
         ({"reward": torch.ones(3)}, r"reward: expected \[N\] = \(2,\), got \(3,\)"),
         ({"extra": torch.ones(5)}, r"extra: expected \[T, N, ...\] = \(2, 2\) or \[N, ...\], got \(5,\)"),
         ({"state": {"dual": 1.0}}, r"state: expected some of \[\], got 'dual'"),
@@ -60,6 +65,10 @@ def test_what_does_not_fit(changes: dict[str, Any], match: str) -> None:
     given: dict[str, Any] = {"log_prob": NEW, "old_log_prob": OLD, "mask": MASK, "reward": REWARD} | changes
     with pytest.raises(ValueError, match=match):
         loss_of(GRPO, None, **given)
+    with pytest.raises(TypeError, match=r"method: expected a Method, as agents\.GRPO is, got str"):
+        loss_of("grpo", None, NEW, OLD, MASK)  # type: ignore[arg-type]
+    arrays = [x.numpy() for x in (NEW, OLD, MASK, REWARD)]
+    assert torch.equal(loss_of(GRPO, None, *arrays).loss, loss_of(GRPO, None, NEW, OLD, MASK, REWARD).loss)  # type: ignore[arg-type]
     wide = torch.zeros(4, 2, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"time comes first: is log_prob \[N, T\]"):
         loss_of(GRPO, None, wide, wide, torch.ones(4, 2), reward=torch.ones(4))

@@ -73,6 +73,11 @@ def test_unknown_keys_and_missing_flags_are_refused(tmp_path: Path) -> None:
         benchmark.load(benchmark.Options(out=tmp_path, study=tmp_path / "x.yaml", envs=("CartPole-v1",)))
     with pytest.raises(ConfigError, match="received --evals too"):
         benchmark.load(benchmark.Options(out=tmp_path, study=tmp_path / "x.yaml", evals=50))
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError):
+        benchmark.main(
+            benchmark.Options(out=tmp_path / "file", agents=("ppo",), envs=("CartPole-v1",), total_timesteps=64)
+        )
 
 
 def test_seeds_come_before_agents_and_settings_are_laid_over_one_another() -> None:
