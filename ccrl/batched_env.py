@@ -30,6 +30,7 @@ __all__ = [
     "resolve_env",
     "resume_note",
     "stepper",
+    "task_name",
 ]
 
 Tree = Tensor | dict[str, Tensor]
@@ -167,6 +168,14 @@ def resume_note(env: Any) -> str | None:
         return f"{type(env).__name__} has no state_dict"
     note: str | None = getattr(env, "resume_note", None)
     return note
+
+
+def task_name(env: Any) -> str:
+    """What ``env`` plays, which tells environments of one class and of equal shapes apart: its ``id``, the class of its
+    ``task``, or its own class, with what it wraps in brackets."""
+    name = getattr(env, "id", "") or type(getattr(env, "task", env)).__name__
+    inner = getattr(env, "env", None) or next(iter(getattr(env, "parts", ())), None)
+    return f"{name} ({task_name(inner)})" if isinstance(inner, BatchedEnv) else str(name)
 
 
 def check_device(device: torch.device | str) -> torch.device:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree, resume_note, stepper
+from ccrl.batched_env import AutoresetMode, BatchedEnv, Tree, resume_note, stepper, task_name
 from ccrl.buffer import RolloutBuffer
 from ccrl.data import Data, Field, tree_map
 from ccrl.policies.actions import RandomActor
@@ -327,7 +327,7 @@ class Collector:
             if stream.state is not None:
                 state |= {"policy_state": stream.state.clone(), "first": stream.first.clone()}
             state |= {"env": self.env.state_dict(), "obs": tree_map(torch.clone, stream.obs)}  # type: ignore[attr-defined]
-            state["backend"] = type(self.env).__name__
+            state |= {"backend": type(self.env).__name__, "task": task_name(self.env)}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -340,8 +340,10 @@ class Collector:
             stream.begin(None)
             return
         note = self.resume_note
-        if note is None and state.get("backend", type(self.env).__name__) != type(self.env).__name__:
-            note = f"the saved state is of a {state['backend']}, the environment is a {type(self.env).__name__}"
+        # shapes do not tell tasks apart: HalfCheetah's state fits Walker2d
+        for name, own in (("backend", type(self.env).__name__), ("task", task_name(self.env))):
+            if note is None and "env" in state and state.get(name, own) != own:
+                note = f"the saved state is of a {state[name]}, the environment is a {own}"
         if note is not None:
             self._tell(note)
         if "env" not in state or note is not None:

@@ -138,6 +138,11 @@ class GymnasiumEnv:
         self.env.close()
 
     @property
+    def id(self) -> str:
+        """Class and, where it has one, id of the copies; of those that were built elsewhere what Gymnasium calls them."""
+        return str(self.env.unwrapped.get_attr("label")[0]) if self._bordered else self.name
+
+    @property
     def resume_note(self) -> str | None:
         """Why the state of these environments cannot be had, ``None`` where it can."""
         inner = self.env.unwrapped

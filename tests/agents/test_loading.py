@@ -48,9 +48,39 @@ def test_another_id_starts_fresh_episodes_and_keeps_none_of_the_old_state(tmp_pa
     torch.testing.assert_close(
         loaded.collector._stream.obs, fresh.reset(seed=stream_seed(0, "resumed at 128")), rtol=0, atol=0
     )
+    with pytest.warns(UserWarning, match="the saved state is of a HalfCheetah, the environment is a Walker2d"):
+        given = PPO.load(tmp_path / "agent.pt", env=envs.make("Walker2d-v5", 4))
+    assert torch.equal(given.collector._stream.obs, loaded.collector._stream.obs)
     same = PPO.load(tmp_path / "agent.pt", env="ccrl/HalfCheetah-v5")
     assert torch.equal(same.collector._stream.obs, agent.collector._stream.obs)
     assert same.env_kwargs == {"reset_noise_scale": 0.0}
+
+
+class _Line(gymnasium.Env):
+    """A point that walks from ``start`` to the right, without an end."""
+
+    observation_space, action_space, start = gymnasium.spaces.Box(-np.inf, np.inf, (1,)), gymnasium.spaces.Discrete(2), 0
+
+    def reset(self, *, seed=None, options=None):
+        self.x = self.start
+        return np.array([self.x], np.float32), {}
+
+    def step(self, action):
+        self.x += 1
+        return np.array([self.x], np.float32), 1.0, False, False, {}
+
+
+class _FarLine(_Line):
+    start = 1000
+
+
+def test_another_class_of_gymnasiums_starts_fresh_episodes(tmp_path):
+    agent = PPO(from_gymnasium(_Line, 4), CONFIG).learn(until=128)
+    agent.save(tmp_path / "agent.pt")
+    assert PPO.load(tmp_path / "agent.pt", env=from_gymnasium(_Line, 4)).collector._stream.obs[0].item() == 32
+    with pytest.warns(UserWarning, match="of a _Line, the environment is a _FarLine"):
+        loaded = PPO.load(tmp_path / "agent.pt", env=from_gymnasium(_FarLine, 4))
+    assert loaded.collector._stream.obs[0].item() == 1000
 
 
 def test_devices_that_are_not_here_are_refused(tmp_path):
