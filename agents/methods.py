@@ -68,6 +68,14 @@ class MethodAgent(Agent):
         members = {"method": method, "name": name, "paper": method.paper, "Config": settings}
         return type(f"{cls.__name__}[{method.name}]", (cls,), members)
 
+    def __init__(self, env: Any, config: Any = None, *, policy: Any = None, **options: Any) -> None:
+        if policy is not None:
+            raise TypeError(
+                f"policy: expected None, got {policy!r}; to train a model of your own, override make_model in a class "
+                f"derived from {type(self).__name__}"
+            )
+        super().__init__(env, config, **options)
+
     @classmethod
     def slots(cls) -> dict[str, str]:
         return dict(cls.method.slots)

@@ -119,7 +119,7 @@ def check_standardised(config: Any, why: str, size: int | None = None) -> None:
     """
     total = config.num_envs * config.n_steps
     size = total if size is None else size
-    if config.recurrent != "none":  # whole columns
+    if getattr(config, "recurrent", "none") != "none":  # whole columns
         size = -(-size // config.n_steps) * config.n_steps
     last = total % size or min(size, total)
     if last > 1:

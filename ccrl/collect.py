@@ -284,8 +284,9 @@ class Collector:
             data, self.stats = finish_step(stream, buffer, hidden)
         else:
             data, self.stats = finish_rollout(stream, buffer, hidden)
-        check_finite(buffer, data)
-        check_states(buffer.obs, env.single_observation_space)
+        reads: frozenset[str] | None = getattr(policy, "reads", None)
+        check_finite(buffer, data, reads)
+        check_states(buffer.obs, env.single_observation_space, reads)
         return data if first is None else data.with_raw(first=first[:-1])
 
     # -- state --------------------------------------------------------------------------------------------------------

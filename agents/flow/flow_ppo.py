@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from agents.base import Agent
-from agents.on_policy import VALUE, OnPolicyEstimator, Updaters
+from agents.on_policy import VALUE, OnPolicyEstimator, Updaters, check_standardised, check_unused
 from ccrl.data import Batching, Data
 from ccrl.diffusion.flow import flow_point, matching_error
 from ccrl.estimators import aggregates, losses
@@ -33,7 +33,7 @@ from ccrl.learn import Learner
 from ccrl.offline import Dataset, load_dataset
 from ccrl.policies.flow_actor import FlowActor
 from ccrl.seeding import named_generator
-from ccrl.settings import Compile, Count, Natural, Nonnegative, Positive, Settings, TimeLimit, Unit
+from ccrl.settings import Compile, Count, Natural, Positive, Settings, TimeLimit, Unit
 from ccrl.updaters import FlatUpdater
 
 __all__ = ["FlowPPO", "FlowPPOConfig"]
@@ -58,7 +58,7 @@ class FlowPPOConfig(Settings):
     normalise_obs: bool = True
     """Observations are normalised: by the data set's statistics, which stay, or without one by running ones."""
     clip_norm: Positive = 10.0
-    """Normalised rewards are clipped to plus or minus this number."""
+    """Normalised observations and rewards are clipped to plus or minus this number."""
     hidden: tuple[Count, ...] = (128, 128)
     """These are the widths of the velocity network's hidden layers."""
     critic_hidden: tuple[Count, ...] = (128, 128)
@@ -96,11 +96,17 @@ class FlowPPOConfig(Settings):
     """A step of cloning reads this many rows."""
     clone_learning_rate: Positive = 1e-3
     """This is Adam's step size in cloning, which falls linearly to 0."""
-    vf_coef: Nonnegative = 1.0
+    vf_coef: Positive = 1.0
     """The critic's loss has this weight."""
     compile: Compile = "auto"
     """Updates are fused into compiled graphs: always (on), never (off), or from 1,000 gradient steps on where there
     is a C++ compiler (auto)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_standardised(self, "FlowPPO", self.batch_size)
+        if not (self.normalise_obs or self.normalise_reward):
+            check_unused(self, "it clips what is normalised, and nothing is", "clip_norm")
 
 
 class FlowPPOEstimator(OnPolicyEstimator):
@@ -168,11 +174,11 @@ class FlowPPO(Agent):
 
     def build(self) -> Learner:
         c: FlowPPOConfig = self.config
-        spaces = self.env.single_observation_space, self.env.single_action_space
-        policy = FlowActor(
-            *spaces, steps=c.denoising_steps, solver=c.sampler, noise=c.noise_level, hidden=c.hidden,
-            critic_hidden=c.critic_hidden, normalise_obs=c.normalise_obs,
-        ).to(self.device)  # fmt: skip
+        policy = self.make_policy(
+            {"value": ()}, default=FlowActor, steps=c.denoising_steps, solver=c.sampler, noise=c.noise_level
+        )
+        if not isinstance(policy, FlowActor):
+            raise ValueError(f"policy: expected a FlowActor or a class derived from it, got {type(policy).__name__}")
         rates = {"policy": ("actor", c.learning_rate), "critic": ("critic", c.critic_learning_rate)}
         updaters: Updaters = {
             name: FlatUpdater(policy, lr=lr, prefixes=[part], max_grad_norm=c.max_grad_norm, eps=c.adam_eps)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +12,9 @@ from agents.flow.parts import FlowRecipe, Needs
 from ccrl.data import Data
 from ccrl.diffusion.flow import flow_point, shift_time
 from ccrl.estimators.base import Context
+from ccrl.estimators.recipe import Parts
 from ccrl.estimators.stages import with_episode_reward
+from ccrl.settings import ConfigError
 
 __all__ = ["MatchingRecipe", "Times", "draw_times"]
 
@@ -48,6 +50,12 @@ class MatchingRecipe(FlowRecipe):
     """
 
     needs: ClassVar[Needs] = "clean"
+
+    def __init__(self, config: Any, parts: Parts) -> None:
+        super().__init__(config, parts)
+        if config.times == "grid" and getattr(config, "steps", 2) < 2:
+            raise ConfigError(f"times: expected 'uniform' or 'logit_normal' with steps={config.steps} (a sampler's "
+                              "times without the first are none), got 'grid'")  # fmt: skip
 
     @property
     def velocities(self) -> tuple[str, ...]:

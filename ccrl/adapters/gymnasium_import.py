@@ -139,7 +139,7 @@ class GymnasiumEnv:
 
     @property
     def id(self) -> str:
-        """Class and, where it has one, id of the copies; of those that were built elsewhere what Gymnasium calls them."""
+        """Class and, where it has one, id of the copies; of processes that were built elsewhere Gymnasium's name."""
         return str(self.env.unwrapped.get_attr("label")[0]) if self._bordered else self.name
 
     @property

@@ -88,11 +88,11 @@ class _Reader:
         kind = type(value)
         if isinstance(value, gymnasium.Space):
             return {"space": self._space(value, where)}
-        if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        if isinstance(value, np.ndarray) and _has_tensors(value.dtype):
             return {"array": torch.from_numpy(np.array(value))}
         if isinstance(value, np.ndarray) and value.dtype.kind in "SU":
             return {"text": value.astype(str).tolist(), "type": str(value.dtype)}
-        if isinstance(value, np.generic) and value.dtype.kind in "biuf":
+        if isinstance(value, np.generic) and _has_tensors(value.dtype):
             return {"array": torch.from_numpy(np.array(value)), "scalar": str(value.dtype)}
         if isinstance(value, Tensor):
             return {"tensor": value.detach().clone()}
@@ -253,6 +253,11 @@ def _bit_generator(name: str, where: str) -> Any:
     if name not in known:
         raise ValueError(f"{where}: expected one of NumPy's bit generators ({', '.join(known)}), got {name!r}")
     return known[name]()
+
+
+def _has_tensors(kind: np.dtype[Any]) -> bool:
+    """Whether PyTorch has the type: neither numbers of more than 64 bits nor those in another machine's byte order."""
+    return kind.kind in "biuf" and kind.isnative and kind.itemsize <= 8
 
 
 def _name(value: Any) -> str:

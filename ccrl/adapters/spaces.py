@@ -188,4 +188,8 @@ def _array(value: Any, space: Space[Any], key: str) -> NDArray[Any]:
         raise ValueError(f"{expected}, got {array.shape}")
     if array.dtype.kind == "f" and np.isnan(array).any():  # the actions of a NaN look like others
         raise ValueError(f"{expected} of numbers, got NaN")
+    if isinstance(space, spaces.Discrete | spaces.MultiDiscrete):  # policies would take all others for one state
+        count = space.n if isinstance(space, spaces.Discrete) else space.nvec
+        if ((array < 0) | (array >= count)).any():
+            raise ValueError(f"{name}: expected one of {space}, or a batch of them, got {array.tolist()}")
     return array

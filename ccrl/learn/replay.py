@@ -185,6 +185,7 @@ class Explorer:
 
     def __init__(self, policy: Any) -> None:
         self._policy, self.distribution = policy, policy.distribution
+        self.reads: frozenset[str] | None = getattr(policy, "reads", None)
 
     def draw_noise(self, n: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         noise: Tensor = self._policy.draw_noise(n, generator, device)

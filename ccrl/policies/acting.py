@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gymnasium import Space
+from gymnasium import Space, spaces
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -69,10 +69,16 @@ def predict(
     A policy without a memory hands ``state`` back. With one, ``state`` is a tuple of one array ``[N, S]`` (None:
     episodes begin), and rows with ``episode_start`` forget it.
 
+    Of a Dict observation only the keys that are read for it are asked for (without a memory the actor's).
+
     :raises ValueError: for observations, states or starts of another shape.
     """
     acting = Acting(policy, device)
     empty = policy.initial_state(1)
+    reads: frozenset[str] | None = getattr(policy, "reads", None)
+    if isinstance(space, spaces.Dict) and reads is not None:
+        read = reads if empty is not None else policy.observed("actor")
+        space = spaces.Dict({key: leaf for key, leaf in space.items() if key in read})
     if empty is not None and state is not None:
         size = empty.shape[1]
         if not isinstance(state, tuple) or len(state) != 1 or np.shape(state[0])[1:] != (size,):

@@ -76,6 +76,7 @@ class RandomActor:
 
     def __init__(self, space: gym.Space[Any], policy: Any) -> None:
         self.policy, self.squash = policy, policy.distribution is SQUASHED
+        self.reads: frozenset[str] | None = getattr(policy, "reads", None)
         self.spec = ActionSpec.of(space, self.squash)
         self.ends = box_bounds(space) if isinstance(space, gym.spaces.Box) else None
 

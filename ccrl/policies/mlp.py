@@ -214,10 +214,9 @@ class MLPPolicy(nn.Module):
             for role in roles
         }
         # flat widths of what is normalised or concatenated as it is; encoders of vectors get them normalised
-        self._sizes = {
-            k: observation_sizes(s) for k, s in spaces.items()
-            if chosen[k] is None or (isinstance(s, gym.spaces.Box) and len(s.shape) == 1 and s.dtype != np.uint8)
-        }  # fmt: skip
+        self._sizes = {k: observation_sizes(spaces[k]) for k in spaces if k in used and (
+            chosen[k] is None or (isinstance(spaces[k], gym.spaces.Box) and len(spaces[k].shape or ()) == 1
+                                  and spaces[k].dtype != np.uint8))}  # fmt: skip
         self._encoded: dict[Role, dict[str, tuple[str, int]]] = {
             role: {k: (module_name(k), int(m.width)) for k, m in modules.items()}  # type: ignore[arg-type]
             for role, modules in made.items()
@@ -242,6 +241,14 @@ class MLPPolicy(nn.Module):
     def observed(self, role: Role) -> list[str]:
         """The observation keys that a role reads, in order; ``obs`` where the space is no Dict."""
         return list(self._groups[role])
+
+    @property
+    def reads(self) -> frozenset[str] | None:
+        """The observation keys that a network reads; others may hold anything. None where a subclass has ``features``
+        of its own, which may read all."""
+        if type(self).features is not MLPPolicy.features:
+            return None
+        return frozenset(self._groups["actor"]) | (frozenset(self._groups["critic"]) if self.heads else frozenset())
 
     def without_critic(self) -> Self:
         """A copy that only acts, for deployment: it asks for the actor's observations alone."""

@@ -59,7 +59,11 @@ def test_another_id_starts_fresh_episodes_and_keeps_none_of_the_old_state(tmp_pa
 class _Line(gymnasium.Env):
     """A point that walks from ``start`` to the right, without an end."""
 
-    observation_space, action_space, start = gymnasium.spaces.Box(-np.inf, np.inf, (1,)), gymnasium.spaces.Discrete(2), 0
+    observation_space, action_space, start = (
+        gymnasium.spaces.Box(-np.inf, np.inf, (1,)),
+        gymnasium.spaces.Discrete(2),
+        0,
+    )
 
     def reset(self, *, seed=None, options=None):
         self.x = self.start

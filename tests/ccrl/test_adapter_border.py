@@ -293,8 +293,10 @@ def test_state_comes_back_through_views_aliases_cycles_and_random_streams():
         (iter([1, 2]), "list_iterator"),
         (type("Listing", (list,), {})([1]), "Listing"),
         (type("Slots", (), {"__slots__": ("x", "__dict__")})(), "Slots"),
+        (np.longdouble(0.5), "numpy.longdouble"),
+        (np.zeros(2, ">f4"), "numpy.ndarray"),
     ],
-    ids=["file", "objects", "object array", "keys", "iterator", "subclass of list", "slots"],
+    ids=["file", "objects", "object array", "keys", "iterator", "subclass of list", "slots", "128 bits", "byte order"],
 )
 def test_what_plain_data_cannot_stand_for_is_named(value, named):
     state, note = plain_state(Rich(odd=value))

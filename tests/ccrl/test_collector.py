@@ -361,3 +361,41 @@ def test_a_state_from_before_the_first_step_begins_as_a_new_collector():
         loaded.load_state_dict(new.state_dict())
     loaded.collect(Request(steps=1), actor)
     assert loaded.env.seed == 3  # type: ignore[attr-defined]
+
+
+def test_factors_of_states_stay_in_their_space() -> None:
+    """Out of it all would be one state: no indicator is 1."""
+
+    class States(ClockEnv):
+        def _tree(self, buffer: torch.Tensor) -> Any:
+            return torch.tensor([[1, 2]]).expand(self.num_envs, -1)
+
+    env = States(SCRIPT)
+    env.single_observation_space = gym.spaces.MultiDiscrete([3, 2])  # type: ignore[assignment]
+    actor = MLPPolicy(env.single_observation_space, gym.spaces.Discrete(2), hidden=(4,))
+    with pytest.raises(ValueError, match=r"obs: expected one of MultiDiscrete\(\[3 2\]\), got \[1, 2\] from env"):
+        Collector(env).collect(Request(steps=2), actor)
+
+
+def test_observations_that_no_network_reads_may_be_anything() -> None:
+    class Camera(ClockEnv):
+        def _tree(self, buffer: torch.Tensor) -> Any:
+            return {"clock": buffer[:, :1], "depth": torch.full((self.num_envs, 2), torch.inf),
+                    "room": torch.full((self.num_envs,), 9)}  # fmt: skip
+
+    env = Camera(SCRIPT)
+    box, three = gym.spaces.Box, gym.spaces.Discrete(3)
+    leaves = {"clock": box(-1, 1, (1,)), "depth": box(-1, 1, (2,)), "room": three}
+    env.single_observation_space = gym.spaces.Dict(leaves)  # type: ignore[assignment]
+    whole = gym.spaces.Dict(leaves | {"room": gym.spaces.Discrete(3, start=1)})
+    only = {"actor": ("clock",), "critic": ("clock",)}
+    two = gym.spaces.Discrete(2)
+    for space in (env.single_observation_space, whole):
+        actor = MLPPolicy(space, two, hidden=(4,), groups=only, normalise_obs=True)  # type: ignore[arg-type]
+        data = Collector(env).collect(Request(steps=2), actor)
+        actor.update_normaliser(data["obs"], data["valid"])
+        assert all(bool(x.isfinite().all()) for x in actor.state_dict().values())
+    for groups, name in (({"actor": ("clock", "depth")}, "depth"), ({"actor": ("clock", "room")}, "room")):
+        reader = MLPPolicy(env.single_observation_space, two, hidden=(4,), groups=only | groups)  # type: ignore[arg-type]
+        with pytest.raises((FloatingPointError, ValueError), match=name):
+            Collector(env).collect(Request(steps=2), reader)

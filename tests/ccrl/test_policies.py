@@ -12,6 +12,7 @@ from torch import distributions as D
 
 from ccrl.data import Data
 from ccrl.policies import CATEGORICAL, GAUSSIAN, SQUASHED, MLPPolicy, RunningNorm
+from ccrl.policies.acting import predict
 
 BOX3 = gym.spaces.Box(-1, 1, (3,))
 
@@ -246,3 +247,16 @@ def test_hooks_and_parametrised_layers_work_inside_the_perceptron() -> None:
     torch.testing.assert_close(net(x), plain)
     net[0].parametrizations.weight.original0.data.mul_(2.0)
     assert not torch.allclose(net(x), plain)
+
+
+def test_predict_asks_for_what_the_actor_reads_and_for_states_that_there_are():
+    box, cpu = gym.spaces.Box(-1, 1, (2,)), torch.device("cpu")
+    space = gym.spaces.Dict({"policy": box, "critic": box})
+    policy = MLPPolicy(space, gym.spaces.Discrete(2), hidden=(4,))
+    assert predict(policy, space, {"policy": np.zeros((3, 2))}, None, None, True, cpu)[0].shape == (3,)
+    with pytest.raises(ValueError, match=r"keys \['policy'\], got \['critic'\]"):
+        predict(policy, space, {"critic": np.zeros(2)}, None, None, True, cpu)
+    for rooms, wrong in ((gym.spaces.Discrete(3), np.int64(3)), (gym.spaces.MultiDiscrete([3, 2]), np.array([1, 2]))):
+        policy = MLPPolicy(rooms, gym.spaces.Discrete(2), hidden=(4,))
+        with pytest.raises(ValueError, match=r"observation: expected one of (Multi)?Discrete"):
+            predict(policy, rooms, wrong, None, None, True, cpu)

@@ -190,3 +190,15 @@ class TestLoss:
         agent = AWM("ring2d", sampler="ode", noise_level=0.0, **SMALL)
         rows, _ = prepared(agent)
         assert not {"log_prob", "old_mean", "std"} & set(rows)
+
+
+def test_a_sampler_of_one_step_has_no_times_to_train_at():
+    one = {"n_prompts": 2, "group_size": 2, "hidden": (8,), "steps": 1, "sampler": "ode", "noise_level": 0.0}
+    with pytest.raises(ValueError, match="times: expected 'uniform' or 'logit_normal' with steps=1"):
+        AWM("ring2d", **one)
+    AWM("ring2d", times="uniform", **one)
+
+
+def test_a_policy_that_would_not_be_trained_is_refused():
+    with pytest.raises(TypeError, match=r"policy: expected None, got .*override make_model"):
+        AWM("ring2d", policy=torch.nn.Identity())

@@ -15,6 +15,7 @@ from ccrl.data import Batching
 from ccrl.estimators import aggregates, ratios
 from ccrl.estimators.terms import Term
 from ccrl.offline import from_arrays
+from ccrl.policies import MLPPolicy
 from ccrl.policies.flow_actor import FlowActor
 from ccrl.testing import AgentContract
 
@@ -116,3 +117,24 @@ class TestTraining:
                             "terminated": obs[:, 0] > 0})  # fmt: skip
         with pytest.raises(ValueError, match=r"shapes \(3,\) and \(1,\)"):
             made().clone(data)
+
+
+def test_settings_that_train_nothing_are_refused():
+    for settings in ({"batch_size": 1}, {"batch_size": 29}):  # 30 steps: the last minibatch has one
+        with pytest.raises(ValueError, match="at least 2 steps to standardise"):
+            made(**settings)
+    with pytest.raises(ValueError, match="vf_coef: expected > 0"):
+        made(vf_coef=0.0)
+    with pytest.raises(ValueError, match="clip_norm: it clips what is normalised"):
+        made(normalise_obs=False, clip_norm=1.0)
+
+
+def test_clip_norm_clips_observations_and_the_callers_policy_acts():
+    class Mine(FlowActor):
+        pass
+
+    agent = FlowPPO("Pendulum-v1", clip_norm=0.5, policy=Mine, **SMALL)
+    assert type(agent.policy) is Mine
+    assert agent.policy.features(torch.full((1, 3), 9.0), "actor").tolist() == [[0.5, 0.5, 0.5]]
+    with pytest.raises(ValueError, match="policy: expected a FlowActor"):
+        FlowPPO("Pendulum-v1", policy=MLPPolicy, **SMALL)
