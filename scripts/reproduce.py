@@ -108,6 +108,11 @@ def table(numbers: list[Measurement]) -> list[str]:
     return lines
 
 
+def _command(slug: str, seeds: int) -> str:
+    """What makes as many seeds as are kept."""
+    return f"python scripts/reproduce.py --papers {slug}" + (f" --seeds {seeds}" if seeds != Options.seeds else "")
+
+
 def _cell(text: str) -> str:
     return text.replace("|", chr(92) + "|")
 
@@ -120,10 +125,7 @@ def embed(text: str, slug: str, found: Kept) -> str:
     if not mark or not close:
         return text
     seeds = max(len(row.values) for row in found.numbers)
-    said = (
-        f"Means over {seeds} seeds with Student's 95 % interval (`python scripts/reproduce.py --papers {slug}`, "
-        f"commit {found.commit}):"
-    )
+    said = f"Means over {seeds} seeds with Student's 95 % interval (`{_command(slug, seeds)}`, commit {found.commit}):"
     return "\n".join([head + begin, "", said, "", *table(found.numbers), "", end]) + tail
 
 
@@ -165,7 +167,7 @@ def page(folder: Path) -> str:
     for slug, (numbers, seconds, commit) in found.items():
         seeds = max(len(row.values) for row in numbers)
         lines += ["", f"## {slug}: {PAPERS[slug]}", "", f"{seeds} seeds, {seconds} s, commit {commit}. "
-                  f"`python scripts/reproduce.py --papers {slug}`", "", *table(numbers)]  # fmt: skip
+                  f"`{_command(slug, seeds)}`", "", *table(numbers)]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

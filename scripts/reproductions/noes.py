@@ -102,7 +102,7 @@ OPENS: dict[str, str] = {
     "adora": "the claim is not met in the mean; the interval just reaches 0",
     "awm": "three seeds beside reference runs of one or three: the intervals cross the ranges",
     "bnpo": "the mean has the other sign than the conjecture, which is wrong beside GRPO too (see above)",
-    "capo": "the largest update of a run without a threshold varies fivefold with the seed, its ratio elevenfold",
+    "capo": "the largest update varies by seed threefold without a threshold, sevenfold with it, the ratio twelvefold",
     "copg": "the theory is of the optimum; the last epoch of a fit is at .83 to .97 of it",
     "copo": _REFERENCE,
     "d3s": "step sizes as they come; with each method's own D3S gains more than GRPO (docs/claims.md)",

@@ -75,8 +75,9 @@ def run(seeds: list[int]) -> list[Measurement]:
                                  "above 1/2", (0.5, math.inf), tuple(r["accuracy"] for r in rows[n])))  # fmt: skip
         found.append(Measurement(f"{n} labels: rise of the model's reward in GRPO", "positive", (0.0, math.inf),
                                  tuple(r["said"] for r in rows[n])))  # fmt: skip
-        found.append(Measurement(f"{n} labels: the verifier's reward at its best minus at the end", "positive",
-                                 (0.0, math.inf), tuple(r["best"] - r["end"] for r in rows[n])))  # fmt: skip
+        found.append(Measurement(f"{n} labels: the verifier's reward at its best minus at the end",
+                                 "positive (by construction not negative)", (0.0, math.inf),
+                                 tuple(r["best"] - r["end"] for r in rows[n])))  # fmt: skip
     for what in ("accuracy", "end"):
         gap = tuple(a[what] - b[what] for a, b in zip(many, few))
         name = {"accuracy": "accuracy", "end": "the verifier's reward at the end"}[what]

@@ -145,9 +145,12 @@ def test_a_setting_at_the_end_of_its_grid_is_said() -> None:
     assert study.edge(arm, '{"learning_rate": 0.1}') == " (learning_rate is the smallest of its grid)"
     assert study.edge(arm, '{"learning_rate": 0.4}') == " (learning_rate is the largest of its grid)"
     two = tuple({"rate": rate, "weight": weight} for rate in (1.0, 2.0) for weight in (0.1, 0.2, 0.3))
-    # of two values one is always at an end
+    # of two values one is always at an end, and the rival may have had larger ones
     both = '{"rate": 2.0, "weight": 0.3}'
-    assert study.edge(Arm("b", score(0.0), two), both) == " (weight is the largest of its grid)"
+    said = " (rate is the larger of two tried, weight is the largest of its grid)"
+    assert study.edge(Arm("b", score(0.0), two), both) == said
+    inside = '{"rate": 1.0, "weight": 0.2}'
+    assert study.edge(Arm("b", score(0.0), two), inside) == " (rate is the smaller of two tried)"
 
 
 def test_the_page_is_that_of_the_kept_results(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_a_methods_page_has_todays_numbers() -> None:
     assert "commit abcdef0" in text
     assert "| gap | > 0 | 0 to inf | 1 [0.7516, 1.248] | claim | yes |" in text  # 4.303 * .1 / sqrt(3)
     assert text.startswith("# M\n\n<!-- reproduction: m -->\n\nMeans over 3 seeds")
+    assert "`python scripts/reproduce.py --papers m --seeds 3`" in text, "the command makes what is shown"
     assert text.endswith("\n\n<!-- end of reproduction -->\n\nafter\n")
     assert reproduce.embed(text, "m", found) == text
     assert reproduce.embed(page, "other", found) == page

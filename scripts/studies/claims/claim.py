@@ -144,11 +144,14 @@ def chosen(claim: Claim, rows: Sequence[dict[str, str]]) -> dict[str, str]:
 
 
 def edge(arm: Arm, settings: str) -> str:
-    """A best value at the end of its grid says that the grid was too short for this arm."""
+    """A best value at the end of its grid says that the grid was too short for this arm; of two values one always is,
+    which is said as well: the other side may have tried larger ones."""
     chosen, ends = json.loads(settings), []
     for name, value in chosen.items():
         tried = {setting[name] for setting in arm.grid if isinstance(setting[name], float)}
-        if len(tried) >= 3 and value in (min(tried), max(tried)):
+        if len(tried) == 2:
+            ends.append(f"{name} is the {'smaller' if value == min(tried) else 'larger'} of two tried")
+        elif len(tried) > 2 and value in (min(tried), max(tried)):
             ends.append(f"{name} is the {'smallest' if value == min(tried) else 'largest'} of its grid")
     return f" ({', '.join(ends)})" if ends else ""
 

@@ -161,7 +161,7 @@ GDPO_BOTH = Claim(
     "gdpo",
     "normalising each reward by itself serves a reward of small scale that GRPO on the sum starves, even with weights",
     "answer of +-3 and format of 0 or 1, table, 100 updates of 16 x 4 completions, SGD; six settings of each: step "
-    "size, and for GRPO the format's weight",
+    "size (8 to 64; GRPO: 8 and 16 alone), and for GRPO the format's weight",
     "the smaller of P(correct) and P(format) at the end",
     (
         Arm("GDPO", both_rewards(GDPO), rates(8.0, 16.0, 24.0, 32.0, 48.0, 64.0, format_weight=1.0)),
