@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from agents.llm.baselines import GRPO, DrGRPO
 from ccrl.experiment.csv_table import read_rows
+from ccrl.packages import ROOT
 from scripts.studies.separate import setting as rooms
 from scripts.studies.separate import study
 from scripts.studies.separate.setting import Entry, Judge, Setting, Start
@@ -77,3 +79,24 @@ def test_methods_have_equal_tuning_budgets_and_score_that_exists() -> None:
 def test_unknown_settings_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected settings among"):
         study.main(study.Options(tmp_path, settings=("stael",)))
+
+
+PAGES = ROOT / "docs" / "llm"
+QUOTED = re.compile(r"([+-][\d.]+ \[[^]]+\]), p (\S+), ([a-z ]+) \(\[\w+\]\(separate\.md#(\w+)\)")
+
+
+def test_the_page_is_that_of_the_kept_runs() -> None:
+    found = {
+        name: study.compared(setting, read_rows(study.RESULTS / f"{name}.csv")) for name, setting in SETTINGS.items()
+    }
+    assert study.page(found, study.RESULTS) == (PAGES / "separate.md").read_text("utf-8"), "separate --page-only"
+
+
+def test_the_methods_pages_quote_the_page() -> None:
+    sections = dict(re.findall(r"\n## (\w+)\n(.*?)(?=\n## |\Z)", (PAGES / "separate.md").read_text("utf-8"), re.DOTALL))
+    count = 0
+    for path in sorted(PAGES.glob("*.md")):
+        for gap, p, verdict, name in QUOTED.findall(" ".join(path.read_text("utf-8").split())):
+            assert f"| {gap} | {p} | {verdict} |" in sections[name], f"{path.name}: {gap}"
+            count += 1
+    assert count == sum(len(setting.entries) - 1 for setting in SETTINGS.values()) - 6, "all but the baselines' own"

@@ -344,7 +344,8 @@ D3S_TOKENS = Claim(
     "choosing what to learn from gains more reward per gradient token than learning from all",
     "sum_rule, shared perceptron, spending of 18 rollouts' tokens (D3S: all of 150 updates of 32 x 16), AdamW; step "
     "size from four",
-    "reward gained at that spending",
+    "reward gained at that spending, the mean of the ten updates before it: of D3S the last fifteenth of the spending, "
+    "of GRPO the second half, which is earlier on its curve",
     tuple(Arm(name, shared(m, "tokens"), rates(0.01, 0.03, 0.1, 0.3)) for name, m in (("D3S", D3S), ("GRPO", GRPO))),
     (("D3S", "GRPO"),),
 )

@@ -108,7 +108,9 @@ def page(found: dict[str, list[Result]], folder: Path) -> str:
         "([protocol](protocol.md)). Effects are mean paired differences with Student's 95 % interval; p is two-sided, "
         "with Holm's correction over the comparisons of a claim. **Supported**: p below .05 in the claimed direction. "
         "**Contradicted**: p below .05 in the other. Nothing here speaks of the papers' own, larger settings. On "
-        "tables most methods prefer the largest step size tried, however wide the grid: effects are those at it.", "",
+        "tables most methods prefer the largest step size tried, however wide the grid: effects are those at it. What "
+        "holds on tables need not on a language model: [on a small one](llm/separate.md), in six settings made for "
+        "it, most of these methods are not better than GRPO.", "",
         "Made by `python scripts/studies/claims`; every run is a line of `docs/figures/claims/NAME.csv`. Minutes are "
         "those of all its runs, of the processor or, of studies that did not keep those, wall time on a core that "
         "others used too.", "",
