@@ -7,6 +7,7 @@ segments in that folder, and only the rows that came since the last one are writ
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
@@ -55,9 +56,12 @@ def target() -> Path | None:
 
 
 def write(folder: Path, name: str, columns: Mapping[str, Any]) -> str:
-    """Write ``columns`` as ``folder/name.segment``, whole or not at all; the file's name."""
-    checkpoint.save(folder / f"{name}{SUFFIX}", {"columns": columns})
-    return f"{name}{SUFFIX}"
+    """Write ``columns`` as ``folder/name.segment``, whole or not at all; the file's name, which is another where there
+    is such a file: of another memory, or of the same one before its rows were lost or replaced."""
+    names = itertools.chain([f"{name}{SUFFIX}"], (f"{name}_{i}{SUFFIX}" for i in itertools.count(1)))
+    found = next(each for each in names if not (folder / each).exists())
+    checkpoint.save(folder / found, {"columns": columns})
+    return found
 
 
 def read(folder: Path, name: str) -> dict[str, Any]:

@@ -85,9 +85,15 @@ class ModuleUpdater(Surrogates):
         return stats | {"grad_norm": self._optimise()}
 
     def run(self, terms: tuple[Term, ...], batches: Sequence[Data]) -> Stats:
-        """One update per batch, in order; statistics are means over the batches."""
+        """One update per batch, in order; statistics are means over the batches, of which a last one with fewer
+        columns or groups counts less."""
         rows = [self.step(terms, batch) for batch in batches]
-        return {k: torch.stack([r[k] for r in rows]).mean() for k in rows[0]}
+        found = {k: torch.stack([r[k] for r in rows]) for k in rows[0]}
+        unit = next((name for name in ("n_groups", "n_sequences") if name in batches[0].scalars), None)
+        if unit is not None:
+            size = torch.stack([batch[unit] for batch in batches])
+            found = {k: x * (size / size.mean()) for k, x in found.items()}  # by exactly 1 where they are equal
+        return {k: x.mean() for k, x in found.items()}
 
     def _backward(self, terms: tuple[Term, ...], batch: Data) -> Stats:
         for p in self.params:

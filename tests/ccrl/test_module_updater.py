@@ -150,3 +150,14 @@ def test_adam_without_a_first_moment() -> None:
             updater.step(TERMS, batch())
             found.append(updater.flat)
     torch.testing.assert_close(*found)
+
+
+def test_a_smaller_last_batch_counts_less() -> None:
+    """Losses of the columns 1, 2, 6: (1 + 2) / 2 and 6 in batches of two, 3 over all (not 3.75)."""
+    valid = torch.ones(1, 3, dtype=F64)
+    data = Data({"x": torch.tensor([[[1.0, 0.0], [2.0, 0.0], [6.0, 0.0]]], dtype=F64), "valid": valid})
+    net = Net()
+    net.actor.weight.data[0, 0] = -1.0
+    updater = ModuleUpdater(net, partial(torch.optim.SGD, lr=0.0))
+    stats = updater.run(TERMS, data.epoch(Batching("sequence", 2), torch.Generator().manual_seed(0)))
+    assert float(stats["nll"]) == pytest.approx(3.0, abs=1e-12)

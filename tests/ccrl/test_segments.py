@@ -101,6 +101,21 @@ def test_overwritten_rows_stay_in_checkpoints_that_have_them(tmp_path: Path) -> 
     assert held(load(tmp_path, 3)) == list(range(14, 24))
 
 
+def test_segments_of_another_life_of_the_memory_are_left_alone(tmp_path: Path) -> None:
+    """Rows that were replaced, and those of an agent that was loaded without its memory, have the old ones' numbers."""
+    first = ring()
+    add(first, 0, 4)
+    save(first, tmp_path, 1)
+    first.replace({name: x + 10 if name == "reward" else x for name, x in first.rows().items()})
+    save(first, tmp_path, 2)
+    other = ring()
+    other.load_state_dict({"capacity": 10, "total": 4, "rows": {}})
+    add(other, 50, 54)
+    save(other, tmp_path, 3)
+    for step, start in ((1, 0.0), (2, 10.0), (3, 50.0)):
+        assert load(tmp_path, step).rows()["reward"].tolist() == [start, start + 1, start + 2, start + 3]
+
+
 def test_a_loaded_ring_goes_on_as_the_saved_one(tmp_path: Path) -> None:
     buffer = ring()
     add(buffer, 0, 13)
