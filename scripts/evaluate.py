@@ -83,7 +83,6 @@ def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
     info = run.info
     scene = _filmed(config, run) if config.video else None
     agent = agents.get_agent(info["agent"]).load(path, scene, config.device, trust=config.trust)
-    text = getattr(agent, "text", False)
     if config.video and not agent.steps_env:
         raise ValueError("video: an agent that steps no environment has nothing to film; leave --video out")
     options = {"device": config.device, **agent.env_kwargs}
@@ -101,7 +100,7 @@ def _evaluate(config: EvaluateConfig, run: RunFolder) -> dict[str, float]:
         )
     if env is not None:
         env.close()
-    if text:
+    if hasattr(agent, "pass_at"):
         ks = (1, config.samples // 4, config.samples) if config.samples >= 8 else (1, config.samples)
         found = agent.pass_at(ks, config.episodes, config.samples, config.seed)
         print("       sampled: " + ", ".join(f"{name} {digits(value)}" for name, value in found.items()))

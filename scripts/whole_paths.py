@@ -40,13 +40,17 @@ def with_prompts(config: Any) -> Any:
 
 
 def whole_paths(config: Any) -> Any:
-    """A configuration whose files (of an environment, the data set, the base policy) and whose model's folder have
-    their whole paths: a run is resumed and evaluated from other folders too."""
+    """A configuration whose files (of an environment, the data set, the base policy, a judge) and whose model's folder
+    have their whole paths: a run is resumed and evaluated from other folders too."""
     config, model = replace(config, env_kwargs=absolute_files(config.env_kwargs)), getattr(config.agent, "model", None)
     if isinstance(model, str) and model not in ("tiny", "tabular") and Path(model).is_dir():
         config = replace(config, agent=replace(config.agent, model=str(Path(model).resolve())))
     if (folder := getattr(config.agent, "generation_folder", None)) is not None:
         config = replace(config, agent=replace(config.agent, generation_folder=Path(folder).resolve()))
+    for name in ("judge", "value", "data_file"):  # of POLAR, V0 and reward models
+        value = getattr(config.agent, name, None)
+        if isinstance(value, str) and value != getattr(type(config.agent)(), name) and Path(value).exists():
+            config = replace(config, agent=replace(config.agent, **{name: str(Path(value).resolve())}))
     for name in ("dataset", "base"):
         value = getattr(config.agent, name, None)
         if isinstance(value, str) and (whole := _whole(value)) != value:

@@ -213,6 +213,8 @@ class LLM(MethodAgent):
         for i in range(steps):
             linear_decay([updater], c.warm_start_lr, i / steps)
             batch = collector.collect(request, self.policy).epoch(Batching("sequence", "full"), None)[0]
+            if not bool(batch["n_valid"] > 0):
+                continue  # no prompt has a demonstration: a zero gradient would still move Adam's moments
             loss = updater.step(terms, batch)["sft_loss"]
         return float(loss)
 

@@ -228,7 +228,7 @@ class CAPORecipe(Recipe):
         return (replace(self.policy_term(self.loss(), self.kept, want=WANT), stats=None), *self.penalties())
 
     def kept(self, evaluation: Outputs, batch: Data) -> LogRatio:
-        """The token's ratio, ``valid`` 0 on tokens that are left out: aggregates do not count them."""
+        """The token's ratio, ``valid`` 0 on tokens that are left out: no mean of a sequence's tokens counts them."""
         level = ratios.token(evaluation, batch)
         with torch.no_grad():
             keep = self._judge({name: evaluation[name].detach() for name in WANT}, batch)

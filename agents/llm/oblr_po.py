@@ -159,7 +159,9 @@ class ScoreBaseline:
             tokens = self.token_norms(data)
             norm = tokens.sum(0)
         if c.granularity == "token":
-            value = discounted_sum(masked(data["reward"], valid), 1.0, data["carry"])
+            # of all that is present: a completion that is cut inside a reply has its reward there
+            present = data["present" if "present" in data else "valid"]
+            value = discounted_sum(masked(data["reward"], present), 1.0, data["carry"])
             advantage = weighted_advantages(value, tokens.cumsum(0), inside, groups, loo)
         else:
             # the score of a mean over tokens

@@ -287,10 +287,13 @@ class PolarRecipe(Recipe):
         return [Request(tag="reference", source="on", counts=counts, demonstrations=True)]
 
     def prepare(self, have: dict[str, Data], ctx: Context) -> dict[str, Data]:
-        """Completions of prompts without a demonstration are left out."""
+        """Completions of prompts without a demonstration are left out; where no prompt has one, no advantage."""
         on = have["on"]
         if "reference" in have:
-            on = with_references(on, have["reference"])
+            found = with_references(on, have["reference"])
+            if found is None:
+                return have | {"sampled": on, "on": on.derive(advantage=torch.zeros_like(on["valid"]))}
+            on = found
         prepared = super().prepare(have | {"on": on}, ctx)
         return prepared | {"sampled": have["on"]}
 
@@ -300,21 +303,23 @@ class PolarRecipe(Recipe):
     def after_update(self, data: dict[str, Data], stats: Stats, ctx: Context) -> None:
         """What is optimised, and the entropy of whole completions, by the log-probability of those sampled."""
         on = data["on"]
-        stats["polar_reward"] = on["polar_reward"].mean()
+        if "polar_reward" in on:
+            stats["polar_reward"] = on["polar_reward"].mean()
         stats["sequence_entropy"] = -masked(on["log_prob"], on["valid"]).sum(0).mean()
 
 
-def with_references(data: Data, shown: Data) -> Data:
+def with_references(data: Data, shown: Data) -> Data | None:
     """``data`` with each group's demonstration as ``reference`` and ``reference_valid`` ``[N, R]``, without groups that
-    have none."""
-    valid = shown["valid"].t()
+    have none; None where none has one. Replies in a demonstration are part of the reference, as they are of the
+    candidates."""
+    valid = shown["present"].t()
     groups = shown["group"]
     place = torch.full((int(torch.cat([groups, data["group"]]).max()) + 1,), -1, device=groups.device)
     place[groups] = torch.where((valid > 0).any(1), torch.arange(len(groups), device=groups.device), -1)
     row = place[data["group"]]
     kept = (row >= 0).nonzero().squeeze(-1)
     if not len(kept):
-        raise ValueError("polar: expected a demonstration of at least one prompt as its reference, got none")
+        return None
     data, row = data.take(kept), row[kept]
     return data.derive_sequence(reference=shown["action"].t()[row], reference_valid=valid[row].to(data["valid"].dtype))
 

@@ -258,8 +258,15 @@ class SFTConfig(MethodConfig):
             raise ValueError(f"group_size: expected 1 (a prompt has one demonstration), got {self.group_size}")
 
 
+def only_shown(data: Data) -> Data:
+    """Without the columns of prompts that have no demonstration; as it is where none has one."""
+    shown = (data["valid"] > 0).any(0).nonzero().squeeze(-1)
+    return data.take(shown) if 0 < len(shown) < data.shape[1] else data
+
+
 class SFTRecipe(Recipe):
-    """Maximum likelihood."""
+    """Maximum likelihood. Prompts without a demonstration count nowhere, and an iteration without any changes
+    nothing."""
 
     ratio = staticmethod(ratios.plain)
     clock_unit = "demonstrations"
@@ -268,7 +275,10 @@ class SFTRecipe(Recipe):
         return [] if have else [replace(self.parts.request, demonstrations=True)]
 
     def stages(self) -> tuple[Stage, ...]:
-        return ()
+        return (only_shown,)
+
+    def idle(self, data: Data, ctx: Context) -> bool:
+        return not bool((data["valid"] > 0).any())
 
     def terms(self) -> tuple[Term, ...]:
         term = Term("sft_loss", losses.neg_log_prob, self.aggregate(), type(self).ratio, advantage=None)

@@ -44,6 +44,7 @@ OTHER = "other_"
 """Begins the names of columns that wait beside those that they can take the place of."""
 
 _data: ContextVar[Judged | None] = ContextVar("judged", default=None)
+_loading: ContextVar[bool] = ContextVar("loading", default=False)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class RewardTrainer(Agent):
     paper = "Bradley and Terry 1952; Christiano et al. 2017, arXiv 1706.03741; Ouyang et al. 2022, arXiv 2203.02155"
     Config = RewardConfig
     text = True
+    steps_env = False
 
     def __init__(self, env: Any, config: Any = None, *, data: Judged | None = None, **options: Any) -> None:
         with _handed(data):
@@ -120,8 +122,12 @@ class RewardTrainer(Agent):
     @classmethod
     def load(cls, path: Any, env: Any = None, *args: Any, data: Judged | None = None, **options: Any) -> Self:
         """As ``Agent.load``; ``data`` as for a new trainer."""
-        with _handed(data):
-            return super().load(path, env, *args, **options)
+        token = _loading.set(True)
+        try:
+            with _handed(data):
+                return super().load(path, env, *args, **options)
+        finally:
+            _loading.reset(token)
 
     @classmethod
     def slots(cls) -> dict[str, str]:
@@ -142,7 +148,7 @@ class RewardTrainer(Agent):
         kind = "pairs" if self.judgements is None else self.judgements.kind
         terms = pair_terms(c.center_coef) if kind == "pairs" else verdict_terms(c.verdicts)
         cycle = Judging(updater, terms, c.microbatch or None)
-        source: Any = _Nothing() if self.judgements is None else self.judgements.to(self.device)
+        source: Any = _Nothing(self._missing) if self.judgements is None else self.judgements.to(self.device)
         return DatasetLearner(
             source, policy, cycle, {"policy": updater}, batch_size=c.batch_size, updates=c.updates, seed=self.seed,
             device=self.device, anneal=c.anneal_lr,
@@ -180,7 +186,7 @@ class RewardTrainer(Agent):
         """Per pair 1 where the preferred one has the larger reward, per completion the reward, of ``episodes`` drawn
         judgements: those of training, so take ``report`` for a test."""
         if self.judgements is None:
-            raise ValueError(_Nothing.told)
+            raise ValueError(_Nothing(self._missing).told)
         drawn = self.judgements.to(self.device).sample(
             Batching(size=episodes), named_generator(seed, "evaluation", self.device)
         )
@@ -195,8 +201,15 @@ class RewardTrainer(Agent):
 
     def _open(self) -> Judged | None:
         c, found = self.config, _data.get()
+        self._missing = ""
         if found is None and c.data_file:
-            rows, vocab, cap = read_jsonl(c.data_file), self.task.vocab, self.task.max_new_tokens
+            try:
+                rows, vocab, cap = read_jsonl(c.data_file), self.task.vocab, self.task.max_new_tokens
+            except OSError as error:
+                if not _loading.get():
+                    raise
+                self._missing = f" ({error})"  # said where they are missed: when the trainer is to learn
+                return None
             pairs = bool(rows) and "chosen" in rows[0]
             found = (Judged.pairs if pairs else Judged.verdicts)(rows, vocab, cap)
         if found is None:
@@ -216,8 +229,9 @@ class RewardTrainer(Agent):
 class _Nothing:
     """The source of a trainer without judgements."""
 
-    told = ("reward_model: expected judgements to learn from, got none; set data_file, or pass "
-            "data=Judged.pairs(...)")  # fmt: skip
+    def __init__(self, missing: str) -> None:
+        self.told = (f"reward_model: expected judgements to learn from, got none{missing}; set data_file, or pass "
+                     "data=Judged.pairs(...)")  # fmt: skip
 
     def sample(self, spec: Batching, generator: Any) -> Data:
         raise ValueError(self.told)

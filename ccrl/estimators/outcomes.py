@@ -35,7 +35,7 @@ class KLPenalty:
 @dataclass(frozen=True)
 class OverlongPenalty:
     """``shaped_episode_reward`` ``[N]``: the reward minus a ramp over the last ``buffer`` tokens before ``limit``
-    (DAPO, eq. 13).
+    (DAPO, eq. 13). A length is that of the whole completion, replies included, as the limit is.
 
     ``floor``: -1 beyond the limit, as in the paper; without it the ramp goes on (verl).
     """
@@ -50,7 +50,7 @@ class OverlongPenalty:
             raise ValueError(f"OverlongPenalty: expected 0 < buffer <= limit, got {self.buffer}, {self.limit}")
 
     def __call__(self, data: Data) -> Data:
-        length = (data["valid"] > 0).sum(0)
+        length = data["length"] if "length" in data else (data["valid"] > 0).sum(0)
         return data.derive_sequence(shaped_episode_reward=data[self.reward] + self.penalty(length))
 
     def penalty(self, length: Tensor) -> Tensor:

@@ -98,7 +98,7 @@ class TokenCollector:
         """Drawn, and not yet taken by a request."""
         self._left = torch.zeros(0, dtype=torch.int64)
         """Of a task with a list of questions: those that this epoch has yet to ask, in their order."""
-        self._buffers: dict[tuple[str, int], RolloutBuffer] = {}
+        self._buffers: dict[str, RolloutBuffer] = {}
 
     @property
     def clock(self) -> int:
@@ -284,13 +284,13 @@ class TokenCollector:
 
     def _cleared(self, tag: str, n: int) -> RolloutBuffer:
         """The buffer of a tag, without what was in it."""
-        if (tag, n) not in self._buffers:
+        buffer = self._buffers.get(tag)
+        if buffer is None or buffer.num_envs != n:
             tokens: gym.Space[Any] = gym.spaces.Discrete(self.task.vocab.size)
             fields = (Field("log_prob"), *self._fields)
-            self._buffers[tag, n] = RolloutBuffer(
+            buffer = self._buffers[tag] = RolloutBuffer(
                 self.steps, n, tokens, tokens, fields=fields, device=self.device, keep_final_obs=False
             )
-        buffer = self._buffers[tag, n]
         buffer.clear(0)
         buffer.action.fill_(0 if self._fixed else max(self.task.vocab.pad, 0))
         for column in buffer.extra.values():

@@ -19,6 +19,7 @@ from ccrl.llm.reward_head import Scored, pair_terms
 from ccrl.llm.sampler import TokenCollector
 from ccrl.llm.tabular import TabularTokenPolicy
 from ccrl.testing.recipe_contract import RaggedTask, RecipeContract
+from ccrl.updaters import Stats
 
 F64 = torch.float64
 
@@ -284,12 +285,28 @@ def test_prompts_without_a_reference_are_left_out() -> None:
     agent = POLAR(RaggedTask(), seed=0, **TABLE)
     found = have(agent)
     shown = found["reference"]
-    missing = Data({**shown, "valid": shown["valid"] * torch.tensor([1.0, 0.0, 1.0])}, sequence=shown.sequence)
+    some = torch.tensor([1.0, 0.0, 1.0])
+    missing = Data({**shown, **{name: shown[name] * some for name in ("valid", "present")}}, sequence=shown.sequence)
     on = agent.estimator.prepare(found | {"reference": missing}, agent.ctx)["on"]
     assert on["group"].unique().tolist() == [0, 2]
-    none = Data({**shown, "valid": shown["valid"] * 0.0}, sequence=shown.sequence)
-    with pytest.raises(ValueError, match="expected a demonstration of at least one prompt"):
-        with_references(found["on"], none)
+    missing = Data({**shown, **{name: shown[name] * 0.0 for name in ("valid", "present")}}, sequence=shown.sequence)
+    prepared = agent.estimator.prepare(found | {"reference": missing}, agent.ctx)
+    assert agent.estimator.idle(prepared["on"], agent.ctx), "an iteration without any reference trains nothing"
+    stats = Stats()
+    agent.estimator.after_update(prepared, stats, agent.ctx)
+    assert set(stats) == {"sequence_entropy"}
+    assert prepared["sampled"] is found["on"]
+
+
+def test_replies_of_a_demonstration_are_part_of_the_reference() -> None:
+    """Candidates have theirs, and reward models learned from pairs that have them."""
+    valid = torch.tensor([[1.0], [0.0], [1.0]])
+    columns = {"valid": valid, "present": torch.ones(3, 1), "action": torch.tensor([[4], [7], [5]]),
+               "group": torch.zeros(1, dtype=torch.int64)}  # fmt: skip
+    data = Data(columns, raw=frozenset(), sequence=frozenset({"group"}))
+    found = with_references(data, data)
+    assert found is not None
+    assert found["reference_valid"].tolist() == [[1.0, 1.0, 1.0]]
 
 
 def test_it_moves_toward_the_references() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -205,6 +206,48 @@ def test_learns_a_bandit(agent: LLMMethod, settings: dict[str, Any]) -> None:
     assert learner.iteration == 40
     assert before < 0.45
     assert learner.pass_at([1], questions=2, samples=64)["episode_reward"] > 0.7
+
+
+class FewShown(RaggedTask):
+    """Only question 0 has a demonstration. :param batches: two questions of each batch that is asked for."""
+
+    def __init__(self, *batches: tuple[int, int]) -> None:
+        super().__init__()
+        self.batches = list(batches)
+
+    def prompts(self, n: int, *args: Any) -> Any:
+        asked = torch.tensor(self.batches.pop(0) if n == 2 else [0])  # one alone is asked for when an agent is built
+        found = super().prompts(3, *args).select(asked)
+        assert found.demonstration_valid is not None
+        shown = found.demonstration_valid * (found.index == 0).unsqueeze(1)
+        return dataclasses.replace(found, demonstration_valid=shown)
+
+
+def test_prompts_without_a_demonstration_count_nowhere_and_move_nothing() -> None:
+    options: dict[str, Any] = {"model": "tabular", "n_prompts": 2, "aggregate": "sequence_mean", "seed": 0}
+    agent = SFT(FewShown((0, 1), (1, 2), (0, 2)), **options)
+    start = agent.policy.logits.detach().clone()
+    tokens = start[0, :3].log_softmax(-1)[torch.arange(3), torch.tensor([0, 1, 4])]
+    agent.learn(until=2)
+    # of one sequence, not of two
+    assert float(agent.scalars["train/sft_loss"]) == pytest.approx(-float(tokens.sum()), rel=1e-5)
+    moved = agent.policy.logits.detach().clone()
+    assert not torch.equal(moved, start)
+    agent.learn(until=4)
+    assert torch.equal(agent.policy.logits, moved), "Adam's moments go on without a gradient"
+    agent.learn(until=6)
+    assert not torch.equal(agent.policy.logits, moved)
+
+
+def test_a_supervised_step_without_demonstrations_moves_nothing() -> None:
+    policies = []
+    for batches in ([(0, 0)], [(0, 0), (1, 2)]):
+        agent = DPO(FewShown(*batches), model="tabular", n_prompts=2, group_size=2, warm_start_batch=2, seed=0)
+        start = agent.policy.logits.detach().clone()
+        agent.warm_start(len(batches))
+        policies.append(agent.policy.logits.detach())
+        assert not torch.equal(policies[-1], start)
+    assert torch.equal(*policies)
 
 
 def test_sft_counts_demonstrations() -> None:

@@ -110,7 +110,16 @@ def test_a_file_of_judgements(transformers: None, tmp_path: Path) -> None:
     path.write_text(json.dumps({"prompt": "1%10=", "completion": "1", "verdict": 3.0}))
     with pytest.raises(ValueError, match="verdicts: expected 'score' for verdicts outside"):
         RewardTrainer(TASK, data_file=str(path), **SMALL)
-    assert len(RewardTrainer(TASK, data_file=str(path), verdicts="score", **SMALL).judgements) == 1
+    trainer = RewardTrainer(TASK, data_file=str(path), verdicts="score", **SMALL)
+    assert len(trainer.judgements) == 1
+    trainer.save(tmp_path / "a.pt")
+    path.unlink()
+    alone = RewardTrainer.load(tmp_path / "a.pt", env=TASK)  # to judge
+    assert torch.equal(alone.reward(pairs().data), trainer.reward(pairs().data))
+    with pytest.raises(ValueError, match=r"judgements to learn from, got none \(.*No such file.*judged\.jsonl"):
+        alone.learn(until=40)
+    with pytest.raises(FileNotFoundError):
+        RewardTrainer(TASK, data_file=str(path), verdicts="score", **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -375,3 +375,15 @@ def test_scores_must_be_finite() -> None:
     task = Broken()
     with pytest.raises(FloatingPointError, match="task 'ragged': the score of completion 2 is not finite"):
         TokenCollector(task).collect(Request(counts=torch.tensor([4])), table(task))
+
+
+def test_one_buffer_per_tag() -> None:
+    """Requests of ever other sizes do not fill the memory; what an earlier one gave stays as it was."""
+    task = make_task("modsum")
+    collector, policy = TokenCollector(task, seed=0), TabularTokenPolicy(10, 4, 10)
+    kept = []
+    for n in (1, 2, 3):
+        prompts = task.prompts(n, torch.Generator().manual_seed(0))
+        kept.append(collector.sample(policy, prompts, torch.arange(n)))
+    assert len(collector._buffers) == 1
+    assert [data.shape for data in kept] == [(4, 1), (4, 2), (4, 3)]
