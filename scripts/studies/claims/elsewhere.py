@@ -56,7 +56,7 @@ OTHERS = (
           "diffusion_opd.md", "closed form less policy gradient, rounds 50 and 75"),
     Other("div_prec", "a shaped pre-training loss is a better start for reinforcement", "llm/div_prec.md",
           "pass@8 after GRPO, beta -0.25 minus cross entropy",
-          why="on a small language model beta -0.25 is better ([entropy](llm/separate.md#entropy))"),
+          why="the same to 2e-6: cannot tell; on a small language model better ([entropy](llm/separate.md#entropy))"),
     Other("epo", "a corridor around past entropies steadies them more than a bonus", "llm/epo.md",
           "the same, bonus and corridor minus bonus"),
     Other("etr", "elastic clip ranges learn faster than constant ones of the same mean", "llm/etr.md",
