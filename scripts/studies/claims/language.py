@@ -157,17 +157,17 @@ class _Weighted(gdpo.AnswerAndFormat):
         return first._replace(components=first.components * factor)
 
 
+WEIGHTED = tuple(
+    {"learning_rate": rate, "format_weight": weight}
+    for rate in (8.0, 16.0, 24.0, 32.0, 48.0, 64.0) for weight in (1.0, 3.0, 6.0)
+)  # fmt: skip
 GDPO_BOTH = Claim(
     "gdpo",
     "normalising each reward by itself serves a reward of small scale that GRPO on the sum starves, even with weights",
-    "answer of +-3 and format of 0 or 1, table, 100 updates of 16 x 4 completions, SGD; six settings of each: step "
-    "size (8 to 64; GRPO: 8 and 16 alone), and for GRPO the format's weight",
+    "answer of +-3 and format of 0 or 1, table, 100 updates of 16 x 4 completions, SGD; step size from six and the "
+    "format's weight from three, which GDPO's normalisation takes out again",
     "the smaller of P(correct) and P(format) at the end",
-    (
-        Arm("GDPO", both_rewards(GDPO), rates(8.0, 16.0, 24.0, 32.0, 48.0, 64.0, format_weight=1.0)),
-        Arm("GRPO", both_rewards(GRPO), tuple(
-            {"learning_rate": rate, "format_weight": weight} for rate in (8.0, 16.0) for weight in (1.0, 3.0, 6.0))),
-    ),
+    (Arm("GDPO", both_rewards(GDPO), WEIGHTED), Arm("GRPO", both_rewards(GRPO), WEIGHTED)),
     (("GDPO", "GRPO"),),
 )  # fmt: skip
 
