@@ -128,7 +128,7 @@ class Collector:
         self.env_seconds = 0.0
         """Wall time spent in environments; the owner resets it."""
         self._stream = Stream(env)
-        self._fresh: Stream | None = None
+        self._fresh: dict[int, Stream] = {}
         self._random_actor: RandomActor | None = None
 
     @property
@@ -163,11 +163,11 @@ class Collector:
 
     def _episodes(self, episodes: int, horizon: int, policy: Actor, tag: str) -> Data:
         """``[horizon, episodes]``: one fresh episode per column, ``valid = 0`` after its end."""
-        if self._fresh is None or self._fresh.env.num_envs != episodes:
+        if episodes not in self._fresh:
             if self.make_env is None:
                 raise ValueError("Collector: fresh episodes need make_env, a function that builds n environments")
-            self._fresh = Stream(self.make_env(episodes))
-        stream = self._fresh
+            self._fresh[episodes] = Stream(self.make_env(episodes))
+        stream = self._fresh[episodes]
         draw = torch.randint(2**31 - 1, (), generator=self.fresh_generator, device=self.device)
         stream.begin(stream.env.reset(seed=int(draw)))
         data = self._roll(stream, policy, horizon, self.fresh_generator, tag, fresh=True)
@@ -361,6 +361,6 @@ class Collector:
         stream.obs = tree_map(torch.clone, state["obs"])
 
     def close(self) -> None:
-        self.env.close()
-        if self._fresh is not None:
-            self._fresh.env.close()
+        """Close the environments, each once."""
+        for env in {id(env): env for env in (self.env, *(stream.env for stream in self._fresh.values()))}.values():
+            env.close()

@@ -29,11 +29,15 @@ __all__ = [
 
 
 def sample_actions(space: Space[Any], num_envs: int, generator: torch.Generator) -> Tensor:
-    """``[N, *shape]`` random actions on the CPU: uniform in a ``Discrete`` or bounded ``Box``, else standard normal."""
+    """``[N, *shape]`` random actions on the CPU: uniform, in an unbounded ``Box`` standard normal."""
     if isinstance(space, spaces.Discrete):
         return torch.randint(int(space.n), (num_envs,), generator=generator)
     shape = (num_envs, *(space.shape or ()))
-    assert isinstance(space, spaces.Box), f"expected a Box or a Discrete action space, got {space}"
+    if isinstance(space, spaces.MultiBinary):
+        return torch.randint(2, shape, generator=generator)
+    if isinstance(space, spaces.MultiDiscrete):
+        return (torch.rand(shape, generator=generator, dtype=torch.float64) * torch.from_numpy(space.nvec)).long()
+    assert isinstance(space, spaces.Box), f"expected a Box or discrete actions, got {space}"
     if not space.is_bounded():
         return torch.randn(shape, generator=generator)
     low, high = torch.from_numpy(space.low), torch.from_numpy(space.high)

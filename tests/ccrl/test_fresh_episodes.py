@@ -192,7 +192,7 @@ def test_fresh_episodes_stop_when_all_have_ended() -> None:
     assert collector.stats.returns.tolist() == [2.0, 3.0]
 
 
-def test_closing_closes_both_environments() -> None:
+def test_closing_closes_all_environments() -> None:
     closed: list[int] = []
 
     class Closing(ClockEnv):
@@ -200,9 +200,10 @@ def test_closing_closes_both_environments() -> None:
             closed.append(self.num_envs)
 
     collector = Collector(Closing(SCRIPT), make_env=lambda n: Closing([[Episode(0, 2)]] * n))
-    collector.collect(Request(episodes=3, horizon=2), policy())
+    for episodes in (3, 4, 3):  # built once for each number
+        collector.collect(Request(episodes=episodes, horizon=2), policy())
     collector.close()
-    assert sorted(closed) == [2, 3]
+    assert sorted(closed) == [2, 3, 4]
 
 
 def test_random_episodes_are_not_the_policys() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gymnasium.spaces import Box, Dict, Discrete
+from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete
 
 from ccrl.batched_env import AutoresetMode
-from ccrl.testing import EnvContract
+from ccrl.testing import EnvContract, sample_actions
 from ccrl.torch_env import TorchEnv
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "new_torch_env.md"
@@ -234,3 +234,10 @@ def test_states_of_numpy_are_refused_in_the_first_reset():
 
     with pytest.raises(TypeError, match="Arrays: expected tensors from its functions, got ndarray"):
         Arrays(2).reset()
+
+
+def test_the_contract_plays_factored_actions():
+    for space in (MultiDiscrete([2, 5]), MultiBinary(3)):
+        actions = sample_actions(space, 50, torch.Generator().manual_seed(0))
+        assert all(space.contains(row) for row in actions.numpy().astype(space.dtype))
+        assert actions.amax(0).tolist() == ([1, 4] if space.shape == (2,) else [1, 1, 1])
