@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -95,6 +96,14 @@ class OffPolicyAgent(Agent):
             print(
                 f"[ccrl] replay: {ring.capacity:,} transitions, {ring.nbytes / 2**20:,.0f} MiB in {where}", flush=True
             )
+
+    def make_policy(self, heads: dict[str, Sequence[int]], **options: Any) -> Any:
+        """As ``Agent.make_policy``. :raises ValueError: a policy of the caller's that is no ``default``."""
+        made, expected = super().make_policy(heads, **options), options.get("default", nn.Module)
+        if not isinstance(made, expected):
+            raise ValueError(f"policy: {self.name} trains the networks of {expected.__name__}; expected it or a class "
+                             f"derived from it, got {type(made).__name__}")  # fmt: skip
+        return made
 
     def updater(self, policy: nn.Module, prefix: str, **options: Any) -> FlatUpdater:
         """Adam on the parameters whose names start with ``prefix``."""

@@ -63,12 +63,11 @@ class OffPolicyMDPOPolicy(ActorQ):
 
     own = ActorQ.own | {"v"}
 
-    def __init__(self, *spaces: Any, state_value: bool = True, **settings: Any) -> None:
+    def __init__(self, *spaces: Any, **settings: Any) -> None:
         super().__init__(*spaces, **settings)
-        if state_value:
-            hidden: Sequence[int] | None = settings.get("critic_hidden")
-            hidden = settings.get("hidden", (64, 64)) if hidden is None else hidden
-            self.value = mlp([self._width("critic"), *hidden, 1], settings.get("activation", "relu"))
+        hidden: Sequence[int] | None = settings.get("critic_hidden")
+        hidden = settings.get("hidden", (64, 64)) if hidden is None else hidden
+        self.value = mlp([self._width("critic"), *hidden, 1], settings.get("activation", "relu"))
 
     def v(self, obs: Tree) -> Tensor:
         """``[B]``."""
@@ -153,7 +152,7 @@ class OffPolicyMDPO(OffPolicyAgent):
 
     def build(self) -> Learner:
         c: OffPolicyMDPOConfig = self.config
-        policy = self.make_policy({"q": ()}, default=OffPolicyMDPOPolicy, state_value=c.state_value)
+        policy = self.make_policy({"q": ()}, default=OffPolicyMDPOPolicy if c.state_value else ActorQ)
         names = ("actor", "critic", "value") if c.state_value else ("actor", "critic")
         updaters: dict[str, Updater] = {name: self.updater(policy, f"{name}.") for name in names}
         return self.replay(policy, OffPolicyMDPOCycle(c, updaters), updaters)

@@ -12,11 +12,12 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from agents import SAC, TD3, CrossQ, OffPolicyMDPO, get_agent
+from agents import DQN, SAC, TD3, CrossQ, OffPolicyMDPO, get_agent
 from agents.sac import SACConfig, SACCycle
 from ccrl.bank import Bank
 from ccrl.data import Data
 from ccrl.estimators.base import Context
+from ccrl.policies import ActorQ, MLPPolicy
 from ccrl.policies.distributions import SQUASHED
 from ccrl.testing import ClockEnv, Episode
 from ccrl.testing.agent_contract import SpacesEnv
@@ -215,3 +216,16 @@ def test_a_memory_smaller_than_one_collection_is_refused() -> None:
     # a row may end in any of the 3 steps that it spans
     with pytest.raises(ValueError, match="buffer_size: expected at least the 6 rows of one collection, got 5"):
         SAC("Pendulum-v1", num_envs=2, n_step_returns=3, buffer_size=5, hidden=(4,), compile="off")
+
+
+@pytest.mark.parametrize(
+    ("agent", "given", "wanted"),
+    [(SAC, MLPPolicy, "ActorQ"), (TD3, ActorQ, "DeterministicActorQ"), (CrossQ, ActorQ, "CrossQPolicy"),
+     (OffPolicyMDPO, ActorQ, "OffPolicyMDPOPolicy"), (DQN, MLPPolicy, "QuantilePolicy")],
+)  # fmt: skip
+def test_policies_without_the_networks_that_are_trained_are_refused(agent: Any, given: Any, wanted: str) -> None:
+    env = SpacesEnv(BOX, spaces.Discrete(2) if agent is DQN else BOX)
+    with pytest.raises(
+        ValueError, match=rf"policy: {agent.name} trains the networks of {wanted}.* got {given.__name__}"
+    ):
+        agent(env, num_envs=2, policy=given)
