@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import compress
 from statistics import fmean
 from typing import Any
 
@@ -319,17 +320,18 @@ DCPO_ENTROPY = Claim(
 def shared(method: LLMMethod, what: str, **fixed: Any) -> Any:
     """The gain in reward at a spending of ``d3s`` gradient tokens, or pass@8 after 150 updates."""
     spending = 18.0  # in tokens of whole rollouts: what D3S spends in 150 updates
+    updates = int(spending) if what == "tokens" and method is not D3S else 150
 
     def play(seed: int, **settings: Any) -> float:
         task: Any = make_task("sum_rule")
         config = method.Settings(**d3s.SHAPE | fixed | settings)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            history = train(method, task, config, 150, seed, lambda t: d3s.SharedPolicy(256, 4, 16))
+            history = train(method, task, config, updates, seed, lambda t: d3s.SharedPolicy(256, 4, 16))
         if what == "tokens":
             spent = torch.tensor([row.get("train/token_share", 1.0) for row in history.stats]).cumsum(0)
-            at = int((spent <= spending).sum())
-            return fmean(history.reward[max(0, at - 10) : at]) - history.reward[0]
+            late = (spent > spending - 1.0) & (spent <= spending)  # the same share of both spendings
+            return fmean(compress(history.reward, late.tolist())) - history.reward[0]
         agent = history.agent
         prompts = agent.collector.test_prompts(task.questions, 0)
         data = agent.collector.sample(agent.policy, prompts, torch.arange(len(prompts.index)).repeat_interleave(8),
@@ -344,8 +346,7 @@ D3S_TOKENS = Claim(
     "choosing what to learn from gains more reward per gradient token than learning from all",
     "sum_rule, shared perceptron, spending of 18 rollouts' tokens (D3S: all of 150 updates of 32 x 16), AdamW; step "
     "size from four",
-    "reward gained at that spending, the mean of the ten updates before it: of D3S the last fifteenth of the spending, "
-    "of GRPO the second half, which is earlier on its curve",
+    "reward gained at that spending, the mean of the updates that spend its last rollout's tokens",
     tuple(Arm(name, shared(m, "tokens"), rates(0.01, 0.03, 0.1, 0.3)) for name, m in (("D3S", D3S), ("GRPO", GRPO))),
     (("D3S", "GRPO"),),
 )
