@@ -76,8 +76,8 @@ OTHERS = (
     Other("orpo", "a chi-squared penalty of occupancies keeps more true return than one of actions", "orpo.md",
           curves=("hacking_tomato.csv", "true", "iteration", {"method": "sqrt_chi2", "weight": "0.623"},
                   {"method": "action_kl", "weight": "0.03"}),
-          why="weights chosen on the reported seeds; on a small language model the sign is the other, at unequal step "
-              "sizes ([ORPO](orpo.md#verdict))"),
+          why="weights chosen on the reported seeds; on a small language model a KL per token keeps more "
+              "([ORPO](orpo.md#verdict))"),
     Other("p3o", "pairwise ratios do not feel a shift of the rewards per prompt", "llm/p3o.md",
           "share of the best reward at shift 10, P3O-V2 minus PPO without a baseline"),
     Other("pf_ppo", "training on the best and the worst sample alone ends with more true success", "llm/pf_ppo.md",

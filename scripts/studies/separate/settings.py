@@ -71,9 +71,9 @@ OCCUPANCY = LLMMethod(
 )  # fmt: skip
 
 
-def with_rates(name: str, *values: float) -> tuple[dict[str, Any], ...]:
+def with_rates(name: str, *values: float, rates: tuple[float, float] = (1e-4, 3e-4)) -> tuple[dict[str, Any], ...]:
     """A grid of one more setting and the step sizes that most methods choose; as many as the setting's own grid."""
-    return tuple({name: value, "learning_rate": rate} for value in values for rate in (1e-4, 3e-4))
+    return tuple({name: value, "learning_rate": rate} for value in values for rate in rates)
 
 
 STALE = Setting(
@@ -136,6 +136,7 @@ ENTROPY = Setting(
     },
     score="pass8",
 )  # fmt: skip
+SMALL = (1e-5, 1e-4)  # the smallest is what all others choose here
 PROXY = Setting(
     "proxy",
     "a reward model from few preferences is paid; the score is the verifier's",
@@ -144,8 +145,8 @@ PROXY = Setting(
     100 * 128,
     {
         "GRPO": Entry(GRPO),
-        "GRPO, token KL": Entry(GRPO, {}, with_rates("kl_coef", 0.01, 0.1, 1.0)),
-        "GRPO, sequence chi-square": Entry(OCCUPANCY, {}, with_rates("coef", 0.03, 0.1, 0.3)),
+        "GRPO, token KL": Entry(GRPO, {}, with_rates("kl_coef", 0.01, 0.1, 1.0, rates=SMALL)),
+        "GRPO, sequence chi-square": Entry(OCCUPANCY, {}, with_rates("coef", 0.03, 0.1, 0.3, rates=SMALL)),
         "PF-PPO": Entry(PFPPO), "RPO": Entry(RPO), "P3O": Entry(P3O, PAIRS),
     },
     judge=Judge(prompts=64, steps=300),
