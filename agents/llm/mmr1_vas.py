@@ -170,6 +170,11 @@ def probabilities(score: Tensor, scaling: str = "none") -> Tensor:
 # -- recipe -----------------------------------------------------------------------------------------------------------
 
 
+def share_of(mixture: float, batch: int) -> int:
+    """Of how many of a batch's prompts the score decides."""
+    return math.floor(mixture * batch + 1e-9)  # with slack: 0.29 * 100 is 28.999999999999996
+
+
 class MMR1Recipe(Recipe):
     """Probes of all prompts where scores are due, then the prompts of the iteration."""
 
@@ -183,6 +188,10 @@ class MMR1Recipe(Recipe):
         if parts.request.counts is None:
             raise ValueError("mmr1_vas chooses among prompts; control episodes have starts: choose another method or a "
                              "text task")  # fmt: skip
+        batch = len(parts.request.counts)
+        if config.mixture and not share_of(config.mixture, batch):
+            raise ValueError(f"mixture: expected 0, or at least one prompt of an iteration's {batch} (else all prompts "
+                             f"are probed and none is drawn by its score), got {config.mixture}")  # fmt: skip
         super().__init__(config, parts)
         self.pool = None if parts.questions is None else parts.questions(config.pool_size)
         size = 0 if self.pool is None else len(self.pool)
@@ -225,7 +234,7 @@ class MMR1Recipe(Recipe):
         c, device = self.config, self.score.device
         assert self.parts.request.counts is not None
         batch, size = len(self.parts.request.counts), len(self.score)
-        weighted = math.floor(c.mixture * batch + 1e-9)  # with slack: 0.29 * 100 is 28.999999999999996
+        weighted = share_of(c.mixture, batch)
         if self.position < 0:
             self.order.copy_(torch.randperm(size, generator=ctx.generator, device=device))
             self.position.zero_()

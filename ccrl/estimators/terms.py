@@ -89,7 +89,10 @@ class Term:
 
 
 def surrogate(terms: tuple[Term, ...], outputs: Outputs, batch: Data) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss to minimise (0-d) and detached per-term statistics (before the coefficient)."""
+    """The loss to minimise (0-d) and detached per-term statistics (before the coefficient).
+
+    :raises ValueError: no term, or one whose loss has steps where its ratio has whole sequences.
+    """
     total: Tensor | None = None
     stats: dict[str, Tensor] = {}
     for term in terms:
@@ -97,6 +100,12 @@ def surrogate(terms: tuple[Term, ...], outputs: Outputs, batch: Data) -> tuple[T
         # a coefficient that is the constant 0 is there for its statistic: no backward pass through it
         off = isinstance(term.coef, float | int) and term.coef == 0
         element = term.loss(ratio, advantage, outputs, batch)
+        if weights.shape[0] == 1 and element.dim() == 2 and element.shape[0] > 1:
+            raise ValueError(
+                f"term {term.name!r}: expected losses {list(weights.shape)}, as the ratio's elements are, got "
+                f"{list(element.shape)}, which would be summed over the steps; take a column of sequences, such as "
+                "sequence_advantage of SequenceAdvantage"
+            )
         if term.weight is not None:
             element = element * batch[term.weight]
         value = _weighted_sum(weights, element)

@@ -306,6 +306,18 @@ def test_coefficients_and_weights_enter_the_sum_but_not_the_statistics() -> None
         surrogate((), {}, data)
 
 
+def test_an_advantage_of_steps_beside_a_ratio_of_sequences_is_refused() -> None:
+    """Broadcast, every sequence's loss would count once per step."""
+    columns = {"valid": torch.ones(3, 2, dtype=F64), "log_prob": torch.zeros(3, 2, dtype=F64)}
+    columns |= {"advantage": torch.ones(3, 2, dtype=F64), "sequence_advantage": torch.ones(2, dtype=F64)}
+    data = Data(columns, sequence=frozenset({"sequence_advantage"})).epoch(Batching("sequence", "full"), None)[0]
+    term = Term("gspo", losses.clip(0.2, 0.2), aggregates.sequence_mean, ratios.sequence)
+    with pytest.raises(ValueError, match=r"term 'gspo': expected losses \[1, 2\].* got \[3, 2\].* sequence_advantage"):
+        surrogate((term,), {"log_prob": columns["log_prob"]}, data)
+    right, _ = surrogate((replace(term, advantage="sequence_advantage"),), {"log_prob": columns["log_prob"]}, data)
+    assert float(right) == -1.0
+
+
 def test_a_coefficient_of_zero_keeps_the_statistic_only() -> None:
     """Not ``0 * x``: a diagnostic that is infinite must not reach the loss."""
     data = batch(log_prob=tensor(0, 0), advantage=tensor(1, 3))

@@ -289,6 +289,12 @@ def test_bad_settings_are_named(settings: dict[str, Any], match: str) -> None:
         MMR1Config(**settings)
 
 
+def test_a_mixture_that_draws_no_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"mixture: expected 0, or at least one prompt .* 3 .* got 0\.3"):
+        chooser(10, 3, mixture=0.3)
+    chooser(10, 3, mixture=0.34)
+
+
 class TestMMR1Contract(RecipeContract):
     method = MMR1
     published = {
