@@ -94,7 +94,7 @@ def main(options: Options) -> int:
 
 
 def _folder(pair: Pair, options: Options) -> Path:
-    return options.out.resolve() / f"{pair.agent}__{pair.env}__{pair.mark}"
+    return options.out.resolve() / f"{pair.agent.replace(':', '-')}__{pair.env}__{pair.mark}"
 
 
 def _run(pair: Pair, options: Options) -> int:
