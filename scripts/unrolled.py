@@ -112,7 +112,8 @@ def build(name: str, env: str | None = None) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         if name in FROM_DATA:
             small = ({**small[0], "updates": 1, "dataset": _rows(Path(folder)), **FROM_DATA[name]},)
-        for task in (TEXT_TASKS if text else FLOW_TASKS if flow else TASKS) if env is None else (env,):
+        own = (cls.example_env,) if "example_env" in vars(cls) else ()
+        for task in (TEXT_TASKS if text else FLOW_TASKS if flow else (*TASKS, *own)) if env is None else (env,):
             for settings in (*small, {"compile": "off"} if "compile" in known else {}):
                 try:
                     agent = cls(task, seed=0, **settings)

@@ -51,3 +51,8 @@ def test_a_generator_is_called_once_and_goes_on():
 
     (found,) = (c for c in trace(run) if c.code.co_name == "writing")
     assert found.calls == 3
+
+
+def test_an_agent_that_no_small_task_fits_is_traced_on_its_own():
+    # SubPO's episodes are as long as its rollouts, which those of the small tasks are not
+    assert build("subpo").env_id == "ccrl/GridCoverage-v0"
