@@ -110,7 +110,8 @@ BESIDE_HEAD = """
 ## The same settings in Stable-Baselines3
 
 Are these settings weak here because of our code? SB3's PPO was run with the values of the same files, with VecNormalize
-and on the same environments: deterministic returns as above, the difference with Welch's 95 % interval.
+and on the same environments: deterministic returns as above, the difference with Welch's 95 % interval. A single run
+has no interval; the study asks for three, and those that are not listed were not run.
 
 ```bash
 python scripts/studies/tuned --out results/tuned --only sb3:ppo
