@@ -1,5 +1,6 @@
 """Sphinx's settings. scripts/docs.py builds the site, from a copy of this folder with the generated pages in it."""
 
+import gc
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sphinx import addnodes
 
 import ccrl
+
+gc.set_threshold(500_000)  # trees with links back: at the usual 700 a fifth of a build goes into looking for garbage
 
 project = "ccrl"
 version = release = ccrl.__version__
